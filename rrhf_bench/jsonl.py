@@ -53,7 +53,9 @@ def read_objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 if line.strip():
                     yield number, _object(path, number, line)
         except UnicodeDecodeError as error:
-            raise DataError(f"{path}: is not UTF-8 text ({error.reason} at byte {error.start}); expected one JSON object a line") from error
+            raise DataError(
+                f"{path}: is not UTF-8 text ({error.reason} at byte {error.start}); expected one JSON object a line"
+            ) from error
 
 
 def _object(path: Path, number: int, line: str) -> dict[str, Any]:

@@ -1,0 +1,122 @@
+"""What a method is: a loss over examples that the one loop minimises, a trainer with its own loop, or no training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from torch import Tensor
+
+from rrhf_bench.policy.batching import ResponseBatch
+from rrhf_bench.policy.policy import Policy, Tokenization
+from rrhf_bench.records import Candidates, Preference, Prompt, Response
+from rrhf_bench.rewards.reward import RewardModel
+from rrhf_bench.sampling.sampler import Sampler
+from rrhf_bench.settings import Requirement
+
+
+@dataclass(frozen=True)
+class TrainInputs:
+    """What the stages before training made. Empty where a method does not require it."""
+
+    preferences: Sequence[Preference] = ()  # of the training prompts
+    candidates: Sequence[Candidates] = ()  # scored, one for each training prompt
+
+    @property
+    def prompts(self) -> list[Prompt]:
+        """The training prompts, in order."""
+        rows: Sequence[Preference | Candidates] = self.preferences or self.candidates
+        return [row.prompt for row in rows]
+
+
+@dataclass(frozen=True)
+class Example:
+    """One prompt's worth of training: the unit that batch sizes count. ``rewards`` is empty where no score is used."""
+
+    prompt: Prompt
+    responses: tuple[Response, ...]
+    rewards: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class MethodBatch:
+    """Some examples and their responses as one batch: row r of it belongs to example ``group_of[r]``."""
+
+    examples: tuple[Example, ...]
+    batch: ResponseBatch
+    group_of: tuple[int, ...]
+
+    @classmethod
+    def of(cls, examples: Sequence[Example], tokenization: Tokenization, max_length: int | None) -> MethodBatch:
+        rows = [(example.prompt, response) for example in examples for response in example.responses]
+        group_of = tuple(g for g, example in enumerate(examples) for _ in example.responses)
+        return cls(tuple(examples), tokenization.batch(rows, max_length), group_of)
+
+
+@dataclass(frozen=True)
+class LossOutput:
+    """``loss`` is a mean over ``weight`` units (prompts or tokens, as the method says). The loop accumulates
+    loss * weight and divides once by the sum of weights, so uneven micro-batches give the mean over the whole batch."""
+
+    loss: Tensor
+    weight: float
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+class LossMethod(Protocol):
+    """RRHF, SFT and their kind: examples in, a pure loss out."""
+
+    requires: frozenset[Requirement]
+
+    def examples(self, inputs: TrainInputs) -> Sequence[Example]:
+        """The examples of one epoch. Raises DataError where nothing could be learnt from the inputs."""
+        ...
+
+    def loss(self, policy: Policy, batch: MethodBatch) -> LossOutput: ...
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a training run stands. ``fraction`` is of its own budget, in [0, 1]."""
+
+    fraction: float
+    step: int  # optimiser steps done
+    sampled_tokens: int  # tokens this method sampled while training (not the candidates made before it)
+
+
+@dataclass(frozen=True)
+class TrainContext:
+    """What a trainer is lent: seed, services, and where to report. No process-wide state, no files of its own."""
+
+    seed: int
+    sampler: Sampler | None  # holds some weights; sync before use
+    reward: RewardModel | None
+    reference: Policy | None  # the initial policy, frozen
+    watch: Callable[[Progress, Policy], None]  # called after every optimiser step, and once before the first
+    log: Callable[[Mapping[str, float]], None]  # one line of metrics.jsonl
+    scratch: Path  # a folder for checkpoints of an unfinished run
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    steps: int
+    sampled_tokens: int
+    counts: Mapping[str, int] = field(default_factory=dict)  # dropped, truncated, tied: for the table's footnote
+
+
+class Trainer(Protocol):
+    """Changes a policy's weights in place."""
+
+    requires: frozenset[Requirement]
+
+    def fit(self, policy: Policy, inputs: TrainInputs, context: TrainContext) -> TrainResult: ...
+
+
+class InferenceMethod(Protocol):
+    """Best-of-n and its kind: no weight changes, another way to sample."""
+
+    requires: frozenset[Requirement]
+
+    def wrap(self, sampler: Sampler, reward: RewardModel) -> Sampler: ...
