@@ -1,4 +1,4 @@
-"""Errors a user can mend. Each message says what was found, what is expected, where, and what to do next, in one line."""
+"""Errors a user can mend. Each message says, in one line, where, what was found, what is expected, what to do next."""
 
 
 class BenchError(ValueError):
@@ -6,7 +6,7 @@ class BenchError(ValueError):
 
 
 class ConfigError(BenchError):
-    """An experiment file, an override or a command-line option that cannot be used; may hold several faults, one a line."""
+    """An experiment file, an override or an option that cannot be used; may hold several faults, one a line."""
 
 
 class DataError(BenchError):

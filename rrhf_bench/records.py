@@ -18,7 +18,8 @@ from typing import Literal
 # (it did NOT end: no end-of-text token is trained or scored after it); "given": a reply from a data set, which ended.
 Finish = Literal["eos", "stop", "length", "given"]
 
-Decoding = Literal["greedy", "sample"]
+# "given" is for replies from the data set, which nobody decoded.
+Decoding = Literal["greedy", "sample", "given"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +36,7 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class Response:
-    """One reply. ``token_ids`` and ``logprobs`` are as sampled (end-of-text token included where the policy produced it);
+    """One reply. ``token_ids`` and ``logprobs`` are as sampled, the end-of-text token included where there was one;
     ``logprobs`` are those of the distribution that was sampled from, temperature applied."""
 
     text: str
@@ -111,7 +112,7 @@ class PairScored:
 
 @dataclass(frozen=True, slots=True)
 class CurvePoint:
-    """The current policy on the dev prompts at one fraction of a training budget. Seconds are kept apart, in timings."""
+    """The current policy on the dev prompts at one fraction of a training budget. Seconds are kept apart."""
 
     method: str
     seed: int

@@ -1,4 +1,4 @@
-"""Seeds derived by name. Nothing in this project reads or writes a global random state that a caller could have touched."""
+"""Seeds derived by name. Nothing here depends on a global random state that a caller could have touched."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ LengthNorm = Literal["response", "none", "padded"]
 def gather_logprobs(logits_NV: Tensor, token_N: Tensor, temperature: float = 1.0) -> Tensor:
     """log softmax(logits / temperature) at the given tokens, in float32 or better: (N,).
 
-    ``logits_NV[i]`` is the prediction *of* ``token_N[i]`` (the shift has been done). The temperature belongs here and not
+    ``logits_NV[i]`` is the prediction *of* ``token_N[i]`` (the shift has been done). The temperature belongs here, not
     in the sampler only: a ratio of probabilities at two temperatures is no importance weight (2403.17031, detail 7).
     """
     logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32)) / temperature

@@ -1,0 +1,48 @@
+"""What a finished run holds for its report: records only, never a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rrhf_bench.config import Experiment
+from rrhf_bench.records import Candidates, CurvePoint, Evaluated, PairScored, PoolScored
+
+Row = tuple[str, int]  # (row of the tables: a method's name, "base", "chosen" or "rejected"; seed)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Wall-clock and memory of one stage, as measured when it was made; never part of a compared table."""
+
+    stage: str  # such as "candidates", "train"
+    row: str | None
+    seed: int | None
+    seconds: float
+    peak_mib: float  # resident memory of the process at its peak so far (on a GPU: of the device, in this stage)
+
+
+@dataclass(frozen=True)
+class RunRecords:
+    """A run as its report reads it. All sequences are in a fixed order (rows as in the experiment file, then seeds)."""
+
+    folder: Path
+    experiment: Experiment
+    arena: str  # id of what judges: two tables with different ids are not comparable
+    arena_words: Mapping[str, str]  # what the id stands for, in words
+    evaluated: tuple[Evaluated, ...]
+    pairs: tuple[PairScored, ...]  # p_i of held-out pairs, by row and seed
+    reward_pairs: tuple[PairScored, ...]  # the reward model's own scores of the same pairs (method "reward model")
+    curves: tuple[CurvePoint, ...]
+    pools: Mapping[int, tuple[PoolScored, ...]]  # by seed: samples of the initial policy on the first prompts
+    candidates: Mapping[Row, tuple[Candidates, ...]]  # scored training candidates of the rows that use any
+    test_candidates: Mapping[Row, tuple[Candidates, ...]]  # the same candidate policy on the evaluation prompts, scored
+    training: Mapping[Row, tuple[Mapping[str, Any], ...]]  # one mapping of metrics a logged step
+    counts: Mapping[str, Mapping[str, int]]  # dropped, truncated, tied, ...: by stage or row
+    timings: tuple[Timing, ...]
+    curve_seconds: Mapping[Row, tuple[tuple[float, float], ...]]  # (fraction, seconds incl. sampling before step 0)
+    notes: tuple[str, ...]  # what the reader must know: a fall-back sampler, a cut run
+    command: str  # that reproduces the run
+    environment: Mapping[str, str]  # versions, device
