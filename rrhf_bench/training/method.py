@@ -94,6 +94,8 @@ class TrainContext:
     sampler: Sampler | None  # holds some weights; sync before use
     reward: RewardModel | None
     reference: Policy | None  # the initial policy, frozen
+    max_new_tokens: int  # length cap of what a method samples while training
+    stop: tuple[str, ...]  # stop strings of the same
     watch: Callable[[Progress, Policy], None]  # called after every optimiser step, and once before the first
     log: Callable[[Mapping[str, float]], None]  # one line of metrics.jsonl
     scratch: Path  # a folder for checkpoints of an unfinished run
