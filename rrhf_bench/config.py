@@ -307,7 +307,7 @@ def _contradictions(experiment: Experiment) -> Iterator[str]:
                     f"{_nearest(unknown[0], allowed)}"
                 )
             elif k < 2:
-                yield f'methods.{name}: k = {k} response a prompt leaves nothing to rank; add sources or use kind = "sft"'
+                yield f'methods.{name}: k = {k} response a prompt, nothing to rank; add sources or use kind = "sft"'
             if method.temperature == 0.0 and "model" in method.sources and method.n > 1:
                 yield f"methods.{name}: temperature 0 gives {method.n} equal samples; raise it or set n = 1"
 

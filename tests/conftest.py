@@ -1,0 +1,83 @@
+"""Small real models for every test: a byte-level BPE tokenizer and random Llamas, made once a session."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that reaches for the hub is a fault, and should fail at once
+
+TEXTS = (
+    "\n\nHuman: How do I bake bread?\n\nAssistant: First, mix the flour and the water. Then let it rest for an hour.",
+    "\n\nHuman: Hi there! What is a glacier?\n\nAssistant: It is a slow river of ice. I hope this helps!",
+    "\n\nHuman: I feel sad today.\n\nAssistant: I am sorry to hear that. Maybe a walk would help you.",
+)
+
+
+def make_tokenizer(vocabulary: int = 320):
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    special = ["<pad>", "<eos>"]
+    core.train_from_iterator(
+        TEXTS * 20, trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=special, initial_alphabet=alphabet)
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="<eos>")
+
+
+def make_llama(tokenizer, *, seed: int = 0, hidden: int = 64, layers: int = 2, context: int = 512):
+    """A random Llama whose distributions are far from uniform: differences of weights must show."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 32,  # vLLM on a CPU knows heads of 32 and up
+        max_position_embeddings=context,
+        tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+        initializer_range=0.1,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(config)
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return make_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def llama_folder(tokenizer, tmp_path_factory) -> Callable[[int], Path]:
+    """A saved random Llama by seed."""
+    made: dict[int, Path] = {}
+
+    def folder(seed: int = 0) -> Path:
+        if seed not in made:
+            made[seed] = tmp_path_factory.mktemp(f"llama{seed}")
+            make_llama(tokenizer, seed=seed).save_pretrained(made[seed])
+            tokenizer.save_pretrained(made[seed])
+        return made[seed]
+
+    return folder
+
+
+@pytest.fixture
+def policy(llama_folder):
+    from rrhf_bench.data.dialogue import Template
+    from rrhf_bench.policy.policy import TransformersPolicy
+
+    return TransformersPolicy.load(llama_folder(0), template=Template())

@@ -1,0 +1,174 @@
+"""Both samplers against the trainer: same log-probs, per-request seeds, and no stale weight, cache or temperature."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from rrhf_bench.data.dialogue import Template
+from rrhf_bench.errors import DataError
+from rrhf_bench.policy.batching import ResponseBatch
+from rrhf_bench.policy.policy import TransformersPolicy
+from rrhf_bench.records import Prompt
+from rrhf_bench.sampling.backend import choose_backend
+from rrhf_bench.sampling.sampler import SamplingSpec, to_response
+from rrhf_bench.sampling.transformers import TransformersSampler
+
+# Longer than one cache block (32 tokens): a stale prefix shows on such prompts only.
+LONG = "\n\nHuman: " + "How do I bake bread when the flour is old and the oven is slow? " * 4 + "\n\nAssistant:"
+PROMPTS = [Prompt(LONG), Prompt("\n\nHuman: What is a glacier?\n\nAssistant:"), Prompt(LONG.replace("bread", "cake"))]
+SPEC = SamplingSpec(n=3, temperature=1.0, max_new_tokens=24, seed=7, purpose="test", logprobs=True)
+
+needs_vllm = pytest.mark.skipif(choose_backend("vllm").name != "vllm", reason="vLLM is not installed here")
+
+
+@pytest.fixture(scope="module")
+def engine(llama_folder):
+    from rrhf_bench.sampling.vllm import VLLMSampler
+
+    policy = TransformersPolicy.load(llama_folder(0), template=Template())
+    return VLLMSampler(llama_folder(0), policy.tokenization, max_model_len=256, kv_cache_mib=32)
+
+
+@pytest.fixture(params=["transformers", pytest.param("vllm", marks=needs_vllm)])
+def sampler(request, policy):
+    """A sampler that holds the policy's weights, whatever an earlier test left in the engine."""
+    if request.param == "transformers":
+        return TransformersSampler(policy, max_model_len=256)
+    sampler = request.getfixturevalue("engine")
+    sampler.sync(policy)
+    return sampler
+
+
+def disagreement(sampler, policy, temperature: float) -> float:
+    """The largest difference between the sampler's log-probs and the trainer's, over sampled tokens."""
+    worst = 0.0
+    for row in sampler.sample(PROMPTS, replace(SPEC, temperature=temperature)):
+        pairs = [(policy.tokenization.prompt_ids(row.prompt), reply.token_ids) for reply in row.responses]
+        with torch.no_grad():
+            logp_BT = policy.token_logprobs(ResponseBatch.of_pairs(pairs, temperature))
+        for reply, logp_T in zip(row.responses, logp_BT, strict=True):
+            theirs = torch.tensor(reply.logprobs)
+            worst = max(worst, (theirs - logp_T[: len(theirs)]).abs().max().item())
+    return worst
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0])
+def test_log_probs_are_the_trainers_before_and_after_a_sync(sampler, policy, llama_folder, temperature):
+    assert disagreement(sampler, policy, temperature) < 1e-5
+    other = TransformersPolicy.load(llama_folder(1), template=Template())
+    sampler.sync(other)
+    assert disagreement(sampler, other, temperature) < 1e-5
+
+
+@needs_vllm
+def test_the_canary_sees_a_missed_sync(engine, policy, llama_folder):
+    engine.sync(policy)
+    other = TransformersPolicy.load(llama_folder(1), template=Template())
+    assert disagreement(engine, other, 1.0) > 0.1
+
+
+@needs_vllm
+def test_the_canary_sees_a_missed_cache_reset(engine, policy, llama_folder):
+    engine.sync(policy)
+    disagreement(engine, policy, 1.0)  # fills the prefix cache with this policy's states
+    other = TransformersPolicy.load(llama_folder(1), template=Template())
+    engine.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(other.state().items())})
+    assert disagreement(engine, other, 1.0) > 0.01
+    engine.sync(other)
+    assert disagreement(engine, other, 1.0) < 1e-5
+
+
+def test_the_canary_sees_a_temperature_that_was_not_applied(sampler, policy):
+    rows = sampler.sample(PROMPTS, replace(SPEC, temperature=1.0))
+    pairs = [(policy.tokenization.prompt_ids(row.prompt), reply.token_ids) for row in rows for reply in row.responses]
+    replies = [reply for row in rows for reply in row.responses]
+    with torch.no_grad():
+        logp_BT = policy.token_logprobs(ResponseBatch.of_pairs(pairs, temperature=0.7))
+    difference = max(
+        (torch.tensor(reply.logprobs) - logp_T[: len(reply.logprobs)]).abs().max().item()
+        for reply, logp_T in zip(replies, logp_BT, strict=True)
+    )
+    assert difference > 0.1
+
+
+def test_samples_depend_on_no_other_prompt_order_or_global_state(sampler):
+    first = sampler.sample(PROMPTS, SPEC)
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    again = sampler.sample(PROMPTS[::-1], SPEC)[::-1]
+    alone = sampler.sample([PROMPTS[1]], replace(SPEC, n=1))
+    ids = [[reply.token_ids for reply in row.responses] for row in first]
+    assert ids == [[reply.token_ids for reply in row.responses] for row in again]
+    assert alone[0].responses[0].token_ids == first[1].responses[0].token_ids
+    assert len({reply.token_ids for reply in first[0].responses}) == 3  # samples of one prompt differ
+    other = sampler.sample(PROMPTS, replace(SPEC, purpose="other"))
+    assert ids != [[reply.token_ids for reply in row.responses] for row in other]
+
+
+def test_sampling_leaves_the_callers_random_state_alone(sampler):
+    before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    sampler.sample(PROMPTS, SPEC)
+    assert before == (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
+
+
+def test_greedy_takes_the_most_likely_token(sampler, policy):
+    row = sampler.sample(PROMPTS[1:2], replace(SPEC, n=1, temperature=0.0))[0]
+    prompt_ids = policy.tokenization.prompt_ids(row.prompt)
+    ids = list(prompt_ids)
+    for token in row.responses[0].token_ids:
+        with torch.no_grad():
+            assert token == policy.model(torch.tensor([ids])).logits[0, -1].argmax().item()
+        ids.append(token)
+
+
+@needs_vllm
+def test_both_samplers_draw_from_the_same_truncated_distribution(engine, policy):
+    """Top-k 5 and top-p 0.6 of the first token: only tokens of the nucleus appear, in both."""
+    engine.sync(policy)
+    with torch.no_grad():
+        logits = policy.model(torch.tensor([policy.tokenization.prompt_ids(PROMPTS[0])])).logits[0, -1]
+    probability, order = (
+        torch.where(logits >= logits.topk(5).values[-1], logits, -torch.inf).softmax(-1).sort(descending=True)
+    )
+    nucleus = set(order[: int((probability.cumsum(-1) < 0.6).sum()) + 1].tolist())
+    spec = replace(SPEC, n=64, max_new_tokens=1, top_k=5, top_p=0.6)
+    for sampler in (engine, TransformersSampler(policy, max_model_len=256)):
+        drawn = {reply.token_ids[0] for reply in sampler.sample(PROMPTS[:1], spec)[0].responses}
+        assert drawn == nucleus, sampler.identity
+
+
+def test_a_prompt_beyond_the_context_is_named(sampler):
+    prompt = Prompt(LONG * 8)
+    with pytest.raises(DataError, match=f"prompt {prompt.id}: .* exceed the context of 256"):
+        sampler.sample([PROMPTS[0], prompt], SPEC)
+
+
+def test_how_a_reply_ended(policy):
+    """eos: ended by the policy; stop: cut at a stop string, ids kept; length: neither."""
+    tokenization = policy.tokenization
+    spec = replace(SPEC, stop=("Human:", "Assistant:"))
+    words = tuple(tokenization.tokenizer(" Mix it.")["input_ids"])
+    fake = tuple(tokenization.tokenizer(" Mix it.\n\nHuman: Thanks")["input_ids"])
+    assert to_response(tokenization, spec, (*words, tokenization.eos_id), None).finish == "eos"
+    assert to_response(tokenization, spec, words, None).finish == "length"
+    cut = to_response(tokenization, spec, fake, None)
+    assert (cut.text, cut.finish, cut.token_ids) == (" Mix it.", "stop", fake)
+    kept = to_response(tokenization, SPEC, (*fake, tokenization.eos_id), None)
+    assert (kept.text, kept.finish) == (" Mix it.\n\nHuman: Thanks", "eos")
+
+
+def test_a_stop_string_ends_generation(sampler, policy):
+    """The stop string is what a reply says in its second and third token: nothing is generated after it."""
+    spec = replace(SPEC, n=64, max_new_tokens=12)
+    replies = sampler.sample(PROMPTS[1:2], spec)[0].responses
+    texts = [policy.tokenization.decode(reply.token_ids[:3]) for reply in replies]
+    index = next(i for i, text in enumerate(texts) if len(text) >= 3 and text.isascii() and text.isprintable())
+    stop = policy.tokenization.decode(replies[index].token_ids[1:3])
+    cut = sampler.sample(PROMPTS[1:2], replace(spec, stop=(stop,)))[0].responses[index]
+    assert cut.finish == "stop"
+    assert stop not in cut.text
+    assert cut.token_ids == replies[index].token_ids[:3]
