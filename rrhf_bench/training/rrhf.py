@@ -67,7 +67,7 @@ def rrhf_loss(
     worse_BGG = worse_BGG & present_BG[:, :, None] & present_BG[:, None, :]
     gap_BGG = score_BG[:, :, None] - score_BG[:, None, :]
     if margin:
-        rank_BG = worse_BGG.sum(-1)  # how many candidates are better
+        rank_BG = worse_BGG.sum(-1).to(score_BG)  # how many candidates are better
         gap_BGG = gap_BGG + margin * (rank_BG[:, :, None] - rank_BG[:, None, :])
     rank = (gap_BGG.clamp(min=0.0) * worse_BGG).sum((1, 2)).mean()
 

@@ -1,0 +1,255 @@
+"""The policy interface, SFT and the offline loop on a small real Llama."""
+
+from __future__ import annotations
+
+import copy
+import math
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from baselines.sft import SFT, sft_loss
+from baselines.sft_settings import SFTSettings
+from rrhf_bench.data.dialogue import Template
+from rrhf_bench.errors import DataError, StageError
+from rrhf_bench.policy.batching import ResponseBatch
+from rrhf_bench.policy.logprobs import kl_k1, kl_k3, sequence_score
+from rrhf_bench.policy.policy import Tokenization, TransformersPolicy
+from rrhf_bench.records import Candidates, Preference, Prompt, Response
+from rrhf_bench.training.loop import OfflineTrainer, batches
+from rrhf_bench.training.method import LossOutput, MethodBatch, Progress, TrainContext, TrainInputs
+from rrhf_bench.training.optimiser import lr_factor
+from rrhf_bench.training.rrhf import RRHF
+from rrhf_bench.training.rrhf_settings import RRHFSettings
+
+PROMPTS = [Prompt(f"\n\nHuman: What is number {i}?{' Tell me more.' * (i % 3)}\n\nAssistant:") for i in range(8)]
+PAIRS = [Preference(p, f" It is {i}." + " Really." * (i % 4), " No.") for i, p in enumerate(PROMPTS)]
+CANDIDATES = [
+    Candidates(
+        pair.prompt,
+        (
+            Response(pair.chosen, "chosen", score=1.0),
+            Response(pair.rejected, "rejected", score=0.0),
+            Response(" I do not know what it is", "model", "length", score=float(i % 2)),
+            *([Response(" Maybe", "model", "eos", score=0.5)] if i % 2 else []),
+        ),
+    )
+    for i, pair in enumerate(PAIRS)
+]
+
+
+def context(tmp_path: Path, log=None, watch=None, seed: int = 0) -> TrainContext:
+    return TrainContext(
+        seed=seed,
+        sampler=None,
+        reward=None,
+        reference=None,
+        watch=watch or (lambda progress, policy: None),
+        log=log or (lambda metrics: None),
+        scratch=tmp_path,
+        max_new_tokens=32,
+        stop=(),
+    )
+
+
+def test_token_log_probs_equal_one_unpadded_pass_a_response(policy):
+    """The slow definition: each response alone, log-softmax over all logits, the shift by hand."""
+    tokenization = policy.tokenization
+    rows = [(row.prompt, response) for row in CANDIDATES[:3] for response in row.responses]
+    batch = tokenization.batch(rows)
+    states = policy.response_states(batch)
+    logp_BT = policy.token_logprobs(batch)
+    assert torch.equal(states.logp_BT, logp_BT)
+    for (prompt, response), logp_T, mask_T, hidden_TD in zip(
+        rows, logp_BT, batch.mask_BT, states.hidden_BTD, strict=True
+    ):
+        prompt_ids = tokenization.prompt_ids(prompt)
+        ids = tokenization.response_ids(response.text, ended=response.ended)
+        output = policy.model(torch.tensor([prompt_ids + ids]), output_hidden_states=True)
+        expected = [output.logits[0, len(prompt_ids) + t - 1].log_softmax(-1)[token] for t, token in enumerate(ids)]
+        torch.testing.assert_close(logp_T[mask_T], torch.stack(expected), rtol=0, atol=1e-5)
+        hidden = output.hidden_states[-1][0, len(prompt_ids) - 1 : -1]
+        torch.testing.assert_close(hidden_TD[mask_T], hidden, rtol=0, atol=1e-5)
+        assert logp_T[~mask_T].abs().sum() == 0
+        assert (ids[-1] == tokenization.eos_id) == (response.finish != "length")
+
+
+def test_more_padding_changes_no_log_prob(policy):
+    short = [(PROMPTS[0], Response(" It is 0.", "chosen"))]
+    long = [(PROMPTS[2], Response(" It is 2." + " Really." * 9, "chosen"))]
+    alone = policy.token_logprobs(policy.tokenization.batch(short))[0]
+    padded = policy.token_logprobs(policy.tokenization.batch(short + long))[0, : len(alone)]
+    torch.testing.assert_close(alone, padded, rtol=0, atol=1e-5)
+
+
+def test_temperature_divides_the_logits(policy):
+    pairs = [(policy.tokenization.prompt_ids(PROMPTS[0]), (5, 6))]
+    ids = torch.tensor([[*pairs[0][0], 5]])
+    expected = (policy.model(ids).logits[0, -2:] / 0.7).log_softmax(-1)[torch.arange(2), torch.tensor([5, 6])]
+    torch.testing.assert_close(
+        policy.token_logprobs(ResponseBatch.of_pairs(pairs, 0.7))[0], expected, rtol=0, atol=1e-5
+    )
+
+
+def test_a_model_that_caps_its_logits_is_not_shortcut(tokenizer):
+    """Gemma 2 squashes its logits after the head: hidden states through the head alone would be wrong."""
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    config = Gemma2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=16,
+        final_logit_softcapping=3.0,
+        initializer_range=0.5,
+    )
+    policy = TransformersPolicy(Gemma2ForCausalLM(config), Tokenization(tokenizer, Template(), "test"))
+    batch = policy.tokenization.batch([(PROMPTS[0], Response(" It is 0.", "chosen"))])
+    prompt_ids, ids = batch.prompt_ids[0], batch.response_ids[0]
+    logits = policy.model(torch.tensor([prompt_ids + ids])).logits[0, len(prompt_ids) - 1 : -1]
+    expected = logits.log_softmax(-1)[torch.arange(len(ids)), torch.tensor(ids)]
+    torch.testing.assert_close(policy.token_logprobs(batch)[0], expected, rtol=0, atol=1e-5)
+
+
+def test_sequence_score_by_hand():
+    logp = torch.tensor([[-1.0, -2.0, -9.0], [-4.0, -9.0, -9.0]])
+    mask = torch.tensor([[True, True, False], [True, False, False]])
+    assert sequence_score(logp, mask).tolist() == [-1.5, -4.0]
+    assert sequence_score(logp, mask, length_norm="none").tolist() == [-3.0, -4.0]
+    assert sequence_score(logp, mask, length_norm="padded").tolist() == pytest.approx([-1.0, -4 / 3])
+    with pytest.raises(ValueError, match="no tokens"):
+        sequence_score(logp, torch.zeros_like(mask))
+
+
+def test_kl_estimators_by_hand_and_in_expectation():
+    """p = (.5, .5), q = (.8, .2): KL(p || q) = .5 log(.5/.8) + .5 log(.5/.2) = .223144 is both estimators' mean."""
+    p, q = torch.tensor([0.5, 0.5]), torch.tensor([0.8, 0.2])
+    for estimator in (kl_k1, kl_k3):
+        assert (p * estimator(p.log(), q.log())).sum().item() == pytest.approx(0.223144, abs=1e-6)
+    assert (kl_k3(p.log(), q.log()) >= 0).all()
+
+
+def test_sft_loss_by_hand():
+    """Tokens -1, -2 and -4: token mean 7/3; means of means (1.5 + 4)/2; mean of sums (3 + 4)/2."""
+    logp = torch.tensor([[-1.0, -2.0], [-4.0, -9.0]])
+    mask = torch.tensor([[True, True], [True, False]])
+    assert sft_loss(logp, mask).item() == pytest.approx(7 / 3)
+    assert sft_loss(logp, mask, reduction="sequence").item() == pytest.approx(2.75)
+    assert sft_loss(logp, mask, reduction="sum").item() == pytest.approx(3.5)
+    assert sft_loss(logp, torch.ones_like(mask)).item() != pytest.approx(7 / 3)  # an unmasked pad would show
+
+
+METHODS = [
+    (RRHF, RRHFSettings(), TrainInputs(candidates=CANDIDATES)),
+    (RRHF, RRHFSettings(variant="official"), TrainInputs(candidates=CANDIDATES)),
+    (SFT, SFTSettings(), TrainInputs(preferences=PAIRS)),
+    (SFT, SFTSettings(reduction="sequence"), TrainInputs(preferences=PAIRS)),
+]
+
+
+@pytest.mark.parametrize(("method", "settings", "inputs"), METHODS)
+def test_micro_batches_of_one_give_the_gradient_of_the_whole(policy, method, settings, inputs):
+    gradients = []
+    for size in (1, 3, 8):
+        trainer = OfflineTrainer(method(settings), settings.model_copy(update={"micro_batch_prompts": size}))
+        metrics = trainer.accumulate(policy, trainer.method.examples(inputs))
+        gradients.append((metrics["loss"], torch.cat([p.grad.flatten() for p in policy.parameters()])))
+        for parameter in policy.parameters():
+            parameter.grad = None
+    for loss, gradient in gradients[1:]:
+        assert loss == pytest.approx(gradients[0][0], rel=1e-5)
+        assert ((gradient - gradients[0][1]).norm() / gradient.norm()).item() < 1e-5
+
+
+def test_rrhf_trains_towards_the_better_replies(policy, tmp_path):
+    log: list = []
+    settings = RRHFSettings(epochs=6, lr=3e-3, batch_prompts=4)
+    points: list[Progress] = []
+    trainer = OfflineTrainer(RRHF(settings), settings)
+    result = trainer.fit(
+        policy, TrainInputs(candidates=CANDIDATES), context(tmp_path, log.append, lambda p, _: points.append(p))
+    )
+    assert result.steps == 12 == len(log)
+    assert [p.step for p in points] == list(range(13))
+    assert points[-1].fraction == 1.0
+    assert log[-1]["loss"] < 0.5 * log[0]["loss"]
+    assert log[-1]["rewards/accuracies"] > log[0]["rewards/accuracies"]
+    assert result.counts == {
+        "examples": 8,
+        "prompts_too_long": 0,
+        "responses_truncated": 0,
+        "groups_with_ties": 8,  # the third reply scores as the first or the second in every group
+        "groups_all_equal": 0,
+    }
+
+
+def test_same_seed_same_weights_whatever_the_global_state(policy, tmp_path):
+    weights = []
+    for disturbance in (0, 1, 2):
+        random.seed(disturbance), np.random.seed(disturbance), torch.manual_seed(disturbance)
+        copied = TransformersPolicy(copy.deepcopy(policy.model), policy.tokenization)
+        settings = SFTSettings(epochs=2, batch_prompts=3)
+        seed = 0 if disturbance < 2 else 1
+        OfflineTrainer(SFT(settings), settings).fit(
+            copied, TrainInputs(preferences=PAIRS), context(tmp_path, seed=seed)
+        )
+        weights.append(torch.cat([p.detach().flatten() for p in copied.parameters()]))
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+
+
+def test_a_loss_that_is_not_finite_stops_with_its_step(policy, tmp_path):
+    class Broken(SFT):
+        calls = 0
+
+        def loss(self, policy, batch: MethodBatch) -> LossOutput:
+            Broken.calls += 1
+            output = super().loss(policy, batch)
+            return LossOutput(output.loss * (math.nan if Broken.calls == 2 else 1.0), output.weight)
+
+    settings = SFTSettings(batch_prompts=4)
+    with pytest.raises(StageError, match="step 2 of 6: loss nan"):
+        OfflineTrainer(Broken(settings), settings).fit(policy, TrainInputs(preferences=PAIRS), context(tmp_path))
+
+
+def test_max_length_drops_and_counts(policy, tmp_path):
+    lengths = [len(policy.tokenization.prompt_ids(p)) for p in PROMPTS]
+    settings = SFTSettings(epochs=1, max_length=sorted(lengths)[4] + 2)
+    result = OfflineTrainer(SFT(settings), settings).fit(policy, TrainInputs(preferences=PAIRS), context(tmp_path))
+    assert result.counts["prompts_too_long"] == sum(length >= settings.max_length for length in lengths) > 0
+    replies = [len(policy.tokenization.response_ids(pair.chosen, ended=True)) for pair in PAIRS]
+    rows = [(prompt, reply) for prompt, reply in zip(lengths, replies, strict=True) if prompt < settings.max_length]
+    assert result.counts["responses_truncated"] == sum(sum(row) > settings.max_length for row in rows) > 0
+    nothing = SFTSettings(max_length=3)
+    with pytest.raises(DataError, match="none of 8 prompts leaves room"):
+        OfflineTrainer(SFT(nothing), nothing).fit(policy, TrainInputs(preferences=PAIRS), context(tmp_path))
+
+
+def test_nothing_to_rank_is_refused():
+    equal = [Candidates(PROMPTS[0], (Response(" a", "m", score=1.0), Response(" b", "m", score=1.0)))]
+    with pytest.raises(DataError, match="nothing can be ranked"):
+        RRHF(RRHFSettings()).examples(TrainInputs(candidates=equal))
+    assert RRHF(RRHFSettings(rank_weight=0.0)).examples(TrainInputs(candidates=equal))
+
+
+def test_every_example_once_an_epoch():
+    settings = SFTSettings(epochs=2, batch_prompts=3)
+    examples = list(SFT(settings).examples(TrainInputs(preferences=PAIRS)))
+    seen = [example.prompt.id for batch in batches(examples, settings, 0) for example in batch]
+    assert sorted(seen[:8]) == sorted(seen[8:]) == sorted(p.id for p in PROMPTS)
+    assert seen[:8] != seen[8:]
+
+
+def test_schedules_by_hand():
+    """10 steps, warm-up .2: factors 1/2, 1, then 8/8, 7/8, ... 1/8; the cosine halfway through the rest is 1/2."""
+    linear = SFTSettings(warmup=0.2)
+    assert [lr_factor(s, 10, linear) for s in (0, 1, 2, 3, 9)] == [0.5, 1.0, 1.0, 0.875, 0.125]
+    cosine = SFTSettings(warmup=0.2, schedule="cosine")
+    assert lr_factor(6, 10, cosine) == pytest.approx(0.5)
+    assert lr_factor(9, 10, SFTSettings(warmup=0.0, schedule="constant")) == 1.0
