@@ -1,0 +1,580 @@
+"""Real inputs: preference pairs from the hub or from files, prompts, and the official RRHF file of scored responses.
+
+Nothing is repaired silently: what a rule drops, keeps or changes is counted, and the counts travel with the data.
+"""
+
+from __future__ import annotations
+
+import glob
+import gzip
+import hashlib
+import json
+import math
+import re
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from itertools import count
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from rrhf_bench.data.dialogue import Turn, as_prompt, as_reply, prompt_of, transcript_of, turns
+from rrhf_bench.errors import DataError
+from rrhf_bench.jsonl import write_jsonl
+from rrhf_bench.records import Candidates, Finish, Preference, Prompt, Response
+from rrhf_bench.seeding import derive_seed
+
+# What happens to a pair of transcripts that part before the last turn, to a row whose text cannot be a pair of replies,
+# and to a prompt that does not fit.
+Diverging = Literal["drop", "common-prefix"]
+FaultyRows = Literal["error", "drop"]
+LongPrompts = Literal["drop", "error"]
+
+JSONL_SUFFIXES = (".jsonl", ".jsonl.gz")
+SUFFIXES = (*JSONL_SUFFIXES, ".parquet")
+
+Row = tuple[str, Mapping[str, Any]]  # where it stands, for messages, and its fields
+
+
+@dataclass(frozen=True, slots=True)
+class PreferenceData:
+    """Pairs in file order. ``rows`` = ``kept`` + every count of ``DROPPED``; the other counts are of rows kept."""
+
+    preferences: tuple[Preference, ...]
+    counts: Mapping[str, int]
+    identity: str  # what decides the rows: the hub's commit, or the sha256 of the contents
+    revision: str | None = None  # the hub's commit, where it is known
+
+
+# Rows that a rule drops, by the first rule that holds. The last four only with faulty_rows = "drop".
+DROPPED = (
+    "diverging_dropped",
+    "empty_reply",
+    "identical_replies",
+    "not_a_transcript",
+    "not_ending_with_assistant",
+    "not_a_prompt",
+    "reply_is_a_transcript",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class CandidateData:
+    """Scored candidates in file order, with the counts of what is odd or was changed."""
+
+    candidates: tuple[Candidates, ...]
+    counts: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class PreferenceSplit:
+    """Disjoint sets with one pair a prompt; no dev or test prompt occurs anywhere in the training text."""
+
+    train: tuple[Preference, ...]
+    dev: tuple[Preference, ...]
+    test: tuple[Preference, ...]
+    counts: Mapping[str, int]
+
+
+class _FaultyRow(DataError):
+    """A row of the right shape whose text cannot be a pair of replies; ``kind`` is the count it goes to."""
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(f'{message}; mend the row, or drop and count such rows with faulty_rows = "drop"')
+        self.kind = kind
+
+
+def load_preferences(
+    source: str,
+    path: str | Path | None = None,
+    *,
+    split: str | None = None,
+    revision: str | None = None,
+    config: str | None = None,
+    data_dir: str | None = None,
+    diverging: Diverging = "drop",
+    faulty_rows: FaultyRows = "error",
+) -> PreferenceData:
+    """Preference pairs; the hub and Parquet files are read through ``datasets``.
+
+    ``source`` is ``"hub:<dataset>"`` (``config``, ``data_dir`` and ``revision`` as for ``datasets.load_dataset``,
+    ``split`` "train" unless named) or ``"files"`` with ``path``: a file, a folder or a glob of ``*.jsonl``,
+    ``*.jsonl.gz`` and ``*.parquet``, of which ``split`` picks those named after it (``train.jsonl.gz``,
+    ``test-00000-of-00001.parquet``). Rows are ``{"prompt", "chosen", "rejected"}`` (Dahoas/rm-static) or two whole
+    transcripts ``{"chosen", "rejected"}`` (Anthropic/hh-rlhf); other fields are not read.
+
+    Counts: ``rows``, ``kept``, those of ``DROPPED``; of all rows ``diverging`` (transcripts that part before the last
+    turn); of the rows kept ``duplicate_prompt``, ``prompt_rewritten`` (a bare question made a transcript, stray white
+    space removed) and ``separator_added`` (a pair with a reply that needed its leading space).
+
+    Raises DataError for a source that cannot be read, for a missing field or one that is not text, for a row that
+    cannot be a pair (unless ``faulty_rows`` is "drop"), and where no row is left. It names file and line of a JSONL
+    file, and file or data set and row of the rest.
+    """
+    assert diverging in get_args(Diverging), diverging
+    assert faulty_rows in get_args(FaultyRows), faulty_rows
+    digest = hashlib.sha256()
+    commit: str | None = None
+    if source == "files":
+        if path is None:
+            raise DataError("source 'files': path is missing; give a file, a folder or a glob")
+        files = find_files(path, split)
+        rows = _file_rows(files, digest)
+    elif source.startswith("hub:") and path is None:
+        rows, commit = _hub_rows(source, config, data_dir, split or "train", revision, digest)
+    else:
+        what = f"source {source!r} with path {str(path)!r}" if path is not None else f"source {source!r}"
+        raise DataError(f"{what}: expected 'files' with a path, or 'hub:<data set>' without one")
+
+    counts: Counter[str] = Counter(dict.fromkeys(("rows", "kept", "diverging", *DROPPED), 0))
+    counts.update(dict.fromkeys(("duplicate_prompt", "prompt_rewritten", "separator_added"), 0))
+    seen: set[Prompt] = set()
+    kept: list[Preference] = []
+    for where, row in rows:
+        counts["rows"] += 1
+        try:
+            preference, notes = _read_row(row, where, diverging)
+        except _FaultyRow as fault:
+            if faulty_rows == "error":
+                raise
+            counts[fault.kind] += 1
+            continue
+        counts.update(notes)
+        if preference is not None:
+            kept.append(preference)
+            counts["duplicate_prompt"] += preference.prompt in seen
+            seen.add(preference.prompt)
+    counts["kept"] = len(kept)
+    if not kept:
+        raise DataError(f"{path or source}: no usable pair is left; found {_said(counts) or 'no rows'}")
+    # Once every row has been read, the digest covers the contents.
+    name = source if source == "files" else "/".join(filter(None, (source, config, data_dir))) + f":{split or 'train'}"
+    return PreferenceData(tuple(kept), dict(counts), f"{name}@{commit or 'sha256:' + digest.hexdigest()}", commit)
+
+
+def load_pairs(path: str | Path) -> PreferenceData:
+    """Pairs from one's own file, by the default rules of ``load_preferences``."""
+    return load_preferences("files", path)
+
+
+def load_prompts(path: str | Path) -> list[Prompt]:
+    """Prompts from JSON lines ``{"prompt": text}``: transcripts that end with ``Assistant:``, or bare questions.
+
+    Other fields are not read. Raises DataError naming file and line, also for a file without prompts.
+    """
+    prompts = [as_prompt(_text(row, "prompt", where), f"{where}: prompt") for where, row in _json_objects(Path(path))]
+    if not prompts:
+        raise DataError(f'{path}: holds no prompts; expected one {{"prompt": text}} a line')
+    return prompts
+
+
+def find_files(path: str | Path, split: str | None = None) -> list[Path]:
+    """The data files of a file, folder or glob in the order of their names, those of ``split`` where one is named.
+
+    Raises DataError for a missing path, for a named file of another kind, and where nothing is left.
+    """
+    given = Path(path)
+    if given.is_dir():
+        files = [file for file in given.rglob("*") if file.is_file() and file.name.endswith(SUFFIXES)]
+    elif given.is_file():
+        files = [given]
+    else:
+        files = [Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file()]
+    expected = ", ".join("*" + suffix for suffix in SUFFIXES)
+    if not files:
+        found = "holds no data file" if given.is_dir() else "is missing"
+        raise DataError(f"{path}: {found}; expected a file, a folder or a glob of {expected}")
+    for file in files:
+        if not file.name.endswith(SUFFIXES):
+            raise DataError(f"{file}: found a {file.suffix or 'nameless'} file; expected {expected}")
+    if split is not None:
+        names = sorted({file.name for file in files})
+        files = [file for file in files if re.split(r"[.\-_]", file.name)[0] == split]
+        if not files:
+            raise DataError(f"{path}: no file of split {split!r}; found {', '.join(names[:5])}")
+    return sorted(files)
+
+
+def _file_rows(files: Sequence[Path], digest: Any) -> Iterator[Row]:
+    for file in files:
+        if file.name.endswith(JSONL_SUFFIXES):
+            # Not through `datasets`: it knows no line numbers, turns a column of dates into dates, and fails on a blank
+            # line beside a field of changing type.
+            yield from _json_objects(file, digest)
+        else:
+            with file.open("rb") as stream:
+                digest.update(hashlib.file_digest(stream, "sha256").digest())
+            yield from _parquet_rows(file)
+
+
+def _parquet_rows(file: Path) -> Iterator[Row]:
+    from datasets import load_dataset
+
+    # Streamed: a user's file is not copied into a cache, and no progress bar is drawn.
+    try:
+        table = load_dataset("parquet", data_files=[glob.escape(str(file))], split="train", streaming=True)
+        for index, row in enumerate(table):
+            yield f"{file} row {index}", row
+    except Exception as error:  # whatever the format's own reader raises
+        raise DataError(f"{file}: cannot be read as Parquet ({_one_line(error)})") from error
+
+
+def _hub_rows(
+    source: str, config: str | None, data_dir: str | None, split: str, revision: str | None, digest: Any
+) -> tuple[Iterator[Row], str | None]:
+    """(rows, the commit they are of). Offline the commit is read from the cached data set; None if it is not known."""
+    import httpx
+    from datasets import load_dataset
+    from huggingface_hub import HfApi
+
+    name = source.removeprefix("hub:")
+    commit: str | None = None
+    # Offline, or not there: load_dataset then finds it in the cache, or says why not.
+    with suppress(OSError, ValueError, httpx.HTTPError):
+        commit = HfApi().dataset_info(name, revision=revision).sha
+    try:
+        table = load_dataset(name, config, data_dir=data_dir, split=split, revision=commit or revision)
+    except Exception as error:  # whatever the data set's own reader raises
+        raise DataError(f"{source}: split {split!r} cannot be loaded ({_one_line(error)})") from error
+    if commit is None:
+        found = re.search(r"@([0-9a-f]{40})/", " ".join(table.info.download_checksums or {}))
+        commit = found and found[1]
+
+    def rows() -> Iterator[Row]:
+        for index, row in enumerate(table):
+            if commit is None:
+                digest.update(json.dumps(row, sort_keys=True, default=str).encode())
+            yield f"{name} ({split}) row {index}", row
+
+    return rows(), commit
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def _json_objects(file: Path, digest: Any = None) -> Iterator[Row]:
+    """("file:line", object) of each line that is not blank, of a plain or gzipped file. DataError naming the line."""
+    opened = gzip.open if file.name.endswith(".gz") else open
+    try:
+        with opened(file, "rb") as stream:
+            for number, line in enumerate(stream, 1):
+                if digest is not None:
+                    digest.update(line)
+                if line.strip():
+                    yield f"{file}:{number}", _json_object(line, f"{file}:{number}")
+    except (OSError, EOFError, zlib.error) as error:
+        reason = getattr(error, "strerror", None) or _one_line(error)
+        raise DataError(f"{file}: cannot be read ({reason}); give the path of a JSONL file") from error
+
+
+def _json_object(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        value = json.loads(line.decode())
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where}: is not UTF-8 text (byte {error.start} of the line); save it as UTF-8") from error
+    except (json.JSONDecodeError, RecursionError) as error:
+        reason = error.msg if isinstance(error, json.JSONDecodeError) else "nested too deeply"
+        raise DataError(f"{where}: is not JSON ({reason}); expected one JSON object a line") from error
+    if not isinstance(value, dict):
+        raise DataError(f"{where}: found {_found(value)}; expected one JSON object a line")
+    return value
+
+
+def _found(value: Any) -> str:
+    try:
+        return json.dumps(value)[:60]
+    except (TypeError, ValueError):
+        return f"{value!r:.60}"
+
+
+def _text(row: Mapping[str, Any], field: str, where: str) -> str:
+    value = row.get(field)
+    if isinstance(value, str):
+        return value
+    if value is None:
+        raise DataError(f"{where}: {field}: is missing; expected text (found the fields {', '.join(row) or 'none'})")
+    raise DataError(f"{where}: {field}: found {_found(value)}; expected text")
+
+
+def _read_row(row: Mapping[str, Any], where: str, diverging: Diverging) -> tuple[Preference | None, list[str]]:
+    """(the pair, or None where a rule drops it; the counts it adds to)."""
+    chosen, rejected = _text(row, "chosen", where), _text(row, "rejected", where)
+    notes: list[str] = []
+    rewritten = False
+    if row.get("prompt") is not None:
+        text = _text(row, "prompt", where)
+        prompt = _prompt(text, f"{where}: prompt")
+        for field, reply in (("chosen", chosen), ("rejected", rejected)):
+            if reply.lstrip().startswith("Human:"):
+                raise _FaultyRow(
+                    "reply_is_a_transcript",
+                    f"{where}: {field}: found a transcript beside a prompt; expected the reply alone",
+                )
+        rewritten = prompt.text != text
+    else:
+        chosen_turns = _transcript(chosen, f"{where}: chosen")
+        rejected_turns = _transcript(rejected, f"{where}: rejected")
+        if chosen_turns[:-1] != rejected_turns[:-1]:
+            notes.append("diverging")
+        parts = _fork(chosen_turns, rejected_turns, diverging)
+        if parts is None:
+            return None, [*notes, "diverging_dropped"]
+        prompt, chosen, rejected = parts
+    if not (chosen.strip() and rejected.strip()):
+        return None, [*notes, "empty_reply"]
+    preference = Preference(prompt, as_reply(chosen), as_reply(rejected))
+    if preference.chosen == preference.rejected:
+        return None, [*notes, "identical_replies"]
+    if rewritten:
+        notes.append("prompt_rewritten")
+    if (preference.chosen, preference.rejected) != (chosen, rejected):
+        notes.append("separator_added")
+    return preference, notes
+
+
+def _prompt(text: str, where: str) -> Prompt:
+    try:
+        return as_prompt(text, where)
+    except DataError as error:
+        raise _FaultyRow("not_a_prompt", str(error)) from error
+
+
+def _transcript(text: str, where: str) -> tuple[Turn, ...]:
+    try:
+        dialogue = turns(text, where)
+    except DataError as error:
+        raise _FaultyRow("not_a_transcript", str(error)) from error
+    if dialogue[-1].role != "assistant":
+        raise _FaultyRow(
+            "not_ending_with_assistant",
+            f"{where}: ends with a Human turn; expected the last turn to be the assistant's",
+        )
+    return dialogue
+
+
+def _fork(chosen: Sequence[Turn], rejected: Sequence[Turn], diverging: Diverging) -> tuple[Prompt, str, str] | None:
+    """(common prompt, rest of each); None for transcripts that part early where the rule drops them, or part at once.
+
+    The prompt has to end where the assistant speaks next in both, so where they part at a Human turn the rests begin
+    with the assistant's turn before it.
+    """
+    if chosen[:-1] == rejected[:-1]:
+        shared = len(chosen) - 1
+    elif diverging == "drop":
+        return None
+    else:
+        shared = next(i for i in count() if i == min(len(chosen), len(rejected)) or chosen[i] != rejected[i])
+        # A transcript that is the beginning of the other still needs a reply of its own.
+        shared = min(shared, len(chosen) - 1, len(rejected) - 1)
+        while shared > 0 and not (chosen[shared].role == rejected[shared].role == "assistant"):
+            shared -= 1
+        if shared == 0:
+            return None
+    return prompt_of(chosen[:shared]), _rest(chosen, shared), _rest(rejected, shared)
+
+
+def _rest(dialogue: Sequence[Turn], start: int) -> str:
+    return dialogue[start].text + transcript_of(dialogue[start + 1 :])
+
+
+def split_preferences(
+    preferences: Iterable[Preference], *, train: int | None, dev: int, test: int, seed: int
+) -> PreferenceSplit:
+    """Test, dev and training sets, in the order of a hash of (seed, prompt): the order of the file changes nothing.
+
+    Prompts are distinct (of several pairs with one prompt the first is taken). A training pair whose text, replies
+    included, contains a dev or test prompt as an exact string is left out. ``train`` None takes all that remain.
+    Counts: ``pairs``, ``duplicate_prompt``, ``overlap`` (left out for containing a held-out prompt), ``unused``.
+    Raises DataError with the counts when there are not enough.
+    """
+    pairs = list(preferences)
+    by_prompt: dict[str, Preference] = {}
+    for pair in pairs:
+        by_prompt.setdefault(pair.prompt.text, pair)
+    shuffled = sorted(by_prompt.values(), key=lambda pair: derive_seed(seed, "split", pair.prompt.id))
+    test_set, dev_set, rest = shuffled[:test], shuffled[test : test + dev], shuffled[test + dev :]
+    held_out = {pair.prompt.text for pair in (*test_set, *dev_set)}
+    clean = [pair for pair in rest if held_out.isdisjoint(_prompts_inside(pair))]
+    counts = {
+        "pairs": len(pairs),
+        "duplicate_prompt": len(pairs) - len(shuffled),
+        "overlap": len(rest) - len(clean),
+        "unused": 0 if train is None else max(0, len(clean) - train),
+    }
+    if len(test_set) < test or len(dev_set) < dev or len(clean) < (1 if train is None else train):
+        raise DataError(
+            f"not enough prompts: found {len(test_set)} for test, {len(dev_set)} for dev and {len(clean)} for "
+            f"training; expected {test}, {dev} and {'at least one' if train is None else train} ({_said(counts)}); "
+            "ask for fewer or give more data"
+        )
+    return PreferenceSplit(tuple(clean[:train]), tuple(dev_set), tuple(test_set), counts)
+
+
+def _prompts_inside(pair: Preference) -> Iterator[str]:
+    """Every string inside a pair's text that could be a prompt: the runs of whole turns before an assistant's turn.
+
+    A prompt starts and ends with a turn marker and ``turns`` parts a text at every marker, so there are no others.
+    """
+    for reply in (pair.chosen, pair.rejected):
+        dialogue = turns(pair.prompt.text + reply)
+        for end, turn in enumerate(dialogue):
+            if turn.role == "assistant":
+                for start in range(end + 1):
+                    yield prompt_of(dialogue[start:end]).text
+
+
+def fit_context(
+    preferences: Iterable[Preference],
+    prompt_length: Callable[[Prompt], int],
+    limit: int,
+    *,
+    long_prompts: LongPrompts = "drop",
+) -> tuple[tuple[Preference, ...], dict[str, int]]:
+    """(pairs whose prompt has at most ``limit`` tokens, counts ``kept`` and ``long_prompt``).
+
+    ``prompt_length`` is the policy's own count. Raises DataError for the first long prompt where ``long_prompts`` is
+    "error", and where none is left.
+    """
+    assert long_prompts in get_args(LongPrompts), long_prompts
+    kept: list[Preference] = []
+    dropped = 0
+    for preference in preferences:
+        length = prompt_length(preference.prompt)
+        if length <= limit:
+            kept.append(preference)
+        elif long_prompts == "error":
+            raise DataError(
+                f"prompt {preference.prompt.id}: has {length} tokens, at most {limit} fit; "
+                'shorten it, or drop and count long prompts with long_prompts = "drop"'
+            )
+        else:
+            dropped += 1
+    if dropped and not kept:
+        raise DataError(f"all {dropped} prompts are longer than {limit} tokens; expected some that fit the context")
+    return tuple(kept), {"kept": len(kept), "long_prompt": dropped}
+
+
+# The official file of github.com/GanjinZero/RRHF has "query", "responses" and "scores". The other keys are ours,
+# written where they say more than their default, so that candidates survive the way through a file.
+_OWN_KEYS = ("sources", "finish", "token_ids", "logprobs")
+
+
+def read_rrhf(path: str | Path) -> list[Candidates]:
+    """Scored candidates from the official RRHF layout; ``load_candidates`` gives the counts with them."""
+    return list(load_candidates(path).candidates)
+
+
+def load_candidates(path: str | Path) -> CandidateData:
+    """Scored candidates from JSON lines ``{"query", "responses", "scores"}`` (the file that RRHF's train.py reads).
+
+    A response's source is "file" and its finish "given" unless the row says otherwise (``sources``, ``finish``,
+    ``token_ids``, ``logprobs``: one entry a response). Counts: those of ``count_candidates``, ``prompt_rewritten`` and
+    ``separator_added``. Raises DataError naming file and line for fields of the wrong type or length, for an empty
+    response and for a score that is not finite.
+    """
+    rewritten = separators = 0
+    candidates: list[Candidates] = []
+    for where, row in _json_objects(Path(path)):
+        query = _text(row, "query", where)
+        prompt = as_prompt(query, f"{where}: query")
+        rewritten += prompt.text != query
+        texts = _listed(row, "responses", where, None)
+        scores = _listed(row, "scores", where, len(texts))
+        sources, finish, token_ids, logprobs = (
+            _listed(row, key, where, len(texts)) if key in row else None for key in _OWN_KEYS
+        )
+        responses: list[Response] = []
+        for i, (text, score) in enumerate(zip(texts, scores, strict=True)):
+            if not isinstance(text, str) or not text.strip():
+                raise DataError(f"{where}: responses[{i}]: found {_found(text)}; expected text that is not empty")
+            separators += as_reply(text) != text
+            response = Response(as_reply(text), "file", score=_number(score, f"{where}: scores[{i}]"))
+            if sources:
+                response = replace(response, source=_text({"": sources[i]}, "", f"{where}: sources[{i}]"))
+            if finish:
+                response = replace(response, finish=_finish(finish[i], f"{where}: finish[{i}]"))
+            if token_ids and token_ids[i] is not None:
+                ids = token_ids[i]
+                if not isinstance(ids, list) or not all(type(token) is int and token >= 0 for token in ids):
+                    raise DataError(f"{where}: token_ids[{i}]: found {_found(ids)}; expected a list of token ids")
+                response = replace(response, token_ids=tuple(ids))
+            if logprobs and logprobs[i] is not None:
+                values = logprobs[i]
+                if not isinstance(values, list):
+                    raise DataError(f"{where}: logprobs[{i}]: found {_found(values)}; expected a list of numbers")
+                response = replace(
+                    response, logprobs=tuple(_number(value, f"{where}: logprobs[{i}]") for value in values)
+                )
+            responses.append(response)
+        candidates.append(Candidates(prompt, tuple(responses)))
+    if not candidates:
+        raise DataError(f'{path}: holds no candidates; expected one {{"query", "responses", "scores"}} a line')
+    counts = count_candidates(candidates) | {"prompt_rewritten": rewritten, "separator_added": separators}
+    return CandidateData(tuple(candidates), counts)
+
+
+def write_rrhf(path: str | Path, candidates: Iterable[Candidates]) -> int:
+    """Write scored candidates in the official RRHF layout, return how many; ``read_rrhf`` gives the same back."""
+
+    def rows() -> Iterator[dict[str, Any]]:
+        for item in candidates:
+            row: dict[str, Any] = {
+                "query": item.prompt.text,
+                "responses": [response.text for response in item.responses],
+                "scores": list(item.scores),
+            }
+            sources = [response.source for response in item.responses]
+            finish = [response.finish for response in item.responses]
+            token_ids = [response.token_ids and list(response.token_ids) for response in item.responses]
+            logprobs = [response.logprobs and list(response.logprobs) for response in item.responses]
+            row |= {"sources": sources} if set(sources) != {"file"} else {}
+            row |= {"finish": finish} if set(finish) != {"given"} else {}
+            row |= {"token_ids": token_ids} if any(ids is not None for ids in token_ids) else {}
+            row |= {"logprobs": logprobs} if any(values is not None for values in logprobs) else {}
+            yield row
+
+    return write_jsonl(Path(path), rows())
+
+
+def count_candidates(candidates: Iterable[Candidates]) -> dict[str, int]:
+    """``prompts``, ``responses``, and what ranking cannot use or may count twice: ``duplicate_prompt``,
+    ``single_response`` (k = 1), ``all_equal`` (k > 1 and one score for all)."""
+    counts = dict.fromkeys(("prompts", "responses", "duplicate_prompt", "single_response", "all_equal"), 0)
+    seen: set[Prompt] = set()
+    for item in candidates:
+        counts["prompts"] += 1
+        counts["responses"] += len(item.responses)
+        counts["duplicate_prompt"] += item.prompt in seen
+        seen.add(item.prompt)
+        counts["single_response"] += len(item.responses) == 1
+        counts["all_equal"] += len(item.responses) > 1 and len({response.score for response in item.responses}) == 1
+    return counts
+
+
+def _listed(row: Mapping[str, Any], field: str, where: str, length: int | None) -> list[Any]:
+    value = row.get(field)
+    if not isinstance(value, list) or not value:
+        found = "nothing" if field not in row else _found(value)
+        raise DataError(f"{where}: {field}: found {found}; expected a list that is not empty")
+    if length is not None and len(value) != length:
+        raise DataError(f"{where}: {field}: found {len(value)} of them; expected {length}, one for each response")
+    return value
+
+
+def _number(value: Any, where: str) -> float:
+    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        return float(value)
+    raise DataError(f"{where}: found {_found(value)}; expected a finite number")
+
+
+def _finish(value: Any, where: str) -> Finish:
+    if value not in get_args(Finish):
+        raise DataError(f"{where}: found {_found(value)}; expected one of {', '.join(get_args(Finish))}")
+    return value
+
+
+def _said(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} {number}" for name, number in counts.items() if number)

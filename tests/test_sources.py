@@ -1,0 +1,541 @@
+"""Preference pairs, prompts and scored candidates from files: what is kept, what is counted, what is refused."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from rrhf_bench.data import sources
+from rrhf_bench.data.sources import (
+    DROPPED,
+    count_candidates,
+    find_files,
+    fit_context,
+    load_candidates,
+    load_pairs,
+    load_preferences,
+    load_prompts,
+    read_rrhf,
+    split_preferences,
+    write_rrhf,
+)
+from rrhf_bench.errors import DataError
+from rrhf_bench.records import Candidates, Preference, Prompt, Response
+
+ASK = "\n\nHuman: Ask\n\nAssistant:"
+HH = Path(__file__).parents[1] / "../shared/data/hh-rlhf"
+
+Write = Callable[..., Path]
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    """Rows (objects, or lines as they are) into a file of the test's folder."""
+
+    def write(*rows: Any, name: str = "pairs.jsonl") -> Path:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows)
+        path.write_bytes(gzip.compress(text.encode()) if name.endswith(".gz") else text.encode())
+        return path
+
+    return write
+
+
+def pair(i: int, prompt: str | None = None) -> dict[str, str]:
+    return {
+        "prompt": prompt or f"\n\nHuman: Question {i}\n\nAssistant:",
+        "chosen": f" good {i}",
+        "rejected": f" bad {i}",
+    }
+
+
+def nonzero(counts: Any) -> dict[str, int]:
+    return {name: number for name, number in counts.items() if number}
+
+
+# Preference pairs: the two layouts and the files
+
+
+def test_rows_with_a_prompt(write: Write) -> None:
+    path = write(pair(0) | {"response": " good 0", "meta": {"a": 1}}, "", pair(1) | {"meta": [2]})
+    data = load_pairs(path)
+    assert data.preferences == tuple(
+        Preference(Prompt(f"\n\nHuman: Question {i}\n\nAssistant:"), f" good {i}", f" bad {i}") for i in range(2)
+    )
+    assert nonzero(data.counts) == {"rows": 2, "kept": 2}
+    assert data.revision is None
+
+
+def test_rows_of_whole_transcripts(write: Write) -> None:
+    shared = "\n\nHuman: Hi\n\nAssistant: Ho\n\nHuman: Go\n\non\n\nAssistant:"
+    data = load_pairs(write({"chosen": shared + " Gladly.", "rejected": shared + " No!\n"}))
+    assert data.preferences == (Preference(Prompt(shared), " Gladly.", " No!\n"),)
+
+
+def test_jsonl_gzip_and_parquet_hold_the_same_rows(write: Write, tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = [pair(i) for i in range(5)]
+    plain, zipped = write(*rows), write(*rows, name="pairs.jsonl.gz")
+    table = tmp_path / "pairs.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), table)
+    expected = load_pairs(plain)
+    assert len(expected.preferences) == 5
+    assert load_pairs(zipped).preferences == expected.preferences
+    assert load_pairs(table).preferences == expected.preferences
+    assert load_pairs(zipped).identity == expected.identity  # of the contents, not of the packing
+
+
+def test_identity_is_of_the_contents(write: Write) -> None:
+    first = load_pairs(write(pair(0), name="a.jsonl")).identity
+    assert load_pairs(write(pair(0), name="b.jsonl")).identity == first
+    assert load_pairs(write(pair(1), name="a.jsonl")).identity != first
+
+
+def test_folder_glob_and_split(write: Write, tmp_path: Path) -> None:
+    write(pair(0), name="d/train-00000-of-00002.jsonl")
+    write(pair(1), name="d/deeper [x]/train.jsonl.gz")
+    write(pair(2), name="d/test.jsonl")
+    (tmp_path / "d/README.md").write_text("not data")
+
+    def chosen(path: Any, split: str | None = None) -> list[str]:
+        return [item.chosen for item in load_preferences("files", path, split=split).preferences]
+
+    assert sorted(chosen(tmp_path / "d")) == [" good 0", " good 1", " good 2"]
+    assert sorted(chosen(tmp_path / "d", "train")) == [" good 0", " good 1"]
+    assert chosen(tmp_path / "d" / "t[er]*.jsonl") == [" good 2", " good 0"]  # in the order of the names
+    with pytest.raises(DataError, match=r"no file of split 'dev'; found test.jsonl, train"):
+        find_files(tmp_path / "d", "dev")
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("nowhere", "is missing"), ("nowhere/*.jsonl", "is missing"), ("empty", "holds no data file")],
+)
+def test_missing_files(tmp_path: Path, name: str, reason: str) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=f"{reason}; expected a file, a folder or a glob of \\*.jsonl"):
+        load_pairs(tmp_path / name)
+
+
+def test_another_kind_of_file(write: Write) -> None:
+    with pytest.raises(DataError, match=r"pairs.csv: found a .csv file; expected \*.jsonl"):
+        load_pairs(write("a,b", name="pairs.csv"))
+
+
+def test_unknown_source() -> None:
+    with pytest.raises(DataError, match="source 'hubs': expected 'files' with a path, or 'hub:<data set>'"):
+        load_preferences("hubs")
+    with pytest.raises(DataError, match="source 'files': path is missing"):
+        load_preferences("files")
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ('{"prompt": "x", ', r"pairs.jsonl:3: is not JSON \(.*\); expected one JSON object a line"),
+        ("[1, 2]", r"pairs.jsonl:3: found \[1, 2\]; expected one JSON object"),
+        ({"prompt": ASK, "chosen": 5, "rejected": " b"}, r"pairs.jsonl:3: chosen: found 5; expected text"),
+        ({"prompt": ASK, "chosen": " a"}, r"pairs.jsonl:3: rejected: is missing; expected text"),
+        ({"prompt": ASK, "chosen": " a", "rejected": None}, r"pairs.jsonl:3: rejected: is missing"),
+        ({"prompt": [{"role": "user"}], "chosen": " a", "rejected": " b"}, r"pairs.jsonl:3: prompt: found \[\{"),
+        ("[" * 100_000, r"pairs.jsonl:3: is not JSON \(nested too deeply\)"),
+    ],
+)
+@pytest.mark.parametrize("faulty_rows", ["error", "drop"])
+def test_broken_rows_name_file_line_and_field(write: Write, line: Any, expected: str, faulty_rows: Any) -> None:
+    path = write(pair(0), "", line, pair(1))  # a blank line: line numbers are not row numbers
+    with pytest.raises(DataError, match=expected) as caught:
+        load_preferences("files", path, faulty_rows=faulty_rows)  # broken shapes are never dropped
+    assert "\n" not in str(caught.value)
+
+
+def test_bytes_that_are_no_text(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(json.dumps(pair(0)).encode() + b'\n{"prompt": "\xff"}\n')
+    with pytest.raises(DataError, match=r"a.jsonl:2: is not UTF-8 text \(byte 12 of the line\)"):
+        load_pairs(tmp_path / "a.jsonl")
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(json.dumps(pair(0)).encode())[:-12])
+    with pytest.raises(DataError, match=r"b.jsonl.gz: cannot be read"):
+        load_pairs(tmp_path / "b.jsonl.gz")
+    (tmp_path / "c.parquet").write_bytes(b"not parquet")
+    with pytest.raises(DataError, match=r"c.parquet: cannot be read as Parquet"):
+        load_pairs(tmp_path / "c.parquet")
+
+
+def test_parquet_faults_name_the_row(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = [pair(0), {"prompt": ASK, "chosen": " a", "rejected": None}]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "p.parquet")
+    with pytest.raises(DataError, match=r"p.parquet row 1: rejected: is missing"):
+        load_pairs(tmp_path / "p.parquet")
+
+
+# Preference pairs: the rules
+
+
+@pytest.mark.parametrize(
+    ("row", "kind", "reason"),
+    [
+        (
+            {"chosen": ASK + " a\n\nHuman: ?", "rejected": ASK + " b"},
+            "not_ending_with_assistant",
+            "chosen: ends with a Human turn",
+        ),
+        ({"chosen": ASK + " a", "rejected": "b"}, "not_a_transcript", "rejected: found 'b'; expected a transcript"),
+        ({"prompt": " ", "chosen": " a", "rejected": " b"}, "not_a_prompt", "prompt: the prompt is empty"),
+        (
+            {"prompt": ASK, "chosen": ASK + " a", "rejected": ASK + " b"},
+            "reply_is_a_transcript",
+            "chosen: found a transcript beside a prompt",
+        ),
+    ],
+)
+def test_faulty_rows(write: Write, row: Any, kind: str, reason: str) -> None:
+    path = write(pair(0), row, pair(1))
+    with pytest.raises(DataError, match=rf'pairs.jsonl:2: {reason}.*faulty_rows = "drop"'):
+        load_pairs(path)
+    data = load_preferences("files", path, faulty_rows="drop")
+    assert nonzero(data.counts) == {"rows": 3, "kept": 2, kind: 1}
+    assert [item.chosen for item in data.preferences] == [" good 0", " good 1"]
+
+
+def test_dropped_kept_and_changed_rows_are_counted(write: Write) -> None:
+    path = write(
+        {"prompt": ASK, "chosen": "a", "rejected": " b"},  # a space is missing
+        {"prompt": ASK, "chosen": " c", "rejected": " d"},  # the same prompt again
+        {"prompt": "Ask", "chosen": " e", "rejected": " f"},  # the same once more, as a bare question
+        {"prompt": "Another", "chosen": " ", "rejected": " b"},
+        {"prompt": "Another", "chosen": " a", "rejected": ""},
+        {"prompt": "Another", "chosen": "a", "rejected": " a"},
+    )
+    data = load_pairs(path)
+    assert nonzero(data.counts) == {
+        "rows": 6,
+        "kept": 3,
+        "empty_reply": 2,
+        "identical_replies": 1,
+        "duplicate_prompt": 2,
+        "prompt_rewritten": 1,
+        "separator_added": 1,
+    }
+    assert {item.prompt.text for item in data.preferences} == {ASK}
+    assert [item.chosen for item in data.preferences] == [" a", " c", " e"]
+
+
+def test_nothing_left_is_an_error(write: Write) -> None:
+    with pytest.raises(DataError, match=r"no usable pair is left; found rows 1, empty_reply 1"):
+        load_pairs(write({"prompt": ASK, "chosen": "", "rejected": " b"}))
+    with pytest.raises(DataError, match=r"no usable pair is left; found no rows"):
+        load_pairs(write())
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "expected"),
+    [
+        # They part at the assistant's first turn: its reply and all that follows.
+        (
+            "\n\nHuman: Q\n\nAssistant: A\n\nHuman: R\n\nAssistant: B",
+            "\n\nHuman: Q\n\nAssistant: C",
+            Preference(Prompt("\n\nHuman: Q\n\nAssistant:"), " A\n\nHuman: R\n\nAssistant: B", " C"),
+        ),
+        # They part at a Human turn: a prompt ends before an assistant's turn, so the replies begin one turn earlier.
+        (
+            "\n\nHuman: Q\n\nAssistant: A\n\nHuman: R\n\nAssistant: B",
+            "\n\nHuman: Q\n\nAssistant: A\n\nHuman: S\n\nAssistant: C",
+            Preference(
+                Prompt("\n\nHuman: Q\n\nAssistant:"),
+                " A\n\nHuman: R\n\nAssistant: B",
+                " A\n\nHuman: S\n\nAssistant: C",
+            ),
+        ),
+        # One is the beginning of the other.
+        (
+            "\n\nHuman: Q\n\nAssistant: A",
+            "\n\nHuman: Q\n\nAssistant: A\n\nAssistant: B",
+            Preference(Prompt("\n\nHuman: Q\n\nAssistant:"), " A", " A\n\nAssistant: B"),
+        ),
+        # Nothing is shared.
+        ("\n\nHuman: Q\n\nAssistant: A", "\n\nHuman: S\n\nAssistant: A", None),
+    ],
+)
+def test_diverging_transcripts(write: Write, chosen: str, rejected: str, expected: Preference | None) -> None:
+    path = write({"chosen": chosen, "rejected": rejected}, pair(0))
+    dropped = load_preferences("files", path)
+    assert nonzero(dropped.counts) == {"rows": 2, "kept": 1, "diverging": 1, "diverging_dropped": 1}
+    kept = load_preferences("files", path, diverging="common-prefix")
+    assert kept.preferences[:-1] == ((expected,) if expected else ())
+    assert kept.counts["diverging"] == 1
+    assert kept.counts["diverging_dropped"] == (expected is None)
+
+
+def test_loading_prints_nothing(write: Write, capfd: pytest.CaptureFixture[str]) -> None:
+    load_pairs(write(pair(0)))
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.skipif(not HH.is_dir(), reason="the real HH slice (../shared/data/hh-rlhf) is not on this machine")
+def test_the_real_slice() -> None:
+    data = load_preferences("files", HH)
+    assert nonzero(data.counts) == {
+        "rows": 1500,
+        "kept": 1495,
+        "diverging": 1,
+        "diverging_dropped": 1,
+        "empty_reply": 4,
+        "duplicate_prompt": 2,
+    }
+    assert data.counts["rows"] == data.counts["kept"] + sum(data.counts[name] for name in DROPPED)
+    # Against the file itself: prompt and reply are the transcript, cut at its last marker.
+    with gzip.open(next(HH.glob("*.jsonl.gz")), "rt", encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file]
+    pairs = {(row["chosen"], row["rejected"]) for row in rows}
+    for item in data.preferences:
+        assert (item.prompt.text + item.chosen, item.prompt.text + item.rejected) in pairs
+        assert "\n\nAssistant:" not in item.chosen + item.rejected
+    kept = load_preferences("files", HH, diverging="common-prefix")
+    assert kept.counts["kept"] == 1496
+    (extra,) = set(kept.preferences) - set(data.preferences)
+    assert "\n\nAssistant:" in extra.chosen  # the assistant speaks twice in a row there
+
+    split = split_preferences(kept.preferences, train=1000, dev=100, test=300, seed=0)
+    text = "".join(item.prompt.text + item.chosen + item.prompt.text + item.rejected for item in split.train)
+    assert not [item for item in (*split.dev, *split.test) if item.prompt.text in text]
+    assert split.counts["overlap"] == 11  # dialogues that continue one of the held-out prompts
+
+
+# The hub, without a network
+
+
+def test_hub_layout_from_a_folder(write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    datasets.disable_progress_bars()
+    write(pair(0), pair(1), name="hh/harmless-base/train.jsonl.gz")
+    write(pair(2), name="hh/harmless-base/test.jsonl.gz")
+    write(pair(3), name="hh/helpful-base/train.jsonl.gz")
+
+    def load(split: str) -> sources.PreferenceData:
+        return load_preferences(f"hub:{tmp_path / 'hh'}", data_dir="harmless-base", split=split)
+
+    assert [item.chosen for item in load("train").preferences] == [" good 0", " good 1"]
+    assert [item.chosen for item in load("test").preferences] == [" good 2"]
+    assert load("train").revision is None
+    assert "@sha256:" in load("train").identity  # no commit: the contents stand in for it
+    with pytest.raises(DataError, match="split 'dev' cannot be loaded"):
+        load("dev")
+
+
+@pytest.mark.parametrize("online", [True, False])
+def test_hub_commit_is_recorded(monkeypatch: pytest.MonkeyPatch, online: bool) -> None:
+    import datasets
+    import httpx
+    import huggingface_hub
+
+    commit = "0123456789" * 4
+    asked: dict[str, Any] = {}
+
+    def dataset_info(self: Any, name: str, revision: str | None) -> Any:
+        if not online:
+            raise httpx.ConnectError("no network")
+        assert (name, revision) == ("Anthropic/hh-rlhf", "main")
+        return SimpleNamespace(sha=commit)
+
+    class Table(list[Any]):
+        # What a cached data set remembers of where it came from.
+        info = SimpleNamespace(download_checksums={f"hf://datasets/Anthropic/hh-rlhf@{commit}/train.jsonl.gz": None})
+
+    def load_dataset(name: str, config: str | None, **options: Any) -> Table:
+        asked.update(options, name=name, config=config)
+        return Table([pair(0), {"prompt": ASK, "chosen": 3, "rejected": " b"}][: 1 if asked["split"] == "train" else 2])
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", dataset_info)
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    data = load_preferences("hub:Anthropic/hh-rlhf", data_dir="harmless-base", revision="main")
+    assert data.revision == commit
+    assert data.identity == f"hub:Anthropic/hh-rlhf/harmless-base:train@{commit}"
+    expected = commit if online else "main"  # what is loaded is what was resolved
+    assert asked == {
+        "name": "Anthropic/hh-rlhf", "config": None, "data_dir": "harmless-base", "split": "train", "revision": expected
+    }  # fmt: skip
+    with pytest.raises(DataError, match=r"Anthropic/hh-rlhf \(test\) row 1: chosen: found 3; expected text"):
+        load_preferences("hub:Anthropic/hh-rlhf", split="test", revision="main")
+
+
+# Splits and context
+
+
+def many(n: int) -> list[Preference]:
+    return [Preference(Prompt(f"\n\nHuman: Q{i}\n\nAssistant:"), f" a{i}", f" b{i}") for i in range(n)]
+
+
+def test_split_is_disjoint_and_does_not_depend_on_the_order() -> None:
+    pairs = many(50)
+    split = split_preferences(pairs, train=20, dev=5, test=10, seed=3)
+    assert [len(part) for part in (split.train, split.dev, split.test)] == [20, 5, 10]
+    assert len({item.prompt for item in (*split.train, *split.dev, *split.test)}) == 35
+    assert split.counts == {"pairs": 50, "duplicate_prompt": 0, "overlap": 0, "unused": 15}
+    assert split_preferences(pairs[::-1], train=20, dev=5, test=10, seed=3) == split
+    assert split_preferences(pairs, train=20, dev=5, test=10, seed=4).test != split.test
+    assert list(split.test) != sorted(split.test, key=pairs.index)  # shuffled
+
+
+def test_held_out_prompts_occur_nowhere_in_the_training_text() -> None:
+    questions = many(12)
+    # Every question also stands at the start, in the middle, and in the reply of a longer dialogue.
+    longer = [
+        Preference(Prompt(pre + item.prompt.text.removesuffix("\n\nAssistant:") + post), chosen, " no")
+        for i, item in enumerate(questions)
+        for pre, post, chosen in [
+            ("", f"\n\nAssistant: x{i}\n\nHuman: more\n\nAssistant:", " yes"),
+            (f"\n\nHuman: before {i}\n\nAssistant: x", f"\n\nAssistant: x{i}\n\nHuman: more\n\nAssistant:", " yes"),
+            (f"\n\nHuman: first {i}\n\nAssistant: y\n\nHuman: z", "\n\nAssistant:", f" a{item.prompt.text} b"),
+        ]
+    ]
+    pairs = questions + longer + questions[:2]
+    split = split_preferences(pairs, train=None, dev=3, test=3, seed=0)
+    held_out = [item.prompt.text for item in (*split.dev, *split.test)]
+    assert any(text in {item.prompt.text for item in questions} for text in held_out)
+    for item in split.train:
+        for text in (item.prompt.text + item.chosen, item.prompt.text + item.rejected):
+            assert not [prompt for prompt in held_out if prompt in text]
+    # And no more than needed is left out.
+    rest = [item for item in {p.prompt: p for p in pairs[::-1]}.values() if item.prompt.text not in held_out]
+    clean = [i for i in rest if not any(h in i.prompt.text + r for h in held_out for r in (i.chosen, i.rejected))]
+    assert set(split.train) == set(clean)
+    assert split.counts == {
+        "pairs": 50, "duplicate_prompt": 2, "overlap": 48 - 6 - len(clean), "unused": 0
+    }  # fmt: skip
+    assert split.counts["overlap"] > 0
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 2), (None, 5, 5), (1, 1, 10), (0, 11, 0)])
+def test_not_enough_prompts(sizes: tuple[int | None, int, int]) -> None:
+    train, dev, test = sizes
+    with pytest.raises(DataError, match=r"not enough prompts: found .* expected .* \(pairs 10\)"):
+        split_preferences(many(10), train=train, dev=dev, test=test, seed=0)
+
+
+def test_fit_context() -> None:
+    pairs = [Preference(Prompt("x" * n), " a", " b") for n in (3, 5, 4)]
+    kept, counts = fit_context(pairs, lambda prompt: len(prompt.text), 4)
+    assert [len(item.prompt.text) for item in kept] == [3, 4]
+    assert counts == {"kept": 2, "long_prompt": 1}
+    with pytest.raises(DataError, match=rf"prompt {pairs[1].prompt.id}: has 5 tokens, at most 4 fit"):
+        fit_context(pairs, lambda prompt: len(prompt.text), 4, long_prompts="error")
+    with pytest.raises(DataError, match="all 3 prompts are longer than 2 tokens"):
+        fit_context(pairs, lambda prompt: len(prompt.text), 2)
+
+
+# Prompts
+
+
+def test_load_prompts(write: Write) -> None:
+    path = write({"prompt": ASK, "id": 3}, "", {"prompt": "What is bread?"})
+    assert load_prompts(path) == [Prompt(ASK), Prompt("\n\nHuman: What is bread?\n\nAssistant:")]
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"text": "x"}, r":2: prompt: is missing; expected text \(found the fields text\)"),
+        ({"prompt": 3}, r":2: prompt: found 3; expected text"),
+        ({"prompt": ""}, r":2: prompt: the prompt is empty"),
+        ({"prompt": ASK + " done"}, r":2: prompt: ends with a finished assistant turn"),
+        ("{", r":2: is not JSON"),
+    ],
+)
+def test_bad_prompts(write: Write, row: Any, expected: str) -> None:
+    with pytest.raises(DataError, match="prompts.jsonl" + expected):
+        load_prompts(write({"prompt": ASK}, row, name="prompts.jsonl"))
+
+
+def test_no_prompts(write: Write, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="holds no prompts"):
+        load_prompts(write())
+    with pytest.raises(DataError, match=r"nowhere.jsonl: cannot be read \(No such file"):
+        load_prompts(tmp_path / "nowhere.jsonl")
+
+
+# The official RRHF file
+
+
+def scored(*scores: float, prompt: str = ASK) -> Candidates:
+    return Candidates(Prompt(prompt), tuple(Response(f" r{i}", "file", score=s) for i, s in enumerate(scores)))
+
+
+def test_the_official_layout(write: Write) -> None:
+    path = write({"query": ASK, "responses": ["one", " two"], "scores": [1, -0.5]})
+    data = load_candidates(path)
+    assert data.candidates == (
+        Candidates(Prompt(ASK), (Response(" one", "file", score=1.0), Response(" two", "file", score=-0.5))),
+    )
+    assert nonzero(data.counts) == {"prompts": 1, "responses": 2, "separator_added": 1}
+    assert read_rrhf(path) == list(data.candidates)
+
+
+def test_the_written_file_is_official_and_lossless(tmp_path: Path) -> None:
+    plain = scored(0.1, 1 / 3)
+    rich = Candidates(
+        Prompt("\n\nHuman: Wie geht’s?\n\nAssistant:"),
+        (
+            Response(" gut ", "model", "length", (3, 1, 4), (-0.1, -1 / 3, -2.0), 0.5),
+            Response("\n x", "chosen", "given", score=-1e300),
+            Response(" y", "model", "eos", (7,), None, 2.0),
+        ),
+    )
+    path = tmp_path / "scored.jsonl"
+    assert write_rrhf(path, [plain, rich]) == 2
+    assert read_rrhf(path) == [plain, rich]
+    first, second = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
+    assert first == {"query": ASK, "responses": [" r0", " r1"], "scores": [0.1, 1 / 3]}  # official readers see no more
+    assert second["scores"] == [0.5, -1e300, 2.0]
+    assert second["token_ids"] == [[3, 1, 4], None, [7]]
+
+
+def test_unscored_candidates_cannot_be_written(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="before they were scored"):
+        write_rrhf(tmp_path / "x.jsonl", [Candidates(Prompt(ASK), (Response(" a", "model"),))])
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"scores": [1.0]}, r"scores: found 1 of them; expected 2, one for each response"),
+        ({"scores": [1.0, float("nan")]}, r"scores\[1\]: found NaN; expected a finite number"),
+        ({"scores": [float("inf"), 1.0]}, r"scores\[0\]: found Infinity; expected a finite number"),
+        ({"scores": [True, 1.0]}, r"scores\[0\]: found true; expected a finite number"),
+        ({"scores": None}, r"scores: found null; expected a list"),
+        ({"responses": [], "scores": []}, r"responses: found \[\]; expected a list that is not empty"),
+        ({"responses": "ab"}, r'responses: found "ab"; expected a list'),
+        ({"responses": ["a", " "]}, r'responses\[1\]: found " "; expected text that is not empty'),
+        ({"responses": ["a", 3]}, r"responses\[1\]: found 3; expected text"),
+        ({"query": 3}, r"query: found 3; expected text"),
+        ({"finish": ["eos", "cut"]}, r'finish\[1\]: found "cut"; expected one of eos, stop'),
+        ({"sources": ["model"]}, r"sources: found 1 of them; expected 2"),
+        ({"token_ids": [[1], [1.5]]}, r"token_ids\[1\]: found \[1.5\]; expected a list of token ids"),
+        ({"logprobs": [[float("nan")], None]}, r"logprobs\[0\]: found NaN; expected a finite number"),
+    ],
+)
+def test_bad_candidates_name_file_line_and_field(write: Write, change: Any, expected: str) -> None:
+    row = {"query": ASK, "responses": ["a", "b"], "scores": [1.0, 2.0]}
+    path = write(row, row | change, name="scored.jsonl")
+    with pytest.raises(DataError, match=f"scored.jsonl:2: {expected}"):
+        read_rrhf(path)
+
+
+def test_what_ranking_cannot_use_is_counted(write: Write) -> None:
+    other = "\n\nHuman: Other\n\nAssistant:"
+    items = [scored(1.0), scored(2.0, 2.0), scored(1.0, 2.0, prompt=other), scored(3.0, prompt=other)]
+    expected = {"prompts": 4, "responses": 6, "duplicate_prompt": 2, "single_response": 2, "all_equal": 1}
+    assert count_candidates(items) == expected
