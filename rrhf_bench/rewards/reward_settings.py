@@ -1,0 +1,21 @@
+"""How a reward model is trained on preference pairs. Free of torch."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from rrhf_bench.settings import Settings
+
+
+class RewardTrainingSettings(Settings):
+    """Bradley-Terry training from the initial policy. The defaults are for models of a few million parameters; at
+    billions of parameters a rate of 1e-5 is usual."""
+
+    lr: Annotated[float, Field(gt=0.0)] = 2e-3  # decays linearly to 0
+    epochs: Annotated[int, Field(ge=1)] = 1  # more than one over-fits the pairs
+    batch_pairs: Annotated[int, Field(ge=1)] = 32
+    warmup: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0  # share of all optimiser steps
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    max_length: Annotated[int, Field(ge=2)] | None = None  # prompt + reply + EOS tokens; none: the model's context
