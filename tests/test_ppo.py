@@ -1,0 +1,396 @@
+"""PPO's loop on a real, tiny model with a real sampler."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from pydantic import ValidationError
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from baselines.ppo import PPO, PPOState, RewardScale, accumulate_gradient, cycled, roll_out
+from baselines.ppo_settings import PPOSettings
+from rrhf_bench.data.dialogue import Template
+from rrhf_bench.errors import DataError, StageError
+from rrhf_bench.policy.batching import ResponseBatch
+from rrhf_bench.policy.policy import Policy, Tokenization, TransformersPolicy
+from rrhf_bench.records import Candidates, Preference, Prompt, Response
+from rrhf_bench.sampling.transformers import TransformersSampler
+from rrhf_bench.seeding import torch_seed
+from rrhf_bench.training.method import Progress, TrainContext, TrainInputs
+
+PROMPTS = [
+    Prompt(f"\n\nHuman: {a} {b}\n\nAssistant:") for a in ("ab", "cd", "abcd") for b in ("dead", "bad", "add", "b")
+]
+INPUTS = TrainInputs(preferences=[Preference(prompt, " a", " b") for prompt in PROMPTS])
+
+
+def tokenization() -> Tokenization:
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    # Few tokens, so that replies end by themselves and stop strings occur.
+    trainer = trainers.BpeTrainer(vocab_size=32, special_tokens=["<eos>", "<pad>"], initial_alphabet=[])
+    bpe.train_from_iterator([prompt.text for prompt in PROMPTS], trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<eos>", pad_token="<pad>")
+    return Tokenization(tokenizer, Template(), "tiny")
+
+
+TOKENIZATION = tokenization()
+
+
+def tiny_policy(**changes: Any) -> TransformersPolicy:
+    config = LlamaConfig(
+        vocab_size=len(TOKENIZATION.tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        tie_word_embeddings=True,
+        **changes,
+    )
+    with torch_seed("tiny"):
+        return TransformersPolicy(LlamaForCausalLM(config), TOKENIZATION)
+
+
+class FunctionReward:
+    """A reward model that is a function of the reply's text."""
+
+    identity = "function"
+
+    def __init__(self, function: Callable[[str], float]) -> None:
+        self.function = function
+
+    def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> NDArray[np.float64]:
+        return np.array([self.function(response) for response in responses], np.float64)
+
+
+def share_of_d(text: str) -> float:
+    return text.count("d") / max(len(text), 1)
+
+
+class Run:
+    """A policy with everything that a trainer is lent, and what the trainer told of itself."""
+
+    def __init__(
+        self, reward: Callable[[str], float] = share_of_d, *, seed: int = 0, stop: tuple[str, ...] = ()
+    ) -> None:
+        self.policy = tiny_policy()
+        self.log: list[Mapping[str, float]] = []
+        self.watched: list[Progress] = []
+        self.context = TrainContext(
+            seed=seed,
+            sampler=TransformersSampler(self.policy, max_model_len=128),
+            reward=FunctionReward(reward),
+            reference=self.policy.frozen_copy(),
+            max_new_tokens=8,
+            stop=stop,
+            watch=lambda progress, policy: self.watched.append(progress),
+            log=self.log.append,
+            scratch=Path("unused"),
+        )
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        return {name: weight.detach().clone() for name, weight in self.policy.state().items()}
+
+
+def settings(**changes: Any) -> PPOSettings:
+    base = {"iterations": 2, "rollouts": 16, "minibatch": 8, "ppo_epochs": 2, "lr": 3e-3}
+    return PPOSettings(**{**base, **changes})
+
+
+def test_reward_rises_and_the_run_reports_it() -> None:
+    run = Run()
+    made = settings(iterations=8, rollouts=48, minibatch=16, ppo_epochs=4, lr=5e-3, kl_coefficient=0.02)
+    result = PPO(made).fit(run.policy, INPUTS, run.context)
+    rewards = [row["reward/mean"] for row in run.log]
+    assert np.mean(rewards[-2:]) > np.mean(rewards[:2]) + 0.2, rewards
+    assert result.steps == 8 * 4 * 3 == run.log[-1]["step"]
+    assert result.sampled_tokens == run.log[-1]["sampled_tokens"]
+    assert result.counts["rollouts"] == 8 * 48
+    assert run.watched[0] == Progress(0.0, 0, 0)
+    assert [progress.fraction for progress in run.watched] == [i / 8 for i in range(9)]
+    assert run.watched[-1] == Progress(1.0, result.steps, result.sampled_tokens)
+    assert all(np.isfinite(list(row.values())).all() for row in run.log)
+    assert run.log[-1]["objective/kl"] > 0.1
+
+
+def test_replies_shorten_where_length_is_charged_for() -> None:
+    run = Run(lambda text: -float(len(text)))
+    made = settings(
+        iterations=8, rollouts=48, minibatch=16, ppo_epochs=4, lr=5e-3, kl_coefficient=0.02, missing_eos="none"
+    )
+    PPO(made).fit(run.policy, INPUTS, run.context)
+    assert run.log[0]["completions/mean_length"] > 6.0
+    assert run.log[-1]["completions/mean_length"] < 4.0
+
+
+@pytest.mark.parametrize("value", ["head", "separate"])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_every_fresh_rollout_starts_at_ratio_1(value: str, temperature: float) -> None:
+    run = Run(stop=("ad",))
+    PPO(settings(iterations=3, value=value, temperature=temperature, micro_batch=3)).fit(
+        run.policy, INPUTS, run.context
+    )
+    for row in run.log:
+        assert row["val/ratio"] == pytest.approx(1.0, abs=1e-6)
+        assert row["val/ratio_deviation"] < 1e-5
+        # The engine's log-probs are those of the same weights, at the same temperature.
+        assert row["sampling/sampling_logp_difference/max"] < 1e-4
+    assert run.log[0]["objective/kl"] == 0.0
+    assert run.log[0]["policy/approxkl_avg"] > 0.0
+    assert run.log[1]["objective/kl"] != 0.0
+    assert run.log[-1]["loss/value_avg"] > 0.0
+
+
+def test_log_probs_at_another_temperature_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run()
+    method = PPO(settings(iterations=1, temperature=0.7))
+    monkeypatch.setattr("baselines.ppo.Rollouts.batch", lambda self, rows: _at_temperature_1(self, rows))
+    method.fit(run.policy, INPUTS, run.context)
+    assert run.log[0]["val/ratio_deviation"] > 1e-2
+
+
+def _at_temperature_1(rollouts: Any, rows: Sequence[int]) -> ResponseBatch:
+    return ResponseBatch.of_pairs([rollouts.pairs[row] for row in rows])
+
+
+def test_same_seed_same_weights_whatever_the_global_generators_do() -> None:
+    def disturbing(text: str) -> float:
+        torch.rand(3)
+        random.random()
+        np.random.seed(len(text))
+        return share_of_d(text)
+
+    first, second, other = Run(), Run(disturbing), Run(seed=1)
+    torch.manual_seed(123)
+    for run in (first, second, other):
+        PPO(settings()).fit(run.policy, INPUTS, run.context)
+    assert all(torch.equal(a, b) for a, b in zip(first.weights().values(), second.weights().values(), strict=True))
+    assert first.log == second.log
+    assert first.log != other.log
+
+
+@pytest.mark.parametrize("value", ["head", "separate"])
+def test_micro_batches_do_not_change_the_gradient(value: str) -> None:
+    gradients = []
+    metrics = []
+    for micro_batch in (None, 1, 3):
+        run = Run(stop=("ad",))
+        made = settings(rollouts=8, value=value, micro_batch=micro_batch)
+        state = PPOState.start(run.policy, made)
+        rollouts = roll_out(run.policy, PROMPTS, run.context, state, made)
+        with torch.no_grad():  # away from the old policy, so that ratios, clipping and values all matter
+            for index, parameter in enumerate(state.parameters()):
+                noise = np.random.default_rng(index).normal(scale=0.05, size=tuple(parameter.shape))
+                parameter.add_(torch.as_tensor(noise, dtype=parameter.dtype))
+        metrics.append(accumulate_gradient(run.policy, rollouts, range(8), state, made))
+        gradients.append([p.grad for p in state.parameters() if p.grad is not None])
+    assert len({len(ids) for _, ids in rollouts.pairs}) > 1, "lopsided rows are the point"
+    assert metrics[0]["clip_fraction"] > 0.0
+    for other, row in zip(gradients[1:], metrics[1:], strict=True):
+        assert row == pytest.approx(metrics[0], abs=1e-5)
+        for a, b in zip(gradients[0], other, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+
+
+def test_a_separate_value_model_leaves_the_value_gradient_out_of_the_policy() -> None:
+    run = Run()
+    before = run.weights()
+    # Without clipped policy updates (advantages 0) only the value loss is left to change anything.
+    made = settings(value="separate", iterations=1, kl_coefficient=0.0, reward_scale="none", missing_eos="none")
+    run.context.reward.function = lambda text: 0.0  # type: ignore[union-attr]
+    PPO(made).fit(run.policy, INPUTS, run.context)
+    assert all(torch.equal(before[name], weight) for name, weight in run.weights().items())
+
+    state = PPOState.start(run.policy, made)
+    shared = PPOState.start(run.policy, settings())
+    count = sum(1 for _ in run.policy.parameters())
+    assert len(state.parameters()) == 2 * count + 2
+    assert len(shared.parameters()) == count + 2
+
+
+class PromptReward:
+    """A reward that the prompt alone decides: nothing for the policy to learn, everything for the value function."""
+
+    identity = "prompt"
+
+    def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> NDArray[np.float64]:
+        return np.array([float("ab" in prompt.text) for prompt in prompts])
+
+
+@pytest.mark.parametrize("value", ["head", "separate"])
+def test_the_value_function_learns(value: str) -> None:
+    run = Run()
+    made = settings(iterations=6, rollouts=32, value=value, lr=1e-2, kl_coefficient=0.0, missing_eos="none")
+    PPO(made).fit(run.policy, INPUTS, replace(run.context, reward=PromptReward()))
+    assert run.log[0]["val/explained_variance"] == pytest.approx(0.0, abs=1e-6)  # a head of zeros explains nothing
+    assert max(row["val/explained_variance"] for row in run.log) > 0.4
+
+
+@pytest.mark.parametrize(
+    ("mode", "expected"),
+    [
+        ("penalty", lambda missing: 0.5 - 2.0 * missing),
+        ("replace", lambda missing: 0.5 * (1 - missing) - 2.0 * missing),
+        ("none", lambda missing: 0.5),
+    ],
+)
+def test_a_missing_end_costs(mode: str, expected: Callable[[float], float]) -> None:
+    run = Run(lambda text: 0.5, stop=("ad", "da"))
+    made = settings(missing_eos=mode, missing_eos_penalty=-2.0, reward_scale="none")
+    state = PPOState.start(run.policy, made)
+    metrics = roll_out(run.policy, PROMPTS, run.context, state, made).metrics
+    missing = metrics["completions/clipped_ratio"]
+    assert 0.0 < missing < 1.0
+    assert state.missing_ends == missing * 16
+    assert metrics["reward/mean"] == 0.5
+    assert metrics["objective/scores"] == pytest.approx(expected(missing))
+    assert metrics["objective/rlhf_reward"] == pytest.approx(expected(missing), abs=1e-6)  # the KL is still 0
+
+
+def test_a_stop_string_is_an_ending_and_its_tokens_stay() -> None:
+    texts: list[str] = []
+    run = Run(lambda text: texts.append(text) or 0.0, stop=("ad", "da"))  # type: ignore[func-returns-value]
+    made = settings(rollouts=64, minibatch=8, reward_scale="none")
+    state = PPOState.start(run.policy, made)
+    rollouts = roll_out(run.policy, PROMPTS, run.context, state, made)
+    assert not any("ad" in text or "da" in text for text in texts)
+    sampled = [TOKENIZATION.decode(ids) for _, ids in rollouts.pairs]
+    stopped = [n for n, text in enumerate(sampled) if "ad" in text or "da" in text]
+    assert stopped, "no stop string occurred"
+    mask = rollouts.batch(range(64)).mask_BT
+    last = mask.sum(-1) - 1
+    final_return = rollouts.return_NT.gather(1, last[:, None]).squeeze(1)
+    for n in stopped:
+        assert len(rollouts.pairs[n][1]) <= 8
+        assert final_return[n] == 0.0  # the score of a reply that ended, at its last sampled token: no penalty
+    unended = [n for n, (_, ids) in enumerate(rollouts.pairs) if ids[-1] != TOKENIZATION.eos_id and n not in stopped]
+    assert all(final_return[n] == -1.0 for n in unended)
+
+
+def test_a_prompt_that_comes_twice_gets_two_replies() -> None:
+    run = Run()
+    made = settings(rollouts=8, minibatch=8)
+    rollouts = roll_out(run.policy, PROMPTS[:1], run.context, PPOState.start(run.policy, made), made)
+    assert len({ids for _, ids in rollouts.pairs}) > 4
+
+
+def test_rollouts_come_from_the_present_weights() -> None:
+    run = Run()
+    with torch.no_grad():
+        for parameter in run.policy.parameters():
+            parameter.mul_(0.5)
+    made = settings()
+    metrics = roll_out(run.policy, PROMPTS, run.context, PPOState.start(run.policy, made), made).metrics
+    assert metrics["sampling/sampling_logp_difference/max"] < 1e-4
+    assert metrics["objective/kl"] != 0.0
+
+
+def test_prompts_come_in_rounds() -> None:
+    drawn = [cycled(PROMPTS, start, 5, seed=3) for start in range(0, 60, 5)]
+    flat = [prompt for part in drawn for prompt in part]
+    orders = [flat[i : i + 12] for i in range(0, 60, 12)]
+    assert all(set(order) == set(PROMPTS) for order in orders)
+    assert len({tuple(order) for order in orders}) == 5
+    assert flat == cycled(PROMPTS, 0, 60, seed=3)
+
+
+def test_an_adaptive_coefficient_moves() -> None:
+    run = Run()
+    PPO(settings(iterations=3, kl="adaptive", kl_target=50.0, kl_horizon=16)).fit(run.policy, INPUTS, run.context)
+    # The KL is far below 50: 1 - .2 * 16 / 16 each iteration.
+    assert [row["kl_coefficient"] for row in run.log] == pytest.approx([0.1, 0.08, 0.064])
+
+
+def test_reward_scales() -> None:
+    first, second = np.array([1.0, 2.0, 6.0]), np.array([10.0, -3.0])
+    scale = RewardScale("first-batch")
+    np.testing.assert_allclose(scale.scale(first), (first - 3.0) / np.sqrt(14 / 3))
+    np.testing.assert_allclose(scale.scale(second), (second - 3.0) / np.sqrt(14 / 3))
+    running = RewardScale("running")
+    np.testing.assert_allclose(running.scale(first), first / first.std())
+    np.testing.assert_allclose(running.scale(second), second / np.concatenate([first, second]).std())
+    np.testing.assert_array_equal(RewardScale("none").scale(first), first)
+    with pytest.raises(StageError, match="no scale"):
+        RewardScale("first-batch").scale(np.full(7, 0.1))
+
+
+def test_a_reward_that_is_no_number_stops_the_run() -> None:
+    calls: list[str] = []
+
+    def breaks_later(text: str) -> float:
+        calls.append(text)
+        return float("nan") if len(calls) == 20 else share_of_d(text)
+
+    run = Run(breaks_later)
+    with pytest.raises(StageError, match=r"iteration 2, step 5: 1 of 16 rewards are not finite, the first nan"):
+        PPO(settings()).fit(run.policy, INPUTS, run.context)
+
+
+def test_a_loss_that_is_no_number_stops_the_run() -> None:
+    run = Run()
+    with torch.no_grad():
+        next(iter(run.policy.parameters())).fill_(torch.nan)
+    made = settings()
+    good = Run()
+    state = PPOState.start(good.policy, made)
+    rollouts = roll_out(good.policy, PROMPTS, good.context, state, made)
+    with pytest.raises(StageError, match=r"iteration 1, step 1: the loss is nan"):
+        accumulate_gradient(run.policy, rollouts, range(8), state, made)
+
+
+def test_a_sampler_without_ids_and_a_run_without_prompts_are_refused() -> None:
+    run = Run()
+    with pytest.raises(DataError, match="no training prompts"):
+        PPO(settings()).fit(run.policy, TrainInputs(), run.context)
+
+    class Silent:
+        identity = "silent"
+        tokenization = TOKENIZATION
+
+        def sample(self, prompts: Sequence[Prompt], spec: Any) -> list[Candidates]:
+            return [Candidates(prompt, (Response("", "model", "eos", ()),)) for prompt in prompts]
+
+        def sync(self, policy: Policy) -> None: ...
+
+    with pytest.raises(StageError, match="no token ids"):
+        PPO(settings()).fit(run.policy, INPUTS, replace(run.context, sampler=Silent()))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sources": ("model",)}, "samples its own rollouts"),
+        ({"n": 4}, "one per prompt"),
+        ({"top_p": 0.9}, "full distribution"),
+        ({"top_k": 5}, "full distribution"),
+        ({"max_length": 64}, "max_new_tokens"),
+        ({"temperature": 0.0}, "greater than 0"),
+        ({"minibatch": 256}, "at most rollouts"),
+        ({"micro_batch": 33}, "at most minibatch"),
+        ({"kl": "adaptive"}, "kl_target"),
+        ({"kl": "adaptive", "kl_coefficient": 0.0, "kl_target": 6.0, "kl_horizon": 10}, "never leaves 0"),
+        ({"kl_target": 6.0}, "reads no kl_target"),
+        ({"missing_eos": "ignore"}, "penalty"),
+    ],
+)
+def test_settings_that_contradict_themselves(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        PPOSettings(**changes)
+
+
+def test_models_in_memory() -> None:
+    assert PPOSettings().models_in_memory() == ("policy", "reference", "reward model")
+    assert PPOSettings(value="separate").models_in_memory() == ("policy", "reference", "reward model", "value model")
+    assert PPOSettings(top_p=1.0, top_k=0).requires == PPO.requires == {"sampler", "reward", "reference"}
