@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -26,6 +26,8 @@ from baselines.ppo_math import (
 )
 
 NAN, INF = math.nan, math.inf
+
+unhurried = settings(deadline=None, max_examples=60)  # a busy machine is no failure
 
 
 def tensor(*rows: list[float]) -> Tensor:
@@ -183,6 +185,7 @@ def pad(rows: list[list[float]], extra: int = 0, filler: float = 0.0) -> Tensor:
     return tensor(*([*row, *[filler] * (width - len(row))] for row in rows))
 
 
+@unhurried
 @given(rows(), st.floats(0.0, 1.0), st.floats(0.0, 1.0))
 def test_gae_is_its_definition_row_by_row(
     pair: tuple[list[list[float]], list[list[float]]], g: float, lam: float
@@ -194,6 +197,7 @@ def test_gae_is_its_definition_row_by_row(
     close(returns, pad(expected) + pad(value))
 
 
+@unhurried
 @given(rows())
 def test_with_gamma_and_lambda_1_returns_are_rewards_to_go(pair: tuple[list[list[float]], list[list[float]]]) -> None:
     reward, value = pair
@@ -201,6 +205,7 @@ def test_with_gamma_and_lambda_1_returns_are_rewards_to_go(pair: tuple[list[list
     close(returns, pad([[sum(row[t:]) for t in range(len(row))] for row in reward]))
 
 
+@unhurried
 @given(rows(), st.integers(1, 3), st.sampled_from([NAN, INF, -INF, 5.0]))
 def test_padding_changes_nothing(pair: tuple[list[list[float]], list[list[float]]], extra: int, filler: float) -> None:
     first, second = pair
@@ -225,6 +230,7 @@ def test_padding_changes_nothing(pair: tuple[list[list[float]], list[list[float]
         close(padded_BT, torch.nn.functional.pad(narrow_BT, (0, extra)))
 
 
+@unhurried
 @given(rows())
 def test_at_the_old_policy_the_gradient_is_the_policy_gradient(
     pair: tuple[list[list[float]], list[list[float]]],
@@ -237,6 +243,7 @@ def test_at_the_old_policy_the_gradient_is_the_policy_gradient(
     close(torch.autograd.grad(found.loss, logp)[0], -advantage / mask.sum())
 
 
+@unhurried
 @given(rows(), st.floats(0.5, 2.0), st.floats(-5.0, 5.0))
 def test_whitening_is_blind_to_scale_and_shift(
     pair: tuple[list[list[float]], list[list[float]]], scale: float, shift: float
@@ -252,6 +259,7 @@ def test_whitening_is_blind_to_scale_and_shift(
     assert abs(whiten(x, mask, shift_mean=False)[mask].mean() - x[mask].mean()) < 1e-9
 
 
+@unhurried
 @given(rows())
 def test_the_clipped_value_loss_is_never_below_the_plain_one(
     pair: tuple[list[list[float]], list[list[float]]],
