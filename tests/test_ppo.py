@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,15 @@ PROMPTS = [
     Prompt(f"\n\nHuman: {a} {b}\n\nAssistant:") for a in ("ab", "cd", "abcd") for b in ("dead", "bad", "add", "b")
 ]
 INPUTS = TrainInputs(preferences=[Preference(prompt, " a", " b") for prompt in PROMPTS])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Models this small gain nothing from threads, and lose minutes to them on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def tokenization() -> Tokenization:
