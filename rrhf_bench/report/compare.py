@@ -1,0 +1,137 @@
+"""What is compared with what, and the word for each outcome; tables, sentences and figures read it from here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from rrhf_bench.evaluation.statistics import Estimate, holm, smallest_detectable_difference
+from rrhf_bench.records import Candidates, Decoding
+from rrhf_bench.report.table import Missing
+from rrhf_bench.report.view import ABSENT, BASE, Found, Measure, View, mean_of, paired, unmeasured
+
+Verdict = Literal["higher", "lower", "inside noise"]
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """a - b under one decoding and measure. ``estimate.p`` is before Holm's adjustment, ``p`` after it."""
+
+    a: str
+    b: str
+    decoding: Decoding
+    measure: Measure
+    estimate: Found
+    p: float | None = None
+
+    @property
+    def verdict(self) -> Verdict | None:
+        """None where the difference could not be computed."""
+        if isinstance(self.estimate, Missing):
+            return None
+        if not replace(self.estimate, p=self.p).significant:
+            return "inside noise"
+        return "higher" if self.estimate.value > 0 else "lower"
+
+    @property
+    def detectable(self) -> float | None:
+        """The smallest true difference that would have been found four times in five."""
+        return None if isinstance(self.estimate, Missing) else smallest_detectable_difference(self.estimate)
+
+
+def comparisons(view: View) -> list[Comparison]:
+    """Every method against the base model, and every other one against the first RRHF; PPO's comes first.
+
+    Holm's adjustment is over the comparisons of one decoding and measure.
+    """
+    found: list[Comparison] = []
+    for decoding in view.decodings:
+        for measure in view.measures:
+            family = [
+                Comparison(a, b, decoding, measure, view.difference(a, b, decoding, measure))
+                for a, b in comparison_pairs(view)
+            ]
+            ps = [c.estimate.p for c in family if isinstance(c.estimate, Estimate) and c.estimate.p is not None]
+            adjusted: Iterator[float] = iter(holm(ps).tolist() if ps else [])
+            found += [replace(c, p=next(adjusted)) if isinstance(c.estimate, Estimate) else c for c in family]
+    return found
+
+
+def comparison_pairs(view: View) -> list[tuple[str, str]]:
+    rrhf = view.first("rrhf")
+    others = [row for row in view.methods if row != rrhf] if rrhf else []
+    others.sort(key=lambda row: view.kind(row) != "ppo")  # stable: the rest stays in the file's order
+    return [*((row, rrhf) for row in others if rrhf), *((row, BASE) for row in view.methods)]
+
+
+@dataclass(frozen=True, slots=True)
+class BestOfNLearner:
+    """2304.05302 Eq. 7: a model trained on ranked samples should score as the mean of their per-prompt maximum.
+
+    ``mean`` and ``maximum`` are of the training candidates, ``test`` the trained model's reward. ``paired_gap`` takes
+    the maximum from the same candidate policy on the evaluation prompts and subtracts the model's reward on each.
+    """
+
+    row: str
+    decoding: Decoding
+    mean: Found
+    maximum: Found
+    test: Found
+    paired_gap: Found
+
+    @property
+    def gap(self) -> float | Missing:
+        """Maximum minus test reward. On different prompts, so it has no interval; ``paired_gap`` has one."""
+        if isinstance(self.maximum, Missing):
+            return self.maximum
+        return self.test if isinstance(self.test, Missing) else self.maximum.value - self.test.value
+
+    @property
+    def way(self) -> float | Missing:
+        """The share of the way from the candidates' mean to their maximum that the test reward has covered."""
+        for part in (self.mean, self.maximum, self.test):
+            if isinstance(part, Missing):
+                return part
+        assert isinstance(self.mean, Estimate)
+        assert isinstance(self.maximum, Estimate)
+        assert isinstance(self.test, Estimate)
+        spread = self.maximum.value - self.mean.value
+        return (self.test.value - self.mean.value) / spread if spread else Missing("all candidates score the same")
+
+
+def best_of_n_learners(view: View) -> list[BestOfNLearner]:
+    """One a decoding for each row that was trained on candidates."""
+    found = []
+    for row in view.candidates:
+        mean, maximum = candidate_mean(view, row), candidate_maximum(view, row)
+        for decoding in view.decodings:
+            test = view.mean(row, decoding, "reward")
+            found.append(BestOfNLearner(row, decoding, mean, maximum, test, _paired_gap(view, row, decoding)))
+    return found
+
+
+def candidate_mean(view: View, row: str) -> Found:
+    return mean_of(view.candidates[row].array(_mean), "candidates", "mean", row)
+
+
+def candidate_maximum(view: View, row: str) -> Found:
+    return mean_of(view.candidates[row].array(_maximum), "candidates", "maximum", row)
+
+
+def _mean(candidates: Candidates) -> float:
+    return sum(candidates.scores) / len(candidates.scores)
+
+
+def _maximum(candidates: Candidates) -> float:
+    return max(candidates.scores)
+
+
+def _paired_gap(view: View, row: str, decoding: Decoding) -> Found:
+    drawn, replies = view.test_candidates.get(row), view.block(row, decoding)
+    if drawn is None:
+        return Missing("its candidate policy was not drawn on the evaluation prompts")
+    if replies is None:
+        return ABSENT
+    reason = unmeasured("reward", replies.items)
+    return reason or paired(drawn, _maximum, replies, lambda reply: reply.reward, ("eq7", row, decoding))

@@ -1,0 +1,537 @@
+"""The figures of a report, each from the records alone, as PNG and SVG. A method has one colour in all of them.
+
+Colours are Okabe and Ito's, which people with any of the common colour-blindnesses can tell apart; decodings and kinds
+of points differ in shape or filling as well. SVG files carry no date and no random ids.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib.style
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator
+
+from baselines.best_of_n import best_of_n_kl, expected_best_of_n
+from rrhf_bench.evaluation.statistics import Estimate, Floats, rank_correlation
+from rrhf_bench.paper import figure3_curve, table6
+from rrhf_bench.records import CurvePoint, Decoding
+from rrhf_bench.report.table import Missing, visible
+from rrhf_bench.report.view import BASE, DECODING_WORDS, GIVEN, MEASURE_WORDS, Block, Measure, View, mean_of
+from rrhf_bench.seeding import generator
+
+GREY = "#6b6b6b"
+LIGHT = "#d9d9d9"
+# The kinds that most experiments have keep their colour from report to report; the others take what is left, in order.
+KIND_COLOURS = {"rrhf": "#0072B2", "ppo": "#D55E00", "sft": "#009E73", "best_of_n": "#CC79A7"}
+FREE_COLOURS = ("#E69F00", "#56B4E9", "#000000", "#CC79A7", "#009E73", "#D55E00", "#0072B2")
+STYLE: Mapping[str, Any] = {
+    "font.family": "DejaVu Sans",
+    "font.size": 8,
+    "axes.titlesize": 8.5,
+    "axes.labelsize": 8,
+    "xtick.labelsize": 7.5,
+    "ytick.labelsize": 7.5,
+    "legend.fontsize": 7.5,
+    "legend.frameon": False,
+    "legend.handlelength": 1.6,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.6,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e6e6e6",
+    "grid.linewidth": 0.5,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "lines.linewidth": 1.6,
+    "lines.markersize": 5,
+    "text.parse_math": False,  # a method's name may hold a dollar sign
+    "savefig.dpi": 200,
+    "svg.hashsalt": "rrhf-bench",
+}
+WIDTH = 7.2  # inches: the text width of a two-column paper
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """A figure's file name without a suffix, and what its caption says."""
+
+    name: str
+    title: str
+    caption: str
+
+
+def write_figures(view: View, folder: Path) -> list[Drawn]:
+    """Draw what the run has records for; the rest is left out."""
+    drawn = []
+    with matplotlib.style.context(["default", dict(STYLE)]):
+        for draw in (test_reward, reward_curves, sampling_quality, best_of_n_curve, training_curves):
+            found = draw(view)
+            if found is None:
+                continue
+            text, figure = found
+            figure.savefig(folder / f"{text.name}.png", metadata={"Software": None})
+            figure.set_layout_engine("none")  # it stays as laid out for the PNG, and is not worked out twice
+            figure.savefig(folder / f"{text.name}.svg", metadata={"Date": None, "Creator": None})
+            drawn.append(text)
+    return drawn
+
+
+def colours(view: View) -> dict[str, str]:
+    """The colour of every row: kinds keep theirs for their first row, further rows take the free ones in turn."""
+    first = {row: KIND_COLOURS[view.kind(row)] for row in view.methods if _has_colour(view, row)}
+    free = [colour for colour in FREE_COLOURS if colour not in first.values()] or list(FREE_COLOURS)
+    others = [row for row in view.methods if row not in first]
+    rest = {row: free[i % len(free)] for i, row in enumerate(others)}
+    return {BASE: GREY, **dict.fromkeys(GIVEN, "#a0a0a0"), **first, **rest}
+
+
+def _has_colour(view: View, row: str) -> bool:
+    return view.kind(row) in KIND_COLOURS and view.first(view.kind(row)) == row
+
+
+# --- test reward ----------------------------------------------------------------------------------------------
+
+
+def test_reward(view: View) -> tuple[Drawn, Figure] | None:
+    """Forest plot: every row's mean reward with interval and seeds, both decodings, proxy and gold."""
+    rows = [row for row in (*view.rows, *GIVEN) if any((row, d) in view.blocks for d in (*view.decodings, "given"))]
+    if not rows:
+        return None
+    measures = view.measures
+    figure, axes = _panels(1, len(measures), height=0.34 * len(rows) + 0.95, width=WIDTH if len(measures) > 1 else 4.6)
+    colour = colours(view)
+    for ax, measure in zip(axes[0], measures, strict=True):
+        for y, row in enumerate(rows):
+            for decoding in (*view.decodings, "given"):
+                _forest_point(ax, view, row, decoding, measure, y, colour[row])  # type: ignore[arg-type]
+        ax.set_yticks(range(len(rows)), [_label(row) for row in rows])
+        ax.set_ylim(len(rows) - 0.45, -0.55)
+        ax.tick_params(axis="y", length=0)
+        ax.grid(axis="y", visible=False)
+        ax.set_xlabel(f"mean {MEASURE_WORDS[measure]} on the test prompts")
+    for ax in axes[0][1:]:
+        ax.set_yticklabels([])
+    handles = [_handle(DECODING_WORDS[d], marker="o", filled=d == "greedy") for d in view.decodings]
+    if any(row in GIVEN for row in rows):
+        handles.append(_handle("data set's reply", marker="D", filled=True))
+    handles.append(_handle("one seed", marker="|", filled=True))
+    _legend(figure, handles)
+    caption = (
+        "Mean reward on the held-out prompts, 95% intervals of a bootstrap crossed over seeds and prompts; ticks "
+        "are single seeds. Proxy is the reward model that methods optimise"
+        + ("; gold is the world's true reward, on a scale of its own." if "gold" in measures else ".")
+    )
+    return Drawn("test_reward", "Test reward", caption), figure
+
+
+def _forest_point(ax: Axes, view: View, row: str, decoding: Decoding, measure: Measure, y: float, colour: str) -> None:
+    found = view.mean(row, decoding, measure)
+    values = view.values(row, decoding, measure)
+    if isinstance(found, Missing) or isinstance(values, Missing):
+        return
+    y += {"greedy": -0.17, "sample": 0.17}.get(decoding, 0.0) if len(view.decodings) > 1 else 0.0
+    ax.plot([found.low, found.high], [y, y], color=colour, linewidth=1.4, solid_capstyle="butt", zorder=2)
+    if len(values) > 1:
+        ax.plot(values.mean(axis=1), [y] * len(values), "|", color=colour, markersize=7, markeredgewidth=0.8, zorder=2)
+    marker = "D" if decoding == "given" else "o"
+    face = "white" if decoding == "sample" else colour
+    ax.plot([found.value], [y], marker, color=colour, markerfacecolor=face, markersize=4.5, zorder=3)
+
+
+# --- reward curves --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Curve:
+    """One row's rewards on the dev prompts at the F fractions that all its seeds have; x by axis name."""
+
+    x_SF: Mapping[str, Floats]
+    y_SF: Floats
+
+
+_AXES = {"step": "optimiser steps", "sampled_tokens": "sampled tokens", "seconds": "seconds"}
+
+
+def reward_curves(view: View) -> tuple[Drawn, Figure] | None:
+    """PPO against RRHF on the dev prompts, over what each has spent: steps, sampled tokens, seconds."""
+    rows = [row for row in view.methods if view.kind(row) in ("rrhf", "ppo")]
+    panels = [
+        (decoding, measure, curves)
+        for decoding in view.decodings
+        for measure in view.measures
+        if (curves := {row: c for row in rows if (c := _curve(view, row, decoding, measure)) is not None})
+    ]
+    if not panels:
+        return None
+    figure, axes = _panels(len(panels), len(_AXES), height=1.55 * len(panels) + 0.6, sharex="col", sharey="row")
+    colour = colours(view)
+    for line, (decoding, measure, curves) in zip(axes, panels, strict=True):
+        for ax, axis in zip(line, _AXES, strict=True):
+            for row, curve in curves.items():
+                if axis in curve.x_SF:
+                    _draw_curve(ax, curve.x_SF[axis], curve.y_SF, colour[row])
+            ax.set_xlim(left=0)
+            ax.xaxis.set_major_locator(MaxNLocator(5))
+            ax.xaxis.set_major_formatter(FuncFormatter(_thousands))
+        line[0].set_ylabel(f"{MEASURE_WORDS[measure]}\n({DECODING_WORDS[decoding]})")
+    for ax, words in zip(axes[-1], _AXES.values(), strict=True):
+        ax.set_xlabel(words)
+    shown = [row for row in rows if any(row in curves for _, _, curves in panels)]
+    spent = Line2D([], [], color=GREY, linewidth=1, linestyle=(0, (1, 1.5)), label="candidates, before step 0")
+    _legend(figure, [*(_handle(row, colour[row]) for row in shown), spent])
+    caption = (
+        "Mean reward of the current policy on the same dev prompts (no KL term), at fixed fractions of each budget. "
+        "Bold: mean over seeds; thin: each seed; band: least to most. Sampling and scoring the candidates counts "
+        "before step 0, so these curves start to the right of 0 in tokens and seconds; seconds are of the machine "
+        "named under Cost."
+    )
+    return Drawn("reward_curves", "Reward while training: PPO and RRHF", caption), figure
+
+
+def _curve(view: View, row: str, decoding: Decoding, measure: Measure) -> _Curve | None:
+    seeds: dict[int, dict[float, CurvePoint]] = {}
+    for point in view.records.curves:
+        rewards = point.rewards if measure == "reward" else point.golds
+        if point.method == row and point.decoding == decoding and rewards:
+            seeds.setdefault(point.seed, {})[round(point.fraction, 6)] = point
+    fractions = sorted(set.intersection(*(set(points) for points in seeds.values()))) if seeds else []
+    if not fractions:
+        return None
+    points_SF = [[seeds[seed][fraction] for fraction in fractions] for seed in sorted(seeds)]
+    x_SF = {
+        "step": np.array([[point.step for point in points] for points in points_SF], dtype=np.float64),
+        "sampled_tokens": np.array(
+            [[point.sampled_tokens for point in points] for points in points_SF], dtype=np.float64
+        ),
+    }
+    clocks = [dict(view.records.curve_seconds.get((row, seed), ())) for seed in sorted(seeds)]
+    clocks = [{round(fraction, 6): seconds for fraction, seconds in clock.items()} for clock in clocks]
+    if all(fraction in clock for clock in clocks for fraction in fractions):
+        x_SF["seconds"] = np.array([[clock[fraction] for fraction in fractions] for clock in clocks])
+    return _Curve(x_SF, np.array([[_reward(point, measure) for point in points] for points in points_SF]))
+
+
+def _reward(point: CurvePoint, measure: Measure) -> float:
+    rewards = point.rewards if measure == "reward" else point.golds
+    assert rewards
+    return float(np.mean(rewards))
+
+
+def _draw_curve(ax: Axes, x_SF: Floats, y_SF: Floats, colour: str) -> None:
+    x_F, y_F = x_SF.mean(axis=0), y_SF.mean(axis=0)
+    if len(y_SF) > 1:
+        ax.fill_between(x_F, y_SF.min(axis=0), y_SF.max(axis=0), color=colour, alpha=0.15, linewidth=0)
+        for x, y in zip(x_SF, y_SF, strict=True):
+            ax.plot(x, y, color=colour, linewidth=0.5, alpha=0.6)
+    ax.plot(x_F, y_F, "o-", color=colour, markersize=2.5)
+    if x_F[0] > 0:
+        ax.plot([0, x_F[0]], [y_F[0]] * 2, color=colour, linewidth=1, linestyle=(0, (1, 1.5)))
+
+
+# --- test reward against sampling quality ---------------------------------------------------------------------
+
+
+def sampling_quality(view: View) -> tuple[Drawn, Figure] | None:
+    """Test reward against the mean and the maximum of the training candidates, and the paper's own points."""
+    points = {decoding: list(_quality_points(view, decoding)) for decoding in view.decodings}
+    points = {decoding: found for decoding, found in points.items() if found}
+    if not points:
+        return None
+    figure, axes = _panels(1, len(points) + 1, height=3.3)
+    colour = colours(view)
+    for ax, (decoding, found) in zip(axes[0], points.items(), strict=False):
+        for row, mean, maximum, test in found:
+            _quality_point(ax, mean, maximum, test, colour[row])
+        mean_N, maximum_N, test_N = (np.array([point[i] for point in found]) for i in (1, 2, 3))
+        _finish_quality(ax, f"this run, {DECODING_WORDS[decoding]}", mean_N, maximum_N, test_N, decoding)
+    shades = {"LLaMA": "#b5b5b5", "Alpaca": "#000000", "Alpaca-sft": "#6b6b6b"}
+    published = [row for row in table6() if row.train_mean is not None and row.setting != "IP-1"]  # IP-1 repeats DP
+    numbers = [(row.train_mean or 0.0, row.train_max or 0.0, row.test_reward) for row in published]
+    for theirs, (mean, maximum, test) in zip(published, numbers, strict=True):
+        _quality_point(axes[0][-1], mean, maximum, test, shades[theirs.rho])
+    mean_N, maximum_N, test_N = np.array(numbers).T
+    _finish_quality(axes[0][-1], "paper, Table 6", mean_N, maximum_N, test_N, "paper")
+    axes[0][0].set_ylabel("test reward (proxy)")
+    rows = list(dict.fromkeys(row for found in points.values() for row, *_ in found))
+    handles = [_handle(row, colour[row], marker="s") for row in rows]
+    handles += [_handle("mean of candidates", marker="o", filled=False), _handle("their maximum", marker="^")]
+    _legend(figure, handles)
+    shade_handles = [_handle(rho, shade, marker="s") for rho, shade in shades.items()]
+    axes[0][-1].legend(handles=shade_handles, loc="lower right", handletextpad=0.2, labelspacing=0.2)
+    caption = (
+        "Test reward against the quality of the training candidates: open circles at the candidates' mean reward, "
+        "triangles at the mean over prompts of their maximum, a line joining the two of one seed. On the line y = x "
+        "the test reward equals the candidates'. Spearman's correlation with a 95% bootstrap over points; points of "
+        "one method are not independent. Right: the published points (2304.05302v2), on another reward scale."
+    )
+    return Drawn("sampling_quality", "Test reward against sampling quality", caption), figure
+
+
+def _quality_points(view: View, decoding: Decoding) -> Iterator[tuple[str, float, float, float]]:
+    """(row, mean, maximum, test reward) of each seed."""
+    for row, block in view.candidates.items():
+        replies, values = view.block(row, decoding), view.values(row, decoding, "reward")
+        if replies is None or isinstance(values, Missing):
+            continue
+        mean_S = block.array(lambda c: float(np.mean(c.scores))).mean(axis=1)
+        maximum_S = block.array(lambda c: max(c.scores)).mean(axis=1)
+        tests = dict(zip(replies.seeds, values.mean(axis=1).tolist(), strict=True))
+        for seed, mean, maximum in zip(block.seeds, mean_S.tolist(), maximum_S.tolist(), strict=True):
+            if seed in tests:
+                yield row, mean, maximum, tests[seed]
+
+
+def _quality_point(ax: Axes, mean: float, maximum: float, test: float, colour: str) -> None:
+    ax.plot([mean, maximum], [test, test], color=colour, linewidth=0.5, alpha=0.5)
+    ax.plot([mean], [test], "o", color=colour, markerfacecolor="white", markersize=4.5)
+    ax.plot([maximum], [test], "^", color=colour, markersize=4.5)
+
+
+def _finish_quality(ax: Axes, title: str, mean_N: Floats, maximum_N: Floats, test_N: Floats, name: str) -> None:
+    low, high = min(mean_N.min(), test_N.min()), max(maximum_N.max(), test_N.max())
+    pad = 0.08 * (high - low or 1.0)
+    ends = (low - pad, high + pad)
+    ax.plot(ends, ends, color=GREY, linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
+    ax.set(xlim=ends, ylim=ends, aspect="equal", xlabel="reward of training candidates")
+    ax.xaxis.set_major_locator(MaxNLocator(5))
+    ax.yaxis.set_major_locator(MaxNLocator(5))
+    lines = [
+        f"{words}: {_correlation(x_N, test_N, name, words)}" for words, x_N in (("mean", mean_N), ("max", maximum_N))
+    ]
+    ax.set_title("\n".join([title, f"Spearman (n = {len(test_N)})", *lines]), loc="left", fontsize=7.5)
+
+
+def _correlation(x_N: Floats, y_N: Floats, *name: str) -> str:
+    if len(x_N) < 5:
+        return "too few points"
+    if 0 in (np.ptp(x_N), np.ptp(y_N)):
+        return "undefined"
+    found = rank_correlation(x_N, y_N, rng=generator("report", "sampling quality", *name))
+    return f"{found.value:.2f} [{found.low:.2f}, {found.high:.2f}]"
+
+
+# --- best-of-n ------------------------------------------------------------------------------------------------
+
+
+def best_of_n_curve(view: View) -> tuple[Drawn, Figure] | None:
+    """Reward of the best of n against its KL, from one pool, with each trained method at its measured KL."""
+    pool = view.pool
+    if pool is None:
+        return None
+    samples = min(len(item.rewards) for item in pool.items)
+    ns = [n for n in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 512, 1024) if n <= samples]
+    if len(ns) < 2:
+        return None
+    golds = all(item.golds for item in pool.items) and "gold" in view.measures
+    measures: list[Measure] = ["reward", "gold"] if golds else ["reward"]
+    figure, axes = _panels(1, len(measures), height=3.0, width=WIDTH if golds else 4.2)
+    for ax, measure in zip(axes[0], measures, strict=True):
+        _draw_best_of_n(ax, pool, measure, ns, samples)
+        shown = [row for row in view.methods if _method_point(ax, view, row, measure, pool)]
+        ax.set_xscale("function", functions=(lambda x: np.sqrt(np.maximum(x, 0)), np.square))
+        ax.set_xlim(left=0)
+        ax.xaxis.set_major_locator(FixedLocator([0, 0.1, 0.5, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128]))
+        ax.set_xlabel("KL to the initial policy (nats, square-root axis)")
+        ax.set_ylabel(f"{MEASURE_WORDS[measure]} (sampled)")
+    colour = colours(view)
+    handles = [Line2D([], [], color="black", label="best of n (n at the points)")]
+    handles += [Line2D([], [], color="black", linestyle=(0, (2, 1.5)), label=f"n > {samples}/4: high variance")]
+    handles += [_handle(row, colour[row], marker=_marker(view, row)) for row in shown]
+    _legend(figure, handles)
+    caption = (
+        "Best of n samples of the initial policy by proxy reward, estimated without bias from a pool of "
+        f"{samples} samples on each of {len(pool.prompts)} prompts, against its KL log n - (n - 1) / n (an upper bound "
+        "where scores tie); bands: 95% bootstrap over seeds and prompts. Points: each method on the same prompts, "
+        "sampled, at its measured KL to the initial policy, with 95% intervals; a diamond is best-of-n as the run "
+        "sampled it, at its KL bound. Training spends KL otherwise than best-of-n does, so equal KL is no equal "
+        "footing: read the points as a map, not a race."
+    )
+    return Drawn("best_of_n", "Best-of-n and the trained methods", caption), figure
+
+
+def _draw_best_of_n(ax: Axes, pool: Block[Any], measure: Measure, ns: Sequence[int], samples: int) -> None:
+    found: list[Estimate] = []
+    scores_SP = [np.array([item.rewards[:samples] for item in items_P]) for items_P in pool.items_SP]
+    values_SP = scores_SP
+    if measure == "gold":
+        values_SP = [np.array([item.golds[:samples] for item in items_P]) for items_P in pool.items_SP]
+    for n in ns:
+        best_SP = [expected_best_of_n(s, n, value_BN=v) for s, v in zip(scores_SP, values_SP, strict=True)]
+        estimate = mean_of(np.array(best_SP), "best of n", measure, str(n))
+        if isinstance(estimate, Missing):
+            return
+        found.append(estimate)
+    kl = np.array([best_of_n_kl(n) for n in ns])
+    sure = sum(n <= samples / 4 for n in ns)
+    value = np.array([estimate.value for estimate in found])
+    band = [estimate.low for estimate in found], [estimate.high for estimate in found]
+    ax.fill_between(kl, *band, color="black", alpha=0.1, linewidth=0)
+    ax.plot(kl[:sure], value[:sure], "o-", color="black", markersize=2.5)
+    ax.plot(
+        kl[max(sure - 1, 0) :], value[max(sure - 1, 0) :], "o", color="black", markersize=2.5, linestyle=(0, (2, 1.5))
+    )
+    for n, x, y in zip(ns, kl, value, strict=True):
+        if n & (n - 1) == 0:
+            ax.annotate(str(n), (x, y), (2, -9), textcoords="offset points", fontsize=6.5, color="#404040")
+
+
+def _method_point(ax: Axes, view: View, row: str, measure: Measure, pool: Block[Any]) -> bool:
+    """Draw a method's point on the pool's prompts; False where the records do not hold one."""
+    replies = view.block(row, "sample")
+    if replies is None:
+        return False
+    prompts = tuple(sorted(set(replies.prompts) & set(pool.prompts)))
+    if len(prompts) < 2:
+        return False
+    part = replies.only(replies.seeds, prompts)
+    if any(getattr(reply, measure) is None for reply in part.items):
+        return False
+    y = mean_of(part.array(lambda reply: getattr(reply, measure)), "best of n", row, measure)
+    x: Estimate | float | Missing
+    if view.kind(row) == "best_of_n":
+        x = best_of_n_kl(view.methods[row].n or 1)
+    elif any(reply.kl is None for reply in part.items):
+        return False
+    else:
+        x = mean_of(part.array(lambda reply: reply.kl or 0.0), "best of n", row, "kl")
+    if isinstance(y, Missing) or isinstance(x, Missing):
+        return False
+    colour = colours(view)[row]
+    centre = x.value if isinstance(x, Estimate) else x
+    if isinstance(x, Estimate):
+        ax.plot([max(x.low, 0), max(x.high, 0)], [y.value] * 2, color=colour, linewidth=1.2, solid_capstyle="butt")
+    ax.plot([max(centre, 0)] * 2, [y.low, y.high], color=colour, linewidth=1.2, solid_capstyle="butt")
+    ax.plot([max(centre, 0)], [y.value], _marker(view, row), color=colour, markersize=5, zorder=3)
+    return True
+
+
+def _marker(view: View, row: str) -> str:
+    return "D" if view.kind(row) == "best_of_n" else "o"
+
+
+# --- loss and reward while training ---------------------------------------------------------------------------
+
+
+def training_curves(view: View) -> tuple[Drawn, Figure] | None:
+    """The paper's Figure 3: loss above, reward on the dev prompts below, a column a method, the published one last."""
+    losses = {row: found for row in view.methods if (found := _losses(view, row))}
+    if not losses:
+        return None
+    columns = len(losses) + 1
+    figure, axes = _panels(2, columns, height=3.3, width=max(WIDTH, 1.75 * columns), sharex="col")
+    colour = colours(view)
+    for c, (row, (key, logs)) in enumerate(losses.items()):
+        for x, y in logs:
+            axes[0][c].plot(x, y, color=colour[row], linewidth=0.6, alpha=0.4 if len(logs) > 1 else 1)
+        _mean_loss(axes[0][c], logs, colour[row])
+        axes[0][c].set_title(f"{_label(row)}\n{visible(key)}")
+        for decoding in view.decodings:
+            curve = _curve(view, row, decoding, "reward")
+            if curve is not None:
+                _dev_reward(axes[1][c], curve, colour[row], decoding)
+        axes[1][c].set_xlabel("optimiser steps")
+    published = figure3_curve()
+    steps = [point.step for point in published]
+    axes[0][-1].plot(steps, [point.loss_relative for point in published], "o-", color="black", markersize=2.5)
+    axes[0][-1].set_title("paper, Figure 3\nloss (relative height)")
+    axes[1][-1].plot(steps, [point.reward for point in published], "o-", color="black", markersize=2.5)
+    axes[1][-1].set_xlabel("optimiser steps")
+    for ax in axes.flat:
+        ax.set_xlim(left=0)
+        ax.xaxis.set_major_locator(MaxNLocator(4))
+        ax.yaxis.set_major_locator(MaxNLocator(4))
+        ax.xaxis.set_major_formatter(FuncFormatter(_thousands))
+    heights = [ax.get_ylim() for ax in axes[1][:-1]]
+    for ax in axes[1][:-1]:  # one scale, so that methods compare
+        ax.set_ylim(min(low for low, _ in heights), max(high for _, high in heights))
+    axes[0][0].set_ylabel("loss")
+    axes[1][0].set_ylabel("dev reward (proxy)")
+    styles = {"greedy": "-", "sample": (0, (3, 1.5))}
+    _legend(figure, [Line2D([], [], color=GREY, linestyle=styles[d], label=DECODING_WORDS[d]) for d in view.decodings])
+    caption = (
+        "Above: each method's own training loss, thin per seed, bold the mean over seeds as a running mean; losses "
+        "of different methods are on different scales. Below: proxy reward on the dev prompts at fixed fractions, "
+        "mean over seeds. Right: Figure 3 of 2304.05302v2, read from the plot; its loss axis has no labels."
+    )
+    return Drawn("training", "Loss and reward while training", caption), figure
+
+
+_Log = tuple[Floats, Floats]  # steps, values
+
+
+def _losses(view: View, row: str) -> tuple[str, list[_Log]] | None:
+    """The key of a row's loss and its logs by seed."""
+    logs = [log for (name, _), log in sorted(view.records.training.items()) if name == row and log]
+    if not logs:
+        return None
+    keys = list(logs[0][0])
+    key = next((k for k in ("loss", "loss/total", "loss/policy_avg", *keys) if k in keys and "loss" in k), None)
+    if key is None:
+        return None
+    found = []
+    for log in logs:
+        points = [(line.get("step", i), line[key]) for i, line in enumerate(log, 1) if key in line]
+        if points:
+            steps, values = zip(*points, strict=True)
+            found.append((np.array(steps, dtype=np.float64), np.array(values, dtype=np.float64)))
+    return (key, found) if found else None
+
+
+def _mean_loss(ax: Axes, logs: Sequence[_Log], colour: str) -> None:
+    """The mean over seeds, smoothed over a twelfth of the run; only where all seeds logged the same steps."""
+    steps = logs[0][0]
+    if any(not np.array_equal(steps, other) for other, _ in logs):
+        return
+    mean = np.mean([values for _, values in logs], axis=0)
+    width = max(len(mean) // 12, 1)
+    sums = np.concatenate([[0.0], np.cumsum(mean)])
+    first = np.maximum(np.arange(len(mean)) - width + 1, 0)
+    last = np.arange(len(mean)) + 1
+    ax.plot(steps, (sums[last] - sums[first]) / (last - first), color=colour)
+
+
+def _dev_reward(ax: Axes, curve: _Curve, colour: str, decoding: Decoding) -> None:
+    style: Any = "-" if decoding == "greedy" else (0, (3, 1.5))
+    x_F, y_F = curve.x_SF["step"].mean(axis=0), curve.y_SF.mean(axis=0)
+    if len(curve.y_SF) > 1:
+        band = curve.y_SF.min(axis=0), curve.y_SF.max(axis=0)
+        ax.fill_between(x_F, *band, color=colour, alpha=0.15, linewidth=0)
+    ax.plot(x_F, y_F, color=colour, linestyle=style)
+
+
+# --- shared ---------------------------------------------------------------------------------------------------
+
+
+def _panels(rows: int, columns: int, *, height: float, width: float = WIDTH, **share: Any) -> tuple[Figure, Any]:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False, **share)
+
+
+def _legend(figure: Figure, handles: Sequence[Line2D], columns: int = 6) -> None:
+    """Above the panels, where it covers nothing."""
+    figure.legend(handles=list(handles), loc="outside upper center", ncols=min(len(handles), columns))
+
+
+def _handle(label: str, colour: str = GREY, marker: str = "", filled: bool = True) -> Line2D:
+    face = colour if filled else "white"
+    line = "" if marker else "-"
+    return Line2D([], [], color=colour, marker=marker, markerfacecolor=face, linestyle=line, label=_label(label))
+
+
+def _label(text: str) -> str:
+    """A name as a figure shows it; matplotlib would leave one that begins with an underscore out of a legend."""
+    text = visible(text)
+    text = text if len(text) <= 28 else text[:27] + "…"
+    return f" {text}" if text.startswith("_") else text
+
+
+def _thousands(value: float, _position: object = None) -> str:
+    return f"{value / 1000:g}k" if abs(value) >= 1000 else f"{value:g}"

@@ -1,0 +1,187 @@
+"""The sentences of a report, made from its numbers and its experiment file: nothing here knows a result beforehand."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+
+from rrhf_bench.config import Experiment
+from rrhf_bench.evaluation.statistics import Estimate
+from rrhf_bench.records import Decoding
+from rrhf_bench.report.compare import BestOfNLearner, Comparison, best_of_n_learners, comparisons
+from rrhf_bench.report.table import Cell, Column, Missing, Table, interval, markdown, number
+from rrhf_bench.report.tables import accuracy
+from rrhf_bench.report.view import BASE, DECODING_WORDS, MEASURE_WORDS, View
+from rrhf_bench.settings import MethodSettings
+
+
+def standing(experiment: Experiment) -> str:
+    """What kind of numbers these are."""
+    if experiment.data.source == "toy":
+        return (
+            "These are numbers of the embedded world: a small model trained from scratch on generated dialogues, a "
+            "reward model trained on noisy labels, and a gold reward that knows the truth. They are not comparable "
+            "with the paper's, which are of 7B models on HH; only the order of methods and the shape of curves are."
+        )
+    scratch = [
+        words
+        for words, model in (("policy", experiment.policy), ("reward model", experiment.reward_model))
+        if model.from_scratch
+    ]
+    if scratch:
+        return (
+            f"The {' and the '.join(scratch)} of this run: a small model trained from scratch on the data's own text. "
+            "The numbers show that the comparison runs on these data. They say little about the methods at scale, and "
+            "they are not comparable with the paper's."
+        )
+    return (
+        "The published numbers are of LLaMA and Alpaca 7B under Dahoas/gptj-rm-static. Unless policy and reward "
+        "model are those, values are not comparable with the paper's; the order of methods may be."
+    )
+
+
+def findings(view: View) -> list[str]:
+    """What holds and what is inside noise, as Markdown sentences."""
+    compared = comparisons(view)
+    learners = best_of_n_learners(view)
+    return [
+        *_against(view, compared, view.first("rrhf")),
+        *_against(view, compared, BASE),
+        *_trades(compared),
+        *map(_learner, (learner for learner in learners if isinstance(learner.paired_gap, Estimate))),
+        *_accuracies(view),
+    ]
+
+
+def _against(view: View, compared: Sequence[Comparison], b: str | None) -> Iterator[str]:
+    """One sentence a decoding and measure: which rows are higher than ``b``, which lower, which inside noise."""
+    for decoding in view.decodings:
+        for measure in view.measures:
+            family = [c for c in compared if (c.b, c.decoding, c.measure) == (b, decoding, measure)]
+            parts = []
+            for verdict in ("higher", "lower", "inside noise"):
+                some = sorted((c for c in family if c.verdict == verdict), key=lambda c: -_value(c))
+                parts += [f"{verdict}: {', '.join(map(_difference, some))}"] if some else []
+            if parts and b is not None:
+                where = f"{MEASURE_WORDS[measure]}, {DECODING_WORDS[decoding]}"
+                yield f"Against **{markdown(b)}** on the {where}, {'; '.join(parts)}."
+
+
+def _difference(c: Comparison) -> str:
+    assert isinstance(c.estimate, Estimate)
+    text = f"{markdown(c.a)} by {_signed(c.estimate.value)} {interval(c.estimate.low, c.estimate.high, 2)}"
+    if c.verdict == "inside noise" and c.detectable is not None:
+        text += f" (detectable: {number(c.detectable, 2)})"
+    return text
+
+
+def _trades(compared: Sequence[Comparison]) -> Iterator[str]:
+    """Rows that beat another on the proxy and lose to it on the gold reward: the proxy was over-optimised."""
+    gold = {(c.a, c.b, c.decoding): c.verdict for c in compared if c.measure == "gold"}
+    beaten: dict[tuple[str, Decoding], list[str]] = defaultdict(list)
+    for c in compared:
+        if c.measure == "reward" and c.verdict == "higher" and gold.get((c.a, c.b, c.decoding)) == "lower":
+            beaten[c.a, c.decoding].append(c.b)
+    for (a, decoding), rows in beaten.items():
+        yield (
+            f"**{markdown(a)} buys proxy reward with gold reward** ({DECODING_WORDS[decoding]}): higher than "
+            f"{markdown(' and '.join(rows))} on the proxy, lower on gold."
+        )
+
+
+def _learner(learner: BestOfNLearner) -> str:
+    gap, way = learner.paired_gap, learner.way
+    assert isinstance(gap, Estimate)
+    share = (
+        "" if isinstance(way, Missing) else f" has gone {100 * way:.0f}% of the way from the mean to the maximum of its"
+    )
+    head = f"**{markdown(learner.row)}** ({DECODING_WORDS[learner.decoding]})"
+    verdict = ("falls short of" if gap.value > 0 else "exceeds") if gap.significant else "cannot be told from"
+    return (
+        f"Eq. 7: {head}{share + ' training candidates and' if share else ''} {verdict} the best candidate on the same "
+        f"evaluation prompts: maximum minus its reward is {_signed(gap.value)} {interval(gap.low, gap.high, 2)}."
+    )
+
+
+def _accuracies(view: View) -> Iterator[str]:
+    found = [(row, accuracy(view, row)) for row in view.rows]
+    parts = [
+        f"{markdown(row)} {100 * share.value:.1f}% {interval(100 * share.low, 100 * share.high, 1)}"
+        for row, share in found
+        if isinstance(share, Estimate)
+    ]
+    if parts:
+        yield f"As a reward model, p_i orders held-out pairs as their labels do in: {', '.join(parts)}."
+
+
+def _value(c: Comparison) -> float:
+    return c.estimate.value if isinstance(c.estimate, Estimate) else 0.0
+
+
+def _signed(value: float) -> str:
+    text = number(value, 2)
+    return text if text.startswith("-") or float(text.replace(",", "")) == 0 else f"+{text}"
+
+
+def departures_table(view: View) -> Table:
+    """Where the experiment file differs from the paper's settings, option by option."""
+    columns = (Column("option"), Column("the paper"), Column("this run"))
+    rows = [
+        (Cell(option), Cell(paper), Cell(here)) for option, paper, here in _settings(view.experiment) if paper != here
+    ]
+    notes = (
+        "The paper's settings: arXiv 2304.05302v2 sections 4.1 and 4.2, and where it is silent its released code "
+        "and the trlX example that it names for PPO. Options that agree are left out.",
+    )
+    return Table("departures", "Departures from the paper", columns, tuple(rows), notes, view.records.arena)
+
+
+_Setting = tuple[str, str, str]  # option, the paper, this run
+
+
+def _settings(experiment: Experiment) -> Iterator[_Setting]:
+    data, sampling, evaluation = experiment.data, experiment.sampling, experiment.evaluation
+    yield "data.source", "hub:Dahoas/rm-static", data.source
+    yield "data.train_prompts", "76256", str(data.train_prompts)
+    yield "policy.source", "Alpaca 7B", experiment.policy.source
+    yield "reward_model.source", "Dahoas/gptj-rm-static", experiment.reward_model.source
+    yield "perplexity_model.source", "gpt2-medium", experiment.perplexity_model.source
+    yield "sampling.max_new_tokens", "128", str(sampling.max_new_tokens)
+    yield "sampling.cut_at_stop", "false: training replies were not cut at fake turns", _truth(sampling.cut_at_stop)
+    yield "evaluation.decoding", "greedy", ", ".join(evaluation.decoding)
+    yield "evaluation.max_new_tokens", "128", str(evaluation.max_new_tokens)
+    for row, settings in experiment.methods.items():
+        yield from _method_settings(row, settings)
+
+
+def _truth(cut: bool) -> str:
+    return "true" if cut else "false: training replies were not cut at fake turns"
+
+
+def _method_settings(row: str, settings: MethodSettings) -> Iterator[_Setting]:
+    paper = {"rrhf": _RRHF, "ppo": _PPO, "best_of_n": _BEST_OF_N}.get(settings.kind, {})
+    for key, value in paper.items():
+        here = getattr(settings, key)
+        yield f"{row}: {key}", value, ", ".join(here) if isinstance(here, tuple) else _plain(here)
+    if settings.kind == "rrhf" and "model" in (settings.sources or ()):
+        here = f"sampling, temperature {_plain(settings.temperature)}, top-p {_plain(settings.top_p)}"
+        yield f"{row}: candidates", "DP: diverse beam search, temperature 0.8, 4 groups, penalty 1.0", here
+
+
+_RRHF = {
+    "variant": "paper", "rank_weight": "1", "sft_weight": "1", "margin": "0", "sources": "model, chosen, rejected",
+    "n": "4", "lr": "2e-05", "schedule": "linear", "epochs": "3", "batch_prompts": "64", "weight_decay": "0",
+    "max_length": "192",
+}  # fmt: skip
+_PPO = {
+    "lr": "8e-06", "schedule": "constant", "kl": "adaptive", "kl_coefficient": "0.05", "kl_target": "6",
+    "kl_horizon": "10000", "value_coefficient": "1", "reward_scale": "running", "missing_eos": "none", "eps": "1e-08",
+    "rollouts": "64", "ppo_epochs": "4", "weight_decay": "1e-06",
+}  # fmt: skip
+_BEST_OF_N = {"n": "4"}
+
+
+def _plain(value: object) -> str:
+    if value is None:
+        return "none"
+    return f"{value:g}" if isinstance(value, int | float) and not isinstance(value, bool) else str(value)

@@ -1,0 +1,138 @@
+"""The report of a run: one Markdown page, with its tables and figures in folders beside it. Records in, files out."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from rrhf_bench.errors import StoreError
+from rrhf_bench.pipeline.results import RunRecords
+from rrhf_bench.records import Evaluated, Prompt
+from rrhf_bench.report.figures import Drawn, write_figures
+from rrhf_bench.report.findings import departures_table, findings, standing
+from rrhf_bench.report.table import Table, fenced, markdown, number, to_csv, to_markdown, visible, write_table
+from rrhf_bench.report.tables import FEATURES, compared_tables, cost_tables
+from rrhf_bench.report.view import BASE, DECODING_WORDS, GIVEN, View
+
+DIALOGUES = 5
+_LONGEST = 1200  # characters of a text in the page; the records hold all of it
+
+
+def write_report(records: RunRecords, folder: Path) -> Path:
+    """Write report.md, cost.md, tables/ and figures/ into ``folder`` and return the path of report.md.
+
+    The folder is complete or as it was: everything is written beside it and then moved into its place, where it
+    replaces an earlier report. ``tables/`` depends on the records alone, byte for byte; wall-clock stands in the cost
+    files, in one figure and in the page. Raises StoreError where the folder holds something else than a report.
+    """
+    if folder.exists() and not (folder / "report.md").is_file() and (not folder.is_dir() or any(folder.iterdir())):
+        raise StoreError(
+            f"{folder}: holds files that are no report; expected a new or empty folder, or an earlier report; "
+            "name another folder"
+        )
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    fresh, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{part}") for part in ("new", "old"))
+    try:
+        fresh.mkdir()
+        _write(View(records), fresh)
+        if folder.exists():
+            folder.rename(old)
+        fresh.rename(folder)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+        if old.exists() and not folder.exists():
+            old.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+    return folder / "report.md"
+
+
+def _write(view: View, folder: Path) -> None:
+    for name in ("tables", "figures"):
+        (folder / name).mkdir()
+    tables = {table.name: table for table in (*compared_tables(view), departures_table(view))}
+    for table in tables.values():
+        write_table(table, folder / "tables")
+    costs = cost_tables(view)
+    for table in costs:
+        (folder / f"{table.name}.csv").write_text(to_csv(table), encoding="utf-8", newline="\n")
+    cost = _render("cost.md.j2", tables=costs, environment=view.records.environment)
+    figures = {drawn.name: drawn for drawn in write_figures(view, folder / "figures")}
+    page = _render(
+        "report.md.j2",
+        records=view.records,
+        methods=list(view.methods),
+        standing=standing(view.experiment),
+        findings=findings(view),
+        tables=tables,
+        figures=figures,
+        dialogues=list(_dialogues(view)),
+        cost=cost,
+    )
+    (folder / "cost.md").write_text(f"# Cost\n\n{cost}", encoding="utf-8", newline="\n")
+    (folder / "report.md").write_text(page, encoding="utf-8", newline="\n")
+
+
+def _render(template: str, **values: object) -> str:
+    # Markdown has its own escapes, not HTML's: every template passes foreign text through `md` or `fenced`.
+    environment = Environment(
+        loader=PackageLoader("rrhf_bench.report", "."),
+        autoescape=False,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters.update(md=markdown, fenced=fenced, table=_table, figure=_figure)
+    return environment.get_template(template).render(values)
+
+
+def _table(table: Table | None, reason: str = "The run holds no records for this table.") -> str:
+    return to_markdown(table) if table is not None else f"— {reason}\n"
+
+
+def _figure(figure: Drawn | None, reason: str = "The run holds no records for this figure.") -> str:
+    if figure is None:
+        return f"— {reason}\n"
+    title = markdown(figure.title)
+    return f"![{title}](figures/{figure.name}.png)\n\n*{title}.* {markdown(figure.caption)}\n"
+
+
+def _dialogues(view: View) -> Iterable[str]:
+    """The first evaluation prompts, each with every row's reply, as plain text to be fenced."""
+    decoding = view.decodings[0]
+    replies: dict[tuple[str, Prompt], Evaluated] = {}
+    for reply in view.records.evaluated:
+        if reply.decoding in (decoding, "given"):
+            replies.setdefault((reply.method, reply.prompt), reply)  # the first seed's
+    prompts = list(dict.fromkeys(prompt for row, prompt in replies if row in view.rows))[:DIALOGUES]
+    for prompt in prompts:
+        lines = [_indented(prompt.text)]
+        for row in (*view.rows, *GIVEN):
+            found = replies.get((row, prompt))
+            lines += ["", _heading(row, found)] + ([_indented(found.response)] if found else [])
+        yield "\n".join(lines)
+
+
+def _heading(row: str, reply: Evaluated | None) -> str:
+    name = visible(row)
+    if reply is None:
+        return f"[{name}] — no reply in the records"
+    parts = [f"reward {number(reply.reward, 2)}"]
+    if reply.gold is not None:
+        parts.append(f"gold {number(reply.gold, 2)}")
+    counts = {name: (reply.features or {}).get(name, 0) for name in FEATURES}
+    parts += [f"{name.replace('_', ' ')} {count}" for name, count in counts.items() if count]
+    seed = "" if row in (BASE, *GIVEN) else f", seed {reply.seed}"
+    return f"[{name}, {DECODING_WORDS[reply.decoding]}{seed}] {', '.join(parts)}"
+
+
+def _indented(text: str) -> str:
+    """Indented line by line, so that no text can pose as a heading of this page."""
+    text = visible(text, keep="\n").strip("\n")
+    if len(text) > _LONGEST:
+        text = f"{text[:_LONGEST]} ... ({len(text) - _LONGEST} more characters)"
+    return "\n".join(f"    {line}".rstrip() for line in text.split("\n"))

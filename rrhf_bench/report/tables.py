@@ -1,0 +1,585 @@
+"""The tables of a report, each from the records alone. The costs, which are wall-clock, stand apart from all others."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from rrhf_bench.evaluation import metrics
+from rrhf_bench.evaluation.statistics import Estimate
+from rrhf_bench.paper import Table2Row, table2, table5, table6
+from rrhf_bench.pipeline.results import Timing
+from rrhf_bench.records import CurvePoint, Decoding, Evaluated, PairScored
+from rrhf_bench.report.compare import best_of_n_learners, candidate_maximum, candidate_mean, comparisons
+from rrhf_bench.report.table import Cell, Column, Missing, Table
+from rrhf_bench.report.view import (
+    ABSENT,
+    BASE,
+    DECODING_WORDS,
+    GIVEN,
+    MEASURE_WORDS,
+    Block,
+    Found,
+    View,
+    mean_of,
+    unmeasured,
+)
+
+FEATURES = ("details", "off_topic", "vague", "polite", "rude", "repeated", "garbled", "refused")
+REWARD_MODEL = "reward model"
+
+_WEIGHTLESS = Missing("best-of-n has no log-probabilities of its own: it reranks the initial policy's samples")
+_NO_MODEL = Missing("a reply of the data set, written by no model of this run")
+_INTERVALS = (
+    "Brackets: 95% percentile intervals of a bootstrap that resamples seeds and prompts, crossed. With fewer than "
+    "about five seeds they are too short where the spread between seeds dominates: see the values of each seed."
+)
+
+
+def compared_tables(view: View) -> list[Table]:
+    """All tables that the records alone decide, byte for byte. Those that the run has nothing for are left out."""
+    made = (
+        main_table(view),
+        differences_table(view),
+        seeds_table(view),
+        published_table(view),
+        candidates_table(view),
+        eq7_table(view),
+        published_candidates_table(view),
+        accuracy_table(view),
+        features_table(view),
+        counts_table(view),
+    )
+    return [table for table in made if table is not None and table.rows]
+
+
+def main_table(view: View) -> Table:
+    """Every row under every decoding: rewards, text, distance from the initial policy, models in memory."""
+    columns = (
+        Column("method"),
+        Column("decoding"),
+        Column("proxy reward", 2, interval=True),
+        Column("gold reward", 2, interval=True),
+        Column("PPL", 2),
+        Column("PPL per text", 2),
+        Column("NLL per token", 3),
+        Column("KL", 2),
+        Column("length", 1),
+        Column("distinct-2", 3),
+        Column("fake turn", 3),
+        Column("at cap", 3),
+        Column("p_i accuracy", 3),
+        Column("models", 0),
+        Column("prompts", 0),
+        Column("seeds", 0),
+    )
+    rows = tuple(_main_row(view, row, decoding) for row, decoding in view.blocks_in_order)
+    models = "; ".join(f"{row}: {', '.join(settings.models_in_memory())}" for row, settings in view.methods.items())
+    notes = [
+        "Proxy: the reward model that methods optimise. Gold: the world's true reward, seen by no method.",
+        _INTERVALS,
+        "PPL: exp(total NLL / total tokens) of the replies given their prompts, under the perplexity model; PPL per "
+        "text: mean of each text's own; NLL per token: mean over texts of each text's mean NLL, in nats.",
+        "KL: to the initial policy, nats a reply, mean of the summed log-ratios of sampled replies (k1). Length: mean "
+        "tokens, end-of-text included. distinct-2: distinct word pairs over all, mean over seeds.",
+        "Fake turn, at cap: share of replies cut where they began another turn, or at the length cap.",
+        "p_i accuracy: share of held-out pairs whose chosen reply has the higher length-normalised log-probability.",
+        f"Models in memory while training: {models or 'no methods'}.",
+        *_dropped(view),
+    ]
+    return Table("main", "Main comparison", columns, rows, tuple(notes), view.records.arena, group=1)
+
+
+def _main_row(view: View, row: str, decoding: Decoding) -> tuple[Cell, ...]:
+    block = view.block(row, decoding)
+    head = (Cell(row), Cell(DECODING_WORDS[decoding]))
+    models = Cell.of(_NO_MODEL) if row in GIVEN else Cell(_models(view, row))
+    if block is None:
+        return (*head, *[Cell.of(ABSENT)] * 10, _accuracy_cell(view, row), models, *[Cell.of(ABSENT)] * 2)
+    return (
+        *head,
+        Cell.of(view.mean(row, decoding, "reward")),
+        Cell.of(view.mean(row, decoding, "gold")),
+        *_likelihood_cells(block, row, decoding),
+        _kl_cell(view, row, decoding),
+        Cell.of(view.mean(row, decoding, "tokens")),
+        _distinct(block),
+        _sized(metrics.fake_turn_share(block.items), block),
+        _sized(metrics.length_share(block.items), block),
+        _accuracy_cell(view, row),
+        models,
+        Cell(len(block.prompts)),
+        Cell(len(block.seeds)),
+    )
+
+
+def _likelihood_cells(block: Block[Evaluated], row: str, decoding: Decoding) -> tuple[Cell, Cell, Cell]:
+    reason = unmeasured("nll", block.items) or unmeasured("nll_tokens", block.items)
+    perplexity = None if reason else metrics.perplexity(block.items)
+    if perplexity is None:
+        cell = Cell.of(reason or Missing("no reply has a token"))
+        return cell, cell, cell
+    if perplexity.empty:  # a text without tokens has no mean, so prompts do not pair and there is no interval
+        nlls = [reply.nll / reply.nll_tokens for reply in block.items if reply.nll is not None and reply.nll_tokens]
+        nll = _sized(math.fsum(nlls) / len(nlls), block)
+    else:
+        nll = Cell.of(mean_of(block.array(_nll_per_token), "mean", row, decoding, "nll"))
+    return _sized(perplexity.pooled, block), _sized(perplexity.per_text, block), nll
+
+
+def _sized(value: float, block: Block[Evaluated]) -> Cell:
+    """A number without an interval of its own."""
+    return Cell(value, n=len(block.prompts), seeds=len(block.seeds))
+
+
+def _nll_per_token(reply: Evaluated) -> float:
+    assert reply.nll is not None
+    assert reply.nll_tokens
+    return reply.nll / reply.nll_tokens
+
+
+def _kl_cell(view: View, row: str, decoding: Decoding) -> Cell:
+    if row in GIVEN:
+        return Cell.of(_NO_MODEL)
+    if view.kind(row) == "best_of_n":
+        return Cell.of(_WEIGHTLESS)
+    if decoding != "sample":
+        return Cell.of(Missing("a KL is a mean over sampled replies"))
+    return Cell.of(view.mean(row, decoding, "kl"))
+
+
+def _distinct(block: Block[Evaluated]) -> Cell:
+    """Mean over seeds, each on its own: it falls with the amount of text, and rows differ in their number of seeds."""
+    found = [metrics.distinct_n(reply.response for reply in replies_P) for replies_P in block.items_SP]
+    known = [share for share in found if share is not None]
+    if len(known) < len(found):
+        return Cell.of(Missing("some seed's replies hold no pair of words"))
+    return _sized(math.fsum(known) / len(known), block)
+
+
+def _models(view: View, row: str) -> int:
+    return len(view.methods[row].models_in_memory()) if row in view.methods else 1
+
+
+def _dropped(view: View) -> list[str]:
+    """A footnote for rows of which some seeds lack prompts that others have."""
+    found = [
+        f"{row} ({DECODING_WORDS[decoding]}): {view.blocks[row, decoding].dropped}"
+        for row, decoding in view.blocks_in_order
+        if (row, decoding) in view.blocks and view.blocks[row, decoding].dropped
+    ]
+    return [f"Prompts left out because not every seed has answered them: {'; '.join(found)}."] if found else []
+
+
+def differences_table(view: View) -> Table:
+    """Paired differences with Holm's p and a word for each."""
+    columns = (
+        Column("comparison"),
+        Column("decoding"),
+        Column("reward"),
+        Column("difference", 3, interval=True),
+        Column("p", 4),
+        Column("p (Holm)", 4),
+        Column("verdict"),
+        Column("detectable", 3),
+        Column("prompts", 0),
+        Column("seeds", 0),
+    )
+    rows = []
+    for c in comparisons(view):
+        head = (Cell(f"{c.a} - {c.b}"), Cell(DECODING_WORDS[c.decoding]), Cell(MEASURE_WORDS[c.measure].split()[0]))
+        if isinstance(c.estimate, Missing):
+            rows.append((*head, *[Cell.of(c.estimate)] * 7))
+            continue
+        assert c.verdict is not None
+        assert c.detectable is not None
+        p = [Cell(c.estimate.p) if c.estimate.p is not None else Cell.of(Missing("no test")), Cell(c.p)]
+        sizes = (Cell(c.estimate.n), Cell(c.estimate.seeds))
+        rows.append((*head, Cell.of(c.estimate), *p, Cell(c.verdict), Cell(c.detectable), *sizes))
+    notes = (
+        "Difference: mean over the prompts and seeds that both have. p: sign-flip permutation test over prompts; "
+        "Holm: adjusted over the comparisons of the same decoding and reward. p takes the trained models as given; "
+        "that another training run would differ too shows in the interval.",
+        "Higher or lower: the 95% interval excludes 0 and Holm's p is below 0.05. Otherwise the difference is "
+        "inside noise, which is no proof of equality: read it with the next column.",
+        "Detectable: the smallest true difference that this comparison would find four times in five.",
+    )
+    return Table("differences", "Paired differences", columns, tuple(rows), notes, view.records.arena, group=2)
+
+
+def seeds_table(view: View) -> Table:
+    """The mean rewards of each training seed: with few seeds these say more than an interval."""
+    columns = (
+        Column("method"),
+        Column("decoding"),
+        Column("seed", 0),
+        Column("proxy reward", 3),
+        Column("gold reward", 3),
+    )
+    rows = []
+    for row, decoding in view.blocks_in_order:
+        block = view.block(row, decoding)
+        for s, seed in enumerate(block.seeds if block else ()):
+            cells = []
+            for measure in ("reward", "gold"):
+                values = view.values(row, decoding, measure)  # type: ignore[arg-type]
+                found = values if isinstance(values, Missing) else float(values[s].mean())
+                cells.append(Cell.of(found))
+            rows.append((Cell(row), Cell(DECODING_WORDS[decoding]), Cell(seed), *cells))
+    return Table("seeds", "Rewards of each seed", columns, tuple(rows), (), view.records.arena, group=1)
+
+
+def published_table(view: View) -> Table:
+    """Table 2 of the paper, our nearest row beside each of its own."""
+    columns = (
+        Column("paper: model"),
+        Column("setting"),
+        Column("version"),
+        Column("paper: PPL", 2),
+        Column("paper: reward", 2),
+        Column("this run"),
+        Column("PPL, greedy", 2),
+        Column("reward, greedy", 2, interval=True),
+        Column("reward, sampled", 2, interval=True),
+        Column("source"),
+    )
+    rows = []
+    for published, versions in _merged_versions():
+        row = _our_row(view, published)
+        ppl = Cell(published.ppl) if published.ppl is not None else Cell.of(Missing("not given in the paper"))
+        ours = [Cell.of(row)] * 4 if isinstance(row, Missing) else _published_cells(view, row)
+        theirs = (Cell(published.rho), Cell(published.setting), Cell(versions), ppl, Cell(published.reward))
+        rows.append((*theirs, *ours, Cell(published.source)))
+    notes = (
+        "The published numbers are of 7B models under Dahoas/gptj-rm-static and gpt2-medium; ours are of other "
+        "models under another reward model. The two scales have no common zero or unit: compare the order of rows, "
+        "never the values.",
+        "RRHF DP (diverse beam search) and SP (top-p sampling) stand beside our first RRHF row; how it drew its "
+        "candidates is under the departures from the paper.",
+    )
+    return Table("published", "Table 2 of the RRHF paper", columns, tuple(rows), notes, view.records.arena)
+
+
+def _merged_versions() -> list[tuple[Table2Row, str]]:
+    """The rows of v3, and those of v2 that differ, with the versions that print them; v2 was read at first hand."""
+    merged: dict[tuple[str, str, float | None, float], list[Table2Row]] = defaultdict(list)
+    for published in (*table2("v3"), *table2("v2")):
+        merged[published.rho, published.setting, published.ppl, published.reward].append(published)
+    return [(rows[-1], ", ".join(sorted(row.version for row in rows))) for rows in merged.values()]
+
+
+def _our_row(view: View, published: Table2Row) -> str | Missing:
+    given = {"Good responses": "chosen", "Bad responses": "rejected"}
+    if published.rho in given:
+        return given[published.rho]
+    if published.rho != "Alpaca":
+        return Missing("this run has one initial policy, which stands beside Alpaca")
+    if published.setting == "none":
+        return BASE
+    kind = {"PPO": "ppo", "RRHF_DP": "rrhf", "RRHF_SP": "rrhf", "Best-of-4": "best_of_n"}.get(published.setting, "")
+    return view.first(kind) or Missing(f"this run has no row for {published.setting}")
+
+
+def _published_cells(view: View, row: str) -> list[Cell]:
+    decodings: tuple[Decoding, Decoding] = ("given", "given") if row in GIVEN else ("greedy", "sample")
+    block = view.block(row, decodings[0])
+    ppl = Cell.of(ABSENT) if block is None else _likelihood_cells(block, row, decodings[0])[0]
+    rewards = [Cell.of(view.mean(row, decoding, "reward")) for decoding in decodings]
+    if row in GIVEN:
+        rewards[1] = Cell.of(Missing("a reply of the data set is not decoded; its reward is in the column before"))
+    return [Cell(row), ppl, *rewards]
+
+
+def candidates_table(view: View) -> Table:
+    """What each method had to learn from (Table 6), with the test rewards it came to."""
+    columns = (
+        Column("method"),
+        Column("mean", 2, interval=True),
+        Column("max", 2, interval=True),
+        Column("std", 2),
+        Column("std within prompt", 2),
+        Column("k", 1),
+        Column("duplicates", 0),
+        Column("responses", 0),
+        Column("ties", 0),
+        Column("pairs", 0),
+        Column("all equal", 0),
+        Column("test, greedy", 2, interval=True),
+        Column("test, sampled", 2, interval=True),
+        Column("prompts", 0),
+        Column("seeds", 0),
+    )
+    rows = [_candidates_row(view, row) for row in view.candidates]
+    notes = (
+        "Scores of the training candidates: mean, mean over prompts of the best (max), standard deviation of all "
+        "pooled and within a prompt. k: candidates a prompt.",
+        "Duplicates: texts that repeat an earlier one to the same prompt. Ties: pairs of candidates with equal "
+        "scores, which a ranking loss skips; all equal: prompts that teach no ranking. Counts are over all seeds.",
+    )
+    return Table("candidates", "Training candidates", columns, tuple(rows), notes, view.records.arena)
+
+
+def _candidates_row(view: View, row: str) -> tuple[Cell, ...]:
+    block = view.candidates[row]
+    found = metrics.candidate_statistics(block.items)
+    tests = [view.mean(row, decoding, "reward") for decoding in ("greedy", "sample")]  # type: ignore[arg-type]
+    return (
+        Cell(row),
+        Cell.of(candidate_mean(view, row)),
+        Cell.of(candidate_maximum(view, row)),
+        Cell(found.std),
+        Cell(found.within_std),
+        Cell(found.responses / found.prompts),
+        Cell(found.duplicates),
+        Cell(found.responses),
+        Cell(found.ties),
+        Cell(found.pairs),
+        Cell(found.all_equal),
+        *map(Cell.of, tests),
+        Cell(len(block.prompts)),
+        Cell(len(block.seeds)),
+    )
+
+
+def eq7_table(view: View) -> Table:
+    """Is a trained model as good as the best of its candidates? (Eq. 7)"""
+    columns = (
+        Column("method"),
+        Column("decoding"),
+        Column("candidates: mean", 2),
+        Column("candidates: max", 2, interval=True),
+        Column("test reward", 2, interval=True),
+        Column("way from mean to max", 2),
+        Column("gap, unpaired", 2),
+        Column("gap, paired", 2, interval=True),
+        Column("p", 4),
+        Column("prompts", 0),
+        Column("seeds", 0),
+    )
+    rows = []
+    for learner in best_of_n_learners(view):
+        gap = learner.paired_gap
+        sizes: tuple[Found | float, ...] = (gap, gap, gap)
+        if isinstance(gap, Estimate):
+            sizes = (gap.p if gap.p is not None else Missing("no test"), gap.n, gap.seeds)
+        numbers = (learner.mean, learner.maximum, learner.test, learner.way, learner.gap, gap, *sizes)
+        rows.append((Cell(learner.row), Cell(DECODING_WORDS[learner.decoding]), *map(Cell.of, numbers)))
+    notes = (
+        "Eq. 7 of arXiv 2304.05302 says that the test reward comes to the mean over prompts of the candidates' "
+        "maximum.",
+        "Gap: maximum minus test reward. Unpaired: the maximum is of the training prompts. Paired: the same "
+        "candidate policy was drawn on the evaluation prompts, and the model's reward is subtracted on each; above "
+        "0 the model falls short.",
+    )
+    return Table("eq7", "Test reward against the best candidate", columns, tuple(rows), notes, view.records.arena)
+
+
+def published_candidates_table(view: View) -> Table | None:
+    """Table 6 of the paper, with the two numbers of Eq. 7 worked out from its cells."""
+    if not view.candidates:
+        return None
+    names = ("candidates: mean", "candidates: std", "candidates: max", "test reward", "way from mean to max", "gap")
+    columns = (Column("paper: model"), Column("setting"), *(Column(name, 2) for name in names), Column("source"))
+    rows = []
+    for row in table6():
+        if row.train_mean is None or row.train_max is None or row.train_std is None:
+            continue
+        way = (row.test_reward - row.train_mean) / (row.train_max - row.train_mean)
+        numbers = (row.train_mean, row.train_std, row.train_max, row.test_reward, way, row.train_max - row.test_reward)
+        rows.append((Cell(row.rho), Cell(row.setting), *map(Cell, numbers), Cell(row.source)))
+    notes = (
+        "On another reward scale than the tables of this run. The std is over all training responses pooled. Policies "
+        "that sample while they train (OP) have no fixed candidates and no row here.",
+    )
+    title = "Table 6 of the RRHF paper"
+    return Table("published_candidates", title, columns, tuple(rows), notes, view.records.arena)
+
+
+def accuracy_table(view: View) -> Table | None:
+    """Table 5: the policy's length-normalised log-probability as a reward model."""
+    if not view.pairs:
+        return None
+    columns = (
+        Column("scorer"),
+        Column("accuracy, %", 1, interval=True),
+        Column("ties", 0),
+        Column("pairs", 0),
+        Column("seeds", 0),
+        Column("paper: scorer"),
+        Column("paper: accuracy, %", 2),
+    )
+    published = {row.scorer: row.accuracy_percent for row in table5()}
+    theirs = {
+        REWARD_MODEL: "Dahoas/gptj-rm-static",
+        BASE: "Alpaca",
+        view.first("ppo"): "Alpaca-PPO",
+        view.first("rrhf"): "Alpaca-RRHF_DP",
+    }
+    rows = []
+    for row in (REWARD_MODEL, *view.rows):
+        block = view.pairs.get(row)
+        found = accuracy(view, row)
+        sizes: list[Cell] = [Cell.of(found)] * 3 if isinstance(found, Missing) else []
+        if block is not None and not isinstance(found, Missing):
+            ties = metrics.pair_accuracy(block.items).ties
+            sizes = [Cell(ties), Cell(len(block.prompts)), Cell(len(block.seeds))]
+        none = Cell.of(Missing("the paper has no such row"))
+        scorer = theirs.get(row)
+        paper = (Cell(scorer), Cell(published[scorer])) if scorer else (none, none)
+        rows.append((Cell(row), _percent(found), *sizes, *paper))
+    notes = (
+        "Share of held-out pairs whose chosen reply scores higher: p_i is the log-probability of a reply divided by "
+        "its own number of tokens. A tie counts one half; ties are counted over all seeds.",
+        "Published: Table 5 of arXiv 2304.05302v2 (unchanged in v3), other models on other pairs.",
+    )
+    return Table("accuracy", "Accuracy of p_i as a reward model", columns, tuple(rows), notes, view.records.arena)
+
+
+def accuracy(view: View, row: str) -> Found:
+    """Share of held-out pairs that a row's p_i orders as the labels do."""
+    if row in GIVEN:
+        return _NO_MODEL
+    if view.kind(row) == "best_of_n":
+        return _WEIGHTLESS
+    block = view.pairs.get(row)
+    return ABSENT if block is None else mean_of(block.array(_right), "accuracy", row)
+
+
+def _right(pair: PairScored) -> float:
+    return (pair.chosen > pair.rejected) + 0.5 * (pair.chosen == pair.rejected)
+
+
+def _accuracy_cell(view: View, row: str) -> Cell:
+    return Cell.of(accuracy(view, row))
+
+
+def _percent(found: Found) -> Cell:
+    if isinstance(found, Missing):
+        return Cell.of(found)
+    return Cell(100 * found.value, 100 * found.low, 100 * found.high, found.n, found.seeds)
+
+
+def features_table(view: View) -> Table | None:
+    """What the replies are made of, where the world can tell."""
+    if all(reply.features is None for reply in view.records.evaluated):
+        return None
+    held = {name for reply in view.records.evaluated for name in reply.features or ()}
+    names = [name for name in FEATURES if name in held]
+    columns = (Column("method"), Column("decoding"), *(Column(name.replace("_", " "), 3) for name in names))
+    rows = []
+    for row, decoding in view.blocks_in_order:
+        block = view.block(row, decoding)
+        reason = ABSENT if block is None else unmeasured("features", block.items)
+        means: Mapping[str, float] = {} if block is None or reason else metrics.feature_means(block.items)
+        absent = reason or Missing("the world does not count it")
+        cells = [Cell(means[name]) if name in means else Cell.of(absent) for name in names]
+        rows.append((Cell(row), Cell(DECODING_WORDS[decoding]), *cells))
+    notes = (
+        "Mean count a reply: sentences that are details of the topic, details of another topic, vague, polite, "
+        "rude, said before, not of this world (garbled); refused: share of replies that refuse.",
+    )
+    return Table("features", "Features of the replies", columns, tuple(rows), notes, view.records.arena, group=1)
+
+
+def counts_table(view: View) -> Table:
+    """Everything dropped, truncated or tied on the way."""
+    columns = (Column("where"), Column("what"), Column("count", 0))
+    rows = [
+        (Cell(where), Cell(what.replace("_", " ")), Cell(count))
+        for where, counts in view.records.counts.items()
+        for what, count in counts.items()
+    ]
+    return Table("counts", "Counts", columns, tuple(rows), (), view.records.arena)
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """What a row's training used, mean over seeds; None where nothing was recorded."""
+
+    steps: float | None
+    sampled_tokens: float | None
+
+
+def budget(view: View, row: str) -> Budget:
+    last: dict[int, CurvePoint] = {}
+    for point in view.records.curves:
+        if point.method == row and (point.seed not in last or point.fraction >= last[point.seed].fraction):
+            last[point.seed] = point
+    logs = [log[-1] for (name, _), log in view.records.training.items() if name == row and log]
+    steps = [float(point.step) for point in last.values()] or [float(log["step"]) for log in logs if "step" in log]
+    return Budget(_average(steps), _average([point.sampled_tokens for point in last.values()]))
+
+
+def cost_tables(view: View) -> list[Table]:
+    """Seconds and memory: measured on one machine once, compared with nothing byte for byte."""
+    return [table for table in (method_costs(view), stage_costs(view)) if table.rows]
+
+
+def method_costs(view: View) -> Table:
+    columns = (
+        Column("method"),
+        Column("seconds", 1),
+        Column("peak MiB", 0),
+        Column("sampled tokens", 0),
+        Column("optimiser steps", 0),
+        Column("models", 0),
+        Column("models in memory"),
+    )
+    rows = []
+    for row, settings in view.methods.items():
+        timings = [timing for timing in view.records.timings if timing.row == row]
+        used = budget(view, row)
+        untimed = Missing("no stage of this row was timed")
+        rows.append(
+            (
+                Cell(row),
+                Cell.of(untimed) if not timings else Cell(_seconds_a_seed(timings)),
+                Cell.of(untimed) if not timings else Cell(max(timing.peak_mib for timing in timings)),
+                Cell.of(Missing("not recorded") if used.sampled_tokens is None else used.sampled_tokens),
+                Cell.of(Missing("not recorded") if used.steps is None else used.steps),
+                Cell(len(settings.models_in_memory())),
+                Cell(", ".join(settings.models_in_memory())),
+            )
+        )
+    notes = (
+        "Seconds: all stages of this row, mean over seeds; stages that rows share are in the next table. Sampled "
+        "tokens and optimiser steps: of training, mean over seeds, candidates included.",
+        "Peak: resident memory of the process so far, or of the device on a GPU.",
+    )
+    return Table("cost", "Cost by method", columns, tuple(rows), notes, view.records.arena)
+
+
+def stage_costs(view: View) -> Table:
+    columns = (
+        Column("stage"),
+        Column("row"),
+        Column("runs", 0),
+        Column("seconds", 1, interval=True),
+        Column("seconds, total", 1),
+        Column("peak MiB", 0),
+    )
+    groups: dict[tuple[str, str], list[Timing]] = defaultdict(list)
+    for timing in view.records.timings:
+        groups[timing.stage, timing.row or "all"].append(timing)
+    rows = []
+    for (stage, row), timings in groups.items():
+        seconds = [timing.seconds for timing in timings]
+        mean = Cell(math.fsum(seconds) / len(seconds), min(seconds), max(seconds))
+        peak = max(timing.peak_mib for timing in timings)
+        rows.append((Cell(stage), Cell(row), Cell(len(timings)), mean, Cell(math.fsum(seconds)), Cell(peak)))
+    notes = ("Seconds: mean [least, most] over the runs of the stage, one a seed where seeds differ.",)
+    return Table("cost_stages", "Cost by stage", columns, tuple(rows), notes, view.records.arena)
+
+
+def _seconds_a_seed(timings: Iterable[Timing]) -> float:
+    """Each stage's mean over its runs, summed over stages."""
+    stages: dict[str, list[float]] = defaultdict(list)
+    for timing in timings:
+        stages[timing.stage].append(timing.seconds)
+    return math.fsum(math.fsum(seconds) / len(seconds) for seconds in stages.values())
+
+
+def _average(values: Sequence[float]) -> float | None:
+    return math.fsum(values) / len(values) if values else None

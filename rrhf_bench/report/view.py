@@ -1,0 +1,265 @@
+"""A run's records, arranged for tables and figures: a block of replies per row and decoding, seeds by prompts.
+
+Letters: S seeds, P prompts. Prompts are sorted by id, so nothing here depends on the order of the records.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Generic, Literal, Protocol, TypeAlias, TypeVar
+
+import numpy as np
+
+from rrhf_bench.evaluation.statistics import Estimate, Floats, bootstrap_mean, paired_difference
+from rrhf_bench.pipeline.results import RunRecords
+from rrhf_bench.records import Candidates, Decoding, Evaluated, PairScored, PoolScored, Prompt
+from rrhf_bench.report.table import Missing
+from rrhf_bench.seeding import generator
+from rrhf_bench.settings import MethodSettings
+
+Measure = Literal["reward", "gold", "kl", "tokens"]
+Found: TypeAlias = Estimate | Missing
+
+BASE = "base"
+GIVEN = ("chosen", "rejected")
+ABSENT = Missing("the run holds no such records of this row")
+DECODING_WORDS: Mapping[Decoding, str] = {"greedy": "greedy", "sample": "sampled", "given": "data set"}
+MEASURE_WORDS: Mapping[str, str] = {
+    "reward": "proxy reward",
+    "gold": "gold reward",
+    "kl": "KL",
+    "tokens": "length",
+}
+
+
+class _Prompted(Protocol):
+    @property
+    def prompt(self) -> Prompt: ...
+
+
+T = TypeVar("T", bound=_Prompted)
+
+
+@dataclass(frozen=True)
+class Block(Generic[T]):
+    """Records as seeds x prompts, the same prompts in every seed. ``dropped`` counts those that some seed lacks."""
+
+    seeds: tuple[int, ...]
+    prompts: tuple[str, ...]  # ids, sorted
+    items_SP: tuple[tuple[T, ...], ...]
+    dropped: int
+
+    @property
+    def items(self) -> list[T]:
+        return [item for items_P in self.items_SP for item in items_P]
+
+    def array(self, value: Callable[[T], float]) -> Floats:
+        """(S, P)"""
+        return np.array([[value(item) for item in items_P] for items_P in self.items_SP], dtype=np.float64)
+
+    def only(self, seeds: Sequence[int], prompts: Sequence[str]) -> Block[T]:
+        """The part with these seeds and prompts, in their order; all of them must be there."""
+        columns = [self.prompts.index(prompt) for prompt in prompts] if prompts != self.prompts else None
+        chosen = [self.items_SP[self.seeds.index(seed)] for seed in seeds]
+        rows = tuple(items_P if columns is None else tuple(items_P[c] for c in columns) for items_P in chosen)
+        return Block(tuple(seeds), tuple(prompts), rows, self.dropped)
+
+
+def align(by_seed: Mapping[int, Iterable[T]]) -> Block[T] | None:
+    """The records of each seed on the prompts that every seed has; None where there is none."""
+    keyed = {seed: _keyed(items) for seed, items in by_seed.items()}
+    common = set.intersection(*(set(items) for items in keyed.values())) if keyed else set()
+    if not common:
+        return None
+    seeds, keys = sorted(keyed), sorted(common)
+    dropped = len(set().union(*keyed.values())) - len(common)
+    rows = tuple(tuple(keyed[seed][key] for key in keys) for seed in seeds)
+    return Block(tuple(seeds), tuple(f"{prompt}/{k}" if k else prompt for prompt, k in keys), rows, dropped)
+
+
+def _keyed(items: Iterable[T]) -> dict[tuple[str, int], T]:
+    """By prompt id and, where a prompt comes more than once, which time it is."""
+    times: dict[str, int] = defaultdict(int)
+    keyed = {}
+    for item in items:
+        prompt = item.prompt.id
+        keyed[prompt, times[prompt]] = item
+        times[prompt] += 1
+    return keyed
+
+
+class View:
+    """The records of one run, indexed. Estimates are made once; their random draws are named by what they estimate."""
+
+    def __init__(self, records: RunRecords) -> None:
+        self.records = records
+        self.experiment = records.experiment
+        self.methods: Mapping[str, MethodSettings] = records.experiment.methods
+        self._found: dict[tuple[str, ...], Found] = {}
+
+    @cached_property
+    def blocks(self) -> dict[tuple[str, Decoding], Block[Evaluated]]:
+        groups: dict[tuple[str, Decoding], dict[int, list[Evaluated]]] = defaultdict(lambda: defaultdict(list))
+        for reply in self.records.evaluated:
+            groups[reply.method, reply.decoding][reply.seed].append(reply)
+        aligned = {key: align(by_seed) for key, by_seed in groups.items()}
+        return {key: block for key, block in aligned.items() if block is not None}
+
+    @cached_property
+    def pairs(self) -> dict[str, Block[PairScored]]:
+        """p_i of the held-out pairs by row, and the reward model's own scores under "reward model"."""
+        groups: dict[str, dict[int, list[PairScored]]] = defaultdict(lambda: defaultdict(list))
+        for pair in self.records.pairs:
+            groups[pair.method][pair.seed].append(pair)
+        for pair in self.records.reward_pairs:
+            groups["reward model"][pair.seed].append(pair)
+        aligned = {row: align(by_seed) for row, by_seed in groups.items()}
+        return {row: block for row, block in aligned.items() if block is not None}
+
+    @cached_property
+    def candidates(self) -> dict[str, Block[Candidates]]:
+        """Scored training candidates by row."""
+        return self._candidates(self.records.candidates)
+
+    @cached_property
+    def test_candidates(self) -> dict[str, Block[Candidates]]:
+        """The same candidate policy on the evaluation prompts."""
+        return self._candidates(self.records.test_candidates)
+
+    def _candidates(self, rows: Mapping[tuple[str, int], Sequence[Candidates]]) -> dict[str, Block[Candidates]]:
+        found = {}
+        for row in self.rows:
+            block = align({seed: groups for (name, seed), groups in rows.items() if name == row})
+            if block is not None:
+                found[row] = block
+        return found
+
+    @cached_property
+    def pool(self) -> Block[PoolScored] | None:
+        """Samples of the initial policy on the first prompts."""
+        return align({seed: pool for seed, pool in self.records.pools.items() if pool})
+
+    @property
+    def rows(self) -> tuple[str, ...]:
+        """base and the methods, as in the experiment file."""
+        return (BASE, *self.methods)
+
+    @property
+    def decodings(self) -> tuple[Decoding, ...]:
+        """Greedy first: it is the paper's."""
+        asked = self.experiment.evaluation.decoding
+        return tuple(d for d in ("greedy", "sample") if d in asked)
+
+    @property
+    def blocks_in_order(self) -> list[tuple[str, Decoding]]:
+        """Every (row, decoding) that a table of all rows shows, whether or not it was measured."""
+        return [
+            *((row, decoding) for decoding in self.decodings for row in self.rows),
+            *((row, "given") for row in GIVEN),
+        ]
+
+    @property
+    def measures(self) -> tuple[Measure, ...]:
+        """The rewards there are: the gold one only where some reply has it."""
+        return ("reward", "gold") if any(reply.gold is not None for reply in self.records.evaluated) else ("reward",)
+
+    def kind(self, row: str) -> str:
+        """The method's kind in the registry; the row's own name where it is no method."""
+        return self.methods[row].kind if row in self.methods else row
+
+    def first(self, kind: str) -> str | None:
+        """The first method of this kind in the experiment file."""
+        return next((row for row in self.methods if self.kind(row) == kind), None)
+
+    def block(self, row: str, decoding: Decoding) -> Block[Evaluated] | None:
+        return self.blocks.get((row, decoding))
+
+    def values(self, row: str, decoding: Decoding, measure: Measure) -> Floats | Missing:
+        """(S, P), or why there is none."""
+        block = self.block(row, decoding)
+        if block is None:
+            return ABSENT
+        return unmeasured(measure, block.items) or block.array(lambda reply: getattr(reply, measure))
+
+    def mean(self, row: str, decoding: Decoding, measure: Measure) -> Found:
+        """Mean over seeds and prompts, with its interval."""
+        return self._once(("mean", row, decoding, measure), lambda: self._mean(row, decoding, measure))
+
+    def _mean(self, row: str, decoding: Decoding, measure: Measure) -> Found:
+        values = self.values(row, decoding, measure)
+        return values if isinstance(values, Missing) else mean_of(values, "mean", row, decoding, measure)
+
+    def difference(self, a: str, b: str, decoding: Decoding, measure: Measure) -> Found:
+        """Mean of a - b on the prompts and seeds that both have."""
+        return self._once(("difference", a, b, decoding, measure), lambda: self._difference(a, b, decoding, measure))
+
+    def _difference(self, a: str, b: str, decoding: Decoding, measure: Measure) -> Found:
+        blocks = [self.block(a, decoding), self.block(b, decoding)]
+        for row, block in zip((a, b), blocks, strict=True):
+            if block is None:
+                return Missing(f"the run holds no {DECODING_WORDS[decoding]} replies of {row}")
+            reason = unmeasured(measure, block.items)
+            if reason:
+                return Missing(f"{row}: {reason.reason}")
+        first, second = (block for block in blocks if block is not None)
+
+        def value(reply: Evaluated) -> float:
+            return float(getattr(reply, measure))
+
+        # The base model is one model whatever the training seed; its single row stands against all of them.
+        alone = (a == BASE and len(first.seeds) == 1) or (b == BASE and len(second.seeds) == 1)
+        return paired(first, value, second, value, (a, b, decoding, measure), every_seed=alone)
+
+    def _once(self, key: tuple[str, ...], make: Callable[[], Found]) -> Found:
+        if key not in self._found:
+            self._found[key] = make()
+        return self._found[key]
+
+
+A = TypeVar("A", bound=_Prompted)
+B = TypeVar("B", bound=_Prompted)
+
+
+def paired(
+    a: Block[A],
+    a_value: Callable[[A], float],
+    b: Block[B],
+    b_value: Callable[[B], float],
+    name: Sequence[str],
+    *,
+    every_seed: bool = False,
+) -> Found:
+    """Mean of a - b where both have the prompt and the seed; ``every_seed``: the side with one seed stands against all
+    seeds of the other."""
+    prompts = tuple(sorted(set(a.prompts) & set(b.prompts)))
+    if len(prompts) < 2:
+        return Missing("fewer than 2 prompts in common")
+    seeds = tuple(seed for seed in a.seeds if seed in b.seeds)
+    if not (seeds or every_seed):
+        return Missing("no seed in common")
+    a_seeds, b_seeds = (a.seeds, b.seeds) if every_seed else (seeds, seeds)
+    return paired_difference(
+        a.only(a_seeds, prompts).array(a_value),
+        b.only(b_seeds, prompts).array(b_value),
+        rng=generator("report", "difference", *name),
+    )
+
+
+def mean_of(values_SP: Floats, *name: str) -> Found:
+    """The mean of values on any prompts, with its interval; its draws are named by ``name``."""
+    if values_SP.shape[1] < 2:
+        return Missing("one prompt only: its mean has no interval")
+    return bootstrap_mean(values_SP, rng=generator("report", *name))
+
+
+def unmeasured(field: str, replies: Sequence[Evaluated]) -> Missing | None:
+    """Why a row has no number for a field that not every reply holds."""
+    missing = sum(getattr(reply, field) is None for reply in replies)
+    if not missing:
+        return None
+    if missing == len(replies):
+        return Missing(f"no {MEASURE_WORDS.get(field, field)} was measured here")
+    return Missing(f"{missing} of {len(replies)} replies have no {MEASURE_WORDS.get(field, field)}")

@@ -1,0 +1,427 @@
+"""The report, from synthetic records with known effects."""
+
+from __future__ import annotations
+
+import csv
+import math
+import re
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import matplotlib.image as plt_image
+import numpy as np
+import pytest
+
+from baselines.best_of_n_settings import BestOfNSettings
+from baselines.ppo_settings import PPOSettings
+from baselines.sft_settings import SFTSettings
+from rrhf_bench.config import Experiment, SamplingSettings
+from rrhf_bench.errors import StoreError
+from rrhf_bench.evaluation.statistics import Estimate
+from rrhf_bench.pipeline.results import RunRecords, Timing
+from rrhf_bench.records import Candidates, CurvePoint, Evaluated, PairScored, PoolScored, Prompt, Response
+from rrhf_bench.report.findings import standing
+from rrhf_bench.report.page import write_report
+from rrhf_bench.report.table import Cell, Column, Table, fenced, markdown, to_csv, write_table
+from rrhf_bench.report.tables import compared_tables, main_table
+from rrhf_bench.report.view import View
+from rrhf_bench.seeding import generator
+from rrhf_bench.training.rrhf_settings import RRHFSettings
+
+SEEDS = (0, 1, 2)
+PROMPTS = tuple(Prompt(f"\n\nHuman: How do I do thing {i}?\n\nAssistant:") for i in range(60))
+# Mean (proxy, gold) of each row, sampled; greedy adds GREEDY. best_of_n equals rrhf in truth.
+EFFECTS = {"base": (0.2, -0.5), "sft": (0.35, -0.3), "rrhf": (1.0, 0.4), "ppo": (1.3, -0.6), "best_of_n": (1.0, 0.4)}
+GREEDY = 0.4
+KL = {"base": 0.0, "sft": 0.3, "rrhf": 1.8, "ppo": 3.6}
+
+
+def synthetic(folder: Path, *, gold_of: tuple[str, ...] = tuple(EFFECTS)) -> RunRecords:
+    """A whole run. A reward is the row's effect + a prompt's share that all rows have + noise of its own."""
+    share = dict(zip(PROMPTS, generator("share").normal(0, 0.5, len(PROMPTS)), strict=True))
+    evaluated = [
+        _reply(row, seed, decoding, prompt, share[prompt], row in gold_of)
+        for row in EFFECTS
+        for decoding in ("greedy", "sample")
+        for seed in (SEEDS if row != "base" or decoding == "sample" else SEEDS[:1])
+        for prompt in PROMPTS
+    ]
+    evaluated += [_reply(row, 0, "given", p, share[p], True) for row in ("chosen", "rejected") for p in PROMPTS]
+    experiment = Experiment(
+        name="synthetic",
+        seeds=SEEDS,
+        methods={
+            "sft": SFTSettings(),
+            "rrhf": RRHFSettings(sources=("model", "chosen", "rejected"), n=4, temperature=1.0, top_p=1.0, top_k=0),
+            "ppo": PPOSettings(),
+            "best_of_n": BestOfNSettings(n=4),
+        },
+        sampling=SamplingSettings(),
+    )
+    return RunRecords(
+        folder=folder,
+        experiment=experiment,
+        arena="0123456789abcdef",
+        arena_words={"prompts": "60 of the test", "reward model": "synthetic"},
+        evaluated=tuple(evaluated),
+        pairs=tuple(p for row in EFFECTS if row != "best_of_n" for seed in SEEDS for p in _pairs(row, seed)),
+        reward_pairs=tuple(_pairs("reward model", 0)),
+        curves=tuple(_curves()),
+        pools={seed: tuple(_pool(seed)) for seed in SEEDS},
+        candidates={("rrhf", seed): tuple(_candidates("train", seed, 200)) for seed in SEEDS},
+        test_candidates={("rrhf", seed): tuple(_candidates("test", seed, len(PROMPTS))) for seed in SEEDS},
+        training={(row, seed): tuple(_log(row, seed)) for row in ("sft", "rrhf", "ppo") for seed in SEEDS},
+        counts={"candidates": {"duplicates": 12, "cut_at_length": 3}},
+        timings=tuple(_timings()),
+        curve_seconds={(row, seed): tuple(_clock(row)) for row in ("rrhf", "ppo") for seed in SEEDS},
+        notes=("synthetic records",),
+        command="rrhf-bench run experiments/synthetic.toml",
+        environment={"python": "3.11", "device": "cpu"},
+    )
+
+
+def _reply(row: str, seed: int, decoding: Any, prompt: Prompt, share: float, gold: bool) -> Evaluated:
+    rng = generator("reply", row, seed, decoding, prompt.id)
+    proxy_effect, gold_effect = EFFECTS.get(row, (0.5 if row == "chosen" else 0.1, 0.0))
+    up = GREEDY * (1.5 - proxy_effect) if decoding == "greedy" else 0.0
+    tokens = int(rng.integers(8, 40))
+    return Evaluated(
+        method=row,
+        seed=seed,
+        decoding=decoding,
+        prompt=prompt,
+        response=f" Sure. I can help with {row} and words like {' '.join(f'w{k}' for k in rng.integers(0, 40, 6))}.",
+        finish="given" if decoding == "given" else ("eos", "eos", "eos", "stop", "length")[int(rng.integers(5))],
+        tokens=tokens,
+        reward=proxy_effect + up + share + float(rng.normal(0, 0.3)),
+        gold=gold_effect + up + share + float(rng.normal(0, 0.5)) if gold else None,
+        features={"details": int(rng.integers(4)), "polite": int(rng.integers(2)), "garbled": 0, "refused": 0},
+        nll=tokens * (0.3 + 0.1 * float(rng.random())),
+        nll_tokens=tokens,
+        kl=KL[row] + float(rng.normal(0, 0.5)) if decoding == "sample" and row in KL else None,
+    )
+
+
+def _pairs(row: str, seed: int) -> list[PairScored]:
+    rng = generator("pairs", row, seed)
+    edge = {"base": 0.05, "rrhf": 0.3, "reward model": 0.6}.get(row, 0.1)
+    return [PairScored(row, seed, p, float(rng.normal(edge, 0.5)), float(rng.normal(0, 0.5))) for p in PROMPTS]
+
+
+def _curves() -> list[CurvePoint]:
+    points = []
+    for row, steps, before, during in (("rrhf", 94, 60_000, 0), ("ppo", 224, 0, 54_000), ("sft", 94, 0, 0)):
+        for seed in SEEDS:
+            for decoding in ("greedy", "sample"):
+                rng = generator("curve", row, seed, decoding)
+                for k in range(9):
+                    proxy = EFFECTS["base"][0] + (EFFECTS[row][0] - EFFECTS["base"][0]) * (1 - math.exp(-k / 2.5))
+                    proxy += GREEDY * (decoding == "greedy") * (1.2 - proxy) + float(rng.normal(0, 0.05))
+                    gold = EFFECTS["base"][1] + (EFFECTS[row][1] - EFFECTS["base"][1]) * k / 8
+                    rewards, golds = (tuple(rng.normal(m, 0.1, 20).tolist()) for m in (proxy, gold))
+                    step, tokens = round(steps * k / 8), before + round(during * k / 8)
+                    points.append(CurvePoint(row, seed, decoding, k / 8, step, tokens, rewards, golds))
+    return points
+
+
+def _clock(row: str) -> list[tuple[float, float]]:
+    start, length = (14.0, 38.0) if row == "rrhf" else (0.0, 45.0)
+    return [(k / 8, start + length * k / 8) for k in range(9)]
+
+
+def _pool(seed: int) -> list[PoolScored]:
+    rng = generator("pool", seed)
+    pool = []
+    for prompt in PROMPTS[:40]:
+        rewards = rng.normal(EFFECTS["base"][0], 0.8, 32)
+        golds = EFFECTS["base"][1] + 0.6 * (rewards - EFFECTS["base"][0]) + rng.normal(0, 0.5, 32)
+        pool.append(PoolScored(prompt, tuple(rewards.tolist()), tuple(golds.tolist())))
+    return pool
+
+
+def _candidates(split: str, seed: int, prompts: int) -> list[Candidates]:
+    rng = generator("candidates", split, seed)
+    sources = ("model",) * 4 + ("chosen", "rejected")
+    made = []
+    for i in range(prompts):
+        prompt = PROMPTS[i] if split == "test" else Prompt(f"\n\nHuman: training {i}?\n\nAssistant:")
+        scores = rng.normal(EFFECTS["base"][0], 0.9, 6).tolist()
+        scores[1] = scores[0]  # one tie, and one duplicate, a prompt
+        texts = [" same", " same", *(f" reply {k}" for k in range(4))]
+        responses = (Response(t, s, score=x) for t, s, x in zip(texts, sources, scores, strict=True))
+        made.append(Candidates(prompt, tuple(responses)))
+    return made
+
+
+def _log(row: str, seed: int) -> list[Mapping[str, float]]:
+    rng = generator("log", row, seed)
+    if row == "ppo":
+        return [{"iteration": i + 1, "step": 16 * (i + 1), "loss/policy_avg": float(rng.normal(-0.02, 0.01)),
+                 "reward/mean": 0.2 + 0.07 * i} for i in range(14)]  # fmt: skip
+    return [{"step": s + 1, "loss": float(40 * math.exp(-s / 30) + 20 + rng.normal(0, 3))} for s in range(94)]
+
+
+def _timings() -> list[Timing]:
+    shared = [Timing("policy", None, None, 66.0, 900.0), Timing("reward_model", None, None, 61.0, 950.0)]
+    return shared + [
+        Timing("train", row, seed, 40.0 + seed, 1000.0) for row in ("sft", "rrhf", "ppo") for seed in SEEDS
+    ]
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory: pytest.TempPathFactory) -> RunRecords:
+    return synthetic(tmp_path_factory.mktemp("run"), gold_of=("base", "rrhf", "ppo", "best_of_n"))
+
+
+@pytest.fixture(scope="module")
+def report(records: RunRecords) -> Path:
+    return write_report(records, records.folder / "report").parent
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def row_of(path: Path, **wanted: str) -> dict[str, str]:
+    (row,) = (row for row in rows_of(path) if all(row[key] == value for key, value in wanted.items()))
+    return row
+
+
+def test_the_csv_holds_the_records_numbers_to_the_last_digit_that_a_sum_keeps(
+    records: RunRecords, report: Path
+) -> None:
+    row = row_of(report / "tables/main.csv", method="ppo", decoding="sampled")
+    replies = [r for r in records.evaluated if (r.method, r.decoding) == ("ppo", "sample")]
+    assert len(replies) == len(SEEDS) * len(PROMPTS)
+    assert float(row["proxy reward"]) == pytest.approx(sum(r.reward for r in replies) / len(replies), abs=1e-12)
+    nll, tokens = sum(r.nll or 0 for r in replies), sum(r.nll_tokens or 0 for r in replies)
+    assert float(row["PPL"]) == pytest.approx(math.exp(nll / tokens), rel=1e-12)
+    assert float(row["KL"]) == pytest.approx(sum(r.kl or 0 for r in replies) / len(replies), abs=1e-12)
+    assert float(row["fake turn"]) == sum(r.finish == "stop" for r in replies) / len(replies)
+    assert (row["models"], row["prompts"], row["seeds"]) == ("3", "60", "3")
+    assert row["proxy reward low"] < row["proxy reward"] < row["proxy reward high"]
+
+
+def test_candidates_and_eq7_are_recomputed(records: RunRecords, report: Path) -> None:
+    scores = [c.scores for seed in SEEDS for c in records.candidates["rrhf", seed]]
+    row = row_of(report / "tables/candidates.csv", method="rrhf")
+    maximum = sum(map(max, scores)) / len(scores)
+    assert float(row["max"]) == pytest.approx(maximum, abs=1e-12)
+    assert float(row["std"]) == pytest.approx(np.std(scores), abs=1e-12)
+    assert (row["k"], row["duplicates"], row["ties"]) == ("6.0", "600", "600")
+
+    eq7 = row_of(report / "tables/eq7.csv", method="rrhf", decoding="sampled")
+    rewards = {(r.seed, r.prompt): r.reward for r in records.evaluated if (r.method, r.decoding) == ("rrhf", "sample")}
+    gaps = [max(c.scores) - rewards[seed, c.prompt] for seed in SEEDS for c in records.test_candidates["rrhf", seed]]
+    assert float(eq7["gap, paired"]) == pytest.approx(sum(gaps) / len(gaps), abs=1e-12)
+    assert float(eq7["gap, unpaired"]) == pytest.approx(maximum - sum(rewards.values()) / len(rewards), abs=1e-12)
+
+
+def test_a_planted_difference_is_called_and_equal_methods_are_inside_noise(report: Path) -> None:
+    table = report / "tables/differences.csv"
+    words = {
+        (c, measure): row_of(table, comparison=c, decoding="sampled", reward=measure)["verdict"]
+        for c in ("ppo - rrhf", "best_of_n - rrhf", "rrhf - base")
+        for measure in ("proxy", "gold")
+    }
+    assert words["ppo - rrhf", "proxy"] == "higher"
+    assert words["ppo - rrhf", "gold"] == "lower"
+    assert words["best_of_n - rrhf", "proxy"] == words["best_of_n - rrhf", "gold"] == "inside noise"
+    assert words["rrhf - base", "proxy"] == "higher"
+    row = row_of(table, comparison="best_of_n - rrhf", decoding="sampled", reward="proxy")
+    assert float(row["detectable"]) > 0
+    assert float(row["p (Holm)"]) >= float(row["p"])
+    page = (report / "report.md").read_text(encoding="utf-8")
+    assert "**ppo buys proxy reward with gold reward** (sampled)" in page
+
+
+def test_base_with_one_greedy_run_stands_against_every_seed(report: Path) -> None:
+    row = row_of(report / "tables/differences.csv", comparison="rrhf - base", decoding="greedy", reward="proxy")
+    assert row["seeds"] == "3"
+
+
+def test_a_missing_number_is_a_dash_with_its_reason_and_never_zero(report: Path) -> None:
+    row = row_of(report / "tables/main.csv", method="sft", decoding="greedy")
+    assert row["gold reward"] == ""
+    assert "gold reward: no gold reward was measured here" in row["missing"]
+    text = (report / "tables/main.md").read_text(encoding="utf-8")
+    line = next(line for line in text.splitlines() if line.startswith("| sft | greedy |"))
+    assert line.split("|")[4].strip() == "— (b)"
+    assert "- — (b): no gold reward was measured here." in text
+
+
+def test_tables_are_the_same_bytes_in_a_second_write_and_in_any_order_of_records(
+    records: RunRecords, report: Path, tmp_path: Path
+) -> None:
+    order = generator("order").permutation(len(records.evaluated))
+    shuffled = replace(
+        records,
+        evaluated=tuple(records.evaluated[i] for i in order),
+        pairs=records.pairs[::-1],
+        candidates={row: groups[::-1] for row, groups in records.candidates.items()},
+        curves=records.curves[::-1],
+    )
+    np.random.seed(12345)  # a caller's global state must not matter
+    again = tmp_path / "again"
+    again.mkdir()
+    for table in compared_tables(View(shuffled)):
+        write_table(table, again)
+    for path in again.iterdir():
+        assert path.read_bytes() == (report / "tables" / path.name).read_bytes(), path.name
+
+
+def test_a_second_report_replaces_the_first_with_the_same_bytes(records: RunRecords, report: Path) -> None:
+    def content() -> dict[str, bytes]:
+        return {str(p.relative_to(report)): p.read_bytes() for p in sorted(report.rglob("*")) if p.is_file()}
+
+    before = content()
+    write_report(records, report)
+    assert content() == before
+    assert [p.name for p in report.parent.iterdir() if p.name.startswith(".")] == []
+
+
+def test_every_figure_is_there_and_shows_something(report: Path) -> None:
+    page = (report / "report.md").read_text(encoding="utf-8")
+    for name in ("test_reward", "reward_curves", "sampling_quality", "best_of_n", "training"):
+        image = plt_image.imread(report / f"figures/{name}.png")
+        assert image.shape[1] > 800
+        assert len(np.unique(image[::4, ::4, :3].reshape(-1, 3), axis=0)) > 20, f"{name} is blank"
+        svg = (report / f"figures/{name}.svg").read_text(encoding="utf-8")
+        assert "<dc:date>" not in svg
+        assert f"](figures/{name}.png)" in page
+
+
+HOSTILE = (
+    "\x1b[31mred\x1b[0m | ``` <script>alert(1)</script> $x$ \\input{/etc/passwd} %_&#{}~^ "
+    "\u202eevil\r\n# heading\n[a](b)"
+)
+
+
+def test_hostile_text_is_inert_everywhere(records: RunRecords, tmp_path: Path) -> None:
+    replies = [replace(r, response=HOSTILE) for r in records.evaluated if r.method in ("base", "rrhf")]
+    methods = {
+        HOSTILE: records.experiment.methods["sft"],
+        "rrhf": records.experiment.methods["rrhf"],
+        "_x": SFTSettings(),
+    }
+    hostile = replace(
+        records,
+        experiment=records.experiment.model_copy(update={"methods": methods}),
+        evaluated=(*replies, *(replace(r, method=HOSTILE) for r in replies if r.method == "rrhf")),
+        notes=(HOSTILE,),
+        environment={"device": HOSTILE},
+        counts={HOSTILE: {HOSTILE: 1}},
+    )
+    folder = write_report(hostile, tmp_path / "report").parent
+    for path in folder.rglob("*"):
+        if path.suffix in (".md", ".csv", ".tex", ".svg"):
+            text = path.read_bytes().decode()
+            assert not [c for c in ("\x1b", "\u202e", "\r") if c in text], path.name
+    page = (folder / "report.md").read_text(encoding="utf-8")
+    assert "\\x1b" in page
+    outside = re.sub(r"(?ms)^(`{3,})text\n.*?^\1$", "", page)
+    assert "`" not in re.sub(r"\\`|`[0-9a-f]{16}`", "", outside)  # nothing opens a code block but the page itself
+    assert "<script" not in outside
+    assert "\n# heading" not in outside
+    widths = {
+        line.count("|") - line.count("\\|")
+        for line in (folder / "tables/counts.md").read_text().splitlines()
+        if "|" in line
+    }
+    assert widths == {4}
+    for path in (folder / "tables").glob("*.tex"):
+        text = path.read_text(encoding="utf-8")
+        assert "\\input" not in text
+        assert not re.search(r"(?<!\\)[$#]", text), path.name
+    assert all(row["count"] == "1" for row in rows_of(folder / "tables/counts.csv"))
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("a|b", "a\\|b"),
+        ("<b>&", "&lt;b&gt;&amp;"),
+        ("best_of_n _x_", "best_of_n \\_x\\_"),
+        ("a\nb\x00", "a\\\\nb\\\\x00"),
+    ],
+)
+def test_markdown_escapes(text: str, shown: str) -> None:
+    assert markdown(text) == shown
+
+
+def test_a_fence_is_longer_than_any_inside() -> None:
+    assert fenced("a\n````\nb").startswith("`````text\n")
+
+
+def test_a_spreadsheet_runs_nothing() -> None:
+    table = Table("t", "t", (Column("=1+1"),), ((Cell("@sum"),), (Cell("plain"),)), (), "id")
+    assert to_csv(table).splitlines() == ["'=1+1,missing,arena", "'@sum,,id", "plain,,id"]
+
+
+def test_a_failed_method_and_an_empty_run_still_give_a_report(records: RunRecords, tmp_path: Path) -> None:
+    failed = replace(records, evaluated=tuple(r for r in records.evaluated if r.method != "ppo"), pools={}, curves=())
+    table = main_table(View(failed))
+    cells = next(row for row in table.rows if row[0].value == "ppo")
+    assert cells[2].value is None
+    assert "no such records" in cells[2].reason
+    empty = replace(failed, evaluated=(), pairs=(), reward_pairs=(), candidates={}, test_candidates={}, training={})
+    text = write_report(empty, tmp_path / "empty").read_text(encoding="utf-8")
+    assert "Nothing could be compared" in text
+
+
+def test_a_single_seed_and_prompts_that_a_seed_lacks(records: RunRecords) -> None:
+    lost = PROMPTS[7]
+    some = tuple(r for r in records.evaluated if not (r.method == "rrhf" and r.seed == 1 and r.prompt == lost))
+    table = main_table(View(replace(records, evaluated=some)))
+    row = next(row for row in table.rows if row[0].value == "rrhf" and row[1].value == "sampled")
+    assert row[14].value == 59
+    assert any("rrhf (sampled): 1" in note for note in table.footnotes)
+    one = View(replace(records, evaluated=tuple(r for r in records.evaluated if r.seed == 0)))
+    found = one.mean("rrhf", "sample", "reward")
+    assert isinstance(found, Estimate)
+    assert found.seeds == 1
+
+
+def test_small_models_are_labelled(records: RunRecords) -> None:
+    assert "embedded world" in standing(records.experiment)
+    data = records.experiment.data.model_copy(update={"source": "files"})
+    scratch = records.experiment.policy.model_copy(update={"source": "scratch"})
+    files = records.experiment.model_copy(update={"data": data, "policy": scratch})
+    assert "small model trained from scratch" in standing(files)
+    assert "not comparable with the paper" in standing(files)
+
+
+def test_departures_name_each_option_that_differs(report: Path) -> None:
+    options = {row["option"] for row in rows_of(report / "tables/departures.csv")}
+    assert {"policy.source", "sampling.cut_at_stop", "rrhf: lr", "ppo: kl"} <= options
+    assert "rrhf: variant" not in options
+
+
+def test_a_folder_that_is_no_report_is_left_alone(records: RunRecords, tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(StoreError, match="no report"):
+        write_report(records, tmp_path)
+    assert (tmp_path / "thesis.txt").read_text() == "mine"
+
+
+def test_a_failure_leaves_the_earlier_report_whole(
+    records: RunRecords, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "report"
+    folder.mkdir()
+    (folder / "report.md").write_text("earlier")
+    monkeypatch.setattr("rrhf_bench.report.page.write_figures", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        write_report(records, folder)
+    assert (folder / "report.md").read_text() == "earlier"
+    assert [path.name for path in tmp_path.iterdir()] == ["report"]
+
+
+def test_a_report_needs_no_torch() -> None:
+    code = "import sys, rrhf_bench.report.page; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], check=False).returncode == 0
