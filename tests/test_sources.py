@@ -85,7 +85,8 @@ def test_jsonl_gzip_and_parquet_hold_the_same_rows(write: Write, tmp_path: Path)
 
     rows = [pair(i) for i in range(5)]
     plain, zipped = write(*rows), write(*rows, name="pairs.jsonl.gz")
-    table = tmp_path / "pairs.parquet"
+    table = tmp_path / "a folder [x]" / "pairs.parquet"  # brackets in a path are no glob
+    table.parent.mkdir()
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), table)
     expected = load_pairs(plain)
     assert len(expected.preferences) == 5
@@ -105,6 +106,7 @@ def test_folder_glob_and_split(write: Write, tmp_path: Path) -> None:
     write(pair(1), name="d/deeper [x]/train.jsonl.gz")
     write(pair(2), name="d/test.jsonl")
     (tmp_path / "d/README.md").write_text("not data")
+    (tmp_path / "d/folder.jsonl").mkdir()
 
     def chosen(path: Any, split: str | None = None) -> list[str]:
         return [item.chosen for item in load_preferences("files", path, split=split).preferences]
@@ -392,16 +394,17 @@ def test_split_is_disjoint_and_does_not_depend_on_the_order() -> None:
 
 def test_held_out_prompts_occur_nowhere_in_the_training_text() -> None:
     questions = many(12)
-    # Every question also stands at the start, in the middle, and in the reply of a longer dialogue.
-    longer = [
-        Preference(Prompt(pre + item.prompt.text.removesuffix("\n\nAssistant:") + post), chosen, " no")
-        for i, item in enumerate(questions)
-        for pre, post, chosen in [
-            ("", f"\n\nAssistant: x{i}\n\nHuman: more\n\nAssistant:", " yes"),
-            (f"\n\nHuman: before {i}\n\nAssistant: x", f"\n\nAssistant: x{i}\n\nHuman: more\n\nAssistant:", " yes"),
-            (f"\n\nHuman: first {i}\n\nAssistant: y\n\nHuman: z", "\n\nAssistant:", f" a{item.prompt.text} b"),
+    # Every question also stands at the start, in the middle, and in either reply of a longer dialogue.
+    longer = []
+    for i, item in enumerate(questions):
+        asked = item.prompt.text
+        go_on = f" x{i}\n\nHuman: more\n\nAssistant:"
+        longer += [
+            Preference(Prompt(asked + go_on), " yes", " no"),
+            Preference(Prompt(f"\n\nHuman: before {i}\n\nAssistant: x" + asked + go_on), " yes", " no"),
+            Preference(Prompt(f"\n\nHuman: first {i}\n\nAssistant:"), f" a{asked} b", " no"),
+            Preference(Prompt(f"\n\nHuman: second {i}\n\nAssistant:"), " yes", f" a{asked} b"),
         ]
-    ]
     pairs = questions + longer + questions[:2]
     split = split_preferences(pairs, train=None, dev=3, test=3, seed=0)
     held_out = [item.prompt.text for item in (*split.dev, *split.test)]
@@ -414,7 +417,7 @@ def test_held_out_prompts_occur_nowhere_in_the_training_text() -> None:
     clean = [i for i in rest if not any(h in i.prompt.text + r for h in held_out for r in (i.chosen, i.rejected))]
     assert set(split.train) == set(clean)
     assert split.counts == {
-        "pairs": 50, "duplicate_prompt": 2, "overlap": 48 - 6 - len(clean), "unused": 0
+        "pairs": 62, "duplicate_prompt": 2, "overlap": 60 - 6 - len(clean), "unused": 0
     }  # fmt: skip
     assert split.counts["overlap"] > 0
 

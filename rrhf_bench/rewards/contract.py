@@ -1,0 +1,147 @@
+"""The input contract of a reward model: how prompt and response become ids, and which of them is scored.
+
+A score is only comparable with a published one when every line of the contract is the same, so the contract is data:
+stored beside the models trained here, part of a reward model's identity, and listed for known models of the hub.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from rrhf_bench.data.dialogue import Template, turns
+from rrhf_bench.errors import DataError
+from rrhf_bench.jsonl import read_jsonl, write_jsonl
+from rrhf_bench.records import Prompt
+
+CONTRACT_FILE = "reward_contract.json"
+
+Layout = Literal["classifier", "value-head"]
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True, slots=True)
+class RewardContract:
+    """How text is put together for a reward model, cut to its length, and where its score is read.
+
+    Padding is not part of it: rows are padded on the right, where no token of a causal model sees the padding, and
+    pooled by their length, so it changes nothing. Raises DataError for a position that the ids may not have.
+    """
+
+    template: Literal["hh", "chat"] = "hh"  # chat: the whole conversation through the tokenizer's chat template
+    join: Literal["", " "] = ""  # between prompt and response; a Response's text has its leading space already
+    strip_response: bool = False
+    append_eos: bool = True  # one EOS, also where the tokenizer or the template has written it
+    eos_token: str | None = None  # none: the tokenizer's own
+    truncation_side: Literal["left", "right"] = "left"  # left keeps the response; a leading BOS stays in either case
+    max_length: int | None = None  # tokens, EOS included; none: the model's context
+    dtype: Dtype = "float32"
+    position: Literal["last", "first-eos"] = "last"  # of the token whose hidden state is scored
+
+    def __post_init__(self) -> None:
+        if self.position == "first-eos" and not (self.append_eos and self.truncation_side == "left"):
+            raise DataError(
+                "reward contract: position 'first-eos' without a certain EOS; expected append_eos = true and "
+                'truncation_side = "left"'
+            )
+
+    @classmethod
+    def default(cls, template: Literal["hh", "chat"]) -> RewardContract:
+        """For a model that says nothing: EOS after a transcript; a chat template writes its own end of turn."""
+        return cls(template=template, append_eos=template == "hh")
+
+    @classmethod
+    def read(cls, folder: Path) -> RewardContract | None:
+        """The contract stored in a model's folder, or None. Raises DataError naming file and field."""
+        path = folder / CONTRACT_FILE
+        return read_jsonl(path, cls)[0] if path.is_file() else None
+
+    def write(self, folder: Path) -> None:
+        write_jsonl(folder / CONTRACT_FILE, [self])
+
+    def eos_id(self, tokenizer: Any, where: str) -> int:
+        """The id of the EOS that this contract means. Raises DataError where the tokenizer has none."""
+        if self.eos_token is None:
+            if tokenizer.eos_token_id is None:
+                raise DataError(f"{where}: the tokenizer has no EOS token; name one with the contract's eos_token")
+            return tokenizer.eos_token_id
+        if self.eos_token not in tokenizer.get_vocab():
+            raise DataError(f"{where}: eos_token {self.eos_token!r} is not in the vocabulary; name a token that is")
+        return tokenizer.convert_tokens_to_ids(self.eos_token)
+
+    def text(self, prompt: Prompt, response: str, tokenizer: Any) -> tuple[str, bool]:
+        """(text without an appended EOS, whether the tokenizer is still to add its special tokens)."""
+        template = Template(self.template)
+        response = response.strip() if self.strip_response else response
+        rendered, add_special_tokens = template.render_prompt(prompt, tokenizer)
+        if self.template == "hh":
+            return rendered + self.join + template.render_response(response), add_special_tokens
+        messages = [{"role": turn.role, "content": turn.text.strip()} for turn in turns(prompt.text)[:-1]]
+        messages.append({"role": "assistant", "content": response.strip()})
+        return tokenizer.apply_chat_template(messages, tokenize=False), add_special_tokens
+
+    def encode(self, prompt: Prompt, response: str, tokenizer: Any, max_length: int | None) -> tuple[list[int], bool]:
+        """(ids, whether they were cut to ``max_length``). Prompt and response are encoded as one text."""
+        text, add_special_tokens = self.text(prompt, response, tokenizer)
+        ids: list[int] = list(tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])
+        if self.append_eos:
+            eos_id = self.eos_id(tokenizer, "reward model")
+            ids += [eos_id] if not ids or ids[-1] != eos_id else []
+        if max_length is None or len(ids) <= max_length:
+            return ids, False
+        if self.truncation_side == "right":
+            return ids[:max_length], True
+        head = ids[:1] if ids[0] == tokenizer.bos_token_id else []
+        return head + ids[len(ids) - max_length + len(head) :], True
+
+    def index(self, ids: Sequence[int], eos_id: int | None) -> int:
+        """Where in the unpadded ids the score is read."""
+        if self.position == "last":
+            return len(ids) - 1
+        assert eos_id is not None
+        return list(ids).index(eos_id)
+
+
+@dataclass(frozen=True, slots=True)
+class KnownLayout:
+    """A reward model of the hub whose files do not say how to use it."""
+
+    layout: Layout
+    contract: RewardContract
+    revision: str | None = None
+    body: str | None = None  # whose configuration it has, where its own folder holds none
+    tokenizer: str | None = None
+
+
+# Dahoas/gptj-rm-static: as trlX's examples/hh/ppo_hh.py loads it, and as RRHF's data_generation scores with it.
+KNOWN_LAYOUTS = {
+    "Dahoas/gptj-rm-static": KnownLayout(
+        layout="value-head",
+        contract=RewardContract(join=" ", strip_response=True, max_length=1024, dtype="float16", position="first-eos"),
+        revision="676bfd4d",
+        body="EleutherAI/gpt-j-6B",
+        tokenizer="openai-community/gpt2",
+    ),
+}
+
+
+def by_length(rows: Sequence[Sequence[int]], batch_size: int) -> list[list[int]]:
+    """Indices of rows in batches of like length, longest first (too large a batch fails at once).
+
+    Rows of one length are ordered by content, so the batches, and with them the scores to the last bit, are the same
+    whatever order the rows come in.
+    """
+    order = sorted(range(len(rows)), key=lambda i: (len(rows[i]), rows[i]), reverse=True)
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+def content_digest(files: Iterable[Path]) -> str:
+    """sha256 over names and contents of a model's files: its identity where there is no commit."""
+    digest = hashlib.sha256()
+    for path in sorted(files, key=lambda path: path.name):
+        with path.open("rb") as file:
+            digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()

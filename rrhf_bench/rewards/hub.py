@@ -1,0 +1,210 @@
+"""Reward models with a sequence-classification head, from the hub or a folder.
+
+Shape letters: N rows, B rows of one batch, L tokens padded, D hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from rrhf_bench.errors import DataError
+from rrhf_bench.records import Prompt
+from rrhf_bench.rewards.contract import Dtype, RewardContract, by_length, content_digest
+from rrhf_bench.rewards.reward import finite
+
+WEIGHTS = ("*.safetensors", "*.bin", "*.pt")
+TOKENIZER = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "chat_template*", "*.model")
+
+
+class ClassifierReward:
+    """A ``*ForSequenceClassification`` model with one label as a RewardModel.
+
+    For a causal model the score is read at the position of the contract, counted from the row's own length. Its class
+    would look for the last token that is not the padding token, which passes over the appended EOS where padding and
+    EOS are one token. ``truncated`` counts the texts cut so far.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        contract: RewardContract,
+        *,
+        identity: str,
+        where: str = "reward model",
+        batch_size: int = 16,
+    ) -> None:
+        """Raises DataError for more than one label, a tokenizer without a pad token or without the contract's EOS."""
+        if model.config.num_labels != 1:
+            raise DataError(
+                f"{where}: has {model.config.num_labels} labels; a reward model has 1: choose a model trained to score"
+            )
+        if tokenizer.pad_token_id is None:
+            raise DataError(
+                f"{where}: the tokenizer has no pad token; name one of its tokens with reward_model.pad_token "
+                "(any will do, EOS included)"
+            )
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self.contract = contract
+        self.identity = identity
+        self.batch_size = batch_size
+        self.truncated = 0
+        self._where = where
+        self._eos_id = contract.eos_id(tokenizer, where) if contract.append_eos else tokenizer.eos_token_id
+        self._max_length = length_limit(contract.max_length, model.config)
+        self._head = getattr(model, "score", None)
+        if self._head is None and contract.position != "last":
+            raise DataError(f"{where}: {type(model).__name__} pools by itself; expected position 'last'")
+        self._check_pooling()
+
+    @classmethod
+    def load(
+        cls,
+        source: str | Path,
+        *,
+        template: Literal["hh", "chat"] = "hh",
+        contract: RewardContract | None = None,
+        revision: str | None = None,
+        dtype: Dtype | None = None,
+        pad_token: str | None = None,
+        device: str = "cpu",
+        batch_size: int = 16,
+    ) -> ClassifierReward:
+        """From a hub id or a folder. Without ``contract``, the one stored in the folder, else the template's default.
+
+        Raises DataError naming the source where it cannot be loaded, has no trained head, or cannot be used (see
+        ``__init__``).
+        """
+        from transformers import AutoModelForSequenceClassification
+
+        where, folder = str(source), Path(source)
+        contract = contract or RewardContract.read(folder) or RewardContract.default(template)
+        contract = contract if dtype is None else replace(contract, dtype=dtype)
+        tokenizer = load_tokenizer(where, revision, pad_token)
+        with load_faults(where, "a sequence classifier"):
+            model, info = AutoModelForSequenceClassification.from_pretrained(
+                source, revision=revision, dtype=getattr(torch, contract.dtype), output_loading_info=True
+            )
+        if info["missing_keys"] or info["mismatched_keys"]:
+            missing = sorted(info["missing_keys"]) or sorted(str(key) for key, *_ in info["mismatched_keys"])
+            raise DataError(
+                f"{where}: holds no trained {missing[0]}, which would be random; expected a trained reward model "
+                "(a language model has no reward head: train one, or choose another)"
+            )
+        commit = getattr(model.config, "_commit_hash", None)
+        identity = identity_of("classifier", where, commit, contract)
+        return cls(model.to(device), tokenizer, contract, identity=identity, where=where, batch_size=batch_size)
+
+    def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> NDArray[np.float64]:
+        """(N,) scores. Raises DataError for one that is not finite."""
+        rows = []
+        for prompt, response in zip(prompts, responses, strict=True):
+            ids, cut = self.contract.encode(prompt, response, self.tokenizer, self._max_length)
+            self.truncated += cut
+            rows.append(ids)
+        return finite(score_rows(rows, self.batch_size, self._score), prompts, self._where)
+
+    def _score(self, rows: Sequence[Sequence[int]]) -> Tensor:
+        ids_BL, mask_BL = pad_right(rows, self.tokenizer.pad_token_id, self.model.device)
+        if self._head is None:  # an encoder: it pools by its first token, and padding is masked
+            return self.model(input_ids=ids_BL, attention_mask=mask_BL).logits[:, 0]
+        index = [self.contract.index(row, self._eos_id) for row in rows]
+        return pooled_scores(self.model, ids_BL, mask_BL, index)
+
+    @torch.no_grad()
+    def _check_pooling(self) -> None:
+        """One short row, where the class itself cannot go wrong: both ways must give one score."""
+        if self._head is None:
+            return
+        pad_id = self.model.config.get_text_config().pad_token_id
+        row = [i for i in range(5) if i != pad_id]
+        ids_BL, mask_BL = pad_right([row], 0, self.model.device)
+        own = pooled_scores(self.model, ids_BL, mask_BL, [len(row) - 1])
+        theirs = self.model(input_ids=ids_BL, attention_mask=mask_BL).logits[:, 0]
+        if not torch.allclose(own.float(), theirs.float(), rtol=1e-2, atol=1e-3, equal_nan=True):
+            raise DataError(
+                f"{self._where}: {type(self.model).__name__} does not score the last hidden state; "
+                "expected a class whose head is a linear layer on it"
+            )
+
+
+def pooled_scores(model: Any, ids_BL: Tensor, mask_BL: Tensor, index: Sequence[int]) -> Tensor:
+    """(B,) scores of the hidden states at ``index``; only these rows meet the head."""
+    hidden_BLD = model.base_model(input_ids=ids_BL, attention_mask=mask_BL, use_cache=False).last_hidden_state
+    return model.score(hidden_BLD[torch.arange(len(index)), torch.tensor(index)])[:, 0]
+
+
+def pad_right(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
+    """(ids, attention mask), each (B, L): rows start at 0 and what is beyond their end is padding."""
+    length = max(map(len, rows))
+    ids_BL = torch.tensor([[*row, *(length - len(row)) * [pad_id]] for row in rows])
+    mask_BL = torch.tensor([len(row) * [1] + (length - len(row)) * [0] for row in rows])
+    return ids_BL.to(device), mask_BL.to(device)
+
+
+@torch.no_grad()
+def score_rows(
+    rows: Sequence[Sequence[int]], batch_size: int, score: Callable[[Sequence[Sequence[int]]], Tensor]
+) -> NDArray[np.float64]:
+    """(N,) scores of rows of ids, by batches of like length, in the order of the rows."""
+    scores = np.empty(len(rows))
+    for batch in by_length(rows, batch_size):
+        scores[batch] = score([rows[i] for i in batch]).double().cpu().numpy()
+    return scores
+
+
+def length_limit(max_length: int | None, config: Any) -> int | None:
+    """The lesser of ``max_length`` and the model's context; None where neither says anything."""
+    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return min((length for length in (max_length, context) if length is not None), default=None)
+
+
+def load_tokenizer(source: str, revision: str | None, pad_token: str | None) -> Any:
+    """A tokenizer from a hub id or a folder, with ``pad_token`` where one is named. Raises DataError naming it."""
+    from transformers import AutoTokenizer
+
+    with load_faults(source, "a tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
+    if pad_token is not None:
+        if pad_token not in tokenizer.get_vocab():
+            raise DataError(f"{source}: pad_token {pad_token!r} is not in the tokenizer's vocabulary; name one that is")
+        tokenizer.pad_token = pad_token
+    return tokenizer
+
+
+@contextmanager
+def load_faults(source: str, what: str) -> Iterator[None]:
+    """What transformers raises for a source that it cannot load, as one line; its own report of missing weights is
+    silenced, because every caller checks them."""
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    except Exception as error:  # a missing, foreign or damaged file each fails in the way of its own reader
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise DataError(f"{source}: cannot be loaded as {what} ({reason})") from error
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def identity_of(layout: str, source: str, commit: str | None, contract: RewardContract, *others: str) -> str:
+    """What decides the scores: the hub's commit or the contents of the folder (never its path), and the contract."""
+    folder = Path(source)
+    if folder.is_dir():
+        patterns = (*WEIGHTS, "config.json", *TOKENIZER)
+        name = "sha256:" + content_digest({path for pattern in patterns for path in folder.glob(pattern)})
+    else:
+        name = f"{source}@{commit}"
+    return " ".join((layout, name, *others, repr(contract)))

@@ -1,0 +1,187 @@
+"""Reward models kept as a causal body with a bare linear ``v_head``: the layout of Dahoas/gptj-rm-static.
+
+It is the reward model of the RRHF paper (arXiv 2304.05302) and of trlX's PPO on HH (examples/hh/ppo_hh.py): a GPT-J
+body under ``transformer.``, ``v_head`` without a bias, the score read at the first EOS.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from rrhf_bench.errors import DataError
+from rrhf_bench.records import Prompt
+from rrhf_bench.rewards.contract import KNOWN_LAYOUTS, Dtype, RewardContract
+from rrhf_bench.rewards.hub import (
+    TOKENIZER,
+    WEIGHTS,
+    identity_of,
+    length_limit,
+    load_faults,
+    load_tokenizer,
+    pad_right,
+    score_rows,
+)
+from rrhf_bench.rewards.reward import finite
+
+# The contract of the layout's one public model, for a folder that does not say otherwise.
+DEFAULT = KNOWN_LAYOUTS["Dahoas/gptj-rm-static"]
+
+# Buffers that older versions of transformers stored with the weights; they are made anew from the configuration.
+BUFFERS = (".attn.bias", ".attn.masked_bias", ".attn.embed_positions")
+
+
+class ValueHeadReward:
+    """A causal body and a ``v_head`` as a RewardModel. ``truncated`` counts the texts cut so far.
+
+    Padding is EOS, as in the original, and cannot matter: it stands behind the first EOS, where the score is read.
+    """
+
+    def __init__(
+        self,
+        body: Any,
+        head_D: Tensor,
+        tokenizer: Any,
+        contract: RewardContract,
+        *,
+        identity: str,
+        where: str = "reward model",
+        batch_size: int = 16,
+    ) -> None:
+        self.body = body.eval()
+        self.tokenizer = tokenizer
+        self.contract = contract
+        self.identity = identity
+        self.batch_size = batch_size
+        self.truncated = 0
+        self._head_D = head_D
+        self._where = where
+        self._eos_id = contract.eos_id(tokenizer, where)
+        self._max_length = length_limit(contract.max_length, body.config)
+
+    @classmethod
+    def load(
+        cls,
+        source: str | Path,
+        *,
+        contract: RewardContract | None = None,
+        revision: str | None = None,
+        body: str | None = None,
+        tokenizer: str | None = None,
+        dtype: Dtype | None = None,
+        device: str = "cpu",
+        batch_size: int = 16,
+    ) -> ValueHeadReward:
+        """From a hub id or a folder; ``body`` names the configuration and ``tokenizer`` the tokenizer where the source
+        holds only weights. What is not named comes from the folder, else from ``KNOWN_LAYOUTS``.
+
+        Raises DataError naming the source for missing files, weights or configuration that do not fit one another, and
+        a missing ``v_head``. Weights are read without running code from the file.
+        """
+        from transformers import MODEL_MAPPING, AutoConfig
+
+        where = str(source)
+        known = KNOWN_LAYOUTS.get(where, DEFAULT)
+        folder, commit = _fetch(where, revision or (known.revision if where in KNOWN_LAYOUTS else None))
+        contract = contract or RewardContract.read(folder) or known.contract
+        contract = contract if dtype is None else replace(contract, dtype=dtype)
+        body_source = body or (str(folder) if (folder / "config.json").is_file() else known.body)
+        holds_tokenizer = any(path for pattern in TOKENIZER for path in folder.glob(pattern))
+        tokenizer_source = tokenizer or (str(folder) if holds_tokenizer else known.tokenizer)
+        assert body_source is not None
+        assert tokenizer_source is not None
+
+        state = _weights(folder, where)
+        head = state.pop("v_head.weight", None)
+        if head is None or head.dim() != 2 or head.shape[0] != 1:
+            found = "none" if head is None else f"one of shape {tuple(head.shape)}"
+            raise DataError(f"{where}: v_head.weight: found {found}; expected shape (1, hidden size)")
+        torch_dtype = getattr(torch, contract.dtype)
+        with load_faults(body_source, "a model configuration"):
+            config = AutoConfig.from_pretrained(body_source)
+        with load_faults(where, f"the body of {config.model_type}"):
+            model, info = MODEL_MAPPING[type(config)].from_pretrained(
+                None, config=config, state_dict=_body(state), dtype=torch_dtype, output_loading_info=True
+            )
+        faults = sorted((*info["missing_keys"], *(str(key) for key, *_ in info["mismatched_keys"])))
+        left = sorted(set(info["unexpected_keys"]))
+        if faults or left or head.shape[1] != config.hidden_size:
+            what = f"{faults[0]} is missing" if faults else f"{left[0]} is too many" if left else "v_head does not fit"
+            raise DataError(
+                f"{where}: the weights do not fit {body_source}'s {config.model_type} ({what}); name its body"
+            )
+        others = [
+            f"{name} {value}"
+            for name, value in (("body", body_source), ("tokenizer", tokenizer_source))
+            if value != str(folder)
+        ]
+        return cls(
+            model.to(device),
+            head[0].to(device, torch_dtype),
+            load_tokenizer(tokenizer_source, None, None),
+            contract,
+            identity=identity_of("value-head", where, commit, contract, *others),
+            where=where,
+            batch_size=batch_size,
+        )
+
+    def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> NDArray[np.float64]:
+        """(N,) scores. Raises DataError for one that is not finite."""
+        rows = []
+        for prompt, response in zip(prompts, responses, strict=True):
+            ids, cut = self.contract.encode(prompt, response, self.tokenizer, self._max_length)
+            self.truncated += cut
+            rows.append(ids)
+        return finite(score_rows(rows, self.batch_size, self._score), prompts, self._where)
+
+    def _score(self, rows: Sequence[Sequence[int]]) -> Tensor:
+        ids_BL, mask_BL = pad_right(rows, self._eos_id, self.body.device)
+        hidden_BLD = self.body(input_ids=ids_BL, attention_mask=mask_BL, use_cache=False).last_hidden_state
+        index = torch.tensor([self.contract.index(row, self._eos_id) for row in rows])
+        return hidden_BLD[torch.arange(len(rows)), index] @ self._head_D
+
+
+def _fetch(source: str, revision: str | None) -> tuple[Path, str | None]:
+    """(folder, commit) of a hub id or a folder."""
+    if Path(source).is_dir():
+        return Path(source), None
+    import httpx
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = Path(snapshot_download(source, revision=revision, allow_patterns=[*WEIGHTS, *TOKENIZER, "*.json"]))
+    except (OSError, ValueError, httpx.HTTPError) as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise DataError(f"{source}: is no folder and cannot be fetched from the hub ({reason})") from error
+    return folder, folder.name  # the cache names a snapshot's folder by its commit
+
+
+def _weights(folder: Path, where: str) -> dict[str, Tensor]:
+    """All tensors of the folder's weight files: safetensors where there are some, else torch files."""
+    from safetensors.torch import load_file
+
+    files = next((found for pattern in WEIGHTS if (found := sorted(folder.glob(pattern)))), [])
+    if not files:
+        raise DataError(f"{where}: holds no weights; expected one of {', '.join(WEIGHTS)}")
+    state: dict[str, Tensor] = {}
+    for file in files:
+        try:
+            if file.suffix == ".safetensors":
+                state |= load_file(file)
+            else:
+                state |= torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # a damaged or foreign file fails in a different way each time
+            reason = " ".join(str(error).split())[:120]
+            raise DataError(f"{where}: {file.name} cannot be read as weights ({reason})") from error
+    return state
+
+
+def _body(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix("transformer."): tensor for name, tensor in state.items() if not name.endswith(BUFFERS)}

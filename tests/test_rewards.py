@@ -1,0 +1,554 @@
+"""Reward models: the input contract, scores against slow definitions, training on pairs."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_llama, make_tokenizer
+
+from rrhf_bench.errors import DataError, StageError
+from rrhf_bench.records import Preference, Prompt
+from rrhf_bench.rewards.bradley_terry import batch_order, bradley_terry_loss, train_reward_model
+from rrhf_bench.rewards.contract import CONTRACT_FILE, KNOWN_LAYOUTS, RewardContract, by_length
+from rrhf_bench.rewards.gold import GoldReward
+from rrhf_bench.rewards.hub import ClassifierReward
+from rrhf_bench.rewards.reward_settings import RewardTrainingSettings
+from rrhf_bench.rewards.value_head import ValueHeadReward
+from rrhf_bench.seeding import generator
+
+# Lopsided on purpose: an empty reply, a long one, two of one length, a fake turn.
+REPLIES = [
+    " Mix the flour.",
+    "",
+    " No.",
+    " Yes",
+    " First, mix it. " * 9,
+    " Ok\n\nHuman: and then?",
+    " I am sad",
+    " ice ’s",
+]
+PROMPTS = [Prompt(f"\n\nHuman: {'What is a glacier? ' * (i % 3 + 1)}\n\nAssistant:") for i in range(len(REPLIES))]
+
+CHAT_TEMPLATE = "<eos>{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+
+MakeReward = Callable[..., Path]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """These models are too small to share out: on a busy machine the threads would wait for one another."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def make_reward(tokenizer: Any, tmp_path: Path) -> MakeReward:
+    """A random reward model in a folder."""
+
+    def make(name: str = "reward", *, labels: int = 1, kind: str = "llama", tok: Any = tokenizer) -> Path:
+        from transformers import AutoModelForSequenceClassification, GPT2Config, LlamaConfig
+
+        shared = {
+            "vocab_size": len(tok), "num_labels": labels, "pad_token_id": tok.pad_token_id, "initializer_range": 0.3,
+            "bos_token_id": tok.bos_token_id, "eos_token_id": tok.eos_token_id,
+        }  # fmt: skip
+        if kind == "llama":
+            config = LlamaConfig(
+                hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+                max_position_embeddings=256, **shared,
+            )  # fmt: skip
+        else:
+            config = GPT2Config(n_embd=32, n_layer=2, n_head=2, n_positions=256, **shared)
+        with torch.random.fork_rng():
+            torch.manual_seed(7)
+            model = AutoModelForSequenceClassification.from_config(config)
+        model.save_pretrained(tmp_path / name)
+        tok.save_pretrained(tmp_path / name)
+        return tmp_path / name
+
+    return make
+
+
+@torch.no_grad()
+def one_by_one(folder: Path, eos_id: int) -> list[float]:
+    """The slow definition: one unpadded text at a time, EOS at its end, through the class's own forward pass."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
+    model.config.pad_token_id = None  # its pooling then takes the last token, whatever it is
+    tok = AutoTokenizer.from_pretrained(folder)
+    return [model(torch.tensor([[*tok(text)["input_ids"], eos_id]])).logits.item() for text in TEXTS]
+
+
+TEXTS = [prompt.text + reply for prompt, reply in zip(PROMPTS, REPLIES, strict=True)]
+
+
+# Classifiers
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_scores_equal_one_text_at_a_time(make_reward: MakeReward, tokenizer: Any, kind: str) -> None:
+    folder = make_reward(kind=kind)
+    expected = one_by_one(folder, tokenizer.eos_token_id)
+    assert np.std(expected) > 0.01
+    for batch_size in (1, 3, 8):
+        scores = ClassifierReward.load(folder, batch_size=batch_size).score(PROMPTS, REPLIES)
+        assert scores.dtype == np.float64
+        np.testing.assert_allclose(scores, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_order_changes_nothing_to_the_last_bit(make_reward: MakeReward) -> None:
+    reward = ClassifierReward.load(make_reward(), batch_size=3)
+    scores = reward.score(PROMPTS, REPLIES)
+    order = np.random.default_rng(0).permutation(len(REPLIES))
+    shuffled = reward.score([PROMPTS[i] for i in order], [REPLIES[i] for i in order])
+    assert shuffled.tolist() == scores[order].tolist()
+
+
+def test_eos_is_scored_also_where_it_is_the_padding(make_reward: MakeReward, tokenizer: Any) -> None:
+    folder = make_reward()
+    expected = one_by_one(folder, tokenizer.eos_token_id)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"pad_token_id": tokenizer.eos_token_id}))
+    reward = ClassifierReward.load(folder, pad_token="<eos>", batch_size=8)
+    assert reward.tokenizer.pad_token_id == reward.tokenizer.eos_token_id == reward.model.config.pad_token_id
+    np.testing.assert_allclose(reward.score(PROMPTS, REPLIES), expected, rtol=1e-4, atol=1e-5)
+    # What this guards against: the class's own pooling takes the appended EOS for padding and scores the token before.
+    ids, _ = reward.contract.encode(PROMPTS[0], REPLIES[0], reward.tokenizer, None)
+    with torch.no_grad():
+        theirs = reward.model(torch.tensor([ids])).logits.item()
+    assert abs(theirs - expected[0]) > 1e-2
+
+
+def test_an_empty_list_has_no_scores(make_reward: MakeReward) -> None:
+    assert ClassifierReward.load(make_reward()).score([], []).shape == (0,)
+
+
+def test_two_labels(make_reward: MakeReward) -> None:
+    with pytest.raises(DataError, match="reward: has 2 labels; a reward model has 1"):
+        ClassifierReward.load(make_reward(labels=2))
+
+
+def test_a_language_model_has_no_head(llama_folder: Callable[[int], Path]) -> None:
+    with pytest.raises(DataError, match=r"holds no trained score.weight, which would be random; expected a trained"):
+        ClassifierReward.load(llama_folder(0))
+
+
+def test_no_pad_token(make_reward: MakeReward) -> None:
+    bare = make_tokenizer()
+    bare.pad_token = None
+    folder = make_reward(tok=bare)
+    with pytest.raises(DataError, match=r"has no pad token; name one of its tokens with reward_model.pad_token"):
+        ClassifierReward.load(folder)
+    with pytest.raises(DataError, match=r"pad_token '<none>' is not in the tokenizer's vocabulary"):
+        ClassifierReward.load(folder, pad_token="<none>")
+    scores = ClassifierReward.load(folder, pad_token="<eos>").score(PROMPTS, REPLIES)
+    expected = one_by_one(folder, bare.eos_token_id)
+    np.testing.assert_allclose(scores, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_no_eos_token(make_reward: MakeReward) -> None:
+    bare = make_tokenizer()
+    bare.eos_token = None
+    folder = make_reward(tok=bare)
+    with pytest.raises(DataError, match="has no EOS token; name one with the contract's eos_token"):
+        ClassifierReward.load(folder)
+    named = ClassifierReward.load(folder, contract=RewardContract(eos_token="<eos>")).score(PROMPTS, REPLIES)
+    np.testing.assert_allclose(named, one_by_one(folder, 1), rtol=1e-4, atol=1e-5)
+    with pytest.raises(DataError, match="eos_token '<end>' is not in the vocabulary"):
+        ClassifierReward.load(folder, contract=RewardContract(eos_token="<end>"))
+
+
+def test_a_source_that_cannot_be_loaded(tmp_path: Path, make_reward: MakeReward) -> None:
+    with pytest.raises(DataError, match="cannot be loaded as") as caught:
+        ClassifierReward.load(tmp_path / "nowhere")
+    assert "\n" not in str(caught.value)
+    folder = make_reward()
+    (folder / "model.safetensors").write_bytes(b"not weights")
+    with pytest.raises(DataError, match="reward: cannot be loaded as a sequence classifier"):
+        ClassifierReward.load(folder)
+
+
+def test_nan_scores(make_reward: MakeReward) -> None:
+    reward = ClassifierReward.load(make_reward())
+    with torch.no_grad():
+        reward.model.score.weight[0, 0] = math.nan
+    with pytest.raises(DataError, match=rf"reward: 8 of 8 scores are not finite, .*{PROMPTS[0].id}"):
+        reward.score(PROMPTS, REPLIES)
+
+
+def test_long_texts_are_cut_and_counted(make_reward: MakeReward, tokenizer: Any) -> None:
+    folder = make_reward()
+    reward = ClassifierReward.load(folder, contract=RewardContract(max_length=20))
+    ids = [[*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in TEXTS]
+    with torch.no_grad():
+        reward.model.config.pad_token_id = None
+        expected = [reward.model(torch.tensor([row[-20:]])).logits.item() for row in ids]
+    np.testing.assert_allclose(reward.score(PROMPTS, REPLIES), expected, rtol=1e-4, atol=1e-5)
+    assert reward.truncated == sum(len(row) > 20 for row in ids) > 0
+
+
+def test_identity_is_of_contents_and_contract(make_reward: MakeReward, tmp_path: Path) -> None:
+    first, second = make_reward("a"), make_reward("b")
+    identity = ClassifierReward.load(first).identity
+    assert ClassifierReward.load(second).identity == identity
+    assert str(tmp_path) not in identity
+    assert ClassifierReward.load(first, contract=RewardContract(append_eos=False)).identity != identity
+    assert ClassifierReward.load(first, dtype="bfloat16").identity != identity
+    RewardContract(strip_response=True).write(second)
+    assert ClassifierReward.load(second).contract == RewardContract(strip_response=True)
+    assert ClassifierReward.load(second).identity != identity
+
+
+# The contract
+
+
+def test_contract_text_and_ids(tokenizer: Any) -> None:
+    prompt, eos = Prompt("\n\nHuman: Hi\n\nAssistant:"), tokenizer.eos_token_id
+
+    def decoded(contract: RewardContract, response: str, max_length: int | None = None) -> tuple[str, bool]:
+        ids, cut = contract.encode(prompt, response, tokenizer, max_length)
+        return tokenizer.decode(ids), cut
+
+    assert decoded(RewardContract(), " Ho ") == (prompt.text + " Ho <eos>", False)
+    assert decoded(RewardContract(append_eos=False), " Ho ") == (prompt.text + " Ho ", False)
+    assert decoded(RewardContract(join=" ", strip_response=True), "  Ho\n") == (prompt.text + " Ho<eos>", False)
+    assert decoded(RewardContract(), " Ho<eos>") == (prompt.text + " Ho<eos>", False)  # no second EOS
+    full, _ = RewardContract().encode(prompt, " Ho", tokenizer, None)
+    assert RewardContract().encode(prompt, " Ho", tokenizer, len(full)) == (full, False)
+    assert RewardContract().encode(prompt, " Ho", tokenizer, 4) == (full[-4:], True)
+    assert RewardContract(truncation_side="right").encode(prompt, " Ho", tokenizer, 4) == (full[:4], True)
+    first_eos = RewardContract(position="first-eos")
+    assert first_eos.index([5, eos, 6, eos], eos) == 1
+    assert RewardContract().index([5, eos, 6, eos], eos) == 3
+    with pytest.raises(DataError, match="position 'first-eos' without a certain EOS"):
+        RewardContract(position="first-eos", append_eos=False)
+
+
+def test_one_bos_and_it_survives_truncation() -> None:
+    from tokenizers import processors
+
+    tok = make_tokenizer()
+    tok.bos_token = "<pad>"
+    tok._tokenizer.post_processor = processors.TemplateProcessing(single="<pad> $A <eos>", special_tokens=[("<pad>", 0), ("<eos>", 1)])  # fmt: skip # noqa: E501
+    prompt = Prompt("\n\nHuman: Hi\n\nAssistant:")
+    ids, _ = RewardContract().encode(prompt, " Ho", tok, None)
+    assert (ids.count(0), ids.count(1), ids[0], ids[-1]) == (1, 1, 0, 1)
+    cut, _ = RewardContract().encode(prompt, " Ho", tok, 5)
+    assert cut == [0, *ids[-4:]]
+    tok.chat_template = "<pad>{% for m in messages %}{{ m.content }}{% endfor %}"
+    chat, _ = RewardContract.default("chat").encode(prompt, " Ho", tok, None)
+    assert chat.count(0) == 1  # the template has written it, and the tokenizer adds none
+
+
+def test_chat_contract_renders_the_whole_conversation() -> None:
+    tok = make_tokenizer()
+    prompt = Prompt("\n\nHuman: Hi\n\nAssistant: Ho\n\nHuman: Go\n\nAssistant:")
+    with pytest.raises(DataError, match="has no chat template"):
+        RewardContract.default("chat").encode(prompt, " Gone ", tok, None)
+    tok.chat_template = CHAT_TEMPLATE
+    ids, _ = RewardContract.default("chat").encode(prompt, " Gone ", tok, None)
+    assert tok.decode(ids) == "<eos>user: Hi\nassistant: Ho\nuser: Go\nassistant: Gone\n"
+
+
+def test_contract_file(tmp_path: Path) -> None:
+    contract = KNOWN_LAYOUTS["Dahoas/gptj-rm-static"].contract
+    contract.write(tmp_path)
+    assert RewardContract.read(tmp_path) == contract
+    assert RewardContract.read(tmp_path / "elsewhere") is None
+    (tmp_path / CONTRACT_FILE).write_text('{"join": "\\n"}')
+    with pytest.raises(DataError, match=r"reward_contract.json:1: join: found .*; expected one of '', ' '"):
+        RewardContract.read(tmp_path)
+
+
+def test_by_length_covers_every_row_once() -> None:
+    rows = [[1] * n for n in (3, 1, 2, 5, 2)]
+    batches = by_length(rows, 2)
+    assert [len(batch) for batch in batches] == [2, 2, 1]
+    assert sorted(i for batch in batches for i in batch) == list(range(5))
+    assert [len(rows[i]) for batch in batches for i in batch] == [5, 3, 2, 2, 1]
+    ties = [[3, 1], [1, 2], [2, 2]]  # which rows share a batch does not depend on the order they come in
+    first = [{tuple(ties[i]) for i in batch} for batch in by_length(ties, 2)]
+    assert [{tuple(ties[::-1][i]) for i in batch} for batch in by_length(ties[::-1], 2)] == first
+
+
+# The layout of Dahoas/gptj-rm-static
+
+
+@pytest.fixture
+def gptj(tokenizer: Any, tmp_path: Path) -> tuple[Path, Any, torch.Tensor]:
+    """(folder, body, head) of a random GPT-J with a value head, saved as that repository is, with its old buffers."""
+    from transformers import GPTJConfig, GPTJModel
+
+    tok = make_tokenizer()
+    tok.pad_token = "<eos>"
+    config = GPTJConfig(
+        vocab_size=len(tok), n_embd=32, n_layer=2, n_head=2, n_positions=256, rotary_dim=8, initializer_range=0.3,
+        bos_token_id=tok.eos_token_id, eos_token_id=tok.eos_token_id,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        body = GPTJModel(config).eval()
+        head = torch.randn(1, 32)
+    folder = tmp_path / "gptj"
+    folder.mkdir()
+    config.save_pretrained(folder)
+    tok.save_pretrained(folder)
+    state = {f"transformer.{name}": tensor for name, tensor in body.state_dict().items()}
+    state["transformer.h.0.attn.masked_bias"] = torch.tensor(-1e9)
+    torch.save(state | {"v_head.weight": head}, folder / "pytorch_model.bin")
+    return folder, body, head
+
+
+@torch.no_grad()
+def slow_value_head(folder: Path, body: Any, head: torch.Tensor, length: int) -> list[float]:
+    from transformers import AutoTokenizer
+
+    tok = AutoTokenizer.from_pretrained(folder)
+    scores = []
+    for prompt, reply in zip(PROMPTS, REPLIES, strict=True):
+        ids = tok(prompt.text + " " + reply.strip() + "<eos>")["input_ids"][-length:]
+        states = body(torch.tensor([ids])).last_hidden_state[0]
+        scores.append((states[ids.index(tok.eos_token_id)] @ head[0]).item())
+    return scores
+
+
+def test_value_head_equals_its_slow_definition(gptj: tuple[Path, Any, torch.Tensor]) -> None:
+    folder, body, head = gptj
+    for batch_size in (1, 3):
+        reward = ValueHeadReward.load(folder, dtype="float32", batch_size=batch_size)
+        assert reward.contract == replace(KNOWN_LAYOUTS["Dahoas/gptj-rm-static"].contract, dtype="float32")
+        scores = reward.score(PROMPTS, REPLIES)
+        np.testing.assert_allclose(scores, slow_value_head(folder, body, head, 1024), rtol=1e-4, atol=1e-4)
+        assert reward.truncated == 0
+    reward.body.config.n_positions = 40  # shorter than the contract's 1024: a text must not run off the positions
+    context = ValueHeadReward(reward.body, head[0], reward.tokenizer, reward.contract, identity="")
+    expected = slow_value_head(folder, body, head, 40)
+    np.testing.assert_allclose(context.score(PROMPTS, REPLIES), expected, rtol=1e-4, atol=1e-4)
+    short = ValueHeadReward.load(folder, contract=replace(reward.contract, max_length=30))
+    expected = slow_value_head(folder, body, head, 30)
+    np.testing.assert_allclose(short.score(PROMPTS, REPLIES), expected, rtol=1e-4, atol=1e-4)
+    assert short.truncated > 0
+
+
+def test_value_head_from_safetensors_or_a_bare_checkpoint(gptj: tuple[Path, Any, torch.Tensor], tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    folder, *_ = gptj
+    expected = ValueHeadReward.load(folder, dtype="float32").score(PROMPTS, REPLIES)
+    state = torch.load(folder / "pytorch_model.bin", weights_only=True)
+    bare = tmp_path / "bare"  # weights alone: configuration and tokenizer are named
+    bare.mkdir()
+    torch.save(state, bare / "hf_ckpt.pt")
+    reward = ValueHeadReward.load(bare, body=str(folder), tokenizer=str(folder), dtype="float32")
+    assert reward.score(PROMPTS, REPLIES).tolist() == expected.tolist()
+    (folder / "pytorch_model.bin").unlink()
+    save_file(state, folder / "model.safetensors")
+    assert ValueHeadReward.load(folder, dtype="float32").score(PROMPTS, REPLIES).tolist() == expected.tolist()
+
+
+def test_value_head_faults(gptj: tuple[Path, Any, torch.Tensor], tmp_path: Path) -> None:
+    folder, *_ = gptj
+    path = folder / "pytorch_model.bin"
+    state = torch.load(path, weights_only=True)
+
+    def refused(state: Any, expected: str) -> None:
+        torch.save(state, path)
+        with pytest.raises(DataError, match=expected) as caught:
+            ValueHeadReward.load(folder, dtype="float32")
+        assert "\n" not in str(caught.value)
+
+    rest = {name: tensor for name, tensor in state.items() if name != "v_head.weight"}
+    refused(rest, r"v_head.weight: found none; expected shape \(1, hidden size\)")
+    refused(rest | {"v_head.weight": torch.zeros(2, 32)}, r"v_head.weight: found one of shape \(2, 32\)")
+    refused(rest | {"v_head.weight": torch.zeros(1, 16)}, "v_head does not fit")
+    refused(state | {"transformer.h.2.ln_1.weight": torch.zeros(32)}, "h.2.ln_1.weight is too many")
+    missing = {name: tensor for name, tensor in state.items() if name != "transformer.ln_f.weight"}
+    refused(missing, "ln_f.weight is missing")
+    refused({"v_head.weight": Path("x")}, "pytorch_model.bin cannot be read as weights")  # an object is not unpickled
+    path.unlink()
+    with pytest.raises(DataError, match=r"gptj: holds no weights; expected one of \*.safetensors"):
+        ValueHeadReward.load(folder)
+    with pytest.raises(DataError, match="nobody/nothing: is no folder and cannot be fetched from the hub"):
+        ValueHeadReward.load("nobody/nothing")
+
+
+def test_value_head_of_the_hub(
+    gptj: tuple[Path, Any, torch.Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    folder, *_ = gptj
+    name, commit = "Dahoas/gptj-rm-static", "0123456789" * 4
+    snapshot = tmp_path / commit  # the hub's cache names a snapshot by its commit
+    shutil.copytree(folder, snapshot)
+
+    def snapshot_download(repo: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+        assert (repo, revision) == (name, "676bfd4d")
+        assert "*.pt" in allow_patterns
+        return str(snapshot)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    reward = ValueHeadReward.load(name, dtype="float32")
+    assert f"{name}@{commit}" in reward.identity
+    expected = ValueHeadReward.load(folder, dtype="float32").score(PROMPTS, REPLIES)
+    assert reward.score(PROMPTS, REPLIES).tolist() == expected.tolist()
+
+
+def test_half_precision_is_the_published_contract(gptj: tuple[Path, Any, torch.Tensor]) -> None:
+    folder, body, head = gptj
+    reward = ValueHeadReward.load(folder)
+    assert reward.body.dtype == torch.float16
+    scores = reward.score(PROMPTS, REPLIES)
+    np.testing.assert_allclose(scores, slow_value_head(folder, body, head, 1024), rtol=0.05, atol=0.2)
+
+
+# Bradley-Terry
+
+
+def test_bradley_terry_loss_by_hand() -> None:
+    # -log sigma(d) = log(1 + exp(-d)); d = 2 - 1 = 1 and 0.5 - 2.5 = -2: log(1 + e^-1) = 0.3132617, log(1 + e^2) =
+    # 2.1269280; mean 1.2200948. With margins 1 and 0: d = 0 and -2: (0.6931472 + 2.1269280) / 2 = 1.4100376.
+    chosen, rejected = torch.tensor([2.0, 0.5]), torch.tensor([1.0, 2.5])
+    assert bradley_terry_loss(chosen, rejected).item() == pytest.approx(1.2200948, abs=1e-6)
+    margin = torch.tensor([1.0, 0.0])
+    assert bradley_terry_loss(chosen, rejected, margin_B=margin).item() == pytest.approx(1.4100376, abs=1e-6)
+    assert bradley_terry_loss(chosen + 9, rejected + 9).item() == pytest.approx(1.2200948, abs=1e-5)
+    assert bradley_terry_loss(rejected, chosen).item() != pytest.approx(1.2200948, abs=1e-2)
+    tie = torch.zeros(3, requires_grad=True)
+    loss = bradley_terry_loss(tie, torch.zeros(3))
+    loss.backward()
+    assert loss.item() == pytest.approx(math.log(2), abs=1e-7)
+    assert tie.grad is not None
+    torch.testing.assert_close(tie.grad, torch.full((3,), -1 / 6))  # -(1 - sigma(0)) / 3
+    assert torch.isfinite(bradley_terry_loss(torch.tensor([-1e4]), torch.tensor([1e4])))
+
+
+def preferences(n: int) -> list[Preference]:
+    """Polite replies are preferred; prompts and lengths say nothing."""
+    rng = np.random.default_rng(1)
+    pairs = []
+    for i in range(n):
+        words = [" the flour and the water" * int(rng.integers(1, 4)) for _ in range(2)]
+        prompt = Prompt(f"\n\nHuman: Question {i % 10}?\n\nAssistant:")
+        pairs.append(Preference(prompt, words[0] + " I hope this helps!", words[1] + " I am sad!"))
+    return pairs
+
+
+SETTINGS = RewardTrainingSettings(lr=3e-3, batch_pairs=8)
+
+
+def test_training_learns_and_the_result_loads(llama_folder: Callable[[int], Path], tmp_path: Path) -> None:
+    lines: list[dict[str, float]] = []
+    folder = tmp_path / "rm"
+    pairs = preferences(200)
+    result = train_reward_model(
+        llama_folder(0), pairs[:160], SETTINGS, folder, seed=0, log=lambda line: lines.append(dict(line))
+    )
+    assert result.steps == len(lines) == 20
+    assert result.counts == {"pairs": 160, "truncated": 0}
+    assert lines[0]["rewards/accuracies"] == 0.5  # the head is zero: every pair is a tie
+    assert lines[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert [line["lr"] for line in lines] == pytest.approx([3e-3 * (20 - i) / 20 for i in range(20)])
+    assert result.loss < 0.3
+    assert result.accuracy_curve[0][1] == 0.5
+    assert result.accuracy_curve[-1] == (20, 1.0)
+
+    reward = ClassifierReward.load(folder, batch_size=8)
+    assert reward.contract == RewardContract(max_length=512) == RewardContract.read(folder)
+    held_out = pairs[160:]
+    prompts = [pair.prompt for pair in held_out]
+    chosen = reward.score(prompts, [pair.chosen for pair in held_out])
+    rejected = reward.score(prompts, [pair.rejected for pair in held_out])
+    assert (chosen > rejected).mean() == 1.0
+
+
+def test_training_depends_on_its_seed_alone(llama_folder: Callable[[int], Path], tmp_path: Path) -> None:
+    def train(name: str, seed: int) -> tuple[Any, str, list[float]]:
+        result = train_reward_model(llama_folder(0), preferences(40), SETTINGS, tmp_path / name, seed=seed)
+        reward = ClassifierReward.load(tmp_path / name)
+        return result, reward.identity, reward.score(PROMPTS, REPLIES).tolist()
+
+    torch.manual_seed(0)
+    first = train("first", 3)
+    torch.manual_seed(1)
+    np.random.seed(1)
+    state = torch.random.get_rng_state()
+    assert train("second", 3) == first
+    assert torch.equal(torch.random.get_rng_state(), state)  # and it leaves the global state alone
+    assert train("third", 4)[1:] != first[1:]
+
+
+def test_training_does_not_change_the_initial_policy(llama_folder: Callable[[int], Path], tmp_path: Path) -> None:
+    before = {path.name: path.read_bytes() for path in llama_folder(0).iterdir()}
+    train_reward_model(llama_folder(0), preferences(8), SETTINGS, tmp_path / "rm", seed=0)
+    assert {path.name: path.read_bytes() for path in llama_folder(0).iterdir()} == before
+
+
+def test_training_counts_what_it_cuts(llama_folder: Callable[[int], Path], tmp_path: Path) -> None:
+    settings = RewardTrainingSettings(max_length=16, batch_pairs=4)
+    result = train_reward_model(llama_folder(0), preferences(4), settings, tmp_path / "rm", seed=0)
+    assert result.counts == {"pairs": 4, "truncated": 8}
+    assert ClassifierReward.load(tmp_path / "rm").contract.max_length == 16
+
+
+def test_training_faults(llama_folder: Callable[[int], Path], tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="found no pairs to train on"):
+        train_reward_model(llama_folder(0), [], SETTINGS, tmp_path / "rm", seed=0)
+    with pytest.raises(StageError, match=r"the loss at step \d+ of 10 is nan; lower its lr"):
+        train_reward_model(llama_folder(0), preferences(80), SETTINGS.model_copy(update={"lr": 3e37}), tmp_path, seed=0)
+    bare = make_tokenizer()
+    bare.pad_token = None
+    make_llama(bare).save_pretrained(tmp_path / "bare")
+    bare.save_pretrained(tmp_path / "bare")
+    with pytest.raises(DataError, match="bare: the tokenizer has no pad token"):
+        train_reward_model(tmp_path / "bare", preferences(4), SETTINGS, tmp_path / "rm", seed=0)
+    named = tmp_path / "named"
+    train_reward_model(tmp_path / "bare", preferences(4), SETTINGS, named, seed=0, pad_token="<eos>")
+    stored = ClassifierReward.load(named)
+    assert stored.tokenizer.pad_token == "<eos>"
+    assert stored.model.config.pad_token_id == stored.tokenizer.pad_token_id
+
+
+def test_batch_order() -> None:
+    lengths = np.random.default_rng(0).integers(1, 100, size=700).tolist()
+    order = batch_order(lengths, 32, generator(0, "x"))
+    assert sorted(i for batch in order for i in batch) == list(range(700))
+    assert {len(batch) for batch in order} == {32, 700 % 32}
+    spread = [max(lengths[i] for i in batch) - min(lengths[i] for i in batch) for batch in order]
+    assert np.mean(spread) < 12  # of 99: batches hold like lengths
+    means = [np.mean([lengths[i] for i in batch]) for batch in order]
+    assert abs(np.corrcoef(means, np.arange(len(means)))[0, 1]) < 0.5  # in random order
+    assert batch_order(lengths, 32, generator(0, "x")) == order
+    assert batch_order(lengths, 32, generator(1, "x")) != order
+
+
+# The gold reward of the embedded world
+
+
+def test_gold_reward_is_the_judge_of_the_world() -> None:
+    from rrhf_bench.data.toy.gold import judge
+
+    prompt = Prompt("\n\nHuman: How do I bake bread?\n\nAssistant:")
+    replies = [" Mix flour with water and yeast.", " Blah blah."]
+    gold = GoldReward()
+    try:
+        expected = [judge(prompt.text, reply) for reply in replies]
+    except DataError:
+        pytest.fail("the prompt is not one of the world's")
+    assert gold.score([prompt] * 2, replies).tolist() == [score for score, _ in expected]
+    assert gold.features([prompt] * 2, replies) == [counts for _, counts in expected]
+    assert expected[0][0] > expected[1][0]
+    with pytest.raises(ValueError, match="zip"):
+        gold.score([prompt], replies)
