@@ -6,13 +6,20 @@ Letters: B prompts, N samples drawn per prompt.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import gammaln
 from scipy.stats import rankdata
 
+from baselines.best_of_n_settings import BestOfNSettings
 from rrhf_bench.errors import DataError
+from rrhf_bench.policy.policy import Policy
+from rrhf_bench.records import Candidates, Prompt
+from rrhf_bench.rewards.reward import RewardModel
+from rrhf_bench.sampling.sampler import Sampler, SamplingSpec
 
 
 def expected_best_of_n(score_BN: ArrayLike, n: int, *, value_BN: ArrayLike | None = None) -> NDArray[np.float64]:
@@ -65,3 +72,38 @@ def _finite(name: str, values: ArrayLike) -> NDArray[np.float64]:
             f"expected_best_of_n: found {name} of shape {array.shape}, empty or not finite; expected finite numbers"
         )
     return array
+
+
+class BestOfN:
+    """Best-of-n as an InferenceMethod: wraps any sampler in one that draws n and keeps the best-scored."""
+
+    requires = BestOfNSettings.requires
+
+    def __init__(self, settings: BestOfNSettings) -> None:
+        self.settings = settings
+
+    def wrap(self, sampler: Sampler, reward: RewardModel) -> Sampler:
+        return _BestOfNSampler(sampler, reward, self.settings.n)
+
+
+class _BestOfNSampler:
+    def __init__(self, sampler: Sampler, reward: RewardModel, n: int) -> None:
+        self.tokenization = sampler.tokenization
+        self.identity = f"best of {n} of {sampler.identity}"
+        self._sampler, self._reward, self._n = sampler, reward, n
+
+    def sync(self, policy: Policy) -> None:
+        self._sampler.sync(policy)
+
+    def sample(self, prompts: Sequence[Prompt], spec: SamplingSpec) -> list[Candidates]:
+        """Each of the spec's n responses is the best of n draws of its own; of equal scores the first."""
+        if spec.greedy:
+            raise DataError("best_of_n: greedy decoding gives n equal replies; sample at a temperature above 0")
+        drawn = self._sampler.sample(prompts, replace(spec, n=spec.n * self._n))
+        pairs = [(row.prompt, response) for row in drawn for response in row.responses]
+        scores = self._reward.score([prompt for prompt, _ in pairs], [response.text for _, response in pairs])
+        best = scores.reshape(len(drawn), spec.n, self._n).argmax(-1)
+        return [
+            replace(row, responses=tuple(row.responses[i * self._n + b] for i, b in enumerate(best_of_row)))
+            for row, best_of_row in zip(drawn, best.tolist(), strict=True)
+        ]

@@ -39,7 +39,7 @@ class DataSettings(Settings):
     train_prompts: Positive = 500  # prompts that policies are trained on
     toy: ToySettings = ToySettings()
     diverging: Literal["drop", "common-prefix"] = "drop"  # pairs that part before the last turn
-    faulty_rows: Literal["error", "drop"] = "error"  # empty replies, transcripts that end with the Human
+    faulty_rows: Literal["error", "drop"] = "error"  # texts that are no transcript, or that end with the Human
     long_prompts: Literal["error", "drop"] = "drop"  # prompts that leave no room for a reply in the context
 
 
@@ -66,6 +66,7 @@ class ModelSettings(Settings):
     template: Literal["hh", "chat"] = "hh"
     dtype: Dtype = "float32"
     pad_token: str | None = None
+    max_length: Annotated[int, Field(ge=16)] | None = None  # prompt + reply tokens; none: the model's own context
     scratch: ScratchSettings = ScratchSettings()
 
     @property
@@ -130,6 +131,7 @@ class RuntimeSettings(Settings):
     score_batch: Positive = 64  # texts a pass of the reward and perplexity models
     gpu_memory: Annotated[float, Field(gt=0, lt=1)] = 0.4  # share that the sampler's engine may take on a GPU
     kv_cache_mib: Positive = 96  # of the sampler's engine on a CPU
+    workers: Positive | None = None  # processes that share the stages; none: one on a GPU, one a core (at most 4) else
 
 
 class Experiment(Settings):
@@ -282,8 +284,16 @@ def _contradictions(experiment: Experiment) -> Iterator[str]:
     if data.source not in ("toy", "files") and not data.source.startswith("hub:"):
         yield f'data.source: found {data.source!r}; allowed are "toy", "files" and "hub:OWNER/NAME"'
     for key in ("policy", "reward_model", "perplexity_model"):
-        if getattr(experiment, key).source == "toy" and data.source != "toy":
+        model = getattr(experiment, key)
+        if model.source == "toy" and data.source != "toy":
             yield f'{key}.source: "toy" needs data.source = "toy"; use "scratch", a hub id or a folder'
+    for key in ("policy", "perplexity_model"):
+        scratch = getattr(experiment, key).scratch
+        if scratch.hidden % scratch.heads or scratch.hidden // scratch.heads % 32:
+            yield (
+                f"{key}.scratch: found hidden = {scratch.hidden} in {scratch.heads} heads; expected heads of 32, 64, 96 "
+                "or 128, which the samplers know"
+            )
     if experiment.reward_model.from_scratch and experiment.reward_model.layout != "classifier":
         yield 'reward_model.layout: a reward model trained here is a "classifier"'
     if evaluation.pairs < evaluation.prompts:
@@ -296,19 +306,17 @@ def _contradictions(experiment: Experiment) -> Iterator[str]:
         if name in RESERVED_ROWS:
             yield f"methods.{name}: the name is taken; every table has the rows {', '.join(RESERVED_ROWS)} by itself"
         if "candidates" in method.requires:
-            assert method.sources is not None
-            assert method.n is not None
-            unknown = sorted(set(method.sources) - {"model", "chosen", "rejected"})
-            k = sum(method.n if source == "model" else 1 for source in method.sources)
+            sources = method.sources or ()
+            unknown = sorted(set(sources) - {"model", "chosen", "rejected"})
             if unknown:
                 allowed = ("model", "chosen", "rejected")
                 yield (
                     f"methods.{name}.sources: found {unknown[0]!r}; allowed are {', '.join(allowed)}"
                     f"{_nearest(unknown[0], allowed)}"
                 )
-            elif k < 2:
-                yield f'methods.{name}: k = {k} response a prompt, nothing to rank; add sources or use kind = "sft"'
-            if method.temperature == 0.0 and "model" in method.sources and method.n > 1:
+            elif method.responses < 2:
+                yield f'methods.{name}: k = {method.responses} response a prompt, nothing to rank; add sources or use kind = "sft"'
+            if method.temperature == 0.0 and "model" in sources and (method.n or 0) > 1:
                 yield f"methods.{name}: temperature 0 gives {method.n} equal samples; raise it or set n = 1"
 
 

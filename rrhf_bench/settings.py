@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -30,6 +31,11 @@ class CandidateSettings(Settings):
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
     top_k: Annotated[int, Field(ge=0)] | None = None
 
+    @property
+    def responses(self) -> int:
+        """k, the responses a prompt; 0 where nothing was said about them."""
+        return sum((self.n or 0) if source == "model" else 1 for source in self.sources or ())
+
 
 class MethodSettings(CandidateSettings):
     """One row of the tables. `kind` names the method in the registry; the key of the table names the row."""
@@ -42,6 +48,10 @@ class MethodSettings(CandidateSettings):
     def models_in_memory(self) -> tuple[str, ...]:
         """The full-size models resident while this method trains (2304.05302 Figure 1 counts them)."""
         raise AssertionError("every method states its models")
+
+    def budget(self, prompts: int) -> str:
+        """The batch arithmetic on that many training prompts, in words."""
+        return "no training"
 
 
 class OptimiserSettings(MethodSettings):
@@ -65,3 +75,8 @@ class OfflineSettings(OptimiserSettings):
     epochs: Annotated[int, Field(ge=1)] = 3
     batch_prompts: Annotated[int, Field(ge=1)] = 16  # examples (prompts) an optimiser step
     micro_batch_prompts: Annotated[int, Field(ge=1)] | None = None  # examples a pass; none: the whole batch at once
+
+    def budget(self, prompts: int) -> str:
+        steps = self.epochs * math.ceil(prompts / self.batch_prompts)
+        examples = f"{prompts} prompts x {self.responses or 1} responses"
+        return f"{examples}, {self.epochs} epochs of {self.batch_prompts} prompts a step = {steps} steps"

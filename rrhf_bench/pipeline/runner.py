@@ -1,0 +1,216 @@
+"""Runs a plan: what is in the store is reused, the rest is made, several stages at a time where that is faster."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import resource
+import threading
+import time
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+from rrhf_bench.config import RuntimeSettings
+from rrhf_bench.errors import BenchError, StageError
+from rrhf_bench.pipeline.plan import Plan, Stage
+from rrhf_bench.pipeline.store import Store
+from rrhf_bench.sampling.backend import BackendName
+
+TIMING = "timing.json"
+
+
+class Reporter(Protocol):
+    """Told what happens, for the terminal."""
+
+    def reused(self, stage: Stage) -> None: ...
+
+    def started(self, stage: Stage) -> None: ...
+
+    def progress(self, name: str, done: int, total: int) -> None: ...
+
+    def finished(self, stage: Stage, seconds: float) -> None: ...
+
+
+def run_plan(plan: Plan, store: Store, reporter: Reporter) -> int:
+    """Make every stage that the store does not hold; how many were made.
+
+    Raises the BenchError of the first stage that fails, after the ones in flight have ended: what is complete stays.
+    """
+    todo = [stage for stage in plan.stages if not store.has(stage.key)]
+    waiting = {stage.key for stage in todo}
+    for stage in plan.stages:
+        if stage.key not in waiting:
+            reporter.reused(stage)
+    workers = min(worker_count(plan.experiment.runtime), len(todo))
+    if workers <= 1:
+        for stage in todo:
+            reporter.started(stage)
+            reporter.finished(stage, make(stage, store, plan.experiment.runtime, plan.backend.name, reporter.progress))
+    else:
+        _run_parallel(todo, plan, store, reporter, workers)
+    return len(todo)
+
+
+def worker_count(runtime: RuntimeSettings) -> int:
+    """Processes that share the stages. One on a GPU, which they would have to share as well."""
+    if runtime.workers is not None:
+        return runtime.workers
+    if runtime.device == "cuda" or (runtime.device == "auto" and _cuda()):
+        return 1
+    return min(4, cores())
+
+
+def cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def make(stage: Stage, store: Store, runtime: RuntimeSettings, backend: BackendName, progress: Any) -> float:
+    """Make one artifact in this process; the seconds it took. Any BenchError names the stage."""
+    from rrhf_bench.pipeline.stages import BODIES, Job
+
+    started = time.monotonic()
+    about = {
+        "name": stage.name,
+        "kind": stage.kind,
+        "settings": stage.settings,
+        "inputs": {role: needed.key for role, needed in stage.inputs.items()},
+    }
+    with store.writing(stage.key, about) as folder:
+        inputs = {role: store.folder(needed.key) for role, needed in stage.inputs.items()}
+        job = Job(stage.kind, stage.settings, inputs, folder, _services(runtime), backend, progress, stage.row)
+        try:
+            with _quiet():
+                BODIES[stage.kind](job)
+        except BenchError as error:
+            raise type(error)(f"{stage.name}: {error}") from error
+        seconds = time.monotonic() - started
+        timing = {"seconds": seconds, "peak_mib": _peak_mib(), **job.seconds}
+        (folder / TIMING).write_text(json.dumps(timing))
+    return seconds
+
+
+_process: dict[str, Any] = {}  # this process's services, and in a worker the queue that progress goes to
+
+
+def _services(runtime: RuntimeSettings) -> Any:
+    from rrhf_bench.pipeline.services import Services
+
+    if _process.get("runtime") != runtime:
+        _process.update(runtime=runtime, services=Services(runtime))
+    return _process["services"]
+
+
+def _peak_mib() -> float:
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Progress bars and warnings of the libraries below us; our own reporter says what is going on."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _run_parallel(todo: list[Stage], plan: Plan, store: Store, reporter: Reporter, workers: int) -> None:
+    context = multiprocessing.get_context("spawn")  # a fork would copy a torch whose threads are gone
+    queue: Any = context.Queue()
+    done = {stage.key for stage in plan.stages} - {stage.key for stage in todo}
+    waiting, running = list(todo), dict[Future[float], Stage]()
+    threads = max(1, cores() // workers)
+    failure: BaseException | None = None
+    with (
+        _thread_limit(threads),
+        _listening(queue, reporter),
+        ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(queue, threads)) as pool,
+    ):
+        while waiting or running:
+            ready = [s for s in waiting if all(needed.key in done for needed in s.inputs.values())]
+            for stage in ready[: workers - len(running)] if failure is None else ():
+                waiting.remove(stage)
+                reporter.started(stage)
+                arguments = (stage, store, plan.experiment.runtime, plan.backend.name)
+                running[pool.submit(_make_in_worker, *arguments)] = stage
+            if not running:
+                break
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                stage = running.pop(future)
+                try:
+                    reporter.finished(stage, future.result())
+                    done.add(stage.key)
+                except BrokenProcessPool:
+                    failure = failure or StageError(
+                        f"{stage.name}: its process died (out of memory?); run again with --set runtime.workers=1"
+                    )
+                except BaseException as error:
+                    failure = failure or error
+    if failure is not None:
+        raise failure
+
+
+def _start_worker(queue: Any, threads: int) -> None:
+    import torch
+
+    torch.set_num_threads(threads)
+    _process["queue"] = queue
+
+
+def _make_in_worker(stage: Stage, store: Store, runtime: RuntimeSettings, backend: BackendName) -> float:
+    last = 0.0
+
+    def progress(done: int, total: int) -> None:
+        nonlocal last
+        if time.monotonic() - last > 0.2:
+            last = time.monotonic()
+            _process["queue"].put((stage.name, done, total))
+
+    return make(stage, store, runtime, backend, progress)
+
+
+@contextmanager
+def _thread_limit(threads: int) -> Iterator[None]:
+    """What workers read when they start: their share of the cores, or they would fight over them."""
+    before = os.environ.get("OMP_NUM_THREADS")
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["OMP_NUM_THREADS"]
+        else:
+            os.environ["OMP_NUM_THREADS"] = before
+
+
+@contextmanager
+def _listening(queue: Any, reporter: Reporter) -> Iterator[None]:
+    def listen() -> None:
+        while (item := queue.get()) is not None:
+            reporter.progress(*item)
+
+    thread = threading.Thread(target=listen, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        queue.put(None)
+        thread.join(timeout=5)

@@ -1,0 +1,141 @@
+"""Models by reference, loaded when first asked for; one sampling engine an architecture, its weights synced."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from rrhf_bench.config import Dtype, RuntimeSettings
+from rrhf_bench.data.dialogue import Template
+from rrhf_bench.policy.policy import TransformersPolicy
+from rrhf_bench.rewards.reward import RewardModel
+from rrhf_bench.sampling.backend import BackendName
+from rrhf_bench.sampling.sampler import Sampler
+
+FILE = "model.json"
+
+
+@dataclass(frozen=True)
+class ModelRef:
+    """Where a model is and how to read it; an artifact that holds a model has one as ``model.json``."""
+
+    source: str  # a hub id or a folder
+    revision: str | None = None
+    template: Literal["hh", "chat"] = "hh"
+    dtype: Dtype = "float32"
+    pad_token: str | None = None
+    max_length: int | None = None  # of prompt + reply
+    layout: Literal["classifier", "value-head"] = "classifier"  # of a reward model
+
+    @classmethod
+    def read(cls, artifact: Path) -> ModelRef:
+        ref = cls(**json.loads((artifact / FILE).read_text()))
+        return replace(ref, source=str(artifact / "model")) if ref.source == "model" else ref
+
+    def write(self, artifact: Path) -> None:
+        (artifact / FILE).write_text(json.dumps(asdict(self), indent=1))
+
+
+def resolve_device(runtime: RuntimeSettings) -> str:
+    if runtime.device != "auto":
+        return runtime.device
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+class Services:
+    """What stages are lent. Lives as long as the process; policies that train are loaded anew each time."""
+
+    def __init__(self, runtime: RuntimeSettings) -> None:
+        self.runtime = runtime
+        self.device = resolve_device(runtime)
+        self._kept: dict[ModelRef, Any] = {}
+        self._samplers: dict[str, Sampler] = {}
+
+    def policy(self, ref: ModelRef) -> TransformersPolicy:
+        """A policy of its own weights, to be trained."""
+        return TransformersPolicy.load(
+            ref.source,
+            template=Template(ref.template),
+            device=self.device,
+            dtype=getattr(torch, ref.dtype),
+            revision=ref.revision,
+            pad_token=ref.pad_token,
+        )
+
+    def fixed_policy(self, ref: ModelRef) -> TransformersPolicy:
+        """A policy that nobody trains: the initial one, the perplexity model. Loaded once."""
+        if ref not in self._kept:
+            policy = self.policy(ref)
+            policy.model.requires_grad_(False)
+            self._kept[ref] = policy
+        return self._kept[ref]
+
+    def reward(self, ref: ModelRef) -> RewardModel:
+        if ref not in self._kept:
+            self._kept[ref] = load_reward(ref, self.device, self.runtime.score_batch)
+        return self._kept[ref]
+
+    def sampler(
+        self,
+        policy: TransformersPolicy,
+        ref: ModelRef,
+        backend: BackendName,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Sampler:
+        """A sampler that holds the policy's weights. ``ref`` names a folder or hub id of its architecture."""
+        architecture = policy.model.config.to_json_string() + ref.template + backend
+        if architecture not in self._samplers:
+            self._samplers[architecture] = self._start(policy, ref, backend)
+        sampler: Any = self._samplers[architecture]
+        sampler.sync(policy)
+        sampler.progress = progress
+        return sampler
+
+    def _start(self, policy: TransformersPolicy, ref: ModelRef, backend: BackendName) -> Sampler:
+        length = context_of(policy, ref)
+        if backend == "transformers":
+            from rrhf_bench.sampling.transformers import TransformersSampler
+
+            return TransformersSampler(policy, max_model_len=length)
+        from rrhf_bench.sampling.vllm import VLLMSampler
+
+        return VLLMSampler(
+            ref.source,
+            policy.tokenization,
+            max_model_len=length,
+            dtype=ref.dtype,
+            revision=ref.revision,
+            kv_cache_mib=self.runtime.kv_cache_mib,
+            gpu_memory=self.runtime.gpu_memory,
+        )
+
+
+def context_of(policy: TransformersPolicy, ref: ModelRef) -> int:
+    """Prompt + reply tokens at most: the model's context, or less where the reference says so."""
+    own = getattr(policy.model.config.get_text_config(), "max_position_embeddings", None)
+    return min(x for x in (own, ref.max_length, 1 << 20) if x is not None)
+
+
+def load_reward(ref: ModelRef, device: str, batch_size: int) -> RewardModel:
+    if ref.layout == "value-head":
+        from rrhf_bench.rewards.value_head import ValueHeadReward
+
+        return ValueHeadReward.load(
+            ref.source, revision=ref.revision, dtype=ref.dtype, device=device, batch_size=batch_size
+        )
+    from rrhf_bench.rewards.hub import ClassifierReward
+
+    return ClassifierReward.load(
+        ref.source,
+        template=ref.template,
+        revision=ref.revision,
+        dtype=ref.dtype,
+        pad_token=ref.pad_token,
+        device=device,
+        batch_size=batch_size,
+    )

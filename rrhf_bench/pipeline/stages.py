@@ -1,0 +1,391 @@
+"""The body of each kind of stage: inputs from artifacts, one artifact out. Nothing here knows about other stages."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rrhf_bench import registry
+from rrhf_bench.config import ScratchSettings
+from rrhf_bench.data.sources import fit_context, load_preferences, split_preferences
+from rrhf_bench.data.toy.world import build_world
+from rrhf_bench.errors import StageError
+from rrhf_bench.jsonl import read_jsonl, write_jsonl
+from rrhf_bench.pipeline import steps
+from rrhf_bench.pipeline.services import ModelRef, Services, context_of
+from rrhf_bench.policy.policy import Policy, TransformersPolicy
+from rrhf_bench.policy.scratch import train_language_model
+from rrhf_bench.records import Candidates, CurvePoint, Decoding, Preference
+from rrhf_bench.rewards.bradley_terry import train_reward_model
+from rrhf_bench.rewards.gold import GoldReward
+from rrhf_bench.rewards.reward_settings import RewardTrainingSettings
+from rrhf_bench.sampling.backend import BackendName
+from rrhf_bench.sampling.sampler import SamplingSpec
+from rrhf_bench.seeding import derive_seed
+from rrhf_bench.settings import MethodSettings, OfflineSettings
+from rrhf_bench.training.loop import OfflineTrainer
+from rrhf_bench.training.method import Progress, TrainContext, TrainInputs
+
+
+@dataclass(frozen=True)
+class Job:
+    """One stage at work: its settings, the folders of its inputs, the folder to fill."""
+
+    kind: str
+    settings: Mapping[str, Any]
+    inputs: Mapping[str, Path]
+    out: Path
+    services: Services
+    backend: BackendName
+    progress: Callable[[int, int], None]
+    row: str | None = None
+    seconds: dict[str, Any] = field(default_factory=dict)  # wall-clock notes, kept beside the artifact's content
+
+    def write_json(self, name: str, value: Any) -> None:
+        (self.out / name).write_text(json.dumps(value, indent=1, ensure_ascii=False))
+
+    def read_json(self, role: str, name: str) -> Any:
+        return json.loads((self.inputs[role] / name).read_text())
+
+    def pairs(self, split: str) -> list[Preference]:
+        return read_jsonl(self.inputs["prompts"] / f"{split}.jsonl", Preference)
+
+    def ref(self, role: str = "policy") -> ModelRef:
+        return ModelRef.read(self.inputs[role])
+
+    @property
+    def gold(self) -> GoldReward | None:
+        return GoldReward() if self.read_json("prompts", "about.json")["gold"] else None
+
+
+def data(job: Job) -> None:
+    """Pairs in three disjoint parts, and two corpora for models trained from scratch."""
+    s = job.settings
+    if s["source"] == "toy":
+        world = build_world(seed=s["seed"], dev=s["dev"], test=s["test"], **s["toy"])
+        train, dev, test = world.preferences, world.dev, world.test
+        corpora = {"corpus": world.corpus, "perplexity_corpus": world.perplexity_corpus}
+        about: dict[str, Any] = {"identity": f"toy, seed {s['seed']}", "gold": True, "counts": {}}
+    else:
+        loaded = load_preferences(
+            s["source"],
+            s.get("path"),
+            split=s["split"] if s["source"] != "files" else None,
+            revision=s.get("revision"),
+            data_dir=s.get("subset"),
+            diverging=s["diverging"],
+            faulty_rows=s["faulty_rows"],
+        )
+        split = split_preferences(loaded.preferences, train=None, dev=s["dev"], test=s["test"], seed=s["seed"])
+        train, dev, test = split.train, split.dev, split.test
+        # Every other prompt's chosen transcript, so that the judge of fluency has read nothing that the policy has.
+        first = [derive_seed(s["seed"], "corpus half", pair.prompt.id) % 2 == 0 for pair in train]
+        texts = [(pair.prompt.text + pair.chosen, half) for pair, half in zip(train, first, strict=True)]
+        corpora = {
+            "corpus": tuple(text for text, half in texts if half),
+            "perplexity_corpus": tuple(text for text, half in texts if not half),
+        }
+        about = {
+            "identity": loaded.identity,
+            "gold": False,
+            "counts": {**loaded.counts, **{f"split_{name}": count for name, count in split.counts.items()}},
+        }
+    for name, pairs in {"train": train, "dev": dev, "test": test}.items():
+        write_jsonl(job.out / f"{name}.jsonl", pairs)
+    for name, texts_of in corpora.items():
+        write_jsonl(job.out / f"{name}.jsonl", ({"text": text} for text in texts_of))
+    job.write_json("about.json", about)
+
+
+def model(job: Job) -> None:
+    """A language model: trained from scratch on a corpus, or a reference to one that is given."""
+    s = job.settings
+    if "scratch" not in s:
+        ref = ModelRef(**{k: v for k, v in s.items() if k != "identity"})
+        ModelRef(**{**ref.__dict__, "revision": _commit(ref)}).write(job.out)
+        return
+    settings = ScratchSettings.model_validate(s["scratch"])
+    texts = [json.loads(line)["text"] for line in (job.inputs["data"] / f"{s['corpus']}.jsonl").open(encoding="utf-8")]
+    log: list[Mapping[str, float]] = []
+    train_language_model(
+        texts,
+        settings,
+        seed=derive_seed(s["seed"], s["corpus"]),
+        folder=job.out / "model",
+        device=job.services.device,
+        log=log.append,
+        progress=job.progress,
+    )
+    write_jsonl(job.out / "metrics.jsonl", log)
+    ModelRef("model", max_length=settings.context).write(job.out)
+
+
+def reward_model(job: Job) -> None:
+    """A reward model: trained on the labelled pairs from the initial policy, or a reference to one that is given."""
+    s = job.settings
+    if "training" not in s:
+        ref = ModelRef(**{k: v for k, v in s.items() if k != "identity"})
+        ModelRef(**{**ref.__dict__, "revision": _commit(ref)}).write(job.out)
+        return
+    policy = job.ref()
+    log: list[Mapping[str, float]] = []
+    pairs = read_jsonl(job.inputs["data"] / "train.jsonl", Preference)
+    settings = RewardTrainingSettings.model_validate(s["training"])
+    steps_in_all = settings.epochs * -(-len(pairs) // settings.batch_pairs)
+
+    def note(metrics: Mapping[str, float]) -> None:
+        log.append(metrics)
+        job.progress(len(log), steps_in_all)
+
+    result = train_reward_model(
+        policy.source,
+        pairs,
+        settings,
+        job.out / "model",
+        seed=s["seed"],
+        template=policy.template,
+        pad_token=policy.pad_token,
+        revision=policy.revision,
+        device=job.services.device,
+        log=note,
+    )
+    write_jsonl(job.out / "metrics.jsonl", log)
+    job.write_json("counts.json", {"pairs": len(pairs), **result.counts})
+    ModelRef("model", template=policy.template).write(job.out)
+
+
+def _commit(ref: ModelRef) -> str | None:
+    """The commit that a hub id resolves to now, so that the artifact names it."""
+    if Path(ref.source).is_dir():
+        return ref.revision
+    try:
+        from transformers import AutoConfig
+
+        return getattr(AutoConfig.from_pretrained(ref.source, revision=ref.revision), "_commit_hash", ref.revision)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise StageError(f"{ref.source}: neither a folder nor to be had from the hub ({reason})") from error
+
+
+def prompts(job: Job) -> None:
+    """The pairs whose prompts leave room for a reply in the policy's context: training, dev, test."""
+    s = job.settings
+    ref = job.ref()
+    policy = job.services.fixed_policy(ref)
+    limit = context_of(policy, ref) - s["new_tokens"]
+    about = job.read_json("data", "about.json")
+    counts = dict(about["counts"])
+    for split, size in {"train": s["train_prompts"], "dev": None, "test": None}.items():
+        pairs = read_jsonl(job.inputs["data"] / f"{split}.jsonl", Preference)
+        distinct = list({pair.prompt: pair for pair in reversed(pairs)}.values())[::-1]  # the first of each prompt
+        length = {pair.prompt: len(policy.tokenization.prompt_ids(pair.prompt)) for pair in distinct}
+        kept, fitted = fit_context(distinct, length.__getitem__, limit, long_prompts=s["long_prompts"])
+        counts[f"{split}_long_prompt"] = fitted["long_prompt"]
+        write_jsonl(job.out / f"{split}.jsonl", kept[:size])
+    job.write_json("about.json", {**about, "counts": counts, "evaluation_prompts": s["evaluation_prompts"]})
+
+
+def sample(job: Job) -> None:
+    """n responses of the initial policy to the prompts of a split."""
+    s = job.settings
+    pairs = job.pairs("train" if s["split"] == "train" else "test")
+    if s["split"] == "test":
+        pairs = pairs[: job.read_json("prompts", "about.json")["evaluation_prompts"]]
+    elif s["split"] == "pool":
+        pairs = pairs[: s["pool_prompts"]]
+    policy = job.services.fixed_policy(job.ref())
+    sampler = job.services.sampler(policy, job.ref(), job.backend, job.progress)
+    spec = SamplingSpec(
+        n=s["n"],
+        temperature=s["temperature"],
+        top_p=s["top_p"],
+        top_k=s["top_k"],
+        max_new_tokens=s["max_new_tokens"],
+        seed=s["seed"],
+        purpose=CANDIDATES if s["split"] != "pool" else "pool",
+        stop=tuple(s["stop"]),
+    )
+    write_jsonl(job.out / "candidates.jsonl", sampler.sample([pair.prompt for pair in pairs], spec))
+
+
+# The name in the seeds of training candidates: one for every sampling of a policy for training, command line included.
+CANDIDATES = "candidates"
+
+
+def score(job: Job) -> None:
+    """The same candidates, scored; their gold rewards beside where there are any."""
+    candidates = read_jsonl(job.inputs["candidates"] / "candidates.jsonl", Candidates)
+    scored = steps.score_candidates(job.services.reward(job.ref("reward model")), candidates, job.progress)
+    write_jsonl(job.out / "candidates.jsonl", scored)
+    if job.gold is not None:
+        rows = [(row.prompt, response.text) for row in scored for response in row.responses]
+        golds = iter(job.gold.score([prompt for prompt, _ in rows], [text for _, text in rows]).tolist())
+        write_jsonl(job.out / "golds.jsonl", ({"golds": [next(golds) for _ in row.responses]} for row in scored))
+
+
+def score_pairs(job: Job) -> None:
+    """The data set's own replies, scored."""
+    reward = job.services.reward(job.ref("reward model"))
+    pairs = steps.pair_candidates(job.pairs(job.settings["split"]))
+    write_jsonl(job.out / "candidates.jsonl", steps.score_candidates(reward, pairs, job.progress))
+
+
+def train(job: Job) -> None:
+    """A policy trained by one method, its metrics, and its reward on the dev prompts along the way."""
+    s = job.settings
+    settings = _method(s["method"])
+    policy = job.services.policy(job.ref())
+    inputs = train_inputs(job, settings)
+    curve = _Curve(job, policy)
+    log: list[Mapping[str, float]] = []
+    context = TrainContext(
+        seed=s["seed"],
+        sampler=job.services.sampler(policy, job.ref(), job.backend) if "sampler" in settings.requires else None,
+        reward=job.services.reward(job.ref("reward model")) if "reward" in settings.requires else None,
+        reference=job.services.fixed_policy(job.ref()) if "reference" in settings.requires else None,
+        watch=curve.watch,
+        log=log.append,
+        scratch=job.out,
+        max_new_tokens=s.get("sampling", s["evaluation"])["max_new_tokens"],
+        stop=tuple(s.get("sampling", s["evaluation"])["stop"]),
+    )
+    method = registry.build(settings)
+    trainer = OfflineTrainer(method, settings) if isinstance(settings, OfflineSettings) else method
+    started = time.monotonic()
+    result = trainer.fit(policy, inputs, context)
+    job.seconds.update(train=time.monotonic() - started - curve.watching, curve=curve.seconds)
+    policy.save(job.out / "model")
+    ModelRef(**{**job.ref().__dict__, "source": "model", "revision": None}).write(job.out)
+    write_jsonl(job.out / "metrics.jsonl", log)
+    write_jsonl(job.out / "curve.jsonl", curve.points)
+    about = {"steps": result.steps, "sampled_tokens": result.sampled_tokens, "counts": dict(result.counts)}
+    job.write_json("about.json", about)
+
+
+def train_inputs(job: Job, settings: MethodSettings) -> TrainInputs:
+    """The training pairs and, for a method that uses them, the scored candidates of its sources."""
+    pairs = job.pairs("train")
+    if "candidates" not in settings.requires:
+        return TrainInputs(preferences=pairs)
+    sampled = None
+    if "scores" in job.inputs:
+        sampled = read_jsonl(job.inputs["scores"] / "candidates.jsonl", Candidates)
+    scored_pairs = read_jsonl(job.inputs["pair scores"] / "candidates.jsonl", Candidates)
+    return TrainInputs(pairs, steps.assemble(settings.sources or (), sampled, scored_pairs))
+
+
+class _Curve:
+    """Watches a training run: at fixed fractions of its budget, the policy's reward on the dev prompts."""
+
+    def __init__(self, job: Job, policy: TransformersPolicy) -> None:
+        self.job = job
+        self.policy = policy
+        self.points: list[CurvePoint] = []
+        self.seconds: list[tuple[float, float]] = []  # (fraction, training seconds so far)
+        self.watching = 0.0  # seconds spent looking, which are not the method's
+        self._due = 0
+        self._started = time.monotonic()
+
+    def watch(self, progress: Progress, policy: Policy) -> None:
+        job, points = self.job, self.job.settings["curve_points"]
+        job.progress(round(1000 * progress.fraction), 1000)
+        if progress.fraction * points < self._due - 1e-9:
+            return
+        self._due = int(progress.fraction * points + 1e-9) + 1
+        began = time.monotonic()
+        self.seconds.append((progress.fraction, began - self._started - self.watching))
+        prompts = [pair.prompt for pair in job.pairs("dev")]
+        sampler = job.services.sampler(self.policy, job.ref(), job.backend)
+        reward, gold = job.services.reward(job.ref("reward model")), job.gold
+        for decoding, spec in decodings(job.settings["evaluation"], job.settings["seed"], "curve").items():
+            texts = [row.responses[0].text for row in sampler.sample(prompts, spec)]
+            self.points.append(
+                CurvePoint(
+                    method=job.row or "",
+                    seed=job.settings["seed"],
+                    decoding=decoding,
+                    fraction=progress.fraction,
+                    step=progress.step,
+                    sampled_tokens=progress.sampled_tokens,
+                    rewards=tuple(reward.score(prompts, texts).tolist()),
+                    golds=None if gold is None else tuple(gold.score(prompts, texts).tolist()),
+                )
+            )
+        self.watching += time.monotonic() - began
+
+
+def decodings(evaluation: Mapping[str, Any], seed: int, purpose: str) -> dict[Decoding, SamplingSpec]:
+    """The arena's ways to decode: one reply a prompt."""
+    return {
+        decoding: SamplingSpec(
+            n=1,
+            temperature=0.0 if decoding == "greedy" else evaluation["temperature"],
+            max_new_tokens=evaluation["max_new_tokens"],
+            seed=seed,
+            purpose=f"{purpose}/{decoding}",
+            stop=tuple(evaluation["stop"]),
+        )
+        for decoding in evaluation["decoding"]
+    }
+
+
+def evaluate(job: Job) -> None:
+    """The evaluation prompts, every decoding, judged; and the policy's own ranking of held-out pairs."""
+    s = job.settings
+    initial = job.services.fixed_policy(job.ref())
+    policy = job.services.policy(job.ref("trained")) if "trained" in job.inputs else initial
+    sampler = job.services.sampler(policy, job.ref(), job.backend)
+    judges = _judges(job)
+    specs = decodings(s["evaluation"], s["seed"], "evaluate")
+    if "method" in s:
+        sampler = registry.build(_method(s["method"])).wrap(sampler, judges.reward)
+        specs = {decoding: spec for decoding, spec in specs.items() if not spec.greedy}
+    pairs = job.pairs("test")
+    prompts = [pair.prompt for pair in pairs[: job.read_json("prompts", "about.json")["evaluation_prompts"]]]
+    # Best-of-n's distribution has no log-probs to compare with the initial policy's.
+    reference = None if "method" in s else initial
+    records = steps.evaluate(job.row or "", s["seed"], sampler, prompts, judges, specs, policy, reference)
+    write_jsonl(job.out / "evaluated.jsonl", records)
+    batch = job.services.runtime.score_batch
+    scored = [] if "method" in s else steps.score_pairs_by_likelihood(job.row or "", s["seed"], policy, pairs, batch)
+    write_jsonl(job.out / "pairs.jsonl", scored)
+
+
+def evaluate_pairs(job: Job) -> None:
+    """The data set's chosen or rejected replies to the evaluation prompts, judged like everybody's."""
+    reply = job.settings["reply"]
+    pairs = job.pairs("test")[: job.read_json("prompts", "about.json")["evaluation_prompts"]]
+    rows = [(c.prompt, r) for c in steps.pair_candidates(pairs) for r in c.responses if r.source == reply]
+    policy = job.services.fixed_policy(job.ref())
+    write_jsonl(job.out / "evaluated.jsonl", steps.evaluate_given(reply, rows, _judges(job), policy))
+
+
+def _judges(job: Job) -> steps.Judges:
+    return steps.Judges(
+        job.services.reward(job.ref("reward model")),
+        job.gold,
+        job.services.fixed_policy(job.ref("perplexity model")),
+        job.services.runtime.score_batch,
+    )
+
+
+def _method(settings: Mapping[str, Any]) -> MethodSettings:
+    return registry.settings_class(settings["kind"]).model_validate(settings)
+
+
+BODIES: dict[str, Callable[[Job], None]] = {
+    "data": data,
+    "model": model,
+    "reward model": reward_model,
+    "prompts": prompts,
+    "sample": sample,
+    "score": score,
+    "score pairs": score_pairs,
+    "train": train,
+    "evaluate": evaluate,
+    "evaluate pairs": evaluate_pairs,
+}

@@ -1,0 +1,213 @@
+"""What stages and plain-file commands both do: sample, score, put together, judge. Objects in, records out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rrhf_bench.policy.batching import ResponseBatch
+from rrhf_bench.policy.logprobs import sequence_score
+from rrhf_bench.policy.policy import Policy, TransformersPolicy
+from rrhf_bench.records import Candidates, Decoding, Evaluated, PairScored, Preference, Prompt, Response
+from rrhf_bench.rewards.gold import GoldReward
+from rrhf_bench.rewards.reward import RewardModel
+from rrhf_bench.sampling.sampler import Sampler, SamplingSpec
+
+Row = tuple[Prompt, Response]
+Report = Callable[[int, int], None]
+
+
+def score_texts(
+    reward: RewardModel, prompts: Sequence[Prompt], texts: Sequence[str], progress: Report | None = None
+) -> np.ndarray:
+    """(N,) scores; a text that occurs twice under one prompt is scored once. Bounded slices, so progress shows."""
+    distinct = list(dict.fromkeys(zip(prompts, texts, strict=True)))
+    scores: dict[tuple[Prompt, str], float] = {}
+    for start in range(0, len(distinct), 2048):
+        slice_ = distinct[start : start + 2048]
+        values = reward.score([prompt for prompt, _ in slice_], [text for _, text in slice_])
+        scores.update(zip(slice_, values.tolist(), strict=True))
+        if progress is not None:
+            progress(start + len(slice_), len(distinct))
+    return np.array([scores[pair] for pair in zip(prompts, texts, strict=True)])
+
+
+def score_candidates(
+    reward: RewardModel, candidates: Sequence[Candidates], progress: Report | None = None
+) -> list[Candidates]:
+    """The same candidates with every response's score."""
+    rows = [(row.prompt, response) for row in candidates for response in row.responses]
+    scores = iter(score_texts(reward, [p for p, _ in rows], [r.text for _, r in rows], progress).tolist())
+    return [
+        replace(row, responses=tuple(replace(response, score=next(scores)) for response in row.responses))
+        for row in candidates
+    ]
+
+
+def pair_candidates(pairs: Sequence[Preference]) -> list[Candidates]:
+    """The data set's own two replies as candidates."""
+    return [
+        Candidates(pair.prompt, (Response(pair.chosen, "chosen"), Response(pair.rejected, "rejected")))
+        for pair in pairs
+    ]
+
+
+def assemble(
+    sources: Sequence[str], sampled: Sequence[Candidates] | None, pairs: Sequence[Candidates]
+) -> list[Candidates]:
+    """One group a prompt, its responses in the order of ``sources``: "model" (all samples), "chosen", "rejected"."""
+    by_prompt = {row.prompt: row.responses for row in sampled or ()}
+    groups = []
+    for row in pairs:
+        pool: Mapping[str, tuple[Response, ...]] = {
+            "model": by_prompt.get(row.prompt, ()),
+            **{response.source: (response,) for response in row.responses},
+        }
+        groups.append(Candidates(row.prompt, tuple(response for source in sources for response in pool[source])))
+    return groups
+
+
+@dataclass(frozen=True)
+class Judges:
+    """What looks at a reply: the reward model, a gold reward where the world has one, the perplexity model."""
+
+    reward: RewardModel
+    gold: GoldReward | None = None
+    perplexity: TransformersPolicy | None = None
+    batch: int = 64
+
+    def verdicts(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
+        """The judged fields of an Evaluated for each row."""
+        prompts, texts = [prompt for prompt, _ in rows], [response.text for _, response in rows]
+        verdicts: list[dict[str, Any]] = [{"reward": x} for x in score_texts(self.reward, prompts, texts).tolist()]
+        if self.gold is not None:
+            golds, features = self.gold.score(prompts, texts).tolist(), self.gold.features(prompts, texts)
+            for verdict, gold, counts in zip(verdicts, golds, features, strict=True):
+                verdict.update(gold=gold, features=counts)
+        if self.perplexity is not None:
+            for verdict, (nll, tokens) in zip(verdicts, reply_nll(self.perplexity, rows, self.batch), strict=True):
+                verdict.update(nll=nll, nll_tokens=tokens)
+        return verdicts
+
+
+def evaluate(
+    row: str,
+    seed: int,
+    sampler: Sampler,
+    prompts: Sequence[Prompt],
+    judges: Judges,
+    decodings: Mapping[Decoding, SamplingSpec],
+    policy: TransformersPolicy,
+    initial: TransformersPolicy | None,
+) -> list[Evaluated]:
+    """One record a prompt and decoding. The sampler must hold the policy's weights.
+
+    KL to ``initial`` is estimated on sampled replies only: greedy ones are not draws from the policy.
+    """
+    records = []
+    for decoding, spec in decodings.items():
+        replies = [(c.prompt, c.responses[0]) for c in sampler.sample(prompts, spec)]
+        kls: Sequence[float | None] = [None] * len(replies)
+        if initial is not None and not spec.greedy:
+            kls = log_ratios(policy, initial, replies, spec.temperature, judges.batch)
+        for (prompt, reply), verdict, kl in zip(replies, judges.verdicts(replies), kls, strict=True):
+            assert reply.token_ids is not None
+            records.append(
+                Evaluated(
+                    method=row,
+                    seed=seed,
+                    decoding=decoding,
+                    prompt=prompt,
+                    response=reply.text,
+                    finish=reply.finish,
+                    tokens=len(reply.token_ids),
+                    kl=kl,
+                    **verdict,
+                )
+            )
+    return records
+
+
+def evaluate_given(row: str, replies: Sequence[Row], judges: Judges, policy: TransformersPolicy) -> list[Evaluated]:
+    """The same record for replies of a data set; their length is counted in the policy's tokens."""
+    return [
+        Evaluated(
+            method=row,
+            seed=0,
+            decoding="given",
+            prompt=prompt,
+            response=reply.text,
+            finish=reply.finish,
+            tokens=len(policy.tokenization.response_ids(reply.text, ended=True)),
+            **verdict,
+        )
+        for (prompt, reply), verdict in zip(replies, judges.verdicts(replies), strict=True)
+    ]
+
+
+def score_pairs_by_likelihood(
+    row: str, seed: int, policy: TransformersPolicy, pairs: Sequence[Preference], batch: int
+) -> list[PairScored]:
+    """The policy's p_i (mean log-prob, 2304.05302 Eq. 1) of both replies of each held-out pair."""
+    rows = [(c.prompt, response) for c in pair_candidates(pairs) for response in c.responses]
+
+    def mean_logprob(batch: ResponseBatch) -> Tensor:
+        return sequence_score(policy.token_logprobs(batch), batch.mask_BT.to(policy.device))
+
+    p = by_length(mean_logprob, _ids(policy, rows), batch)
+    return [PairScored(row, seed, pair.prompt, p[2 * i], p[2 * i + 1]) for i, pair in enumerate(pairs)]
+
+
+def reply_nll(policy: TransformersPolicy, rows: Sequence[Row], batch: int) -> list[tuple[float, int]]:
+    """(summed negative log-likelihood in nats, tokens) of each reply given its prompt, EOS included where it ended.
+
+    A prompt that leaves no room in the model's context is cut on the left: the judge forgets, the reply stays whole.
+    """
+    limit = getattr(policy.model.config.get_text_config(), "max_position_embeddings", None)
+    pairs = _ids(policy, rows)
+    if limit is not None:
+        pairs = [(prompt[-max(1, limit - len(reply)) :], reply[: limit - 1]) for prompt, reply in pairs]
+
+    def nll(batch: ResponseBatch) -> Tensor:
+        return -policy.token_logprobs(batch).sum(-1)
+
+    return [(value, len(reply)) for value, (_, reply) in zip(by_length(nll, pairs, batch), pairs, strict=True)]
+
+
+def log_ratios(policy: Policy, initial: Policy, rows: Sequence[Row], temperature: float, batch: int) -> list[float]:
+    """log pi(y | x) - log pi_0(y | x) of each reply on the ids it was sampled as: k1 of KL(pi || pi_0), in nats."""
+    pairs = [(policy.tokenization.prompt_ids(prompt), cast(Ids, reply.token_ids)) for prompt, reply in rows]
+
+    def log_ratio(batch: ResponseBatch) -> Tensor:
+        return (policy.token_logprobs(batch) - initial.token_logprobs(batch)).sum(-1)
+
+    return by_length(log_ratio, pairs, batch, temperature)
+
+
+Ids = tuple[int, ...]
+
+
+def _ids(policy: TransformersPolicy, rows: Sequence[Row]) -> list[tuple[Ids, Ids]]:
+    tokenization = policy.tokenization
+    return [
+        (tokenization.prompt_ids(prompt), tokenization.response_ids(reply.text, ended=reply.ended))
+        for prompt, reply in rows
+    ]
+
+
+@torch.no_grad()
+def by_length(
+    value: Callable[[ResponseBatch], Tensor], pairs: Sequence[tuple[Ids, Ids]], batch: int, temperature: float = 1.0
+) -> list[float]:
+    """A number for each (prompt ids, response ids), computed in batches of like length, returned in order."""
+    order = sorted(range(len(pairs)), key=lambda i: (len(pairs[i][0]) + len(pairs[i][1]), i))
+    values = np.empty(len(pairs))
+    for start in range(0, len(order), batch):
+        rows = order[start : start + batch]
+        values[rows] = value(ResponseBatch.of_pairs([pairs[i] for i in rows], temperature)).cpu().numpy()
+    return values.tolist()

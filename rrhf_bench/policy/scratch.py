@@ -1,0 +1,117 @@
+"""A small tokenizer and Llama trained from nothing on given texts, where no checkpoint is given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn.functional import cross_entropy
+
+from rrhf_bench.config import ScratchSettings
+from rrhf_bench.errors import StageError
+from rrhf_bench.seeding import generator, torch_seed
+
+PAD, EOS = "<|pad|>", "<|end|>"
+
+
+def train_tokenizer(texts: Sequence[str], settings: ScratchSettings) -> Any:
+    """Byte-level BPE with a pad and an end token of its own; any text can be written in it."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=settings.vocabulary,
+        special_tokens=[PAD, EOS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    core.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token=PAD, eos_token=EOS, model_max_length=settings.context
+    )
+
+
+def train_language_model(
+    texts: Sequence[str],
+    settings: ScratchSettings,
+    *,
+    seed: int,
+    folder: Path,
+    device: str,
+    log: Callable[[Mapping[str, float]], None],
+    progress: Callable[[int, int], None],
+) -> None:
+    """Write a transformers folder with a Llama trained on whole dialogues, every token of them, each closed by EOS.
+
+    Texts beyond the context are cut on the right. Raises StageError (with its step) where the loss is not finite.
+    """
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tokenizer = train_tokenizer(texts, settings)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=settings.hidden,
+        intermediate_size=settings.ffn,
+        num_hidden_layers=settings.layers,
+        num_attention_heads=settings.heads,
+        max_position_embeddings=settings.context,
+        tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+    )
+    with torch_seed(seed, "initial weights"):
+        model = LlamaForCausalLM(config).to(device)
+    rows = [[*ids, tokenizer.eos_token_id][: settings.context] for ids in tokenizer(list(texts))["input_ids"]]
+    order = list(_batches(rows, settings, seed))
+    optimiser = torch.optim.AdamW(
+        model.parameters(), lr=settings.lr, betas=(0.9, 0.95), weight_decay=settings.weight_decay, fused=True
+    )
+    warmup = max(1, round(settings.warmup * len(order)))
+    model.train()
+    for step, batch in enumerate(order):
+        decay = 0.5 * (1 + np.cos(np.pi * (step - warmup) / max(1, len(order) - warmup)))
+        for group in optimiser.param_groups:
+            group["lr"] = settings.lr * ((step + 1) / warmup if step < warmup else decay)
+        loss = _loss(model, [rows[i] for i in batch], tokenizer.pad_token_id)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip)
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+        if step % 25 == 0 or step == len(order) - 1:
+            if not torch.isfinite(loss):
+                raise StageError(f"training a model from scratch: loss {loss.item()} at step {step}; lower scratch.lr")
+            log({"step": step + 1, "loss": loss.item()})
+        progress(step + 1, len(order))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _loss(model: Any, rows: Sequence[Sequence[int]], pad_id: int) -> torch.Tensor:
+    """Mean cross-entropy over all tokens but the first of each row."""
+    tensors = [torch.tensor(row) for row in rows]
+    ids = torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=pad_id).to(model.device)
+    length = torch.tensor([len(row) for row in rows], device=model.device)
+    real = torch.arange(ids.shape[1], device=model.device) < length[:, None]
+    hidden = model.model(input_ids=ids[:, :-1], attention_mask=real[:, :-1].long(), use_cache=False).last_hidden_state
+    return cross_entropy(model.lm_head(hidden[real[:, 1:]]).float(), ids[:, 1:][real[:, 1:]])
+
+
+def _batches(rows: Sequence[Sequence[int]], settings: ScratchSettings, seed: int) -> Iterator[list[int]]:
+    """Row numbers a step: every row once an epoch, rows of like length together, the batches in random order."""
+    for epoch in range(settings.epochs):
+        rng = generator(seed, "corpus order", epoch)
+        order = rng.permutation(len(rows))
+        block = 50 * settings.batch  # sorting within blocks keeps the mixture of a batch random enough
+        batches = []
+        for start in range(0, len(rows), block):
+            near = sorted(order[start : start + block].tolist(), key=lambda i: len(rows[i]))
+            batches += [near[i : i + settings.batch] for i in range(0, len(near), settings.batch)]
+        for i in rng.permutation(len(batches)):
+            yield batches[i]

@@ -1,0 +1,81 @@
+"""What a person sees while stages run: bars with rate and time left on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import re
+import time
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+from rrhf_bench.pipeline.plan import Stage
+
+# Everything that moves a terminal's cursor or changes its state; line feeds and tabs are left.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def inert(text: str) -> str:
+    """Text that cannot act on a terminal: control characters are shown as escapes."""
+    return _CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", text)
+
+
+class TerminalReporter:
+    """A Reporter: one line a finished stage, and bars for those at work."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self._live = console.is_terminal
+        self._bars = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            disable=not self._live,
+        )
+        self._tasks: dict[str, tuple[TaskID, float]] = {}  # stage -> (bar, when it started)
+        self._said: dict[str, float] = {}  # stage -> when its last plain line was printed
+        self._reused = 0
+
+    def __enter__(self) -> Self:
+        self._bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bars.stop()
+
+    def _print(self, line: str) -> None:
+        self.console.print(Text(inert(line)), soft_wrap=True)
+
+    def reused(self, stage: Stage) -> None:
+        self._reused += 1
+
+    def started(self, stage: Stage) -> None:
+        if self._reused:
+            self._print(f"reused {self._reused} artifacts from the store")
+            self._reused = 0
+        bar = self._bars.add_task(inert(stage.name), total=None, rate="")
+        self._tasks[stage.name] = (bar, time.monotonic())
+
+    def progress(self, name: str, done: int, total: int) -> None:
+        if name not in self._tasks:
+            return
+        bar, started = self._tasks[name]
+        elapsed = max(1e-6, time.monotonic() - started)
+        rate = done / elapsed
+        self._bars.update(bar, completed=done, total=total, rate=f"{rate:.0f}/s")
+        if not self._live and time.monotonic() - self._said.get(name, started) > 20 and rate:
+            self._said[name] = time.monotonic()
+            self._print(f"  {name}: {done}/{total}, {rate:.0f}/s, {(total - done) / rate:.0f} s left")
+
+    def finished(self, stage: Stage, seconds: float) -> None:
+        self._bars.remove_task(self._tasks.pop(stage.name)[0])
+        self._print(f"{seconds:7.1f} s  {stage.name}  ({stage.size})")
