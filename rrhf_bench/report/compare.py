@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 from rrhf_bench.evaluation.statistics import Estimate, holm, smallest_detectable_difference
@@ -107,16 +108,19 @@ def best_of_n_learners(view: View) -> list[BestOfNLearner]:
         mean, maximum = candidate_mean(view, row), candidate_maximum(view, row)
         for decoding in view.decodings:
             test = view.mean(row, decoding, "reward")
-            found.append(BestOfNLearner(row, decoding, mean, maximum, test, _paired_gap(view, row, decoding)))
+            gap = view.once(("eq7", row, decoding), partial(_paired_gap, view, row, decoding))
+            found.append(BestOfNLearner(row, decoding, mean, maximum, test, gap))
     return found
 
 
 def candidate_mean(view: View, row: str) -> Found:
-    return mean_of(view.candidates[row].array(_mean), "candidates", "mean", row)
+    key = ("candidates", "mean", row)
+    return view.once(key, lambda: mean_of(view.candidates[row].array(_mean), *key))
 
 
 def candidate_maximum(view: View, row: str) -> Found:
-    return mean_of(view.candidates[row].array(_maximum), "candidates", "maximum", row)
+    key = ("candidates", "maximum", row)
+    return view.once(key, lambda: mean_of(view.candidates[row].array(_maximum), *key))
 
 
 def _mean(candidates: Candidates) -> float:

@@ -1,7 +1,7 @@
 """The figures of a report, each from the records alone, as PNG and SVG. A method has one colour in all of them.
 
-Colours are Okabe and Ito's, which people with any of the common colour-blindnesses can tell apart; decodings and kinds
-of points differ in shape or filling as well. SVG files carry no date and no random ids.
+Colours are Okabe and Ito's, then Tol's, which people with any of the common colour-blindnesses can tell apart;
+decodings and kinds of points differ in shape or filling as well. SVG files carry no date and no random ids.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ GREY = "#6b6b6b"
 LIGHT = "#d9d9d9"
 # The kinds that most experiments have keep their colour from report to report; the others take what is left, in order.
 KIND_COLOURS = {"rrhf": "#0072B2", "ppo": "#D55E00", "sft": "#009E73", "best_of_n": "#CC79A7"}
-FREE_COLOURS = ("#E69F00", "#56B4E9", "#000000", "#CC79A7", "#009E73", "#D55E00", "#0072B2")
+FREE_COLOURS = ("#E69F00", "#56B4E9", "#882255", "#999933", "#332288", "#44AA99", "#AA4499", *KIND_COLOURS.values())
 STYLE: Mapping[str, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 8,
@@ -56,6 +56,7 @@ STYLE: Mapping[str, Any] = {
     "savefig.dpi": 200,
     "svg.hashsalt": "rrhf-bench",
 }
+FEW = 5  # points below which a correlation and its interval say nothing
 WIDTH = 7.2  # inches: the text width of a two-column paper
 
 
@@ -102,7 +103,7 @@ def _has_colour(view: View, row: str) -> bool:
 
 def test_reward(view: View) -> tuple[Drawn, Figure] | None:
     """Forest plot: every row's mean reward with interval and seeds, both decodings, proxy and gold."""
-    rows = [row for row in (*view.rows, *GIVEN) if any((row, d) in view.blocks for d in (*view.decodings, "given"))]
+    rows = [row for row in (*view.rows, *GIVEN) if any((row, d) in view.blocks for d in view.all_decodings)]
     if not rows:
         return None
     measures = view.measures
@@ -110,8 +111,8 @@ def test_reward(view: View) -> tuple[Drawn, Figure] | None:
     colour = colours(view)
     for ax, measure in zip(axes[0], measures, strict=True):
         for y, row in enumerate(rows):
-            for decoding in (*view.decodings, "given"):
-                _forest_point(ax, view, row, decoding, measure, y, colour[row])  # type: ignore[arg-type]
+            for decoding in view.all_decodings:
+                _forest_point(ax, view, row, decoding, measure, y, colour[row])
         ax.set_yticks(range(len(rows)), [_label(row) for row in rows])
         ax.set_ylim(len(rows) - 0.45, -0.55)
         ax.tick_params(axis="y", length=0)
@@ -122,7 +123,8 @@ def test_reward(view: View) -> tuple[Drawn, Figure] | None:
     handles = [_handle(DECODING_WORDS[d], marker="o", filled=d == "greedy") for d in view.decodings]
     if any(row in GIVEN for row in rows):
         handles.append(_handle("data set's reply", marker="D", filled=True))
-    handles.append(_handle("one seed", marker="|", filled=True))
+    if any(len(block.seeds) > 1 for block in view.blocks.values()):
+        handles.append(_handle("one seed", marker="|", filled=True))
     _legend(figure, handles)
     caption = (
         "Mean reward on the held-out prompts, 95% intervals of a bootstrap crossed over seeds and prompts; ticks "
@@ -171,10 +173,12 @@ def reward_curves(view: View) -> tuple[Drawn, Figure] | None:
     ]
     if not panels:
         return None
-    figure, axes = _panels(len(panels), len(_AXES), height=1.55 * len(panels) + 0.6, sharex="col", sharey="row")
+    shown_axes = [axis for axis in _AXES if any(axis in c.x_SF for _, _, curves in panels for c in curves.values())]
+    height = 1.55 * len(panels) + 0.6
+    figure, axes = _panels(len(panels), len(shown_axes), height=height, sharex="col", sharey="row")
     colour = colours(view)
     for line, (decoding, measure, curves) in zip(axes, panels, strict=True):
-        for ax, axis in zip(line, _AXES, strict=True):
+        for ax, axis in zip(line, shown_axes, strict=True):
             for row, curve in curves.items():
                 if axis in curve.x_SF:
                     _draw_curve(ax, curve.x_SF[axis], curve.y_SF, colour[row])
@@ -182,8 +186,8 @@ def reward_curves(view: View) -> tuple[Drawn, Figure] | None:
             ax.xaxis.set_major_locator(MaxNLocator(5))
             ax.xaxis.set_major_formatter(FuncFormatter(_thousands))
         line[0].set_ylabel(f"{MEASURE_WORDS[measure]}\n({DECODING_WORDS[decoding]})")
-    for ax, words in zip(axes[-1], _AXES.values(), strict=True):
-        ax.set_xlabel(words)
+    for ax, axis in zip(axes[-1], shown_axes, strict=True):
+        ax.set_xlabel(_AXES[axis])
     shown = [row for row in rows if any(row in curves for _, _, curves in panels)]
     spent = Line2D([], [], color=GREY, linewidth=1, linestyle=(0, (1, 1.5)), label="candidates, before step 0")
     _legend(figure, [*(_handle(row, colour[row]) for row in shown), spent])
@@ -245,7 +249,7 @@ def sampling_quality(view: View) -> tuple[Drawn, Figure] | None:
     points = {decoding: found for decoding, found in points.items() if found}
     if not points:
         return None
-    figure, axes = _panels(1, len(points) + 1, height=3.3)
+    figure, axes = _panels(1, len(points) + 1, height=3.5, width=2.4 * (len(points) + 1))
     colour = colours(view)
     for ax, (decoding, found) in zip(axes[0], points.items(), strict=False):
         for row, mean, maximum, test in found:
@@ -303,16 +307,17 @@ def _finish_quality(ax: Axes, title: str, mean_N: Floats, maximum_N: Floats, tes
     ax.set(xlim=ends, ylim=ends, aspect="equal", xlabel="reward of training candidates")
     ax.xaxis.set_major_locator(MaxNLocator(5))
     ax.yaxis.set_major_locator(MaxNLocator(5))
-    lines = [
+    correlations = [
         f"{words}: {_correlation(x_N, test_N, name, words)}" for words, x_N in (("mean", mean_N), ("max", maximum_N))
     ]
-    ax.set_title("\n".join([title, f"Spearman (n = {len(test_N)})", *lines]), loc="left", fontsize=7.5)
+    lines = [f"Spearman (n = {len(test_N)})", *correlations]
+    if len(test_N) < FEW:
+        lines = [f"(n = {len(test_N)}: too few to correlate)"]
+    ax.set_title("\n".join([title, *lines]), loc="left", fontsize=7.5)
 
 
 def _correlation(x_N: Floats, y_N: Floats, *name: str) -> str:
-    if len(x_N) < 5:
-        return "too few points"
-    if 0 in (np.ptp(x_N), np.ptp(y_N)):
+    if len(x_N) < FEW or 0 in (np.ptp(x_N), np.ptp(y_N)):
         return "undefined"
     found = rank_correlation(x_N, y_N, rng=generator("report", "sampling quality", *name))
     return f"{found.value:.2f} [{found.low:.2f}, {found.high:.2f}]"
@@ -338,7 +343,8 @@ def best_of_n_curve(view: View) -> tuple[Drawn, Figure] | None:
         shown = [row for row in view.methods if _method_point(ax, view, row, measure, pool)]
         ax.set_xscale("function", functions=(lambda x: np.sqrt(np.maximum(x, 0)), np.square))
         ax.set_xlim(left=0)
-        ax.xaxis.set_major_locator(FixedLocator([0, 0.1, 0.5, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128]))
+        ax.xaxis.set_major_locator(FixedLocator(_squares(ax.get_xlim()[1])))
+        ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
         ax.set_xlabel("KL to the initial policy (nats, square-root axis)")
         ax.set_ylabel(f"{MEASURE_WORDS[measure]} (sampled)")
     colour = colours(view)
@@ -355,6 +361,12 @@ def best_of_n_curve(view: View) -> tuple[Drawn, Figure] | None:
         "footing: read the points as a map, not a race."
     )
     return Drawn("best_of_n", "Best-of-n and the trained methods", caption), figure
+
+
+def _squares(limit: float) -> list[float]:
+    """Ticks at even distances on a square-root axis."""
+    step = next((step for step in (0.5, 1.0, 2.0, 4.0) if limit <= (8 * step) ** 2), 8.0)
+    return [(k * step) ** 2 for k in range(int(limit**0.5 / step) + 1)]
 
 
 def _draw_best_of_n(ax: Axes, pool: Block[Any], measure: Measure, ns: Sequence[int], samples: int) -> None:
@@ -421,45 +433,55 @@ def _marker(view: View, row: str) -> str:
 
 
 def training_curves(view: View) -> tuple[Drawn, Figure] | None:
-    """The paper's Figure 3: loss above, reward on the dev prompts below, a column a method, the published one last."""
+    """The paper's Figure 3: loss above, reward on the dev prompts below, for each method; the published one last."""
     losses = {row: found for row in view.methods if (found := _losses(view, row))}
     if not losses:
         return None
-    columns = len(losses) + 1
-    figure, axes = _panels(2, columns, height=3.3, width=max(WIDTH, 1.75 * columns), sharex="col")
+    across = min(len(losses) + 1, 4)
+    bands = -(-(len(losses) + 1) // across)
+    figure, axes = _panels(2 * bands, across, height=2.9 * bands + 0.4)
+    pairs = [
+        (axes[2 * (i // across), i % across], axes[2 * (i // across) + 1, i % across]) for i in range(bands * across)
+    ]
     colour = colours(view)
-    for c, (row, (key, logs)) in enumerate(losses.items()):
+    for (above, below), (row, (key, logs)) in zip(pairs, losses.items(), strict=False):
         for x, y in logs:
-            axes[0][c].plot(x, y, color=colour[row], linewidth=0.6, alpha=0.4 if len(logs) > 1 else 1)
-        _mean_loss(axes[0][c], logs, colour[row])
-        axes[0][c].set_title(f"{_label(row)}\n{visible(key)}")
+            above.plot(x, y, color=colour[row], linewidth=0.6, alpha=0.4 if len(logs) > 1 else 1)
+        _mean_loss(above, logs, colour[row])
+        above.set_title(f"{_label(row)}\n{visible(key)}")
         for decoding in view.decodings:
             curve = _curve(view, row, decoding, "reward")
             if curve is not None:
-                _dev_reward(axes[1][c], curve, colour[row], decoding)
-        axes[1][c].set_xlabel("optimiser steps")
+                _dev_reward(below, curve, colour[row], decoding)
     published = figure3_curve()
     steps = [point.step for point in published]
-    axes[0][-1].plot(steps, [point.loss_relative for point in published], "o-", color="black", markersize=2.5)
-    axes[0][-1].set_title("paper, Figure 3\nloss (relative height)")
-    axes[1][-1].plot(steps, [point.reward for point in published], "o-", color="black", markersize=2.5)
-    axes[1][-1].set_xlabel("optimiser steps")
-    for ax in axes.flat:
-        ax.set_xlim(left=0)
-        ax.xaxis.set_major_locator(MaxNLocator(4))
-        ax.yaxis.set_major_locator(MaxNLocator(4))
-        ax.xaxis.set_major_formatter(FuncFormatter(_thousands))
-    heights = [ax.get_ylim() for ax in axes[1][:-1]]
-    for ax in axes[1][:-1]:  # one scale, so that methods compare
-        ax.set_ylim(min(low for low, _ in heights), max(high for _, high in heights))
-    axes[0][0].set_ylabel("loss")
-    axes[1][0].set_ylabel("dev reward (proxy)")
+    above, below = pairs[len(losses)]
+    above.plot(steps, [point.loss_relative for point in published], "o-", color="black", markersize=2.5)
+    above.set_title("paper, Figure 3\nloss (relative height)")
+    below.plot(steps, [point.reward for point in published], "o-", color="black", markersize=2.5)
+    for ax in (ax for pair in pairs[len(losses) + 1 :] for ax in pair):
+        ax.set_visible(False)
+    for i, (above, below) in enumerate(pairs[: len(losses) + 1]):
+        above.sharex(below)
+        above.tick_params(labelbottom=False)
+        below.set_xlabel("optimiser steps")
+        below.set_xlim(left=0)
+        below.xaxis.set_major_formatter(FuncFormatter(_thousands))
+        for ax in (above, below):
+            ax.xaxis.set_major_locator(MaxNLocator(4))
+            ax.yaxis.set_major_locator(MaxNLocator(4))
+        if i % across == 0:
+            above.set_ylabel("loss")
+            below.set_ylabel("dev reward (proxy)")
+    heights = [below.get_ylim() for _, below in pairs[: len(losses)]]
+    for _, below in pairs[: len(losses)]:  # one scale, so that methods compare
+        below.set_ylim(min(low for low, _ in heights), max(high for _, high in heights))
     styles = {"greedy": "-", "sample": (0, (3, 1.5))}
     _legend(figure, [Line2D([], [], color=GREY, linestyle=styles[d], label=DECODING_WORDS[d]) for d in view.decodings])
     caption = (
         "Above: each method's own training loss, thin per seed, bold the mean over seeds as a running mean; losses "
         "of different methods are on different scales. Below: proxy reward on the dev prompts at fixed fractions, "
-        "mean over seeds. Right: Figure 3 of 2304.05302v2, read from the plot; its loss axis has no labels."
+        "mean over seeds. Last: Figure 3 of 2304.05302v2, read from the plot; its loss axis has no labels."
     )
     return Drawn("training", "Loss and reward while training", caption), figure
 
@@ -507,7 +529,7 @@ def _dev_reward(ax: Axes, curve: _Curve, colour: str, decoding: Decoding) -> Non
     ax.plot(x_F, y_F, color=colour, linestyle=style)
 
 
-# --- shared ---------------------------------------------------------------------------------------------------
+# --- panels, legends, labels ----------------------------------------------------------------------------------
 
 
 def _panels(rows: int, columns: int, *, height: float, width: float = WIDTH, **share: Any) -> tuple[Figure, Any]:
@@ -515,9 +537,15 @@ def _panels(rows: int, columns: int, *, height: float, width: float = WIDTH, **s
     return figure, figure.subplots(rows, columns, squeeze=False, **share)
 
 
-def _legend(figure: Figure, handles: Sequence[Line2D], columns: int = 6) -> None:
-    """Above the panels, where it covers nothing."""
-    figure.legend(handles=list(handles), loc="outside upper center", ncols=min(len(handles), columns))
+def _legend(figure: Figure, handles: Sequence[Line2D]) -> None:
+    """Above the panels, where it covers nothing, in as many columns as the figure is wide."""
+    widths = [0.45 + 0.06 * len(str(handle.get_label())) for handle in handles]  # inches, on the safe side
+
+    def total(columns: int) -> float:  # matplotlib fills column by column, the first ones deeper
+        return sum(float(column.max()) for column in np.array_split(widths, columns))
+
+    columns = max((k for k in range(1, len(handles) + 1) if total(k) <= figure.get_figwidth()), default=1)
+    figure.legend(handles=list(handles), loc="outside upper center", ncols=columns)
 
 
 def _handle(label: str, colour: str = GREY, marker: str = "", filled: bool = True) -> Line2D:
@@ -529,7 +557,7 @@ def _handle(label: str, colour: str = GREY, marker: str = "", filled: bool = Tru
 def _label(text: str) -> str:
     """A name as a figure shows it; matplotlib would leave one that begins with an underscore out of a legend."""
     text = visible(text)
-    text = text if len(text) <= 28 else text[:27] + "…"
+    text = text if len(text) <= 22 else text[:21] + "…"
     return f" {text}" if text.startswith("_") else text
 
 

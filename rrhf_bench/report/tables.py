@@ -20,6 +20,8 @@ from rrhf_bench.report.view import (
     DECODING_WORDS,
     GIVEN,
     MEASURE_WORDS,
+    PAPER_FIRST,
+    REWARDS,
     Block,
     Found,
     View,
@@ -34,7 +36,8 @@ _WEIGHTLESS = Missing("best-of-n has no log-probabilities of its own: it reranks
 _NO_MODEL = Missing("a reply of the data set, written by no model of this run")
 _INTERVALS = (
     "Brackets: 95% percentile intervals of a bootstrap that resamples seeds and prompts, crossed. With fewer than "
-    "about five seeds they are too short where the spread between seeds dominates: see the values of each seed."
+    "about five seeds they are too short where the spread between seeds dominates, and with one they leave it out: "
+    "see the values of each seed."
 )
 
 
@@ -223,8 +226,8 @@ def seeds_table(view: View) -> Table:
         block = view.block(row, decoding)
         for s, seed in enumerate(block.seeds if block else ()):
             cells = []
-            for measure in ("reward", "gold"):
-                values = view.values(row, decoding, measure)  # type: ignore[arg-type]
+            for measure in REWARDS:
+                values = view.values(row, decoding, measure)
                 found = values if isinstance(values, Missing) else float(values[s].mean())
                 cells.append(Cell.of(found))
             rows.append((Cell(row), Cell(DECODING_WORDS[decoding]), Cell(seed), *cells))
@@ -324,7 +327,7 @@ def candidates_table(view: View) -> Table:
 def _candidates_row(view: View, row: str) -> tuple[Cell, ...]:
     block = view.candidates[row]
     found = metrics.candidate_statistics(block.items)
-    tests = [view.mean(row, decoding, "reward") for decoding in ("greedy", "sample")]  # type: ignore[arg-type]
+    tests = [view.mean(row, decoding, "reward") for decoding in PAPER_FIRST]
     return (
         Cell(row),
         Cell.of(candidate_mean(view, row)),
@@ -444,7 +447,9 @@ def accuracy(view: View, row: str) -> Found:
     if view.kind(row) == "best_of_n":
         return _WEIGHTLESS
     block = view.pairs.get(row)
-    return ABSENT if block is None else mean_of(block.array(_right), "accuracy", row)
+    if block is None:
+        return ABSENT
+    return view.once(("accuracy", row), lambda: mean_of(block.array(_right), "accuracy", row))
 
 
 def _right(pair: PairScored) -> float:

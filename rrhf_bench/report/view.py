@@ -25,6 +25,8 @@ Found: TypeAlias = Estimate | Missing
 
 BASE = "base"
 GIVEN = ("chosen", "rejected")
+PAPER_FIRST: tuple[Decoding, ...] = ("greedy", "sample")
+REWARDS: tuple[Measure, ...] = ("reward", "gold")
 ABSENT = Missing("the run holds no such records of this row")
 DECODING_WORDS: Mapping[Decoding, str] = {"greedy": "greedy", "sample": "sampled", "given": "data set"}
 MEASURE_WORDS: Mapping[str, str] = {
@@ -151,7 +153,12 @@ class View:
     def decodings(self) -> tuple[Decoding, ...]:
         """Greedy first: it is the paper's."""
         asked = self.experiment.evaluation.decoding
-        return tuple(d for d in ("greedy", "sample") if d in asked)
+        return tuple(d for d in PAPER_FIRST if d in asked)
+
+    @property
+    def all_decodings(self) -> tuple[Decoding, ...]:
+        """The decodings, and "given" for the data set's replies, which nobody decoded."""
+        return (*self.decodings, "given")
 
     @property
     def blocks_in_order(self) -> list[tuple[str, Decoding]]:
@@ -164,7 +171,7 @@ class View:
     @property
     def measures(self) -> tuple[Measure, ...]:
         """The rewards there are: the gold one only where some reply has it."""
-        return ("reward", "gold") if any(reply.gold is not None for reply in self.records.evaluated) else ("reward",)
+        return REWARDS if any(reply.gold is not None for reply in self.records.evaluated) else REWARDS[:1]
 
     def kind(self, row: str) -> str:
         """The method's kind in the registry; the row's own name where it is no method."""
@@ -186,7 +193,7 @@ class View:
 
     def mean(self, row: str, decoding: Decoding, measure: Measure) -> Found:
         """Mean over seeds and prompts, with its interval."""
-        return self._once(("mean", row, decoding, measure), lambda: self._mean(row, decoding, measure))
+        return self.once(("mean", row, decoding, measure), lambda: self._mean(row, decoding, measure))
 
     def _mean(self, row: str, decoding: Decoding, measure: Measure) -> Found:
         values = self.values(row, decoding, measure)
@@ -194,7 +201,7 @@ class View:
 
     def difference(self, a: str, b: str, decoding: Decoding, measure: Measure) -> Found:
         """Mean of a - b on the prompts and seeds that both have."""
-        return self._once(("difference", a, b, decoding, measure), lambda: self._difference(a, b, decoding, measure))
+        return self.once(("difference", a, b, decoding, measure), lambda: self._difference(a, b, decoding, measure))
 
     def _difference(self, a: str, b: str, decoding: Decoding, measure: Measure) -> Found:
         blocks = [self.block(a, decoding), self.block(b, decoding)]
@@ -213,7 +220,8 @@ class View:
         alone = (a == BASE and len(first.seeds) == 1) or (b == BASE and len(second.seeds) == 1)
         return paired(first, value, second, value, (a, b, decoding, measure), every_seed=alone)
 
-    def _once(self, key: tuple[str, ...], make: Callable[[], Found]) -> Found:
+    def once(self, key: tuple[str, ...], make: Callable[[], Found]) -> Found:
+        """What ``make`` gives, made the first time it is asked for under ``key``."""
         if key not in self._found:
             self._found[key] = make()
         return self._found[key]
