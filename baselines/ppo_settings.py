@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
@@ -108,3 +109,10 @@ class PPOSettings(OptimiserSettings):
     def models_in_memory(self) -> tuple[str, ...]:
         models = ("policy", "reference", "reward model")
         return (*models, "value model") if self.value == "separate" else models
+
+    def budget(self, prompts: int) -> str:
+        steps = self.iterations * self.ppo_epochs * math.ceil(self.rollouts / self.minibatch)
+        return (
+            f"{self.iterations} iterations of {self.rollouts} rollouts, {self.ppo_epochs} passes in minibatches of "
+            f"{self.minibatch} = {steps} steps"
+        )

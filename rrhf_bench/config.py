@@ -6,9 +6,9 @@ import difflib
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import BaseModel, Field, SerializeAsAny, ValidationError
+from pydantic import BaseModel, Field, SerializeAsAny, ValidationError, model_validator
 
 from rrhf_bench.data.dialogue import STOP_STRINGS
 from rrhf_bench.errors import ConfigError
@@ -41,6 +41,16 @@ class DataSettings(Settings):
     diverging: Literal["drop", "common-prefix"] = "drop"  # pairs that part before the last turn
     faulty_rows: Literal["error", "drop"] = "error"  # texts that are no transcript, or that end with the Human
     long_prompts: Literal["error", "drop"] = "drop"  # prompts that leave no room for a reply in the context
+
+    @model_validator(mode="after")
+    def _readable(self) -> Self:
+        if self.source not in ("toy", "files") and not self.source.startswith("hub:"):
+            raise ValueError(f'source: found {self.source!r}; allowed are "toy", "files" and "hub:OWNER/NAME"')
+        if self.source == "files" and self.path is None:
+            raise ValueError('path: missing; source = "files" needs a .jsonl, .jsonl.gz or .parquet file')
+        if self.source == "files" and self.path is not None and not _exists(self.path):
+            raise ValueError(f"path: found {self.path!r}, which does not exist; expected a file, a folder or a pattern")
+        return self
 
 
 class ScratchSettings(Settings):
@@ -277,12 +287,6 @@ def _inherit(method: MethodSettings, sampling: SamplingSettings) -> MethodSettin
 def _contradictions(experiment: Experiment) -> Iterator[str]:
     """Faults that no single key shows."""
     data, evaluation = experiment.data, experiment.evaluation
-    if data.source == "files" and data.path is None:
-        yield 'data.path: missing; data.source = "files" needs the path of a .jsonl, .jsonl.gz or .parquet file'
-    if data.source == "files" and data.path is not None and not _exists(data.path):
-        yield f"data.path: found {data.path!r}, which does not exist; expected a file, a folder or a pattern"
-    if data.source not in ("toy", "files") and not data.source.startswith("hub:"):
-        yield f'data.source: found {data.source!r}; allowed are "toy", "files" and "hub:OWNER/NAME"'
     for key in ("policy", "reward_model", "perplexity_model"):
         model = getattr(experiment, key)
         if model.source == "toy" and data.source != "toy":
@@ -291,8 +295,8 @@ def _contradictions(experiment: Experiment) -> Iterator[str]:
         scratch = getattr(experiment, key).scratch
         if scratch.hidden % scratch.heads or scratch.hidden // scratch.heads % 32:
             yield (
-                f"{key}.scratch: found hidden = {scratch.hidden} in {scratch.heads} heads; expected heads of 32, 64, 96 "
-                "or 128, which the samplers know"
+                f"{key}.scratch: found hidden = {scratch.hidden} in {scratch.heads} heads; expected heads of 32, 64, "
+                "96 or 128, which the samplers know"
             )
     if experiment.reward_model.from_scratch and experiment.reward_model.layout != "classifier":
         yield 'reward_model.layout: a reward model trained here is a "classifier"'
@@ -315,7 +319,10 @@ def _contradictions(experiment: Experiment) -> Iterator[str]:
                     f"{_nearest(unknown[0], allowed)}"
                 )
             elif method.responses < 2:
-                yield f'methods.{name}: k = {method.responses} response a prompt, nothing to rank; add sources or use kind = "sft"'
+                yield (
+                    f"methods.{name}: k = {method.responses} response a prompt leaves nothing to rank; add sources, or "
+                    'use kind = "sft"'
+                )
             if method.temperature == 0.0 and "model" in sources and (method.n or 0) > 1:
                 yield f"methods.{name}: temperature 0 gives {method.n} equal samples; raise it or set n = 1"
 
@@ -338,7 +345,7 @@ def _faults(error: ValidationError, model: type[BaseModel], prefix: str) -> Iter
         elif fault["type"] == "missing":
             yield f"{where}: missing"
         elif fault["type"] == "value_error":
-            yield f"{where}: {fault['ctx']['error']}"
+            yield f"{where}.{fault['ctx']['error']}" if fault["loc"] else f"{fault['ctx']['error']}"
         else:
             message = fault["msg"]
             yield f"{where}: found {found}; {message[0].lower()}{message[1:]}"

@@ -8,7 +8,15 @@ from types import TracebackType
 from typing import Self
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.text import Text
 
 from rrhf_bench.pipeline.plan import Stage
@@ -62,8 +70,11 @@ class TerminalReporter:
         if self._reused:
             self._print(f"reused {self._reused} artifacts from the store")
             self._reused = 0
-        bar = self._bars.add_task(inert(stage.name), total=None, rate="")
-        self._tasks[stage.name] = (bar, time.monotonic())
+        self.begin(stage.name)
+
+    def begin(self, name: str) -> None:
+        """A bar for work that is no stage."""
+        self._tasks[name] = (self._bars.add_task(inert(name), total=None, rate=""), time.monotonic())
 
     def progress(self, name: str, done: int, total: int) -> None:
         if name not in self._tasks:

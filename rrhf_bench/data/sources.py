@@ -467,13 +467,16 @@ def read_rrhf(path: str | Path) -> list[Candidates]:
     return list(load_candidates(path).candidates)
 
 
-def load_candidates(path: str | Path) -> CandidateData:
-    """Scored candidates from JSON lines ``{"query", "responses", "scores"}`` (the file that RRHF's train.py reads).
+def load_candidates(path: str | Path, *, scored: bool = True) -> CandidateData:
+    """Candidates from JSON lines ``{"query", "responses", "scores"}`` (the file that RRHF's train.py reads).
+
+    Without ``scored`` the scores may be absent and are not read.
 
     A response's source is "file" and its finish "given" unless the row says otherwise (``sources``, ``finish``,
     ``token_ids``, ``logprobs``: one entry a response). Counts: those of ``count_candidates``, ``prompt_rewritten`` and
-    ``separator_added``. Raises DataError naming file and line for fields of the wrong type or length, for an empty
-    response and for a score that is not finite.
+    ``separator_added``. Raises DataError naming file and line for fields of the wrong type or length, for a score that
+    is not finite and for an empty response, unless it was sampled (its ``finish`` is not "given"): a policy may say
+    nothing, and what it said is taken to the letter.
     """
     rewritten = separators = 0
     candidates: list[Candidates] = []
@@ -482,20 +485,22 @@ def load_candidates(path: str | Path) -> CandidateData:
         prompt = as_prompt(query, f"{where}: query")
         rewritten += prompt.text != query
         texts = _listed(row, "responses", where, None)
-        scores = _listed(row, "scores", where, len(texts))
+        scores = _listed(row, "scores", where, len(texts)) if scored else [None] * len(texts)
         sources, finish, token_ids, logprobs = (
             _listed(row, key, where, len(texts)) if key in row else None for key in _OWN_KEYS
         )
         responses: list[Response] = []
         for i, (text, score) in enumerate(zip(texts, scores, strict=True)):
-            if not isinstance(text, str) or not text.strip():
+            ended = _finish(finish[i], f"{where}: finish[{i}]") if finish else "given"
+            if not isinstance(text, str) or not (text.strip() or ended != "given"):
                 raise DataError(f"{where}: responses[{i}]: found {_found(text)}; expected text that is not empty")
-            separators += as_reply(text) != text
-            response = Response(as_reply(text), "file", score=_number(score, f"{where}: scores[{i}]"))
+            reply = as_reply(text) if ended == "given" else text
+            separators += reply != text
+            response = Response(reply, "file", ended)
+            if scored:
+                response = replace(response, score=_number(score, f"{where}: scores[{i}]"))
             if sources:
                 response = replace(response, source=_text({"": sources[i]}, "", f"{where}: sources[{i}]"))
-            if finish:
-                response = replace(response, finish=_finish(finish[i], f"{where}: finish[{i}]"))
             if token_ids and token_ids[i] is not None:
                 ids = token_ids[i]
                 if not isinstance(ids, list) or not all(type(token) is int and token >= 0 for token in ids):
@@ -517,15 +522,18 @@ def load_candidates(path: str | Path) -> CandidateData:
 
 
 def write_rrhf(path: str | Path, candidates: Iterable[Candidates]) -> int:
-    """Write scored candidates in the official RRHF layout, return how many; ``read_rrhf`` gives the same back."""
+    """Write candidates in the official RRHF layout, return how many; ``load_candidates`` gives the same back.
+
+    Candidates that nobody has scored have no ``scores``.
+    """
 
     def rows() -> Iterator[dict[str, Any]]:
         for item in candidates:
             row: dict[str, Any] = {
                 "query": item.prompt.text,
                 "responses": [response.text for response in item.responses],
-                "scores": list(item.scores),
             }
+            row |= {} if all(response.score is None for response in item.responses) else {"scores": list(item.scores)}
             sources = [response.source for response in item.responses]
             finish = [response.finish for response in item.responses]
             token_ids = [response.token_ids and list(response.token_ids) for response in item.responses]

@@ -13,11 +13,10 @@ from typing import Any, TypeVar
 from rrhf_bench.config import Experiment, load_experiment
 from rrhf_bench.errors import StoreError
 from rrhf_bench.jsonl import read_jsonl, write_jsonl
+from rrhf_bench.pipeline.candidates import assemble
 from rrhf_bench.pipeline.plan import PAIR_ROWS, Plan
 from rrhf_bench.pipeline.results import Row, RunRecords, Timing
-from rrhf_bench.pipeline.runner import TIMING
-from rrhf_bench.pipeline.steps import assemble
-from rrhf_bench.pipeline.store import Store, content_key
+from rrhf_bench.pipeline.store import TIMING, Store, content_key
 from rrhf_bench.records import Candidates, CurvePoint, Evaluated, PairScored, PoolScored
 from rrhf_bench.sampling.backend import installed
 

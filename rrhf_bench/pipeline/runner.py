@@ -18,10 +18,8 @@ from typing import Any, Protocol
 from rrhf_bench.config import RuntimeSettings
 from rrhf_bench.errors import BenchError, StageError
 from rrhf_bench.pipeline.plan import Plan, Stage
-from rrhf_bench.pipeline.store import Store
+from rrhf_bench.pipeline.store import TIMING, Store
 from rrhf_bench.sampling.backend import BackendName
-
-TIMING = "timing.json"
 
 
 class Reporter(Protocol):
@@ -90,7 +88,7 @@ def make(stage: Stage, store: Store, runtime: RuntimeSettings, backend: BackendN
         inputs = {role: store.folder(needed.key) for role, needed in stage.inputs.items()}
         job = Job(stage.kind, stage.settings, inputs, folder, _services(runtime), backend, progress, stage.row)
         try:
-            with _quiet():
+            with quiet():
                 BODIES[stage.kind](job)
         except BenchError as error:
             raise type(error)(f"{stage.name}: {error}") from error
@@ -120,7 +118,7 @@ def _peak_mib() -> float:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Progress bars and warnings of the libraries below us; our own reporter says what is going on."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import transformers

@@ -16,6 +16,7 @@ from rrhf_bench.data.toy.world import build_world
 from rrhf_bench.errors import StageError
 from rrhf_bench.jsonl import read_jsonl, write_jsonl
 from rrhf_bench.pipeline import steps
+from rrhf_bench.pipeline.candidates import assemble, pair_candidates
 from rrhf_bench.pipeline.services import ModelRef, Services, context_of
 from rrhf_bench.policy.policy import Policy, TransformersPolicy
 from rrhf_bench.policy.scratch import train_language_model
@@ -230,7 +231,7 @@ def score(job: Job) -> None:
 def score_pairs(job: Job) -> None:
     """The data set's own replies, scored."""
     reward = job.services.reward(job.ref("reward model"))
-    pairs = steps.pair_candidates(job.pairs(job.settings["split"]))
+    pairs = pair_candidates(job.pairs(job.settings["split"]))
     write_jsonl(job.out / "candidates.jsonl", steps.score_candidates(reward, pairs, job.progress))
 
 
@@ -275,7 +276,7 @@ def train_inputs(job: Job, settings: MethodSettings) -> TrainInputs:
     if "scores" in job.inputs:
         sampled = read_jsonl(job.inputs["scores"] / "candidates.jsonl", Candidates)
     scored_pairs = read_jsonl(job.inputs["pair scores"] / "candidates.jsonl", Candidates)
-    return TrainInputs(pairs, steps.assemble(settings.sources or (), sampled, scored_pairs))
+    return TrainInputs(pairs, assemble(settings.sources or (), sampled, scored_pairs))
 
 
 class _Curve:
@@ -359,7 +360,7 @@ def evaluate_pairs(job: Job) -> None:
     """The data set's chosen or rejected replies to the evaluation prompts, judged like everybody's."""
     reply = job.settings["reply"]
     pairs = job.pairs("test")[: job.read_json("prompts", "about.json")["evaluation_prompts"]]
-    rows = [(c.prompt, r) for c in steps.pair_candidates(pairs) for r in c.responses if r.source == reply]
+    rows = [(c.prompt, r) for c in pair_candidates(pairs) for r in c.responses if r.source == reply]
     policy = job.services.fixed_policy(job.ref())
     write_jsonl(job.out / "evaluated.jsonl", steps.evaluate_given(reply, rows, _judges(job), policy))
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rrhf_bench.pipeline.candidates import pair_candidates
 from rrhf_bench.policy.batching import ResponseBatch
 from rrhf_bench.policy.logprobs import sequence_score
 from rrhf_bench.policy.policy import Policy, TransformersPolicy
@@ -47,29 +48,6 @@ def score_candidates(
         replace(row, responses=tuple(replace(response, score=next(scores)) for response in row.responses))
         for row in candidates
     ]
-
-
-def pair_candidates(pairs: Sequence[Preference]) -> list[Candidates]:
-    """The data set's own two replies as candidates."""
-    return [
-        Candidates(pair.prompt, (Response(pair.chosen, "chosen"), Response(pair.rejected, "rejected")))
-        for pair in pairs
-    ]
-
-
-def assemble(
-    sources: Sequence[str], sampled: Sequence[Candidates] | None, pairs: Sequence[Candidates]
-) -> list[Candidates]:
-    """One group a prompt, its responses in the order of ``sources``: "model" (all samples), "chosen", "rejected"."""
-    by_prompt = {row.prompt: row.responses for row in sampled or ()}
-    groups = []
-    for row in pairs:
-        pool: Mapping[str, tuple[Response, ...]] = {
-            "model": by_prompt.get(row.prompt, ()),
-            **{response.source: (response,) for response in row.responses},
-        }
-        groups.append(Candidates(row.prompt, tuple(response for source in sources for response in pool[source])))
-    return groups
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from typing import Any
 from rrhf_bench.errors import StoreError
 
 MANIFEST = "manifest.json"
+TIMING = "timing.json"  # wall-clock and memory of a stage: beside its content, never compared
 
 
 def canonical(value: Any) -> str:
@@ -67,6 +68,28 @@ class Store:
     def about(self, key: str) -> dict[str, Any]:
         """The manifest of a complete artifact."""
         return json.loads((self.folder(key) / MANIFEST).read_text())
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A path beside ``path`` to write a file or folder to; it takes the name when the block ends well, or vanishes.
+
+    Raises StoreError where ``path`` is a folder that holds anything, or cannot be written.
+    """
+    if path.is_dir() and any(path.iterdir()):
+        raise StoreError(f"{path}: is a folder that is not empty; name a new one, nothing is overwritten")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    except OSError as error:
+        raise StoreError(f"{path}: cannot be written ({error.strerror}); name another place") from error
+    try:
+        yield temporary / path.name
+        if path.is_dir():
+            path.rmdir()
+        os.replace(temporary / path.name, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def folder_identity(folder: Path) -> str:

@@ -1,0 +1,506 @@
+"""The command line. Exit codes: 0 done, 1 a fault of this program, 2 input that cannot be used, 130 interrupted.
+
+Nothing here imports torch before it is needed: `plan` answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from rrhf_bench.config import RuntimeSettings, load_experiment, parse_method
+from rrhf_bench.data.dialogue import STOP_STRINGS
+from rrhf_bench.errors import BenchError, ConfigError
+from rrhf_bench.pipeline.plan import Plan, make_plan
+from rrhf_bench.pipeline.store import Store
+from rrhf_bench.registry import METHODS
+from rrhf_bench.sampling.backend import BackendName
+from rrhf_bench.terminal import TerminalReporter, inert
+
+if TYPE_CHECKING:
+    from rrhf_bench.pipeline.plain import PlainSteps
+    from rrhf_bench.sampling.sampler import SamplingSpec
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Which alignment method gives how much reward, at what cost, and is the difference real?",
+    epilog="Exit codes: 0 done, 1 a fault of this program, 2 input that cannot be used, 130 interrupted.",
+)
+
+ExperimentFile = Annotated[Path, typer.Argument(help="an experiment file, such as experiments/hh_compare.toml")]
+Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a key of the file")]
+Runs = Annotated[Path, typer.Option(envvar="RRHF_BENCH_RUNS", help="where runs and the store of artifacts are")]
+Json = Annotated[bool, typer.Option("--json", help="one JSON object for machines, on standard output")]
+Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="where models run")]
+Backend = Annotated[Literal["vllm", "transformers"], typer.Option(help="what samples; vllm falls back if absent")]
+TemplateName = Annotated[Literal["hh", "chat"], typer.Option(help="how the model wants a dialogue")]
+DtypeName = Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(help="of the model's weights")]
+PadToken = Annotated[str | None, typer.Option(help="for a tokenizer without one: which of its tokens pads")]
+Seed = Annotated[int, typer.Option(help="names the random draws")]
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="length cap of a reply")]
+RewardSource = Annotated[str, typer.Option("--reward-model", help="hub id or folder of a reward model")]
+Layout = Annotated[Literal["classifier", "value-head"], typer.Option(help="of the reward model")]
+Out = Annotated[Path, typer.Option(help="what to write")]
+Cut = Annotated[bool, typer.Option("--cut/--no-cut", help="cut replies at a fake turn")]
+
+
+def main() -> None:
+    """Run the command line; a BenchError becomes one line a fault and exit code 2."""
+    try:
+        app(standalone_mode=False)
+    except BenchError as error:
+        for line in str(error).splitlines():
+            _errors().print(Text(f"error: {inert(line)}"), soft_wrap=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        _errors().print("interrupted; what is complete stays, and the same command goes on from there")
+        sys.exit(130)
+    except typer.Exit as exit_:
+        sys.exit(exit_.exit_code)
+    except (typer.Abort, Exception) as error:
+        # typer's own usage errors know how to show themselves; anything else is a fault of this program.
+        if hasattr(error, "show"):
+            error.show()
+            sys.exit(2)
+        raise
+
+
+def _out() -> Console:
+    return Console()
+
+
+def _errors() -> Console:
+    return Console(stderr=True)
+
+
+def _print_json(value: Any) -> None:
+    sys.stdout.write(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+@app.command()
+def run(file: ExperimentFile, override: Overrides = None, runs: Runs = Path("runs"), as_json: Json = False) -> None:
+    """Run an experiment to its report; what the store already holds is reused."""
+    experiment = load_experiment(file, override or [])
+    plan = make_plan(experiment)
+    console = _errors() if as_json else _out()
+    from rrhf_bench.pipeline.run import load_run, open_run, write_metrics
+    from rrhf_bench.pipeline.runner import run_plan
+
+    started = time.monotonic()
+    command = shlex.join(["rrhf-bench", "run", str(file), *(w for o in override or [] for w in ("--set", o))])
+    folder = open_run(plan, runs, command)
+    store = Store(runs / "store")
+    if plan.backend.note:
+        console.print(f"note: {plan.backend.note}")
+    with TerminalReporter(console) as reporter:
+        made = run_plan(plan, store, reporter)
+    records = load_run(folder, store)
+    write_metrics(records)
+    report_page = _write_report(records, folder)
+    if as_json:
+        _print_json(
+            {
+                "run": str(folder),
+                "report": str(report_page),
+                "arena": records.arena,
+                "made": made,
+                "reused": len(plan.stages) - made,
+                "seconds": round(time.monotonic() - started, 1),
+            }
+        )
+        return
+    console.print(f"{made} stages made, {len(plan.stages) - made} reused, {time.monotonic() - started:.0f} s in all")
+    console.print(f"report: {report_page}", soft_wrap=True, highlight=False)
+
+
+def _write_report(records: Any, folder: Path) -> Path:
+    from rrhf_bench.report.page import write_report
+
+    return write_report(records, folder / "report")
+
+
+@app.command()
+def plan(file: ExperimentFile, override: Overrides = None, runs: Runs = Path("runs"), as_json: Json = False) -> None:
+    """Say what a run would do: stages, what the store holds, batch arithmetic, models in memory. Imports no torch."""
+    made = make_plan(load_experiment(file, override or []))
+    store = Store(runs / "store")
+    if as_json:
+        _print_json(_plan_json(made, store))
+        return
+    console = _out()
+    table = Table("stage", "state", "size", box=None, pad_edge=False)
+    done = 0
+    for stage in made.stages:
+        complete = store.has(stage.key)
+        done += complete
+        table.add_row(inert(stage.name), "done" if complete else "to do", inert(stage.size))
+    console.print(table)
+    console.print()
+    memory = Table("method", "trains on", "models in memory", box=None, pad_edge=False)
+    for name, method in made.experiment.methods.items():
+        models = method.models_in_memory()
+        budget = method.budget(made.experiment.data.train_prompts)
+        memory.add_row(name, budget, f"{len(models)}: {', '.join(models)}")
+    console.print(memory)
+    console.print()
+    console.print(f"sampler: {made.backend.identity}" + (f" ({made.backend.note})" if made.backend.note else ""))
+    console.print(f"{len(made.stages)} stages: {done} done, {len(made.stages) - done} to do, store {store.root}")
+
+
+def _plan_json(plan: Plan, store: Store) -> dict[str, Any]:
+    stages = [
+        {
+            "name": stage.name,
+            "kind": stage.kind,
+            "row": stage.row,
+            "seed": stage.seed,
+            "key": stage.key,
+            "done": store.has(stage.key),
+            "size": stage.size,
+        }
+        for stage in plan.stages
+    ]
+    prompts = plan.experiment.data.train_prompts
+    methods = {
+        name: {"budget": method.budget(prompts), "models_in_memory": list(method.models_in_memory())}
+        for name, method in plan.experiment.methods.items()
+    }
+    return {"experiment": plan.experiment.name, "sampler": plan.backend.identity, "stages": stages, "methods": methods}
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="the folder of a run, such as runs/hh_compare")],
+    publish: Annotated[Path | None, typer.Option(help="also copy the report into this folder, under its name")] = None,
+    as_json: Json = False,
+) -> None:
+    """Write a run's report again from its records; no model is loaded."""
+    from rrhf_bench.pipeline.run import load_run
+
+    page = _write_report(load_run(folder), folder)
+    published = None
+    if publish is not None:
+        import shutil
+
+        from rrhf_bench.pipeline.store import replacing
+
+        published = publish / folder.resolve().name
+        if published.is_dir() and (published / "report.md").is_file():
+            shutil.rmtree(published)  # an earlier report of the same name
+        with replacing(published) as copy:
+            shutil.copytree(page.parent, copy)
+    if as_json:
+        _print_json({"report": str(page), "published": None if published is None else str(published)})
+        return
+    for path in (page, published):
+        if path is not None:
+            _out().print(str(path), soft_wrap=True, highlight=False)
+
+
+@app.command()
+def ls(runs: Runs = Path("runs"), as_json: Json = False) -> None:
+    """List the runs and how much of each is complete."""
+    store = Store(runs / "store")
+    found = []
+    for path in sorted(runs.glob("*/run.json")):
+        keys = list(json.loads(path.read_text())["stages"])
+        folder = path.parent
+        page = folder / "report" / "report.md"
+        found.append(
+            {
+                "run": folder.name,
+                "stages": len(keys),
+                "complete": sum(store.has(key) for key in keys),
+                "report": str(page) if page.is_file() else None,
+            }
+        )
+    if as_json:
+        _print_json(found)
+        return
+    if not found:
+        _out().print(f"no runs in {runs}; start one with: rrhf-bench run experiments/hh_compare.toml", soft_wrap=True)
+        return
+    table = Table("run", "stages complete", "report", box=None, pad_edge=False)
+    for row in found:
+        table.add_row(str(row["run"]), f"{row['complete']} of {row['stages']}", str(row["report"] or "-"))
+    _out().print(table)
+
+
+@app.command()
+def doctor(
+    model: Annotated[str | None, typer.Option(help="a policy to check; none: a small one made on the spot")] = None,
+    reward_model: Annotated[str | None, typer.Option(help="a reward model to check")] = None,
+    layout: Layout = "classifier",
+    template: TemplateName = "hh",
+    pad_token: PadToken = None,
+    backend: Backend = "vllm",
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Say what is installed, and check that sampler, trainer and reward model agree on this machine."""
+    from rrhf_bench.pipeline.doctor import examine
+    from rrhf_bench.pipeline.plain import model_ref
+
+    findings = examine(
+        None if model is None else model_ref(model, template=template, pad_token=pad_token),
+        None
+        if reward_model is None
+        else model_ref(reward_model, template=template, pad_token=pad_token, layout=layout),
+        backend,
+        RuntimeSettings(device=device),
+    )
+    if as_json:
+        _print_json([finding.__dict__ for finding in findings])
+    else:
+        table = Table("check", "", "found", box=None, pad_edge=False)
+        for finding in findings:
+            mark = {True: "ok", False: "FAILED", None: ""}[finding.ok]
+            table.add_row(finding.check, mark, inert(finding.found))
+        _out().print(table)
+    if any(finding.ok is False for finding in findings):
+        raise BenchError("a check failed; see the lines marked FAILED")
+
+
+@app.command()
+def sample(
+    model: Annotated[str, typer.Option(help="hub id or folder of the policy")],
+    prompts: Annotated[Path, typer.Option(help='JSONL of {"prompt"} or of preferences')],
+    out: Out,
+    n: Annotated[int, typer.Option(min=1, help="samples a prompt")] = 4,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy")] = 1.0,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="1 is off")] = 1.0,
+    top_k: Annotated[int, typer.Option(min=0, help="0 is off")] = 0,
+    max_new_tokens: MaxNewTokens = 64,
+    sources: Annotated[str, typer.Option(help="what a group holds, in order: model,chosen,rejected")] = "model",
+    cut: Cut = True,
+    seed: Seed = 0,
+    template: TemplateName = "hh",
+    dtype: DtypeName = "float32",
+    pad_token: PadToken = None,
+    backend: Backend = "vllm",
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Sample responses to prompts and write them as {"query", "responses"}."""
+    from rrhf_bench.pipeline.plain import model_ref
+    from rrhf_bench.pipeline.stages import CANDIDATES
+
+    names = tuple(sources.split(","))
+    unknown = sorted(set(names) - {"model", "chosen", "rejected"})
+    if unknown:
+        raise ConfigError(f"--sources: found {unknown[0]!r}; allowed are model, chosen, rejected")
+    if temperature == 0.0 and n > 1:
+        raise ConfigError(f"--temperature 0 gives {n} equal samples; raise it or use --n 1")
+    spec = _spec(n, temperature, max_new_tokens, seed, CANDIDATES, cut, top_p, top_k)
+    ref = model_ref(model, template=template, dtype=dtype, pad_token=pad_token)
+    with _steps(device, backend, "sampling", as_json) as steps:
+        count = steps.sample(ref, prompts, out, spec, names)
+    _done(as_json, f"{count} prompts, {n} samples each: {out}", {"prompts": count, "out": str(out)})
+
+
+@app.command()
+def score(
+    reward_model: RewardSource,
+    candidates: Annotated[Path, typer.Option(help='JSONL of {"query", "responses"}')],
+    out: Out,
+    layout: Layout = "classifier",
+    template: TemplateName = "hh",
+    dtype: DtypeName = "float32",
+    pad_token: PadToken = None,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Score responses with a reward model and write them as {"query", "responses", "scores"}."""
+    from rrhf_bench.pipeline.plain import model_ref
+
+    ref = model_ref(reward_model, template=template, dtype=dtype, pad_token=pad_token, layout=layout)
+    with _steps(device, "transformers", "scoring", as_json) as steps:
+        counts = steps.score(ref, candidates, out)
+    words = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in counts.items())
+    _done(as_json, f"{words}: {out}", {"counts": counts, "out": str(out)})
+
+
+@app.command()
+def train(
+    method: Annotated[str, typer.Option(help=f"one of {', '.join(METHODS)}")],
+    model: Annotated[str, typer.Option(help="hub id or folder of the initial policy")],
+    data: Annotated[Path, typer.Option(help="scored candidates (rrhf), pairs (sft) or prompts (ppo), as JSONL")],
+    out: Annotated[Path, typer.Option(help="the folder to write the trained policy to")],
+    override: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="a setting of the method, such as lr=1e-5")
+    ] = None,
+    reward_model: Annotated[str | None, typer.Option(help="for ppo: hub id or folder of a reward model")] = None,
+    layout: Layout = "classifier",
+    max_new_tokens: MaxNewTokens = 64,
+    cut: Cut = True,
+    seed: Seed = 0,
+    template: TemplateName = "hh",
+    dtype: DtypeName = "float32",
+    pad_token: PadToken = None,
+    backend: Backend = "vllm",
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Train a policy by one method and write it as a transformers folder."""
+    settings = parse_method(method, override or [])
+    if settings.family == "inference":
+        raise ConfigError(f"--method {method}: trains nothing; use `sample` and `score`")
+    from rrhf_bench.pipeline.plain import model_ref
+
+    ref = model_ref(model, template=template, dtype=dtype, pad_token=pad_token)
+    reward = None
+    if reward_model is not None:
+        reward = model_ref(reward_model, template=template, pad_token=pad_token, layout=layout)
+    with _steps(device, backend, f"training {method}", as_json) as steps:
+        result = steps.train(
+            settings,
+            ref,
+            data,
+            out,
+            seed=seed,
+            reward=reward,
+            max_new_tokens=max_new_tokens,
+            stop=STOP_STRINGS if cut else (),
+        )
+    words = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in result.counts.items())
+    summary = {"steps": result.steps, "counts": dict(result.counts), "out": str(out)}
+    _done(as_json, f"{result.steps} optimiser steps ({words}): {out}", summary)
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Option(help="hub id or folder of the policy")],
+    reward_model: RewardSource,
+    prompts: Annotated[Path, typer.Option(help='JSONL of {"prompt"} or of preferences')],
+    out: Out,
+    name: Annotated[str, typer.Option(help="the row's name in the records")] = "policy",
+    initial: Annotated[str | None, typer.Option(help="the initial policy, for the KL to it")] = None,
+    perplexity_model: Annotated[str | None, typer.Option(help="a fixed language model, for perplexity")] = None,
+    gold: Annotated[bool, typer.Option("--gold", help="the embedded world's gold reward, on its prompts")] = False,
+    decoding: Annotated[str, typer.Option(help="greedy, sample or both")] = "greedy,sample",
+    temperature: Annotated[float, typer.Option(min=0.01, help="of sample")] = 1.0,
+    max_new_tokens: MaxNewTokens = 64,
+    layout: Layout = "classifier",
+    seed: Seed = 0,
+    template: TemplateName = "hh",
+    dtype: DtypeName = "float32",
+    pad_token: PadToken = None,
+    backend: Backend = "vllm",
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Judge a policy on prompts: one record a prompt and decoding."""
+    from rrhf_bench.evaluation.metrics import fake_turn_share, mean_kl, mean_length, perplexity
+    from rrhf_bench.pipeline.plain import model_ref
+    from rrhf_bench.pipeline.stages import decodings
+
+    names = decoding.split(",")
+    if not set(names) <= {"greedy", "sample"}:
+        raise ConfigError(f"--decoding: found {decoding!r}; allowed are greedy, sample and greedy,sample")
+    arena = {
+        "decoding": names,
+        "temperature": temperature,
+        "max_new_tokens": max_new_tokens,
+        "stop": STOP_STRINGS,
+    }
+    policy, judge, base, fluency = (
+        None
+        if source is None
+        else model_ref(source, template=template, dtype=dtype, pad_token=pad_token, layout=layout)
+        for source in (model, reward_model, initial, perplexity_model)
+    )
+    assert policy is not None
+    assert judge is not None
+    with _steps(device, backend, "evaluating", as_json) as steps:
+        records = steps.evaluate(
+            policy,
+            judge,
+            prompts,
+            out,
+            name=name,
+            seed=seed,
+            decodings=decodings(arena, seed, "evaluate"),
+            initial=base,
+            perplexity=fluency,
+            gold=gold,
+        )
+    rows = []
+    for way in dict.fromkeys(record.decoding for record in records):
+        chosen = [record for record in records if record.decoding == way]
+        ppl, kl = perplexity(chosen), mean_kl(chosen)
+        rows.append(
+            {
+                "decoding": way,
+                "n": len(chosen),
+                "reward/mean": sum(record.reward for record in chosen) / len(chosen),
+                "gold/mean": sum(record.gold or 0.0 for record in chosen) / len(chosen) if gold else None,
+                "perplexity": None if ppl is None else ppl.pooled,
+                "objective/kl": kl,
+                "completions/mean_length": mean_length(chosen),
+                "completions/fake_turn_share": fake_turn_share(chosen),
+            }
+        )
+    if as_json:
+        _print_json({"out": str(out), "results": rows})
+        return
+    table = Table(*rows[0], box=None, pad_edge=False)
+    for row in rows:
+        table.add_row(*("-" if v is None else f"{v:.3f}" if isinstance(v, float) else str(v) for v in row.values()))
+    _out().print(table)
+    _done(False, str(out), {})
+
+
+def _spec(
+    n: int, temperature: float, max_new_tokens: int, seed: int, purpose: str, cut: bool, top_p: float, top_k: int
+) -> SamplingSpec:
+    from rrhf_bench.sampling.sampler import SamplingSpec
+
+    return SamplingSpec(
+        n=n,
+        temperature=temperature,
+        max_new_tokens=max_new_tokens,
+        seed=seed,
+        purpose=purpose,
+        top_p=top_p,
+        top_k=top_k,
+        stop=STOP_STRINGS if cut else (),
+    )
+
+
+@contextmanager
+def _steps(device: Any, backend: BackendName, words: str, as_json: bool) -> Iterator[PlainSteps]:
+    """The plain-file steps with a progress bar on standard error."""
+    from rrhf_bench.pipeline.plain import PlainSteps
+    from rrhf_bench.pipeline.runner import quiet
+    from rrhf_bench.sampling.backend import choose_backend
+
+    chosen = choose_backend(backend)
+    if chosen.note:
+        _errors().print(f"note: {chosen.note}")
+    with TerminalReporter(_errors()) as reporter, quiet():
+        reporter.begin(words)
+        yield PlainSteps(RuntimeSettings(device=device), chosen.name, lambda i, n: reporter.progress(words, i, n))
+
+
+def _done(as_json: bool, words: str, value: dict[str, Any]) -> None:
+    if as_json:
+        _print_json(value)
+    else:
+        _out().print(words, soft_wrap=True, highlight=False)
+
+
+if __name__ == "__main__":
+    main()

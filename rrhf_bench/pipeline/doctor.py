@@ -1,0 +1,140 @@
+"""What is installed here, and whether sampler, trainer and reward model agree: checks that anyone can run."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, requires
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from rrhf_bench.config import RuntimeSettings, ScratchSettings
+from rrhf_bench.data.toy.world import build_world
+from rrhf_bench.errors import BenchError
+from rrhf_bench.pipeline.run import environment
+from rrhf_bench.pipeline.services import ModelRef, Services
+from rrhf_bench.policy.batching import ResponseBatch
+from rrhf_bench.policy.policy import TransformersPolicy
+from rrhf_bench.policy.scratch import train_language_model
+from rrhf_bench.records import Preference, Prompt
+from rrhf_bench.sampling.backend import BackendName, choose_backend
+from rrhf_bench.sampling.sampler import Sampler, SamplingSpec
+
+TEMPERATURE = 0.7  # a temperature that is not applied must show
+TOLERANCE = {"float32": 1e-4, "bfloat16": 0.15, "float16": 0.05}  # of one token's log-prob
+
+
+@dataclass(frozen=True)
+class Finding:
+    check: str
+    ok: bool | None  # None: nothing to pass or fail
+    found: str
+
+
+def examine(
+    policy: ModelRef | None, reward: ModelRef | None, backend: BackendName, runtime: RuntimeSettings
+) -> list[Finding]:
+    """All findings; a check that cannot even run is a failed one that says why."""
+    findings = [Finding(name, None, version) for name, version in environment().items()]
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU (no CUDA GPU)"
+    findings.append(Finding("device", None, f"{device}, {torch.get_num_threads()} threads"))
+    findings.append(_pins())
+    chosen = choose_backend(backend)
+    findings.append(Finding("sampler", None, chosen.note or chosen.identity))
+    services = Services(runtime)
+    world = build_world(seed=0, corpus=200, perplexity_corpus=1, preferences=8, dev=1, test=8)
+    with tempfile.TemporaryDirectory() as folder:
+        if policy is None:
+            settings = ScratchSettings(epochs=1)
+            train_language_model(
+                world.corpus,
+                settings,
+                seed=0,
+                folder=Path(folder) / "model",
+                device=services.device,
+                log=lambda metrics: None,
+                progress=lambda done, total: None,
+            )
+            policy = ModelRef(str(Path(folder) / "model"), max_length=settings.context)
+        findings += _guarded("sampler's log-probs", lambda: _sampler(services, policy, chosen.name, world.test))
+    if reward is not None:
+        findings += _guarded("reward model", lambda: _reward(services, reward, world.test))
+    return findings
+
+
+def _guarded(check: str, body: object) -> list[Finding]:
+    assert callable(body)
+    try:
+        return body()
+    except BenchError as error:
+        return [Finding(check, False, str(error))]
+
+
+def _pins() -> Finding:
+    """torch, transformers and vLLM at versions that were tested together."""
+    from packaging.requirements import Requirement
+
+    try:
+        wanted = [Requirement(line) for line in requires("rrhf-bench") or ()]
+    except PackageNotFoundError:
+        return Finding("pinned versions", None, "rrhf-bench is not installed as a package; nothing to compare with")
+    found = environment()
+    wrong = [
+        f"{r.name} {found[r.name]} (wanted {r.specifier})"
+        for r in wanted
+        if r.name in found and not r.specifier.contains(found[r.name], prereleases=True)
+    ]
+    return Finding("pinned versions", not wrong, "; ".join(wrong) or "as pinned")
+
+
+def _sampler(services: Services, ref: ModelRef, backend: BackendName, pairs: tuple[Preference, ...]) -> list[Finding]:
+    """Log-probs of the sampler against the trainer's, at a temperature other than 1, and after a change of weights."""
+    policy = services.policy(ref)
+    sampler = services.sampler(policy, ref, backend)
+    prompts = [pair.prompt for pair in pairs]
+    limit = TOLERANCE[ref.dtype]
+    before = agreement(sampler, policy, prompts)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.mul_(0.9)
+    missed = agreement(sampler, policy, prompts)
+    sampler.sync(policy)
+    after = agreement(sampler, policy, prompts)
+    return [
+        Finding("log-probs, sampler and trainer", before < limit, f"at most {before:.1e} apart (limit {limit:g})"),
+        Finding("the same after new weights", after < limit, f"at most {after:.1e} apart (limit {limit:g})"),
+        Finding("a missed sync would show", missed > limit, f"{missed:.1e} apart with the old weights"),
+    ]
+
+
+@torch.no_grad()
+def agreement(sampler: Sampler, policy: TransformersPolicy, prompts: list[Prompt]) -> float:
+    """The largest difference between the sampler's log-prob of a sampled token and the trainer's."""
+    spec = SamplingSpec(n=2, temperature=TEMPERATURE, max_new_tokens=16, seed=0, purpose="doctor", logprobs=True)
+    worst = 0.0
+    for row in sampler.sample(prompts, spec):
+        prompt_ids = policy.tokenization.prompt_ids(row.prompt)
+        pairs = [(prompt_ids, response.token_ids or ()) for response in row.responses]
+        logp_BT = policy.token_logprobs(ResponseBatch.of_pairs(pairs, TEMPERATURE)).cpu()
+        for response, logp_T in zip(row.responses, logp_BT, strict=True):
+            theirs = torch.tensor(response.logprobs)
+            worst = max(worst, (theirs - logp_T[: len(theirs)]).abs().max().item())
+    return worst
+
+
+def _reward(services: Services, ref: ModelRef, pairs: tuple[Preference, ...]) -> list[Finding]:
+    """A score must not depend on what else is in the batch."""
+    model = services.reward(ref)
+    prompts = [pair.prompt for pair in pairs]
+    texts = [pair.chosen for pair in pairs]
+    together = model.score(prompts, texts)
+    alone = np.array([model.score([p], [t])[0] for p, t in zip(prompts, texts, strict=True)])
+    backwards = model.score(prompts[::-1], texts[::-1])[::-1]
+    spread = float(max(np.abs(together - alone).max(), np.abs(together - backwards).max()))
+    limit = 1e-4 * float(max(1.0, np.abs(together).max())) if ref.dtype == "float32" else 0.1
+    return [
+        Finding("reward model", None, model.identity),
+        Finding("its scores, alone and in a batch", spread < limit, f"at most {spread:.1e} apart (limit {limit:.1g})"),
+    ]

@@ -1,0 +1,167 @@
+"""The single steps on plain files, for people who bring their own: the stages' code without a store."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rrhf_bench import registry
+from rrhf_bench.config import RuntimeSettings
+from rrhf_bench.data.sources import load_candidates, load_pairs, load_prompts, write_rrhf
+from rrhf_bench.errors import DataError
+from rrhf_bench.jsonl import read_objects, write_jsonl
+from rrhf_bench.pipeline import steps
+from rrhf_bench.pipeline.candidates import assemble, pair_candidates
+from rrhf_bench.pipeline.services import ModelRef, Services
+from rrhf_bench.pipeline.store import replacing
+from rrhf_bench.records import Candidates, Decoding, Evaluated, Preference, Prompt
+from rrhf_bench.rewards.gold import GoldReward
+from rrhf_bench.sampling.backend import BackendName
+from rrhf_bench.sampling.sampler import SamplingSpec
+from rrhf_bench.settings import MethodSettings, OfflineSettings
+from rrhf_bench.training.loop import OfflineTrainer
+from rrhf_bench.training.method import TrainContext, TrainInputs, TrainResult
+
+Report = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class PlainSteps:
+    """What every plain-file step needs: the machine, the sampler's backend, where progress goes."""
+
+    runtime: RuntimeSettings
+    backend: BackendName
+    progress: Report
+
+    def sample(self, model: ModelRef, prompts: Path, out: Path, spec: SamplingSpec, sources: Sequence[str]) -> int:
+        """Sample n responses a prompt and write them in the RRHF layout, without scores; how many prompts."""
+        services = Services(self.runtime)
+        pairs, questions = read_prompts(prompts)
+        if {"chosen", "rejected"} & set(sources) and not pairs:
+            raise DataError(
+                f'{prompts}: has no "chosen" and "rejected"; they are needed for --sources {",".join(sources)}'
+            )
+        policy = services.fixed_policy(model)
+        sampled = services.sampler(policy, model, self.backend, self.progress).sample(questions, spec)
+        groups = assemble(sources, sampled, pair_candidates(pairs)) if pairs else sampled
+        with replacing(out) as path:
+            return write_rrhf(path, groups)
+
+    def score(self, reward: ModelRef, candidates: Path, out: Path) -> dict[str, int]:
+        """Score every response of a file and write it again with ``scores``; counts of what is odd."""
+        rows = load_candidates(candidates, scored=False).candidates
+        scored = steps.score_candidates(Services(self.runtime).reward(reward), rows, self.progress)
+        with replacing(out) as path:
+            write_rrhf(path, scored)
+        return dict(load_candidates(out).counts)
+
+    def train(
+        self,
+        method: MethodSettings,
+        model: ModelRef,
+        data: Path,
+        out: Path,
+        *,
+        seed: int,
+        reward: ModelRef | None,
+        max_new_tokens: int,
+        stop: tuple[str, ...],
+    ) -> TrainResult:
+        """Train a policy by one method and write a transformers folder with ``metrics.jsonl`` beside its weights."""
+        services = Services(self.runtime)
+        if "reward" in method.requires and reward is None:
+            raise DataError(f"{method.kind}: scores its own samples; name a reward model with --reward-model")
+        inputs = _train_inputs(method, data)
+        policy = services.policy(model)
+        log: list[Mapping[str, float]] = []
+        with replacing(out) as folder:
+            folder.mkdir()
+            context = TrainContext(
+                seed=seed,
+                sampler=services.sampler(policy, model, self.backend) if "sampler" in method.requires else None,
+                reward=services.reward(reward) if reward is not None else None,
+                reference=services.fixed_policy(model) if "reference" in method.requires else None,
+                watch=lambda progress, _: self.progress(round(1000 * progress.fraction), 1000),
+                log=log.append,
+                scratch=folder,
+                max_new_tokens=max_new_tokens,
+                stop=stop,
+            )
+            built = registry.build(method)
+            trainer = OfflineTrainer(built, method) if isinstance(method, OfflineSettings) else built
+            result: TrainResult = trainer.fit(policy, inputs, context)
+            policy.save(folder)
+            write_jsonl(folder / "metrics.jsonl", log)
+        return result
+
+    def evaluate(
+        self,
+        model: ModelRef,
+        reward: ModelRef,
+        prompts: Path,
+        out: Path,
+        *,
+        name: str,
+        seed: int,
+        decodings: Mapping[Decoding, SamplingSpec],
+        initial: ModelRef | None,
+        perplexity: ModelRef | None,
+        gold: bool,
+    ) -> list[Evaluated]:
+        """One judged record a prompt and decoding, as JSON lines."""
+        services = Services(self.runtime)
+        _, questions = read_prompts(prompts)
+        policy = services.policy(model)
+        judges = steps.Judges(
+            services.reward(reward),
+            GoldReward() if gold else None,
+            services.fixed_policy(perplexity) if perplexity is not None else None,
+            self.runtime.score_batch,
+        )
+        sampler = services.sampler(policy, model, self.backend, self.progress)
+        reference = services.fixed_policy(initial) if initial is not None else None
+        records = steps.evaluate(name, seed, sampler, questions, judges, decodings, policy, reference)
+        with replacing(out) as path:
+            write_jsonl(path, records)
+        return records
+
+
+def read_prompts(path: Path) -> tuple[list[Preference], list[Prompt]]:
+    """(pairs if the file holds any, prompts) of a file of prompts or of preferences, told by its first line."""
+    first: dict[str, Any] = (
+        next((row for _, row in read_objects(path)), {}) if path.suffix == ".jsonl" else {"chosen": 1}
+    )
+    if "chosen" not in first:
+        return [], load_prompts(path)
+    pairs = list(load_pairs(path).preferences)
+    return pairs, [pair.prompt for pair in pairs]
+
+
+def _train_inputs(method: MethodSettings, data: Path) -> TrainInputs:
+    """What a method reads: scored candidates, pairs, or prompts alone."""
+    if "candidates" in method.requires:
+        return TrainInputs(candidates=load_candidates(data).candidates)
+    pairs, prompts = read_prompts(data)
+    if "pairs" in method.requires and not pairs:
+        raise DataError(f'{data}: {method.kind} trains on pairs; expected lines with "chosen" and "rejected"')
+    return TrainInputs(preferences=pairs, candidates=[Candidates(prompt, ()) for prompt in prompts])
+
+
+def model_ref(
+    source: str,
+    *,
+    revision: str | None = None,
+    template: Any = "hh",
+    dtype: Any = "float32",
+    pad_token: str | None = None,
+    max_length: int | None = None,
+    layout: Any = "classifier",
+) -> ModelRef:
+    """A model named on the command line; the folder of an artifact stands for the model in it."""
+    folder = Path(source)
+    if (folder / "model.json").is_file():
+        return ModelRef.read(folder)
+    ref = ModelRef(source, revision, template, dtype, pad_token, max_length, layout)
+    return replace(ref, source=str(folder.resolve())) if folder.is_dir() else ref
