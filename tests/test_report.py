@@ -397,8 +397,9 @@ def test_small_models_are_labelled(records: RunRecords) -> None:
 
 
 def test_departures_name_each_option_that_differs(report: Path) -> None:
-    options = {row["option"] for row in rows_of(report / "tables/departures.csv")}
-    assert {"policy.source", "sampling.cut_at_stop", "rrhf: lr", "ppo: kl"} <= options
+    options = {row["option"]: row["rows"] for row in rows_of(report / "tables/departures.csv")}
+    assert {"policy.source", "sampling.cut_at_stop", "rrhf: lr", "ppo: kl"} <= set(options)
+    assert options["rrhf: lr"] == "rrhf"
     assert "rrhf: variant" not in options
 
 

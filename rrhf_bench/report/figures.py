@@ -183,7 +183,7 @@ def reward_curves(view: View) -> tuple[Drawn, Figure] | None:
                 if axis in curve.x_SF:
                     _draw_curve(ax, curve.x_SF[axis], curve.y_SF, colour[row])
             ax.set_xlim(left=0)
-            ax.xaxis.set_major_locator(MaxNLocator(5))
+            ax.xaxis.set_major_locator(MaxNLocator(5, integer=axis != "seconds"))
             ax.xaxis.set_major_formatter(FuncFormatter(_thousands))
         line[0].set_ylabel(f"{MEASURE_WORDS[measure]}\n({DECODING_WORDS[decoding]})")
     for ax, axis in zip(axes[-1], shown_axes, strict=True):
@@ -468,7 +468,7 @@ def training_curves(view: View) -> tuple[Drawn, Figure] | None:
         below.set_xlim(left=0)
         below.xaxis.set_major_formatter(FuncFormatter(_thousands))
         for ax in (above, below):
-            ax.xaxis.set_major_locator(MaxNLocator(4))
+            ax.xaxis.set_major_locator(MaxNLocator(4, integer=True))
             ax.yaxis.set_major_locator(MaxNLocator(4))
         if i % across == 0:
             above.set_ylabel("loss")

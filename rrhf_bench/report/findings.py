@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from rrhf_bench.config import Experiment
 from rrhf_bench.evaluation.statistics import Estimate
@@ -92,14 +92,13 @@ def _trades(compared: Sequence[Comparison]) -> Iterator[str]:
 def _learner(learner: BestOfNLearner) -> str:
     gap, way = learner.paired_gap, learner.way
     assert isinstance(gap, Estimate)
-    share = (
-        "" if isinstance(way, Missing) else f" has gone {100 * way:.0f}% of the way from the mean to the maximum of its"
-    )
-    head = f"**{markdown(learner.row)}** ({DECODING_WORDS[learner.decoding]})"
+    head = f"Eq. 7: **{markdown(learner.row)}** ({DECODING_WORDS[learner.decoding]})"
+    if not isinstance(way, Missing):
+        head += f" stands at {100 * way:.0f}% of the way from the mean to the maximum of its training candidates. It"
     verdict = ("falls short of" if gap.value > 0 else "exceeds") if gap.significant else "cannot be told from"
     return (
-        f"Eq. 7: {head}{share + ' training candidates and' if share else ''} {verdict} the best candidate on the same "
-        f"evaluation prompts: maximum minus its reward is {_signed(gap.value)} {interval(gap.low, gap.high, 2)}."
+        f"{head} {verdict} the best candidate on the same evaluation prompts: that one minus its reward is "
+        f"{_signed(gap.value)} {interval(gap.low, gap.high, 2)}."
     )
 
 
@@ -125,21 +124,29 @@ def _signed(value: float) -> str:
 
 def departures_table(view: View) -> Table:
     """Where the experiment file differs from the paper's settings, option by option."""
-    columns = (Column("option"), Column("the paper"), Column("this run"))
-    rows = [
-        (Cell(option), Cell(paper), Cell(here)) for option, paper, here in _settings(view.experiment) if paper != here
-    ]
+    columns = (Column("option"), Column("the paper"), Column("this run"), Column("rows"))
+    rows: dict[_Setting, list[str]] = defaultdict(list)
+    for setting in _shared_settings(view.experiment):
+        rows[setting].append("all")
+    for row, settings in view.methods.items():
+        for setting in _method_settings(settings):
+            rows[setting].append(row)
+    differing = tuple(
+        (Cell(option), Cell(paper), Cell(here), Cell(", ".join(names)))
+        for (option, paper, here), names in rows.items()
+        if paper != here
+    )
     notes = (
         "The paper's settings: arXiv 2304.05302v2 sections 4.1 and 4.2, and where it is silent its released code "
         "and the trlX example that it names for PPO. Options that agree are left out.",
     )
-    return Table("departures", "Departures from the paper", columns, tuple(rows), notes, view.records.arena)
+    return Table("departures", "Departures from the paper", columns, differing, notes, view.records.arena)
 
 
 _Setting = tuple[str, str, str]  # option, the paper, this run
 
 
-def _settings(experiment: Experiment) -> Iterator[_Setting]:
+def _shared_settings(experiment: Experiment) -> Iterator[_Setting]:
     data, sampling, evaluation = experiment.data, experiment.sampling, experiment.evaluation
     yield "data.source", "hub:Dahoas/rm-static", data.source
     yield "data.train_prompts", "76256", str(data.train_prompts)
@@ -150,35 +157,36 @@ def _settings(experiment: Experiment) -> Iterator[_Setting]:
     yield "sampling.cut_at_stop", "false: training replies were not cut at fake turns", _truth(sampling.cut_at_stop)
     yield "evaluation.decoding", "greedy", ", ".join(evaluation.decoding)
     yield "evaluation.max_new_tokens", "128", str(evaluation.max_new_tokens)
-    for row, settings in experiment.methods.items():
-        yield from _method_settings(row, settings)
 
 
 def _truth(cut: bool) -> str:
     return "true" if cut else "false: training replies were not cut at fake turns"
 
 
-def _method_settings(row: str, settings: MethodSettings) -> Iterator[_Setting]:
-    paper = {"rrhf": _RRHF, "ppo": _PPO, "best_of_n": _BEST_OF_N}.get(settings.kind, {})
-    for key, value in paper.items():
+def _method_settings(settings: MethodSettings) -> Iterator[_Setting]:
+    samples = "model" in (settings.sources or ())
+    for key, paper in _PAPER.get(settings.kind, {}).items():
         here = getattr(settings, key)
-        yield f"{row}: {key}", value, ", ".join(here) if isinstance(here, tuple) else _plain(here)
-    if settings.kind == "rrhf" and "model" in (settings.sources or ()):
+        if (settings.kind, key) != ("rrhf", "n") or samples:
+            yield f"{settings.kind}: {key}", paper, ", ".join(here) if isinstance(here, tuple) else _plain(here)
+    if settings.kind == "rrhf" and samples:
         here = f"sampling, temperature {_plain(settings.temperature)}, top-p {_plain(settings.top_p)}"
-        yield f"{row}: candidates", "DP: diverse beam search, temperature 0.8, 4 groups, penalty 1.0", here
+        yield "rrhf: candidates", "DP: diverse beam search, temperature 0.8, 4 groups, penalty 1.0", here
 
 
-_RRHF = {
-    "variant": "paper", "rank_weight": "1", "sft_weight": "1", "margin": "0", "sources": "model, chosen, rejected",
-    "n": "4", "lr": "2e-05", "schedule": "linear", "epochs": "3", "batch_prompts": "64", "weight_decay": "0",
-    "max_length": "192",
+_PAPER: Mapping[str, Mapping[str, str]] = {
+    "rrhf": {
+        "variant": "paper", "rank_weight": "1", "sft_weight": "1", "margin": "0", "sources": "model, chosen, rejected",
+        "n": "4", "lr": "2e-05", "schedule": "linear", "epochs": "3", "batch_prompts": "64", "weight_decay": "0",
+        "max_length": "192",
+    },
+    "ppo": {
+        "lr": "8e-06", "schedule": "constant", "kl": "adaptive", "kl_coefficient": "0.05", "value_coefficient": "1",
+        "reward_scale": "running", "missing_eos": "none", "eps": "1e-08", "rollouts": "64", "ppo_epochs": "4",
+        "weight_decay": "1e-06",
+    },
+    "best_of_n": {"n": "4"},
 }  # fmt: skip
-_PPO = {
-    "lr": "8e-06", "schedule": "constant", "kl": "adaptive", "kl_coefficient": "0.05", "kl_target": "6",
-    "kl_horizon": "10000", "value_coefficient": "1", "reward_scale": "running", "missing_eos": "none", "eps": "1e-08",
-    "rollouts": "64", "ppo_epochs": "4", "weight_decay": "1e-06",
-}  # fmt: skip
-_BEST_OF_N = {"n": "4"}
 
 
 def _plain(value: object) -> str:

@@ -103,11 +103,11 @@ def _figure(figure: Drawn | None, reason: str = "The run holds no records for th
 
 def _dialogues(view: View) -> Iterable[str]:
     """The first evaluation prompts, each with every row's reply, as plain text to be fenced."""
-    decoding = view.decodings[0]
     replies: dict[tuple[str, Prompt], Evaluated] = {}
-    for reply in view.records.evaluated:
-        if reply.decoding in (decoding, "given"):
-            replies.setdefault((reply.method, reply.prompt), reply)  # the first seed's
+    for decoding in view.all_decodings:  # greedy where there is one: best-of-n has samples only
+        for reply in view.records.evaluated:
+            if reply.decoding == decoding:
+                replies.setdefault((reply.method, reply.prompt), reply)  # the first seed's
     prompts = list(dict.fromkeys(prompt for row, prompt in replies if row in view.rows))[:DIALOGUES]
     for prompt in prompts:
         lines = [_indented(prompt.text)]

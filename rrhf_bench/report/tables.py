@@ -100,7 +100,8 @@ def _main_row(view: View, row: str, decoding: Decoding) -> tuple[Cell, ...]:
     head = (Cell(row), Cell(DECODING_WORDS[decoding]))
     models = Cell.of(_NO_MODEL) if row in GIVEN else Cell(_models(view, row))
     if block is None:
-        return (*head, *[Cell.of(ABSENT)] * 10, _accuracy_cell(view, row), models, *[Cell.of(ABSENT)] * 2)
+        absent = Cell.of(_absent(view, row, decoding))
+        return (*head, *[absent] * 10, _accuracy_cell(view, row), models, *[absent] * 2)
     return (
         *head,
         Cell.of(view.mean(row, decoding, "reward")),
@@ -116,6 +117,12 @@ def _main_row(view: View, row: str, decoding: Decoding) -> tuple[Cell, ...]:
         Cell(len(block.prompts)),
         Cell(len(block.seeds)),
     )
+
+
+def _absent(view: View, row: str, decoding: Decoding) -> Missing:
+    if decoding == "greedy" and view.kind(row) == "best_of_n":
+        return Missing("greedy decoding leaves best-of-n nothing to choose from")
+    return ABSENT
 
 
 def _likelihood_cells(block: Block[Evaluated], row: str, decoding: Decoding) -> tuple[Cell, Cell, Cell]:
@@ -476,7 +483,7 @@ def features_table(view: View) -> Table | None:
     rows = []
     for row, decoding in view.blocks_in_order:
         block = view.block(row, decoding)
-        reason = ABSENT if block is None else unmeasured("features", block.items)
+        reason = _absent(view, row, decoding) if block is None else unmeasured("features", block.items)
         means: Mapping[str, float] = {} if block is None or reason else metrics.feature_means(block.items)
         absent = reason or Missing("the world does not count it")
         cells = [Cell(means[name]) if name in means else Cell.of(absent) for name in names]
