@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -16,10 +17,12 @@ from scipy.stats import rankdata
 
 from baselines.best_of_n_settings import BestOfNSettings
 from rrhf_bench.errors import DataError
-from rrhf_bench.policy.policy import Policy
 from rrhf_bench.records import Candidates, Prompt
-from rrhf_bench.rewards.reward import RewardModel
-from rrhf_bench.sampling.sampler import Sampler, SamplingSpec
+
+if TYPE_CHECKING:  # the estimator above all serves the report, which loads no torch
+    from rrhf_bench.policy.policy import Policy
+    from rrhf_bench.rewards.reward import RewardModel
+    from rrhf_bench.sampling.sampler import Sampler, SamplingSpec
 
 
 def expected_best_of_n(score_BN: ArrayLike, n: int, *, value_BN: ArrayLike | None = None) -> NDArray[np.float64]:

@@ -345,7 +345,9 @@ def _faults(error: ValidationError, model: type[BaseModel], prefix: str) -> Iter
         elif fault["type"] == "missing":
             yield f"{where}: missing"
         elif fault["type"] == "value_error":
-            yield f"{where}.{fault['ctx']['error']}" if fault["loc"] else f"{fault['ctx']['error']}"
+            # A message of one key starts with what was found there; one of a whole table, with the key at fault.
+            message = str(fault["ctx"]["error"])
+            yield f"{where}: {message}" if message.startswith("found") else f"{where}.{message}"
         else:
             message = fault["msg"]
             yield f"{where}: found {found}; {message[0].lower()}{message[1:]}"

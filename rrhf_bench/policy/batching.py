@@ -57,19 +57,43 @@ class ResponseBatch:
 
 @dataclass(frozen=True)
 class PaddedLayout:
-    """Rows of prompt + response for a causal model, L the longest row."""
+    """Rows of prompt + response for a causal model, padded on the right to L, the longest of them."""
 
     input_ids_BL: Tensor
     attention_mask_BL: Tensor
-    predict_BL: Tensor  # bool: True where the position predicts a response token; row-major order is that of mask_BT
+    predict_BL: Tensor  # bool: True where the position predicts a response token
 
 
-def padded(batch: ResponseBatch, pad_id: int, device: torch.device) -> PaddedLayout:
-    """The plain layout. The last token of a response is not fed: nothing is predicted from it."""
-    rows = [batch.prompt_ids[p] + r[:-1] for p, r in zip(batch.prompt_of, batch.response_ids, strict=True)]
-    end_B = torch.tensor([len(row) for row in rows])
-    start_B = end_B - torch.tensor(batch.lengths)
-    ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(r) for r in rows], batch_first=True, padding_value=pad_id)
-    position = torch.arange(ids.shape[1])
-    real = position < end_B[:, None]
-    return PaddedLayout(ids.to(device), real.long().to(device), (real & (position >= start_B[:, None])).to(device))
+def padded(batch: ResponseBatch, rows: Sequence[int], pad_id: int, device: torch.device) -> PaddedLayout:
+    """The plain layout of some rows of a batch. A response's last token is not fed: nothing is predicted from it."""
+    ids = [batch.prompt_ids[batch.prompt_of[row]] + batch.response_ids[row][:-1] for row in rows]
+    end_B = torch.tensor([len(row) for row in ids])
+    start_B = end_B - torch.tensor([batch.lengths[row] for row in rows])
+    ids_BL = torch.nn.utils.rnn.pad_sequence([torch.tensor(r) for r in ids], batch_first=True, padding_value=pad_id)
+    position_L = torch.arange(ids_BL.shape[1])
+    real_BL = position_L < end_B[:, None]
+    predict_BL = real_BL & (position_L >= start_B[:, None])
+    return PaddedLayout(ids_BL.to(device), real_BL.long().to(device), predict_BL.to(device))
+
+
+def passes(batch: ResponseBatch, tokens: int) -> list[list[int]]:
+    """The rows of a batch in passes of like length, at most ``tokens`` padded positions each (one row at least).
+
+    Rows of one length need no padding; a batch laid out as one rectangle is often half padding.
+    """
+    length = [len(batch.prompt_ids[p]) + n - 1 for p, n in zip(batch.prompt_of, batch.lengths, strict=True)]
+    parts: list[list[int]] = [[]]
+    for row in sorted(range(len(length)), key=length.__getitem__):
+        if parts[-1] and (len(parts[-1]) + 1) * length[row] > tokens:
+            parts.append([])
+        parts[-1].append(row)
+    return parts
+
+
+def original_order(batch: ResponseBatch, parts: Sequence[Sequence[int]]) -> Tensor:
+    """(N,) where each response token of the batch, row by row, stands in the concatenation of the parts' tokens."""
+    start, starts = 0, [0] * len(batch.lengths)
+    for row in (row for part in parts for row in part):
+        starts[row] = start
+        start += batch.lengths[row]
+    return torch.cat([torch.arange(s, s + n) for s, n in zip(starts, batch.lengths, strict=True)])

@@ -13,9 +13,12 @@ from torch import Tensor
 
 from rrhf_bench.data.dialogue import Template
 from rrhf_bench.errors import DataError
-from rrhf_bench.policy.batching import ResponseBatch, padded
+from rrhf_bench.policy.batching import PaddedLayout, ResponseBatch, original_order, padded, passes
 from rrhf_bench.policy.logprobs import gather_logprobs
 from rrhf_bench.records import Prompt, Response
+
+# Positions a pass: enough to keep the device busy, few enough that rows of one pass are of like length.
+PASS_TOKENS = {"cpu": 2048, "cuda": 65536}
 
 
 @dataclass(frozen=True)
@@ -154,19 +157,29 @@ class TransformersPolicy:
         return ResponseStates(logp_BT, _scatter(hidden_ND, mask_BT))
 
     def _forward(self, batch: ResponseBatch) -> tuple[Tensor, Tensor]:
-        layout = padded(batch, self.tokenization.pad_id, self.device)
-        mask_BT = batch.mask_BT.to(self.device)
+        """((B, T) log-probs, (N, D) hidden states of the N response tokens, row by row)."""
+        parts = passes(batch, PASS_TOKENS[self.device.type])
+        pieces = [self._hidden_and_logits(padded(batch, part, self.tokenization.pad_id, self.device)) for part in parts]
+        order_N = original_order(batch, parts).to(self.device)
+        token_N = batch.token_BT[batch.mask_BT].to(self.device)
+        taken_N = token_N.new_empty(token_N.shape).index_copy(0, order_N, token_N).split([len(h) for h, _ in pieces])
+        logp_N = torch.cat(
+            [
+                gather_logprobs(logits, taken, batch.temperature)
+                for (_, logits), taken in zip(pieces, taken_N, strict=True)
+            ]
+        )[order_N]
+        hidden_ND = torch.cat([hidden for hidden, _ in pieces])[order_N]
+        return _scatter(logp_N, batch.mask_BT.to(self.device)), hidden_ND
+
+    def _hidden_and_logits(self, layout: PaddedLayout) -> tuple[Tensor, Tensor]:
         inputs = {"input_ids": layout.input_ids_BL, "attention_mask": layout.attention_mask_BL, "use_cache": False}
         if self._head_is_plain:
             # Only predicting rows go through the head: prompt and padding positions never meet the vocabulary.
             hidden_ND = self._body(**inputs).last_hidden_state[layout.predict_BL]
-            logits_NV = self._head(hidden_ND)
-        else:
-            output = self.model(**inputs, output_hidden_states=True)
-            hidden_ND = output.hidden_states[-1][layout.predict_BL]
-            logits_NV = output.logits[layout.predict_BL]
-        logp_N = gather_logprobs(logits_NV, batch.token_BT.to(self.device)[mask_BT], batch.temperature)
-        return _scatter(logp_N, mask_BT), hidden_ND
+            return hidden_ND, self._head(hidden_ND)
+        output = self.model(**inputs, output_hidden_states=True)
+        return output.hidden_states[-1][layout.predict_BL], output.logits[layout.predict_BL]
 
     def parameters(self) -> Iterable[torch.nn.Parameter]:
         return self.model.parameters()
