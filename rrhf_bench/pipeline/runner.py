@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import multiprocessing
 import os
 import resource
@@ -121,6 +122,8 @@ def _peak_mib() -> float:
 def quiet() -> Iterator[None]:
     """Progress bars and warnings of the libraries below us; our own reporter says what is going on."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    logging.getLogger("vllm").setLevel(logging.ERROR)
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
@@ -131,6 +134,7 @@ def quiet() -> Iterator[None]:
 
 
 def _run_parallel(todo: list[Stage], plan: Plan, store: Store, reporter: Reporter, workers: int) -> None:
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read when torch is first imported
     context = multiprocessing.get_context("spawn")  # a fork would copy a torch whose threads are gone
     queue: Any = context.Queue()
     done = {stage.key for stage in plan.stages} - {stage.key for stage in todo}

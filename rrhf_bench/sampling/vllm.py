@@ -72,6 +72,7 @@ class VLLMSampler:
                     logprobs_mode="processed_logprobs",  # raw ones could not show a temperature that was not applied
                     generation_config="vllm",  # a model's own sampling defaults have no say here
                     disable_log_stats=True,
+                    use_tqdm_on_load=False,
                     **memory,
                 )
             except (RuntimeError, ValueError, OSError) as error:
