@@ -6,6 +6,7 @@ Nothing here imports torch before it is needed: `plan` answers at once.
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import sys
 import time
@@ -59,6 +60,7 @@ Cut = Annotated[bool, typer.Option("--cut/--no-cut", help="cut replies at a fake
 
 def main() -> None:
     """Run the command line; a BenchError becomes one line a fault and exit code 2."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read when torch is first imported
     try:
         app(standalone_mode=False)
     except BenchError as error:
@@ -253,15 +255,14 @@ def doctor(
     """Say what is installed, and check that sampler, trainer and reward model agree on this machine."""
     from rrhf_bench.pipeline.doctor import examine
     from rrhf_bench.pipeline.plain import model_ref
+    from rrhf_bench.pipeline.runner import quiet
 
-    findings = examine(
-        None if model is None else model_ref(model, template=template, pad_token=pad_token),
-        None
-        if reward_model is None
-        else model_ref(reward_model, template=template, pad_token=pad_token, layout=layout),
-        backend,
-        RuntimeSettings(device=device),
+    policy, judge = (
+        None if source is None else model_ref(source, template=template, pad_token=pad_token, layout=layout)
+        for source in (model, reward_model)
     )
+    with quiet():
+        findings = examine(policy, judge, backend, RuntimeSettings(device=device))
     if as_json:
         _print_json([finding.__dict__ for finding in findings])
     else:
