@@ -50,6 +50,12 @@ class Tokenization:
         self.template = template
         self.eos_id: int = tokenizer.eos_token_id
         self.pad_id: int = tokenizer.pad_token_id
+        # LLaMA's tokenizer puts a space before any text and takes one off when decoding: apart from its prompt, a reply
+        # would be written with a space too many and read with one too few. Behind a colon, as in a transcript, neither.
+        self._colon_ids: list[int] = tokenizer(":", add_special_tokens=False)["input_ids"]
+        after_colon = tokenizer(": a", add_special_tokens=False)["input_ids"][len(self._colon_ids) :]
+        apart = tokenizer(" a", add_special_tokens=False)["input_ids"]
+        self._adds_space = template.kind == "hh" and after_colon != apart
 
     def prompt_ids(self, prompt: Prompt) -> tuple[int, ...]:
         """Ids of the rendered prompt, with the tokenizer's own leading special token if it adds one."""
@@ -62,11 +68,17 @@ class Tokenization:
         """Ids of a response; EOS is its last scored token if it ended, and is absent if the token cap cut it."""
         rendered = self.template.render_response(text)
         ids = self.tokenizer(rendered, add_special_tokens=False)["input_ids"]
+        if self._adds_space:
+            colon = len(self._colon_ids)
+            joined = self.tokenizer(":" + rendered, add_special_tokens=False)["input_ids"]
+            ids = joined[colon:] if joined[:colon] == self._colon_ids else ids
         return tuple(ids) + ((self.eos_id,) if ended else ())
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of sampled ids, special tokens dropped, spaces as they are."""
-        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        ids = [*self._colon_ids, *ids] if self._adds_space else ids
+        text = self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return text.removeprefix(":") if self._adds_space else text
 
     def batch(self, rows: Iterable[tuple[Prompt, Response]], max_length: int | None = None) -> ResponseBatch:
         """A batch from records. ``max_length`` bounds prompt + response: the response is cut on the right (it then
