@@ -138,7 +138,7 @@ def load_preferences(
             preference, notes = _read_row(row, where, diverging)
         except _FaultyRow as fault:
             if faulty_rows == "error":
-                raise
+                raise DataError(str(fault)) from fault
             counts[fault.kind] += 1
             continue
         counts.update(notes)
