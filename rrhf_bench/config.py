@@ -47,7 +47,9 @@ class DataSettings(Settings):
         if self.source not in ("toy", "files") and not self.source.startswith("hub:"):
             raise ValueError(f'source: found {self.source!r}; allowed are "toy", "files" and "hub:OWNER/NAME"')
         if self.source == "files" and self.path is None:
-            raise ValueError('path: missing; source = "files" needs a .jsonl, .jsonl.gz or .parquet file')
+            raise ValueError(
+                'path: missing; source = "files" reads .jsonl, .jsonl.gz or .parquet: --set data.path=FILE names one'
+            )
         if self.source == "files" and self.path is not None and not _exists(self.path):
             raise ValueError(f"path: found {self.path!r}, which does not exist; expected a file, a folder or a pattern")
         return self

@@ -7,21 +7,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rrhf_bench import registry
 from rrhf_bench.config import RuntimeSettings
 from rrhf_bench.data.sources import load_candidates, load_pairs, load_prompts, write_rrhf
 from rrhf_bench.errors import DataError
 from rrhf_bench.jsonl import read_objects, write_jsonl
 from rrhf_bench.pipeline import steps
 from rrhf_bench.pipeline.candidates import assemble, pair_candidates
-from rrhf_bench.pipeline.services import ModelRef, Services
+from rrhf_bench.pipeline.services import ModelRef, Services, context_of
 from rrhf_bench.pipeline.store import replacing
 from rrhf_bench.records import Candidates, Decoding, Evaluated, Preference, Prompt
 from rrhf_bench.rewards.gold import GoldReward
 from rrhf_bench.sampling.backend import BackendName
 from rrhf_bench.sampling.sampler import SamplingSpec
-from rrhf_bench.settings import MethodSettings, OfflineSettings
-from rrhf_bench.training.loop import OfflineTrainer
+from rrhf_bench.settings import MethodSettings
 from rrhf_bench.training.method import TrainContext, TrainInputs, TrainResult
 
 Report = Callable[[int, int], None]
@@ -89,9 +87,7 @@ class PlainSteps:
                 max_new_tokens=max_new_tokens,
                 stop=stop,
             )
-            built = registry.build(method)
-            trainer = OfflineTrainer(built, method) if isinstance(method, OfflineSettings) else built
-            result: TrainResult = trainer.fit(policy, inputs, context)
+            result = steps.trainer(method, context_of(policy, model)).fit(policy, inputs, context)
             policy.save(folder)
             write_jsonl(folder / "metrics.jsonl", log)
         return result

@@ -18,7 +18,7 @@ VERSIONS = {
     "data": 1,
     "model": 1,
     "reward model": 1,
-    "prompts": 1,
+    "prompts": 2,
     "sample": 1,
     "score": 1,
     "score pairs": 1,

@@ -13,7 +13,7 @@ from rrhf_bench import registry
 from rrhf_bench.config import ScratchSettings
 from rrhf_bench.data.sources import fit_context, load_preferences, split_preferences
 from rrhf_bench.data.toy.world import build_world
-from rrhf_bench.errors import StageError
+from rrhf_bench.errors import DataError, StageError
 from rrhf_bench.jsonl import read_jsonl, write_jsonl
 from rrhf_bench.pipeline import steps
 from rrhf_bench.pipeline.candidates import assemble, pair_candidates
@@ -27,8 +27,7 @@ from rrhf_bench.rewards.reward_settings import RewardTrainingSettings
 from rrhf_bench.sampling.backend import BackendName
 from rrhf_bench.sampling.sampler import SamplingSpec
 from rrhf_bench.seeding import derive_seed
-from rrhf_bench.settings import MethodSettings, OfflineSettings
-from rrhf_bench.training.loop import OfflineTrainer
+from rrhf_bench.settings import MethodSettings
 from rrhf_bench.training.method import Progress, TrainContext, TrainInputs
 
 
@@ -177,16 +176,28 @@ def prompts(job: Job) -> None:
     s = job.settings
     ref = job.ref()
     policy = job.services.fixed_policy(ref)
-    limit = context_of(policy, ref) - s["new_tokens"]
+    context = context_of(policy, ref)
     about = job.read_json("data", "about.json")
     counts = dict(about["counts"])
     for split, size in {"train": s["train_prompts"], "dev": None, "test": None}.items():
         pairs = read_jsonl(job.inputs["data"] / f"{split}.jsonl", Preference)
         distinct = list({pair.prompt: pair for pair in reversed(pairs)}.values())[::-1]  # the first of each prompt
         length = {pair.prompt: len(policy.tokenization.prompt_ids(pair.prompt)) for pair in distinct}
+        limit = context - s["new_tokens"]
         kept, fitted = fit_context(distinct, length.__getitem__, limit, long_prompts=s["long_prompts"])
+        if size is not None and len(kept) < size:
+            raise DataError(
+                f"not enough prompts to train on: found {len(kept)} that leave room for a reply, and "
+                f"{fitted['long_prompt']} that do not; expected {size}; lower data.train_prompts or give more data"
+            )
+        kept = kept[:size]
         counts[f"{split}_long_prompt"] = fitted["long_prompt"]
-        write_jsonl(job.out / f"{split}.jsonl", kept[:size])
+        counts[f"{split}_long_reply"] = sum(
+            length[pair.prompt] + len(policy.tokenization.response_ids(reply, ended=True)) > context
+            for pair in kept
+            for reply in (pair.chosen, pair.rejected)
+        )
+        write_jsonl(job.out / f"{split}.jsonl", kept)
     job.write_json("about.json", {**about, "counts": counts, "evaluation_prompts": s["evaluation_prompts"]})
 
 
@@ -254,8 +265,7 @@ def train(job: Job) -> None:
         max_new_tokens=s.get("sampling", s["evaluation"])["max_new_tokens"],
         stop=tuple(s.get("sampling", s["evaluation"])["stop"]),
     )
-    method = registry.build(settings)
-    trainer = OfflineTrainer(method, settings) if isinstance(settings, OfflineSettings) else method
+    trainer = steps.trainer(settings, context_of(policy, job.ref()))
     started = time.monotonic()
     result = trainer.fit(policy, inputs, context)
     job.seconds.update(train=time.monotonic() - started - curve.watching, curve=curve.seconds)

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rrhf_bench import registry
 from rrhf_bench.pipeline.candidates import pair_candidates
 from rrhf_bench.policy.batching import ResponseBatch
 from rrhf_bench.policy.logprobs import sequence_score
@@ -18,6 +19,9 @@ from rrhf_bench.records import Candidates, Decoding, Evaluated, PairScored, Pref
 from rrhf_bench.rewards.gold import GoldReward
 from rrhf_bench.rewards.reward import RewardModel
 from rrhf_bench.sampling.sampler import Sampler, SamplingSpec
+from rrhf_bench.settings import MethodSettings, OfflineSettings
+from rrhf_bench.training.loop import OfflineTrainer
+from rrhf_bench.training.method import Trainer
 
 Row = tuple[Prompt, Response]
 Report = Callable[[int, int], None]
@@ -48,6 +52,15 @@ def score_candidates(
         replace(row, responses=tuple(replace(response, score=next(scores)) for response in row.responses))
         for row in candidates
     ]
+
+
+def trainer(settings: MethodSettings, context: int) -> Trainer:
+    """A method's own loop, or the one offline loop around its loss, where no text goes beyond the model's context."""
+    method = registry.build(settings)
+    if not isinstance(settings, OfflineSettings):
+        return cast(Trainer, method)
+    max_length = min(settings.max_length or context, context)
+    return OfflineTrainer(method, settings.model_copy(update={"max_length": max_length}))
 
 
 @dataclass(frozen=True)
@@ -137,19 +150,13 @@ def score_pairs_by_likelihood(
     def mean_logprob(batch: ResponseBatch) -> Tensor:
         return sequence_score(policy.token_logprobs(batch), batch.mask_BT.to(policy.device))
 
-    p = by_length(mean_logprob, _ids(policy, rows), batch)
+    p = by_length(mean_logprob, _ids_within_context(policy, rows), batch)
     return [PairScored(row, seed, pair.prompt, p[2 * i], p[2 * i + 1]) for i, pair in enumerate(pairs)]
 
 
 def reply_nll(policy: TransformersPolicy, rows: Sequence[Row], batch: int) -> list[tuple[float, int]]:
-    """(summed negative log-likelihood in nats, tokens) of each reply given its prompt, EOS included where it ended.
-
-    A prompt that leaves no room in the model's context is cut on the left: the judge forgets, the reply stays whole.
-    """
-    limit = getattr(policy.model.config.get_text_config(), "max_position_embeddings", None)
-    pairs = _ids(policy, rows)
-    if limit is not None:
-        pairs = [(prompt[-max(1, limit - len(reply)) :], reply[: limit - 1]) for prompt, reply in pairs]
+    """(summed negative log-likelihood in nats, tokens) of each reply given its prompt, EOS included where it ended."""
+    pairs = _ids_within_context(policy, rows)
 
     def nll(batch: ResponseBatch) -> Tensor:
         return -policy.token_logprobs(batch).sum(-1)
@@ -170,12 +177,18 @@ def log_ratios(policy: Policy, initial: Policy, rows: Sequence[Row], temperature
 Ids = tuple[int, ...]
 
 
-def _ids(policy: TransformersPolicy, rows: Sequence[Row]) -> list[tuple[Ids, Ids]]:
+def _ids_within_context(policy: TransformersPolicy, rows: Sequence[Row]) -> list[tuple[Ids, Ids]]:
+    """(prompt ids, response ids) of each row. A prompt that leaves no room for its reply in the model's context is cut
+    on the left: the judge forgets, the reply stays whole."""
     tokenization = policy.tokenization
-    return [
+    pairs = [
         (tokenization.prompt_ids(prompt), tokenization.response_ids(reply.text, ended=reply.ended))
         for prompt, reply in rows
     ]
+    limit = getattr(policy.model.config.get_text_config(), "max_position_embeddings", None)
+    if limit is None:
+        return pairs
+    return [(prompt[-max(1, limit - len(reply)) :], reply[: limit - 1]) for prompt, reply in pairs]
 
 
 @torch.no_grad()

@@ -1,0 +1,77 @@
+"""No text goes beyond a model's context: GPT-2, whose positions are a table, would fail at the first that does."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from baselines.sft_settings import SFTSettings
+from rrhf_bench.data.dialogue import Template
+from rrhf_bench.errors import DataError
+from rrhf_bench.pipeline import steps
+from rrhf_bench.policy.policy import Tokenization, TransformersPolicy
+from rrhf_bench.records import Preference, Prompt, Response
+from rrhf_bench.training.method import TrainContext, TrainInputs
+from rrhf_bench.training.rrhf_settings import RRHFSettings
+
+CONTEXT = 64
+QUESTION = Prompt("\n\nHuman: How do I bake bread?\n\nAssistant:")
+PAIRS = [
+    Preference(QUESTION, " First, mix the flour and the water." * 8, " Then let it rest."),
+    Preference(
+        Prompt("\n\nHuman: What is a glacier?\n\nAssistant:"), " A slow river of ice.", " I hope this helps!" * 9
+    ),
+]
+
+
+@pytest.fixture
+def gpt2(tokenizer):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(vocab_size=len(tokenizer), n_positions=CONTEXT, n_embd=64, n_layer=1, n_head=2)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return TransformersPolicy(GPT2LMHeadModel(config), Tokenization(tokenizer, Template(), "here"))
+
+
+def context_of_training(tmp_path) -> TrainContext:
+    return TrainContext(
+        seed=0,
+        sampler=None,
+        reward=None,
+        reference=None,
+        watch=lambda progress, policy: None,
+        log=lambda line: None,
+        scratch=tmp_path,
+        max_new_tokens=8,
+        stop=(),
+    )
+
+
+@pytest.mark.parametrize("max_length", [None, CONTEXT, 10 * CONTEXT])
+def test_training_cuts_replies_at_the_context_and_counts_them(gpt2, tmp_path, max_length):
+    trainer = steps.trainer(SFTSettings(epochs=1, max_length=max_length), CONTEXT)
+    result = trainer.fit(gpt2, TrainInputs(preferences=PAIRS), context_of_training(tmp_path))
+    assert result.counts["responses_truncated"] == 1
+
+
+def test_a_shorter_max_length_holds(gpt2, tmp_path):
+    trainer = steps.trainer(SFTSettings(epochs=1, max_length=12), CONTEXT)
+    with pytest.raises(DataError, match="max_length 12: none of 2 prompts leaves room"):
+        trainer.fit(gpt2, TrainInputs(preferences=PAIRS), context_of_training(tmp_path))
+
+
+def test_what_a_method_is_asked_for_is_not_changed():
+    settings = RRHFSettings()
+    steps.trainer(settings, CONTEXT)
+    assert settings.max_length is None
+
+
+def test_judging_shortens_the_prompt_and_keeps_the_reply(gpt2):
+    reply = Response(" First, mix the flour.", "chosen")
+    ids = gpt2.tokenization.response_ids(reply.text, ended=True)
+    long = Prompt(QUESTION.text.replace("bread", "bread " * 80))
+    (_, tokens), (_, again) = steps.reply_nll(gpt2, [(QUESTION, reply), (long, reply)], 2)
+    assert tokens == again == len(ids)
+    scored = steps.score_pairs_by_likelihood("row", 0, gpt2, PAIRS, 2)
+    assert all(pair.chosen < 0 and pair.rejected < 0 for pair in scored)
