@@ -45,8 +45,9 @@ def run_plan(plan: Plan, store: Store, reporter: Reporter) -> int:
     for stage in plan.stages:
         if stage.key not in waiting:
             reporter.reused(stage)
-    workers = min(worker_count(plan.experiment.runtime), len(todo))
-    if workers <= 1:
+    # Fewer than two stages need no second process, nor the look for a GPU, which imports torch.
+    workers = min(worker_count(plan.experiment.runtime), len(todo)) if len(todo) > 1 else 1
+    if workers == 1:
         for stage in todo:
             reporter.started(stage)
             reporter.finished(stage, make(stage, store, plan.experiment.runtime, plan.backend.name, reporter.progress))
