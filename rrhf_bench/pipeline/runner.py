@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Protocol
 
 from rrhf_bench.config import RuntimeSettings
@@ -50,7 +51,8 @@ def run_plan(plan: Plan, store: Store, reporter: Reporter) -> int:
     if workers == 1:
         for stage in todo:
             reporter.started(stage)
-            reporter.finished(stage, make(stage, store, plan.experiment.runtime, plan.backend.name, reporter.progress))
+            progress = partial(reporter.progress, stage.name)
+            reporter.finished(stage, make(stage, store, plan.experiment.runtime, plan.backend.name, progress))
     else:
         _run_parallel(todo, plan, store, reporter, workers)
     return len(todo)
