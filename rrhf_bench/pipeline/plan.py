@@ -164,7 +164,6 @@ class _Builder:
             "long_prompts": e.data.long_prompts,
             "template": e.policy.template,
             "new_tokens": max(e.sampling.max_new_tokens, e.evaluation.max_new_tokens),
-            "evaluation_prompts": e.evaluation.prompts,
         }
         sizes = (
             f"{e.data.train_prompts} to train on, {e.evaluation.dev_prompts} dev, {e.evaluation.prompts} to evaluate"
@@ -182,7 +181,9 @@ class _Builder:
             "sampler": self.backend.identity,
             "dtype": self.experiment.policy.dtype,
         }
-        count = self.experiment.data.train_prompts if split == "train" else self.experiment.evaluation.prompts
+        count = self.experiment.data.train_prompts
+        if split == "test":
+            count = settings["prompts"] = self.experiment.evaluation.prompts
         return Stage(
             f"candidates for {split} prompts (n={candidates.n}, T={candidates.temperature}), seed {seed}",
             "sample",
@@ -226,7 +227,7 @@ class _Builder:
             "max_new_tokens": e.evaluation.max_new_tokens,
             "stop": list(e.sampling.stop),
             "split": "pool",
-            "pool_prompts": e.evaluation.pool_prompts,
+            "prompts": e.evaluation.pool_prompts,
             "seed": seed,
             "sampler": self.backend.identity,
             "dtype": e.policy.dtype,
@@ -283,13 +284,14 @@ class _Builder:
             "reward model": self.reward_model,
             "perplexity model": self.perplexity_model,
         }
-        settings: dict[str, Any] = {"seed": seed, "evaluation": self._decoding()}
+        prompts = self.experiment.evaluation.prompts
+        settings: dict[str, Any] = {"seed": seed, "prompts": prompts, "evaluation": self._decoding()}
         if method is not None and method.family == "inference":
             settings["method"] = method.model_dump(mode="json")
         elif method is not None:
             inputs["trained"] = self.train(row, method, seed)
         decodings = " and ".join(self.experiment.evaluation.decoding)
-        size = f"{self.experiment.evaluation.prompts} prompts, {decodings}"
+        size = f"{prompts} prompts, {decodings}"
         return Stage(f"evaluate {row}, seed {seed}", "evaluate", settings, inputs, size, row, seed)
 
     def evaluate_pairs(self, row: str) -> Stage:
@@ -299,8 +301,9 @@ class _Builder:
             "reward model": self.reward_model,
             "perplexity model": self.perplexity_model,
         }
-        size = f"{self.experiment.evaluation.prompts} replies of the data set"
-        return Stage(f"evaluate {row} replies", "evaluate pairs", {"reply": row}, inputs, size, row)
+        count = self.experiment.evaluation.prompts
+        size = f"{count} replies of the data set"
+        return Stage(f"evaluate {row} replies", "evaluate pairs", {"reply": row, "prompts": count}, inputs, size, row)
 
 
 def _content(experiment: Experiment) -> str | None:

@@ -216,7 +216,8 @@ def _score_key(run: _Run, train_key: str, split: str) -> str:
     """The score stage that drew the same candidates as ``train_key`` on the prompts of ``split``."""
 
     def what(key: str) -> Any:
-        return {**run.stage(run.stage(key)["inputs"]["candidates"])["settings"], "split": None}
+        settings = run.stage(run.stage(key)["inputs"]["candidates"])["settings"]
+        return {name: value for name, value in settings.items() if name not in ("split", "prompts")}
 
     for stage in run.wanted("score"):
         settings = run.stage(stage["inputs"]["candidates"])["settings"]

@@ -198,17 +198,13 @@ def prompts(job: Job) -> None:
             for reply in (pair.chosen, pair.rejected)
         )
         write_jsonl(job.out / f"{split}.jsonl", kept)
-    job.write_json("about.json", {**about, "counts": counts, "evaluation_prompts": s["evaluation_prompts"]})
+    job.write_json("about.json", {**about, "counts": counts})
 
 
 def sample(job: Job) -> None:
     """n responses of the initial policy to the prompts of a split."""
     s = job.settings
-    pairs = job.pairs("train" if s["split"] == "train" else "test")
-    if s["split"] == "test":
-        pairs = pairs[: job.read_json("prompts", "about.json")["evaluation_prompts"]]
-    elif s["split"] == "pool":
-        pairs = pairs[: s["pool_prompts"]]
+    pairs = job.pairs("train") if s["split"] == "train" else job.pairs("test")[: s["prompts"]]
     policy = job.services.fixed_policy(job.ref())
     sampler = job.services.sampler(policy, job.ref(), job.backend, job.progress)
     spec = SamplingSpec(
@@ -356,7 +352,7 @@ def evaluate(job: Job) -> None:
         sampler = registry.build(_method(s["method"])).wrap(sampler, judges.reward)
         specs = {decoding: spec for decoding, spec in specs.items() if not spec.greedy}
     pairs = job.pairs("test")
-    prompts = [pair.prompt for pair in pairs[: job.read_json("prompts", "about.json")["evaluation_prompts"]]]
+    prompts = [pair.prompt for pair in pairs[: s["prompts"]]]
     # Best-of-n's distribution has no log-probs to compare with the initial policy's.
     reference = None if "method" in s else initial
     records = steps.evaluate(job.row or "", s["seed"], sampler, prompts, judges, specs, policy, reference)
@@ -369,7 +365,7 @@ def evaluate(job: Job) -> None:
 def evaluate_pairs(job: Job) -> None:
     """The data set's chosen or rejected replies to the evaluation prompts, judged like everybody's."""
     reply = job.settings["reply"]
-    pairs = job.pairs("test")[: job.read_json("prompts", "about.json")["evaluation_prompts"]]
+    pairs = job.pairs("test")[: job.settings["prompts"]]
     rows = [(c.prompt, r) for c in pair_candidates(pairs) for r in c.responses if r.source == reply]
     policy = job.services.fixed_policy(job.ref())
     write_jsonl(job.out / "evaluated.jsonl", steps.evaluate_given(reply, rows, _judges(job), policy))
