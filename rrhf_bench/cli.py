@@ -10,7 +10,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -62,22 +62,20 @@ def main() -> None:
     """Run the command line; a BenchError becomes one line a fault and exit code 2."""
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read when torch is first imported
     try:
-        app(standalone_mode=False)
+        code = app(standalone_mode=False)  # what typer ends itself it returns: 0 after --help, 130 for an interrupt
     except BenchError as error:
         for line in str(error).splitlines():
             _errors().print(Text(f"error: {inert(line)}"), soft_wrap=True)
         sys.exit(2)
-    except KeyboardInterrupt:
-        _errors().print("interrupted; what is complete stays, and the same command goes on from there")
-        sys.exit(130)
-    except typer.Exit as exit_:
-        sys.exit(exit_.exit_code)
     except (typer.Abort, Exception) as error:
         # typer's own usage errors know how to show themselves; anything else is a fault of this program.
         if hasattr(error, "show"):
             error.show()
             sys.exit(2)
         raise
+    if code == 130:
+        _errors().print("interrupted; what is complete stays, and the same command goes on from there")
+    sys.exit(code)
 
 
 def _out() -> Console:
@@ -308,8 +306,8 @@ def sample(
     spec = _spec(n, temperature, max_new_tokens, seed, CANDIDATES, cut, top_p, top_k)
     ref = model_ref(model, template=template, dtype=dtype, pad_token=pad_token)
     with _steps(device, backend, "sampling", as_json) as steps:
-        count = steps.sample(ref, prompts, out, spec, names)
-    _done(as_json, f"{count} prompts, {n} samples each: {out}", {"prompts": count, "out": str(out)})
+        counts = steps.sample(ref, prompts, out, spec, names)
+    _done(as_json, f"{n} samples a prompt ({_words(counts)}): {out}", {"counts": counts, "out": str(out)})
 
 
 @app.command()
@@ -330,8 +328,7 @@ def score(
     ref = model_ref(reward_model, template=template, dtype=dtype, pad_token=pad_token, layout=layout)
     with _steps(device, "transformers", "scoring", as_json) as steps:
         counts = steps.score(ref, candidates, out)
-    words = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in counts.items())
-    _done(as_json, f"{words}: {out}", {"counts": counts, "out": str(out)})
+    _done(as_json, f"{_words(counts)}: {out}", {"counts": counts, "out": str(out)})
 
 
 @app.command()
@@ -376,9 +373,8 @@ def train(
             max_new_tokens=max_new_tokens,
             stop=STOP_STRINGS if cut else (),
         )
-    words = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in result.counts.items())
     summary = {"steps": result.steps, "counts": dict(result.counts), "out": str(out)}
-    _done(as_json, f"{result.steps} optimiser steps ({words}): {out}", summary)
+    _done(as_json, f"{result.steps} optimiser steps ({_words(result.counts)}): {out}", summary)
 
 
 @app.command()
@@ -426,7 +422,7 @@ def evaluate(
     assert policy is not None
     assert judge is not None
     with _steps(device, backend, "evaluating", as_json) as steps:
-        records = steps.evaluate(
+        records, counts = steps.evaluate(
             policy,
             judge,
             prompts,
@@ -455,13 +451,18 @@ def evaluate(
             }
         )
     if as_json:
-        _print_json({"out": str(out), "results": rows})
+        _print_json({"out": str(out), "counts": counts, "results": rows})
         return
     table = Table(*rows[0], box=None, pad_edge=False)
     for row in rows:
         table.add_row(*("-" if v is None else f"{v:.3f}" if isinstance(v, float) else str(v) for v in row.values()))
     _out().print(table)
-    _done(False, str(out), {})
+    _done(False, f"{_words(counts)}: {out}", {})
+
+
+def _words(counts: Mapping[str, int]) -> str:
+    """What there was any of."""
+    return ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in counts.items() if count)
 
 
 def _spec(

@@ -33,10 +33,12 @@ class PlainSteps:
     backend: BackendName
     progress: Report
 
-    def sample(self, model: ModelRef, prompts: Path, out: Path, spec: SamplingSpec, sources: Sequence[str]) -> int:
-        """Sample n responses a prompt and write them in the RRHF layout, without scores; how many prompts."""
+    def sample(
+        self, model: ModelRef, prompts: Path, out: Path, spec: SamplingSpec, sources: Sequence[str]
+    ) -> dict[str, int]:
+        """Sample n responses a prompt and write them in the RRHF layout, without scores; counts of what was read."""
         services = Services(self.runtime)
-        pairs, questions = read_prompts(prompts)
+        pairs, questions, counts = read_prompts(prompts)
         if {"chosen", "rejected"} & set(sources) and not pairs:
             raise DataError(
                 f'{prompts}: has no "chosen" and "rejected"; they are needed for --sources {",".join(sources)}'
@@ -45,7 +47,8 @@ class PlainSteps:
         sampled = services.sampler(policy, model, self.backend, self.progress).sample(questions, spec)
         groups = assemble(sources, sampled, pair_candidates(pairs)) if pairs else sampled
         with replacing(out) as path:
-            return write_rrhf(path, groups)
+            write_rrhf(path, groups)
+        return counts
 
     def score(self, reward: ModelRef, candidates: Path, out: Path) -> dict[str, int]:
         """Score every response of a file and write it again with ``scores``; counts of what is odd."""
@@ -71,7 +74,7 @@ class PlainSteps:
         services = Services(self.runtime)
         if "reward" in method.requires and reward is None:
             raise DataError(f"{method.kind}: scores its own samples; name a reward model with --reward-model")
-        inputs = _train_inputs(method, data)
+        inputs, counts = _train_inputs(method, data)
         policy = services.policy(model)
         log: list[Mapping[str, float]] = []
         with replacing(out) as folder:
@@ -90,7 +93,7 @@ class PlainSteps:
             result = steps.trainer(method, context_of(policy, model)).fit(policy, inputs, context)
             policy.save(folder)
             write_jsonl(folder / "metrics.jsonl", log)
-        return result
+        return replace(result, counts={**counts, **result.counts})
 
     def evaluate(
         self,
@@ -105,10 +108,10 @@ class PlainSteps:
         initial: ModelRef | None,
         perplexity: ModelRef | None,
         gold: bool,
-    ) -> list[Evaluated]:
-        """One judged record a prompt and decoding, as JSON lines."""
+    ) -> tuple[list[Evaluated], dict[str, int]]:
+        """One judged record a prompt and decoding, as JSON lines; counts of what was read."""
         services = Services(self.runtime)
-        _, questions = read_prompts(prompts)
+        _, questions, counts = read_prompts(prompts)
         policy = services.policy(model)
         judges = steps.Judges(
             services.reward(reward),
@@ -121,28 +124,30 @@ class PlainSteps:
         records = steps.evaluate(name, seed, sampler, questions, judges, decodings, policy, reference)
         with replacing(out) as path:
             write_jsonl(path, records)
-        return records
+        return records, counts
 
 
-def read_prompts(path: Path) -> tuple[list[Preference], list[Prompt]]:
-    """(pairs if the file holds any, prompts) of a file of prompts or of preferences, told by its first line."""
+def read_prompts(path: Path) -> tuple[list[Preference], list[Prompt], dict[str, int]]:
+    """(pairs if the file holds any, prompts, counts) of a file of prompts or preferences, told by its first line."""
     first: dict[str, Any] = (
         next((row for _, row in read_objects(path)), {}) if path.suffix == ".jsonl" else {"chosen": 1}
     )
     if "chosen" not in first:
-        return [], load_prompts(path)
-    pairs = list(load_pairs(path).preferences)
-    return pairs, [pair.prompt for pair in pairs]
+        prompts = load_prompts(path)
+        return [], prompts, {"prompts": len(prompts), "duplicate_prompt": len(prompts) - len(set(prompts))}
+    data = load_pairs(path)
+    return list(data.preferences), [pair.prompt for pair in data.preferences], dict(data.counts)
 
 
-def _train_inputs(method: MethodSettings, data: Path) -> TrainInputs:
-    """What a method reads: scored candidates, pairs, or prompts alone."""
+def _train_inputs(method: MethodSettings, data: Path) -> tuple[TrainInputs, Mapping[str, int]]:
+    """(what a method reads: scored candidates, pairs, or prompts alone; counts of what was read)."""
     if "candidates" in method.requires:
-        return TrainInputs(candidates=load_candidates(data).candidates)
-    pairs, prompts = read_prompts(data)
+        read = load_candidates(data)
+        return TrainInputs(candidates=read.candidates), read.counts
+    pairs, prompts, counts = read_prompts(data)
     if "pairs" in method.requires and not pairs:
         raise DataError(f'{data}: {method.kind} trains on pairs; expected lines with "chosen" and "rejected"')
-    return TrainInputs(preferences=pairs, candidates=[Candidates(prompt, ()) for prompt in prompts])
+    return TrainInputs(preferences=pairs, candidates=[Candidates(prompt, ()) for prompt in prompts]), counts
 
 
 def model_ref(
