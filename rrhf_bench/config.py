@@ -289,6 +289,8 @@ def _inherit(method: MethodSettings, sampling: SamplingSettings) -> MethodSettin
 def _contradictions(experiment: Experiment) -> Iterator[str]:
     """Faults that no single key shows."""
     data, evaluation = experiment.data, experiment.evaluation
+    if experiment.name == "store":
+        yield "name: found 'store', the folder beside the runs that holds the artifacts of them all; choose another"
     for key in ("policy", "reward_model", "perplexity_model"):
         model = getattr(experiment, key)
         if model.source == "toy" and data.source != "toy":
@@ -337,7 +339,10 @@ def _exists(path: str) -> bool:
 
 def _faults(error: ValidationError, model: type[BaseModel], prefix: str) -> Iterator[str]:
     """pydantic's findings as one line each: where, what was found, what is allowed, the nearest valid key."""
+    found_at = [fault["loc"] for fault in error.errors()]
     for fault in error.errors():
+        if fault["type"] == "too_short" and any(loc[:-1] == fault["loc"] for loc in found_at):
+            continue  # pydantic counts the valid items of a list only; the invalid ones are faults already
         where = ".".join(filter(None, [prefix, *map(str, fault["loc"])]))
         found = repr(fault["input"])
         found = found if len(found) <= 60 else found[:57] + "..."
