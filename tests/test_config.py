@@ -1,0 +1,432 @@
+"""The experiment file and its plan: complete and frozen, every fault in one go, keys that follow what decides them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from rrhf_bench.config import Experiment, load_experiment, parse_method
+from rrhf_bench.errors import ConfigError
+from rrhf_bench.pipeline.plan import Plan, Stage, make_plan
+from rrhf_bench.registry import METHODS
+
+ROOT = Path(__file__).parents[1]
+SMOKE = ROOT / "experiments" / "smoke.toml"
+
+Write = Callable[..., Path]
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    def write(text: str, name: str = "x.toml") -> Path:
+        (tmp_path / name).write_text(text)
+        return tmp_path / name
+
+    return write
+
+
+def faults(path: Path, *overrides: str) -> list[str]:
+    """The lines of the error, each without the path of the file that it must start with."""
+    with pytest.raises(ConfigError) as caught:
+        load_experiment(path, overrides)
+    lines = str(caught.value).splitlines()
+    assert all(line.startswith(f"{path}: ") for line in lines)
+    return [line.removeprefix(f"{path}: ") for line in lines]
+
+
+# Loading
+
+
+def test_an_empty_file_is_a_whole_experiment_named_after_its_file(write: Write) -> None:
+    experiment = load_experiment(write("", "mine.toml"))
+    assert experiment == Experiment(name="mine")
+    assert experiment.data.source == experiment.policy.source == experiment.reward_model.source == "toy"
+    assert experiment.seeds == (0,)
+    assert experiment.sampling.sources == ("model", "chosen", "rejected")
+    assert experiment.evaluation.decoding == ("greedy", "sample")
+
+
+def test_a_file_that_extends_another_says_only_what_differs(write: Write) -> None:
+    methods = "[methods.rrhf]\nlr = 0.5\nepochs = 7\n[methods.sft]"
+    write(f'name = "base"\nseeds = [1, 2]\n[sampling]\nn = 8\ntop_k = 5\n{methods}', "base.toml")
+    write('extends = "base.toml"\n[sampling]\nn = 3', "middle.toml")
+    experiment = load_experiment(write('extends = "middle.toml"\nseeds = [4]\n[methods.rrhf]\nlr = 0.25', "top.toml"))
+    assert experiment.name == "top"  # never the name of the file below
+    assert experiment.seeds == (4,)  # a list is replaced, not lengthened
+    assert (experiment.sampling.n, experiment.sampling.top_k) == (3, 5)
+    rrhf = experiment.methods["rrhf"]
+    assert (rrhf.lr, rrhf.epochs, list(experiment.methods)) == (0.25, 7, ["rrhf", "sft"])
+
+
+def test_extends_is_relative_to_the_file_that_says_it(write: Write, tmp_path: Path) -> None:
+    (tmp_path / "below").mkdir()
+    write("seeds = [5]", "below/base.toml")
+    assert load_experiment(write('extends = "below/base.toml"')).seeds == (5,)
+
+
+def test_extends_that_comes_back_to_itself(write: Write) -> None:
+    write('extends = "b.toml"', "a.toml")
+    path = write('extends = "a.toml"', "b.toml")
+    with pytest.raises(ConfigError, match=r"b\.toml: extends: comes back to itself through .*a\.toml; remove one"):
+        load_experiment(path)
+
+
+def test_extends_a_file_that_is_not_there(write: Write) -> None:
+    with pytest.raises(ConfigError, match=r"none\.toml: cannot be read \(No such file"):
+        load_experiment(write('extends = "none.toml"'))
+
+
+def test_extends_more_than_one_file(write: Write) -> None:
+    with pytest.raises(ConfigError, match=r"x\.toml: extends: found \['a', 'b'\]; expected the path of one other file"):
+        load_experiment(write('extends = ["a", "b"]'))
+
+
+@pytest.mark.parametrize("text", ["name = ", "a = 1\na = 2", "\x00"])
+def test_a_file_that_is_not_toml(write: Write, text: str) -> None:
+    assert faults(write(text))[0].startswith("is not TOML: ")
+
+
+def test_overrides_are_values_of_toml_and_bare_words_are_text(write: Write) -> None:
+    overrides = [
+        "seeds=[3, 4]",
+        "policy.source=some/model",
+        "methods.rrhf.lr=1e-5",
+        "methods.mine.kind=sft",
+        "evaluation.decoding=['greedy']",
+        "sampling.cut_at_stop=false",
+    ]
+    experiment = load_experiment(write("[methods.rrhf]\nepochs = 2"), overrides)
+    assert experiment.seeds == (3, 4)
+    assert experiment.policy.source == "some/model"
+    assert (experiment.methods["rrhf"].lr, experiment.methods["rrhf"].epochs) == (1e-5, 2)
+    assert experiment.methods["mine"].kind == "sft"
+    assert experiment.evaluation.decoding == ("greedy",)
+    assert experiment.sampling.cut_at_stop is False
+
+
+@pytest.mark.parametrize(
+    ("override", "fault"),
+    [
+        ("seeds", "--set seeds: expected KEY=VALUE, such as methods.rrhf.lr=1e-5"),
+        (".lr=1", "--set .lr=1: expected KEY=VALUE, such as methods.rrhf.lr=1e-5"),
+        ("name.x=1", "--set name.x=1: name is a value, not a table"),
+    ],
+)
+def test_an_override_that_cannot_be_applied(write: Write, override: str, fault: str) -> None:
+    assert faults(write('name = "a"'), override) == [fault]
+
+
+PUBLISHED = sorted((ROOT / "experiments").glob("*.toml"))
+
+
+@pytest.fixture(params=PUBLISHED, ids=[path.name for path in PUBLISHED])
+def published(request: pytest.FixtureRequest, write: Write) -> Experiment:
+    """An experiment of the repository, with a data file where the command line is to name one."""
+    table = tomllib.loads(request.param.read_text())
+    own_data = table.get("data", {}).get("source") == "files"
+    return load_experiment(request.param, [f"data.path={write('', 'pairs.jsonl')}"] if own_data else [])
+
+
+def test_the_resolved_file_gives_the_same_experiment(published: Experiment, write: Write) -> None:
+    text = published.to_toml()
+    assert "extends" not in text
+    assert load_experiment(write(text, "resolved.toml")) == published
+
+
+def test_every_experiment_of_the_repository_passes_plan(published: Experiment) -> None:
+    kinds = {stage.kind for stage in make_plan(published).stages}
+    assert kinds >= {"data", "model", "reward model", "train", "evaluate"}
+
+
+def test_an_experiment_is_frozen(write: Write) -> None:
+    experiment = load_experiment(write("[methods.rrhf]"))
+    for part, key in ((experiment, "seeds"), (experiment.sampling, "n"), (experiment.methods["rrhf"], "lr")):
+        with pytest.raises(ValidationError, match="frozen"):
+            setattr(part, key, 1)
+
+
+def test_methods_inherit_of_sampling_what_they_do_not_say(write: Write) -> None:
+    experiment = load_experiment(
+        write("[sampling]\nn = 6\ntemperature = 0.5\n[methods.rrhf]\nn = 2\n[methods.sft]\n[methods.best_of_n]\nn = 9")
+    )
+    rrhf, sft, best_of_n = experiment.methods.values()
+    assert (rrhf.n, rrhf.temperature, rrhf.sources) == (2, 0.5, ("model", "chosen", "rejected"))
+    assert (sft.n, sft.temperature, sft.sources) == (None, None, None)  # trains on no candidates
+    assert (best_of_n.n, best_of_n.temperature) == (9, None)
+
+
+def test_the_key_of_a_method_is_its_kind_unless_it_says_so(write: Write) -> None:
+    experiment = load_experiment(write('[methods.ppo]\n[methods.short]\nkind = "rrhf"\nepochs = 1'))
+    assert [(name, method.kind) for name, method in experiment.methods.items()] == [("ppo", "ppo"), ("short", "rrhf")]
+
+
+def test_a_method_from_words_alone() -> None:
+    assert (
+        parse_method("rrhf", ["lr=1e-4", "variant=official"]).model_dump().items()
+        >= {
+            "lr": 1e-4,
+            "variant": "official",
+        }.items()
+    )
+    with pytest.raises(ConfigError, match=r"method\.lrr: unknown key; .*did you mean 'lr'\?\n?.*"):
+        parse_method("rrhf", ["lrr=1", "epochs=0"])
+    with pytest.raises(ConfigError, match=rf"found 'dpp'; allowed are {', '.join(METHODS)}; did you mean 'ppo'\?"):
+        parse_method("dpp", [])
+
+
+# Faults
+
+
+def test_every_fault_of_a_file_is_found_at_once(write: Write) -> None:
+    path = write(
+        """
+        name = "two words"
+        sedes = [1]
+        [data]
+        train_prompts = "many"
+        [sampling]
+        temprature = 1.0
+        n = 0
+        [methods.rrhf]
+        lrr = 1e-3
+        lr = -1.0
+        [methods.ppoo]
+        [methods]
+        sft = 3
+        [evaluation]
+        decoding = ["gredy"]
+        """
+    )
+    expected = {
+        "methods.rrhf.lrr: unknown key; allowed are",
+        "methods.rrhf.lr: found -1.0; input should be greater than 0",
+        "methods.ppoo.kind: found 'ppoo'; allowed are rrhf, sft, best_of_n, ppo; did you mean 'ppo'?",
+        "methods.sft: found 3; expected a table of the method's settings",
+        "name: found 'two words'; ",
+        "sedes: unknown key; allowed are name, seeds, data,",
+        "data.train_prompts: found 'many'; input should be a valid integer",
+        "sampling.temprature: unknown key; allowed are",
+        "sampling.n: found 0; input should be greater than or equal to 1",
+        "evaluation.decoding.0: found 'gredy'; input should be 'greedy' or 'sample'",
+        "--set nonsense: expected KEY=VALUE",
+    }
+    found = faults(path, "nonsense")
+    assert len(found) == len(expected)
+    for start in expected:
+        assert sum(line.startswith(start) for line in found) == 1, start
+
+
+@pytest.mark.parametrize(
+    ("key", "nearest"),
+    [
+        ("sedes", "seeds"),
+        ("evaluation.prompt", "prompts"),
+        ("policy.scratch.hiden", "hidden"),
+        ("data.toy.preference", "preferences"),
+        ("methods.rrhf.varient", "variant"),
+        ("runtime.worker", "workers"),
+    ],
+)
+def test_an_unknown_key_is_answered_with_the_nearest(write: Write, key: str, nearest: str) -> None:
+    (line,) = faults(write("[methods.rrhf]"), f"{key}=1")
+    assert line.startswith(f"{key}: unknown key; allowed are ")
+    assert line.endswith(f"; did you mean {nearest!r}?")
+
+
+def test_an_unknown_key_far_from_all_others_is_given_no_neighbour(write: Write) -> None:
+    (line,) = faults(write(""), "zzz=1")
+    assert "did you mean" not in line
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("seeds", "3", "valid tuple"),
+        ("seeds", "[]", "at least 1"),
+        ("data.train_prompts", "5.0", "valid integer"),  # nothing is converted
+        ("data.train_prompts", "true", "valid integer"),
+        ("sampling.temperature", "'1'", "valid number"),
+        ("sampling.sources", "'model'", "valid tuple"),
+        ("sampling.backend", "'sglang'", "'vllm' or 'transformers'"),
+        ("methods.rrhf.variant", "'papers'", "'paper', 'intended' or 'official'"),
+        ("data", "3", "dictionary"),
+        ("policy.scratch.lr", "nan", "greater than 0"),
+    ],
+)
+def test_a_wrong_value_names_key_found_and_allowed(write: Write, key: str, value: str, words: str) -> None:
+    (line,) = faults(write(""), f"{key}={value}")
+    assert line.startswith(f"{key}: found ")
+    assert words in line
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["data.source=hf"], 'data.source: found \'hf\'; allowed are "toy", "files" and "hub:OWNER/NAME"'),
+        (["data.source=files"], "data.path: missing; "),
+        (["data.source=files", "data.path=none.jsonl"], "data.path: found 'none.jsonl', which does not exist"),
+        (
+            ["data.source=hub:a/b", "reward_model.source=a", "perplexity_model.source=a"],
+            'policy.source: "toy" needs data.source = "toy"',
+        ),
+        (["policy.scratch.heads=3"], "policy.scratch: found hidden = 128 in 3 heads; expected heads of 32, 64,"),
+        (["reward_model.layout=value-head"], 'reward_model.layout: a reward model trained here is a "classifier"'),
+        (["evaluation.pairs=3"], "evaluation.pairs: found 3; expected at least evaluation.prompts (300)"),
+        (["evaluation.pool_prompts=301"], "evaluation.pool_prompts: found 301; expected at most 300"),
+        (["seeds=[1,1]"], "seeds: found [1, 1]; a seed may stand once only"),
+        (["methods.base.kind=sft"], "methods.base: the name is taken; "),
+        (["methods.rrhf.sources=['chosen']"], "methods.rrhf: k = 1 response a prompt leaves nothing to rank; "),
+        (["methods.rrhf.sources=['model']", "sampling.n=1"], "methods.rrhf: k = 1 response a prompt leaves"),
+        (["methods.rrhf.sources=['modle']"], "methods.rrhf.sources: found 'modle'; allowed are model, chosen, "),
+        (["methods.rrhf.temperature=0.0"], "methods.rrhf: temperature 0 gives 4 equal samples; raise it or set n = 1"),
+        (["name=store"], "name: found 'store', the folder"),
+    ],
+)
+def test_settings_that_contradict_each_other(write: Write, overrides: list[str], expected: str) -> None:
+    (line,) = faults(write(""), *overrides)
+    assert line.startswith(expected)
+
+
+# The plan
+
+
+def test_planning_does_not_import_torch() -> None:
+    program = (
+        "import sys\n"
+        "from rrhf_bench import cli\n"
+        f"sys.argv = ['rrhf-bench', 'plan', {str(SMOKE)!r}, '--json']\n"
+        "cli.main()\n"
+        "loaded = {'torch', 'transformers', 'vllm', 'datasets'} & set(sys.modules)\n"
+        "assert not loaded, loaded\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert '"stages"' in done.stdout
+
+
+def plan(*overrides: str) -> Plan:
+    return make_plan(load_experiment(SMOKE, overrides))
+
+
+def changed(*overrides: str) -> set[str]:
+    """Names of the stages of the smoke experiment whose key is another one with the overrides."""
+    before, after = ({stage.name: stage.key for stage in p.stages} for p in (plan(), plan(*overrides)))
+    assert before.keys() == after.keys()
+    return {name for name in before if before[name] != after[name]}
+
+
+def downstream(roots: set[str]) -> set[str]:
+    """Names of the stages that are among the roots or need one of them, however far down."""
+
+    def needs(stage: Stage) -> bool:
+        return stage.name in roots or any(map(needs, stage.inputs.values()))
+
+    stages = plan().stages
+    assert roots <= {stage.name for stage in stages}
+    return {stage.name for stage in stages if needs(stage)}
+
+
+EVALUATIONS = {stage.name for stage in plan().stages if stage.kind == "evaluate"}
+PAIR_EVALUATIONS = {stage.name for stage in plan().stages if stage.kind == "evaluate pairs"}
+TRAININGS = {stage.name for stage in plan().stages if stage.kind == "train"}
+TEST_CANDIDATES = "candidates for test prompts (n=2, T=1.0), seed 0"
+
+
+@pytest.mark.parametrize(
+    ("override", "roots"),
+    [
+        ("data.seed=1", {"data"}),
+        ("data.toy.preferences=700", {"data"}),
+        ("policy.scratch.lr=1e-3", {"policy"}),
+        ("perplexity_model.scratch.lr=1e-3", {"perplexity model"}),
+        ("reward_model.training.lr=3e-4", {"reward model"}),
+        ("data.train_prompts=40", {"prompts"}),
+        ("methods.rrhf.lr=5e-4", {"train rrhf, seed 0"}),
+        ("methods.ppo.kl_coefficient=0.2", {"train ppo, seed 0"}),
+        ("methods.best_of_n.n=3", {"evaluate best_of_n, seed 0"}),
+        ("evaluation.pool_samples=8", {"best-of-n pool, seed 0"}),
+        ("evaluation.curve_points=2", TRAININGS),
+        ("evaluation.prompts=30", {*EVALUATIONS, *PAIR_EVALUATIONS, TEST_CANDIDATES}),
+        ("evaluation.temperature=0.9", {*EVALUATIONS, *TRAININGS, "best-of-n pool, seed 0"}),
+    ],
+)
+def test_a_setting_changes_the_keys_of_its_stage_and_of_those_below(override: str, roots: set[str]) -> None:
+    assert changed(override) == downstream(roots)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "name=another",
+        "runtime.device=cpu",
+        "runtime.score_batch=8",
+        "runtime.workers=3",
+        "runtime.kv_cache_mib=64",
+        "runtime.gpu_memory=0.5",
+    ],
+)
+def test_where_and_under_what_name_it_runs_changes_no_key(override: str) -> None:
+    assert changed(override) == set()
+
+
+def test_the_name_of_a_row_is_no_part_of_its_keys(write: Write) -> None:
+    one, other = (make_plan(load_experiment(write(f'[methods.{name}]\nkind = "rrhf"'))) for name in ("first", "second"))
+    assert {stage.key for stage in one.stages} == {stage.key for stage in other.stages}
+
+
+def test_rows_of_equal_settings_are_made_once(write: Write) -> None:
+    one = make_plan(load_experiment(write("[methods.rrhf]")))
+    two = make_plan(load_experiment(write('[methods.rrhf]\n[methods.again]\nkind = "rrhf"')))
+    assert {stage.key for stage in one.stages} == {stage.key for stage in two.stages}
+    assert len(two.wanted) > len(one.wanted)
+
+
+def test_rows_share_candidates_when_they_sample_alike(write: Write) -> None:
+    def candidates(text: str) -> int:
+        return sum(stage.kind == "sample" for stage in make_plan(load_experiment(write(text))).stages)
+
+    alone = candidates("[methods.rrhf]")
+    assert (
+        candidates('[methods.rrhf]\n[methods.hot]\nkind = "rrhf"\nlr = 0.5\nepochs = 9\nsources = ["model"]') == alone
+    )
+    assert candidates('[methods.rrhf]\n[methods.hot]\nkind = "rrhf"\ntemperature = 0.5') == alone + 2  # train and test
+
+
+def test_another_seed_makes_nothing_again_that_belongs_to_the_world() -> None:
+    one, two = plan(), plan("seeds=[0, 7]")
+    new = {stage.key: stage for stage in two.stages}
+    assert {stage.key for stage in one.stages} < set(new)
+    assert {stage.seed for key, stage in new.items() if key not in {s.key for s in one.stages}} == {7}
+
+
+def test_stages_come_after_what_they_need() -> None:
+    seen: set[str] = set()
+    for stage in plan("seeds=[0, 1]").stages:
+        assert {needed.key for needed in stage.inputs.values()} <= seen
+        assert stage.key not in seen
+        seen.add(stage.key)
+
+
+def test_a_model_folder_with_other_files_is_another_model(tmp_path: Path) -> None:
+    def key(content: str) -> str:
+        (tmp_path / "config.json").write_text(content)
+        return {s.name: s.key for s in plan(f"policy.source={tmp_path}").stages}["train rrhf, seed 0"]
+
+    assert key("1") == key("1")
+    assert key("1") != key("2")
+
+
+def test_a_data_file_with_other_rows_is_other_data(write: Write) -> None:
+    def key(content: str) -> str:
+        path = write(content, "pairs.jsonl")
+        overrides = [f"{part}.source=scratch" for part in ("policy", "reward_model", "perplexity_model")]
+        return plan("data.source=files", f"data.path={path}", *overrides).stages[0].key
+
+    assert key("1") == key("1")
+    assert key("1") != key("2")
