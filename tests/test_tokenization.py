@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
+from conftest import TEXTS
 
 from rrhf_bench.data.dialogue import Template
 from rrhf_bench.policy.policy import Tokenization
-from tests.conftest import TEXTS
 
 REPLIES = (" First, mix the flour.", "No space before it.", " :) smile", "(well)", "  two", "\n\nlines", "")
 

@@ -1,0 +1,109 @@
+"""The direction of imports that docs/architecture.md promises: a file imports from its own room and rooms above it."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+# From top to bottom. The settings of a method or reward model, though they lie beside its code, belong to the first
+# room: `plan` reads them without torch.
+ROOMS = {
+    "nouns": ("errors", "records", "seeding", "jsonl", "settings", "*_settings", "registry"),
+    "paper": ("paper",),
+    "data": ("data",),
+    "config": ("config",),
+    "policy": ("policy",),
+    "sampling": ("sampling",),
+    "rewards": ("rewards",),
+    "training": ("training",),
+    "baselines": ("baselines",),
+    "evaluation": ("evaluation",),
+    "pipeline": ("pipeline",),
+    "report": ("report",),
+    "command line": ("terminal", "cli"),
+}
+ORDER = list(ROOMS)
+
+
+def room_of(module: str) -> str:
+    """The room of a module such as ``rrhf_bench.policy.logprobs``."""
+    name = module.removeprefix("rrhf_bench.")
+    if name.endswith("_settings"):
+        return "nouns"
+    return next(room for room, members in ROOMS.items() if name.split(".")[0] in members)
+
+
+def imported(source: str) -> Iterator[str]:
+    """Our own modules that a file imports, anywhere in it; a name taken from a package is a module where it is one."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if is_ours(alias.name))
+        elif isinstance(node, ast.ImportFrom) and node.module and is_ours(node.module):
+            inside = [f"{node.module}.{alias.name}" for alias in node.names if is_module(f"{node.module}.{alias.name}")]
+            yield from inside or [node.module]
+
+
+def is_ours(module: str) -> bool:
+    return module.split(".")[0] in ("rrhf_bench", "baselines")
+
+
+def is_module(name: str) -> bool:
+    path = ROOT.joinpath(*name.split("."))
+    return path.with_suffix(".py").is_file() or (path / "__init__.py").is_file()
+
+
+def upward(module: str, source: str) -> list[str]:
+    """The imports of a file that lie in a room below its own."""
+    return [
+        f"{module} ({room_of(module)}) imports {name} ({room_of(name)})"
+        for name in imported(source)
+        if name != "rrhf_bench" and ORDER.index(room_of(name)) > ORDER.index(room_of(module))
+    ]
+
+
+FILES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts): path
+    for folder in ("rrhf_bench", "baselines")
+    for path in sorted((ROOT / folder).rglob("*.py"))
+    if path != ROOT / "rrhf_bench" / "__init__.py"
+}
+
+
+@pytest.mark.parametrize("module", [name.removesuffix(".__init__") for name in FILES])
+def test_no_file_imports_from_a_room_below(module):
+    path = FILES.get(module) or FILES[f"{module}.__init__"]
+    assert not upward(module, path.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize(
+    ("module", "line"),
+    [
+        ("rrhf_bench.policy.logprobs", "from rrhf_bench.training.rrhf import rrhf_loss"),
+        ("rrhf_bench.data.sources", "def late():\n    import rrhf_bench.pipeline.store"),
+        ("baselines.sft", "from rrhf_bench import report"),
+        ("baselines.sft_settings", "from rrhf_bench.config import Experiment"),
+    ],
+)
+def test_the_check_sees_an_import_from_below(module, line):
+    assert len(upward(module, line)) == 1
+
+
+def test_a_report_knows_no_model():
+    """Records in, files out: of what computes with weights nothing but pure formulas is imported."""
+    below = {"policy", "sampling", "rewards", "training"}
+    for module, path in FILES.items():
+        if room_of(module) == "report":
+            assert not below & {room_of(name) for name in imported(path.read_text(encoding="utf-8"))}, module
+
+
+def test_the_page_names_every_room_and_file():
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    missing = [str(path.relative_to(ROOT)) for path in FILES.values() if path.stem != "__init__"]
+    assert not [name for name in missing if f"`{Path(name).name}`" not in page]
+    positions = [page.index(f"\n| {room} |") for room in ROOMS]
+    assert positions == sorted(positions)
