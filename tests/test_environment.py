@@ -127,8 +127,11 @@ def test_another_machine_or_a_moved_folder_makes_it_stale(clone, tmp_path_factor
     assert environment.stale(moved, "cpu") == ["folder changed"]
 
 
-def test_torchvision_fits_a_gpu_machine(clone):
+def test_torchvision_fits_a_gpu_machine_and_a_cpu_torch_does_not(clone):
     add("torchvision-0.28.0")(clone)
+    assert environment.wrong(clone / ".venv", "gpu", ["typer>=0.29"]) == ["torch is the CPU build"]
+    drop("torch-2.13.0+cpu")(clone)
+    add("torch-2.13.0")(clone)
     assert environment.wrong(clone / ".venv", "gpu", ["torch==2.13.0"]) == []
 
 
