@@ -211,6 +211,11 @@ def test_faulty_rows(write: Write, row: Any, kind: str, reason: str) -> None:
     assert [item.chosen for item in data.preferences] == [" good 0", " good 1"]
 
 
+def test_a_reply_that_only_begins_like_a_transcript_is_a_reply(write: Write) -> None:
+    (item,) = load_pairs(write({"prompt": ASK, "chosen": " Human: a", "rejected": " b"})).preferences
+    assert item.chosen == " Human: a"
+
+
 def test_dropped_kept_and_changed_rows_are_counted(write: Write) -> None:
     path = write(
         {"prompt": ASK, "chosen": "a", "rejected": " b"},  # a space is missing
@@ -506,9 +511,20 @@ def test_the_written_file_is_official_and_lossless(tmp_path: Path) -> None:
     assert second["token_ids"] == [[3, 1, 4], None, [7]]
 
 
-def test_unscored_candidates_cannot_be_written(tmp_path: Path) -> None:
+def test_unscored_candidates_have_no_scores_and_are_read_only_where_none_are_wanted(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    unscored = Candidates(Prompt(ASK), (Response(" a", "model"),))
+    write_rrhf(path, [unscored])
+    assert "scores" not in json.loads(path.read_text())
+    assert load_candidates(path, scored=False).candidates == (unscored,)
+    with pytest.raises(DataError, match=r"x.jsonl:1: scores: found nothing"):
+        load_candidates(path)
+
+
+def test_candidates_of_which_some_are_scored_cannot_be_written(tmp_path: Path) -> None:
+    half = Candidates(Prompt(ASK), (Response(" a", "model", score=1.0), Response(" b", "model")))
     with pytest.raises(AssertionError, match="before they were scored"):
-        write_rrhf(tmp_path / "x.jsonl", [Candidates(Prompt(ASK), (Response(" a", "model"),))])
+        write_rrhf(tmp_path / "x.jsonl", [half])
 
 
 @pytest.mark.parametrize(

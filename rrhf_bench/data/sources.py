@@ -20,7 +20,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from rrhf_bench.data.dialogue import Turn, as_prompt, as_reply, prompt_of, transcript_of, turns
+from rrhf_bench.data.dialogue import ASSISTANT, Turn, as_prompt, as_reply, prompt_of, transcript_of, turns
 from rrhf_bench.errors import DataError
 from rrhf_bench.jsonl import write_jsonl
 from rrhf_bench.records import Candidates, Finish, Preference, Prompt, Response
@@ -308,7 +308,8 @@ def _read_row(row: Mapping[str, Any], where: str, diverging: Diverging) -> tuple
         text = _text(row, "prompt", where)
         prompt = _prompt(text, f"{where}: prompt")
         for field, reply in (("chosen", chosen), ("rejected", rejected)):
-            if reply.lstrip().startswith("Human:"):
+            # A reply of HH may begin with "Human:" and still be one: whoever wrote it imitated the other side.
+            if reply.lstrip().startswith("Human:") and ASSISTANT in reply:
                 raise _FaultyRow(
                     "reply_is_a_transcript",
                     f"{where}: {field}: found a transcript beside a prompt; expected the reply alone",
