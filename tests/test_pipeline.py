@@ -1,0 +1,387 @@
+"""Experiments from file to report: the same numbers whenever, wherever and by whichever way they are made."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from itertools import islice, pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from rrhf_bench import cli
+from rrhf_bench.config import load_experiment
+from rrhf_bench.data.sources import load_candidates
+from rrhf_bench.jsonl import read_jsonl
+from rrhf_bench.pipeline.run import load_run
+from rrhf_bench.pipeline.store import TIMING, Store
+from rrhf_bench.records import Candidates, Evaluated
+from rrhf_bench.sampling.backend import choose_backend
+
+ROOT = Path(__file__).parents[1]
+SMOKE = ROOT / "experiments" / "smoke.toml"
+SLICE = ROOT.parent / "shared" / "data" / "hh-rlhf" / "harmless-base-test-first1500.jsonl.gz"
+
+# Every stage of the smoke experiment, on less of everything.
+CUTS = [
+    "data.toy={corpus=400,perplexity_corpus=200,preferences=200}",
+    "data.train_prompts=24",
+    "reward_model.training.epochs=1",
+    "sampling.max_new_tokens=24",
+    "methods.ppo.iterations=2",
+    "methods.ppo.rollouts=16",
+    "methods.ppo.minibatch=8",
+    "evaluation.prompts=16",
+    "evaluation.pairs=40",
+    "evaluation.dev_prompts=6",
+    "evaluation.curve_points=2",
+    "evaluation.max_new_tokens=24",
+    "evaluation.pool_prompts=6",
+    "evaluation.pool_samples=6",
+]
+
+PLAIN = (
+    "import os; os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2]); from rrhf_bench import cli; cli.main()"
+)
+
+# Python's, numpy's and torch's global generators are reseeded before every stage and drawn from at every sign of life.
+DISTURBED = """
+import random, numpy, torch
+from rrhf_bench import cli, terminal
+from rrhf_bench.pipeline import runner
+
+def disturb():
+    random.random(), numpy.random.rand(3), torch.rand(7)
+
+def make(stage, *rest, made=runner.make):
+    random.seed(stage.name), numpy.random.seed(len(stage.name)), torch.manual_seed(len(stage.name))
+    disturb()
+    return made(stage, *rest)
+
+def progress(self, *rest, reported=terminal.TerminalReporter.progress):
+    disturb()
+    reported(self, *rest)
+
+runner.make, terminal.TerminalReporter.progress = make, progress
+cli.main()
+"""
+
+
+def start_smoke(program: str, runs: Path, workers: int) -> subprocess.Popen[str]:
+    """The cut smoke experiment in a process of its own."""
+    words = [word for override in (*CUTS, f"runtime.workers={workers}") for word in ("--set", override)]
+    return subprocess.Popen(
+        [sys.executable, "-c", program, "run", str(SMOKE), "--runs", str(runs), "--json", *words],
+        cwd=ROOT,
+        # Sums of floats depend on how many threads share them: one, as each of two workers has on two cores.
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def end(process: subprocess.Popen[str]) -> dict[str, Any]:
+    """What a process printed with --json, when it has ended well."""
+    out, err = process.communicate()
+    assert process.returncode == 0, err[-3000:]
+    return json.loads(out)
+
+
+@dataclass(frozen=True)
+class Smoke:
+    runs: Path
+    printed: dict[str, Any]
+
+    @property
+    def folder(self) -> Path:
+        return self.runs / "smoke"
+
+    @property
+    def json(self) -> dict[str, Any]:
+        return json.loads((self.folder / "run.json").read_text())
+
+    @property
+    def store(self) -> Store:
+        return Store(self.runs / "store")
+
+
+@pytest.fixture(scope="module")
+def cold(tmp_path_factory: pytest.TempPathFactory) -> tuple[Smoke, Smoke]:
+    """Run by two workers, and in one process whose global random state is disturbed all the while; in two folders."""
+    one, other = tmp_path_factory.mktemp("workers"), tmp_path_factory.mktemp("disturbed")
+    processes = start_smoke(PLAIN, one, workers=2), start_smoke(DISTURBED, other, workers=1)
+    return Smoke(one, end(processes[0])), Smoke(other, end(processes[1]))
+
+
+@pytest.fixture
+def smoke(cold: tuple[Smoke, Smoke]) -> Smoke:
+    return cold[0]
+
+
+@pytest.fixture
+def disturbed(cold: tuple[Smoke, Smoke]) -> Smoke:
+    return cold[1]
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+# The embedded experiment
+
+
+def test_two_cold_runs_give_the_same_tables_to_the_byte(smoke: Smoke, disturbed: Smoke) -> None:
+    assert smoke.printed["made"] == disturbed.printed["made"] == len(smoke.json["stages"])
+    tables = files(smoke.folder / "report" / "tables")
+    assert {"main.csv", "main.md", "main.tex", "differences.csv", "candidates.csv"} <= set(tables)
+    assert tables == files(disturbed.folder / "report" / "tables")
+
+
+def test_two_cold_runs_make_the_same_artifacts_to_the_byte(smoke: Smoke, disturbed: Smoke) -> None:
+    assert smoke.json["stages"] == disturbed.json["stages"]
+    for key, stage in smoke.json["stages"].items():
+        one, other = files(smoke.store.folder(key)), files(disturbed.store.folder(key))
+        del one[TIMING], other[TIMING]
+        assert one == other, stage["name"]
+
+
+def test_a_run_that_is_complete_is_not_made_again(smoke: Smoke) -> None:
+    before = files(smoke.folder / "report" / "tables")
+    again = end(start_smoke(PLAIN, smoke.runs, workers=2))
+    assert (again["made"], again["reused"]) == (0, len(smoke.json["stages"]))
+    assert again["arena"] == smoke.printed["arena"]
+    assert files(smoke.folder / "report" / "tables") == before
+
+
+def test_the_report_is_written_again_from_the_records_alone(smoke: Smoke, run_cli: RunCli) -> None:
+    before = files(smoke.folder / "report" / "tables")
+    shutil.rmtree(smoke.folder / "report")
+    assert run_cli("report", smoke.folder)["report"] == str(smoke.folder / "report" / "report.md")
+    assert files(smoke.folder / "report" / "tables") == before
+
+
+def test_ls_shows_what_is_complete(smoke: Smoke, run_cli: RunCli, tmp_path: Path) -> None:
+    count = len(smoke.json["stages"])
+    (row,) = run_cli("ls", "--runs", smoke.runs)
+    assert (row["run"], row["stages"], row["complete"]) == ("smoke", count, count)
+    shutil.copytree(smoke.runs, tmp_path / "runs")
+    key = next(key for key, stage in smoke.json["stages"].items() if stage["name"] == "evaluate rrhf, seed 0")
+    shutil.rmtree(Store(tmp_path / "runs" / "store").folder(key))
+    (row,) = run_cli("ls", "--runs", tmp_path / "runs")
+    assert (row["stages"], row["complete"]) == (count, count - 1)
+
+
+def test_the_run_folder_says_what_was_run(smoke: Smoke) -> None:
+    experiment = load_experiment(SMOKE, [*CUTS, "runtime.workers=2"])
+    assert load_experiment(smoke.folder / "config.toml") == experiment
+    environment = json.loads((smoke.folder / "environment.json").read_text())
+    assert {"python", "torch", "transformers"} <= set(environment)
+    assert smoke.json["command"].startswith(f"rrhf-bench run {SMOKE} --set ")
+    logged = [json.loads(line) for line in (smoke.folder / "metrics.jsonl").read_text().splitlines()]
+    trained = [name for name, method in experiment.methods.items() if method.family != "inference"]
+    assert list(dict.fromkeys(line["method"] for line in logged)) == trained
+    with (smoke.folder / "timing.csv").open() as file:
+        timings = list(csv.DictReader(file))
+    assert len(timings) == len(smoke.json["stages"])
+    assert all(float(row["seconds"]) > 0 and float(row["peak_mib"]) > 0 for row in timings)
+
+
+def test_every_number_of_a_row_follows_from_its_records(smoke: Smoke) -> None:
+    (stage,) = (stage for stage in smoke.json["wanted"] if stage["name"] == "evaluate rrhf, seed 0")
+    lines = (smoke.store.folder(stage["key"]) / "evaluated.jsonl").read_text().splitlines()
+    replies = [reply for reply in map(json.loads, lines) if reply["decoding"] == "sample"]
+    lines = (smoke.store.folder(stage["key"]) / "pairs.jsonl").read_text().splitlines()
+    pairs = [json.loads(line) for line in lines]
+    assert (len(replies), len(pairs)) == (16, 40)
+
+    def mean(values: Any) -> float:
+        values = list(values)
+        return sum(values) / len(values)
+
+    bigrams = [pair for reply in replies for pair in pairwise(reply["response"].split())]
+    expected = {
+        "proxy reward": mean(reply["reward"] for reply in replies),
+        "gold reward": mean(reply["gold"] for reply in replies),
+        "PPL": math.exp(sum(reply["nll"] for reply in replies) / sum(reply["nll_tokens"] for reply in replies)),
+        "PPL per text": mean(math.exp(reply["nll"] / reply["nll_tokens"]) for reply in replies),
+        "NLL per token": mean(reply["nll"] / reply["nll_tokens"] for reply in replies),
+        "KL": mean(reply["kl"] for reply in replies),
+        "length": mean(reply["tokens"] for reply in replies),
+        "distinct-2": len(set(bigrams)) / len(bigrams),
+        "fake turn": mean(reply["finish"] == "stop" for reply in replies),
+        "at cap": mean(reply["finish"] == "length" for reply in replies),
+        "p_i accuracy": mean(
+            (pair["chosen"] > pair["rejected"]) + (pair["chosen"] == pair["rejected"]) / 2 for pair in pairs
+        ),
+        "models": 1,
+        "prompts": 16,
+        "seeds": 1,
+    }
+    with (smoke.folder / "report" / "tables" / "main.csv").open() as file:
+        (row,) = (r for r in csv.DictReader(file) if (r["method"], r["decoding"]) == ("rrhf", "sampled"))
+    values = {name: float(row[name]) for name in expected}
+    assert values == pytest.approx(expected, rel=1e-12)
+    parts = (" low", " high", " n", " seeds")
+    assert {name for name in row if not name.endswith(parts)} == {*expected, "method", "decoding", "missing", "arena"}
+    for name in expected:
+        if f"{name} low" in row:
+            assert float(row[f"{name} low"]) <= values[name] <= float(row[f"{name} high"])
+        if f"{name} n" in row:
+            assert int(row[f"{name} n"]) == (40 if name == "p_i accuracy" else 16)
+    assert (row["missing"], row["arena"]) == ("", smoke.printed["arena"])
+
+
+# The single steps
+
+
+RunCli = Callable[..., Any]
+
+
+@pytest.fixture
+def run_cli(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Iterator[RunCli]:
+    """Runs the command line in this process on one thread: what it prints with --json."""
+
+    def run(*words: object) -> Any:
+        monkeypatch.setattr(sys, "argv", ["rrhf-bench", *map(str, words), "--json"])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        printed = capfd.readouterr()
+        assert not ended.value.code, printed.err
+        return json.loads(printed.out)
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield run
+    torch.set_num_threads(threads)
+
+
+CHAIN = """
+name = "chain"
+seeds = [3]
+[data]
+source = "files"
+path = "{path}"
+train_prompts = 24
+faulty_rows = "drop"
+[policy]
+source = "scratch"
+scratch = {{ vocabulary = 400, hidden = 32, layers = 1, heads = 1, ffn = 64, epochs = 1, lr = 0.01 }}
+[reward_model]
+source = "scratch"
+training = {{ epochs = 1 }}
+[perplexity_model]
+source = "scratch"
+scratch = {{ vocabulary = 400, hidden = 32, layers = 1, heads = 1, ffn = 64, epochs = 1 }}
+[sampling]
+backend = "{backend}"
+n = 2
+temperature = 0.8
+max_new_tokens = 12
+[methods.rrhf]
+epochs = 2
+batch_prompts = 8
+[evaluation]
+prompts = 8
+pairs = 12
+dev_prompts = 4
+curve_points = 1
+max_new_tokens = 12
+pool_prompts = 2
+pool_samples = 2
+[runtime]
+device = "cpu"
+workers = 1
+"""
+
+
+def unscored(groups: Iterable[Candidates]) -> list[Candidates]:
+    return [replace(group, responses=tuple(replace(r, score=None) for r in group.responses)) for group in groups]
+
+
+@pytest.mark.skipif(not SLICE.is_file(), reason="the slice of HH's transcripts is not at hand")
+def test_the_single_steps_in_a_chain_give_what_a_run_gives(tmp_path: Path, run_cli: RunCli) -> None:
+    backend = choose_backend("vllm").name
+    with gzip.open(SLICE, "rt") as lines:
+        (tmp_path / "hh.jsonl").write_text("".join(islice(lines, 120)))
+    (tmp_path / "chain.toml").write_text(CHAIN.format(path=tmp_path / "hh.jsonl", backend=backend))
+    run_cli("run", tmp_path / "chain.toml", "--runs", tmp_path / "runs")
+    run = json.loads((tmp_path / "runs" / "chain" / "run.json").read_text())
+    store = Store(tmp_path / "runs" / "store")
+    made = {stage["name"]: store.folder(key) for key, stage in run["stages"].items()}
+    records = load_run(tmp_path / "runs" / "chain")
+
+    policy, reward = made["policy"], made["reward model"]
+    same = ["--backend", backend, "--device", "cpu", "--seed", 3]
+    run_cli(
+        "sample", "--model", policy, "--prompts", made["prompts"] / "train.jsonl", "--out", tmp_path / "drawn.jsonl",
+        "--sources", "model,chosen,rejected", "--n", 2, "--temperature", 0.8, "--max-new-tokens", 12, *same,
+    )  # fmt: skip
+    run_cli(
+        "score", "--reward-model", reward, "--candidates", tmp_path / "drawn.jsonl", "--out", tmp_path / "scored.jsonl",
+        "--device", "cpu",
+    )  # fmt: skip
+    scored = load_candidates(tmp_path / "scored.jsonl").candidates
+    expected = records.candidates["rrhf", 3]
+    assert len(expected) == 24
+    assert {len(group.responses) for group in expected} == {4}
+    assert unscored(scored) == unscored(expected)
+    # Float32 sums of a text depend in the last place on what it shares a batch with, and a run scores pairs apart.
+    for group, theirs in zip(scored, expected, strict=True):
+        assert group.scores == pytest.approx(theirs.scores, abs=1e-6)
+
+    run_cli(
+        "train", "--method", "rrhf", "--model", policy, "--data", tmp_path / "scored.jsonl",
+        "--out", tmp_path / "trained", "--set", "epochs=2", "--set", "batch_prompts=8", *same,
+    )  # fmt: skip
+    weights = load_file(tmp_path / "trained" / "model.safetensors")
+    of_run = load_file(made["train rrhf, seed 3"] / "model" / "model.safetensors")
+    before = load_file(policy / "model" / "model.safetensors")
+    assert weights.keys() == of_run.keys()
+    assert all(torch.equal(weights[name], of_run[name]) for name in weights)
+    assert not all(torch.equal(weights[name], before[name]) for name in weights)
+
+    prompts = (made["prompts"] / "test.jsonl").read_text().splitlines(keepends=True)[:8]
+    (tmp_path / "prompts.jsonl").write_text("".join(prompts))
+    run_cli(
+        "evaluate", "--model", tmp_path / "trained", "--reward-model", reward, "--prompts", tmp_path / "prompts.jsonl",
+        "--initial", policy, "--perplexity-model", made["perplexity model"], "--name", "rrhf",
+        "--max-new-tokens", 12, "--out", tmp_path / "judged.jsonl", *same,
+    )  # fmt: skip
+    judged = read_jsonl(tmp_path / "judged.jsonl", Evaluated)
+    assert len(judged) == 16
+    assert judged == read_jsonl(made["evaluate rrhf, seed 3"] / "evaluated.jsonl", Evaluated)
+
+
+def test_a_run_goes_on_from_what_is_complete(tmp_path: Path, run_cli: RunCli) -> None:
+    pairs = (
+        {"prompt": f"\n\nHuman: question {i}\n\nAssistant:", "chosen": " Yes, it is.", "rejected": " No."}
+        for i in range(60)
+    )
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    (tmp_path / "chain.toml").write_text(CHAIN.format(path=tmp_path / "pairs.jsonl", backend="transformers"))
+    words = ["run", tmp_path / "chain.toml", "--runs", tmp_path / "runs"]
+    first = run_cli(*words)
+    tables = files(tmp_path / "runs" / "chain" / "report" / "tables")
+    run = json.loads((tmp_path / "runs" / "chain" / "run.json").read_text())
+    store = Store(tmp_path / "runs" / "store")
+    for key, stage in run["stages"].items():
+        if stage["name"] in ("train rrhf, seed 3", "evaluate base, seed 3"):
+            (store.folder(key) / "manifest.json").unlink()  # as where the power went
+    again = run_cli(*words)
+    assert (again["made"], again["reused"]) == (2, first["made"] - 2)
+    assert files(tmp_path / "runs" / "chain" / "report" / "tables") == tables
+    longer = run_cli(*words, "--set", "methods.rrhf.epochs=3")
+    assert longer["made"] == 2  # training and evaluation of that row
