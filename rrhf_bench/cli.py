@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -21,12 +22,12 @@ from rich.table import Table
 from rich.text import Text
 
 from rrhf_bench.config import RuntimeSettings, load_experiment, parse_method
-from rrhf_bench.data.dialogue import STOP_STRINGS
+from rrhf_bench.data.dialogue import STOP_STRINGS, TemplateKind
 from rrhf_bench.errors import BenchError, ConfigError
 from rrhf_bench.pipeline.plan import Plan, make_plan
 from rrhf_bench.pipeline.store import Store
 from rrhf_bench.registry import METHODS
-from rrhf_bench.sampling.backend import BackendName
+from rrhf_bench.sampling.backend import BackendName, Strategy
 from rrhf_bench.terminal import TerminalReporter, inert
 
 if TYPE_CHECKING:
@@ -278,22 +279,39 @@ def sample(
     model: Annotated[str, typer.Option(help="hub id or folder of the policy")],
     prompts: Annotated[Path, typer.Option(help='JSONL of {"prompt"} or of preferences')],
     out: Out,
+    strategy: Annotated[Strategy, typer.Option(help="draw samples, or search with beams")] = "sample",
+    beams: Annotated[int, typer.Option(min=1, help="of a beam search, all of which it returns, best first")] = 4,
+    groups: Annotated[int, typer.Option(min=1, help="of diverse-beam: groups of equal size")] = 4,
+    diversity_penalty: Annotated[
+        float, typer.Option(min=0.0, help="of diverse-beam: for a token that a beam of an earlier group has just taken")
+    ] = 1.0,
     n: Annotated[int, typer.Option(min=1, help="samples a prompt")] = 4,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy")] = 1.0,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="1 is off")] = 1.0,
     top_k: Annotated[int, typer.Option(min=0, help="0 is off")] = 0,
     max_new_tokens: MaxNewTokens = 64,
     sources: Annotated[str, typer.Option(help="what a group holds, in order: model,chosen,rejected")] = "model",
-    cut: Cut = True,
+    cut: Annotated[
+        bool | None, typer.Option("--cut/--no-cut", help="cut replies at a fake turn  [default: cut, but not if raw]")
+    ] = None,
     seed: Seed = 0,
-    template: TemplateName = "hh",
+    template: Annotated[
+        TemplateKind | None,
+        typer.Option(
+            help="how the model wants a dialogue; raw: the prompt is fed as tokenizer(prompt), the reply is kept as "
+            "generated  [default: hh, for beams raw]"
+        ),
+    ] = None,
     dtype: DtypeName = "float32",
     pad_token: PadToken = None,
     backend: Backend = "vllm",
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Sample responses to prompts and write them as {"query", "responses"}."""
+    """Sample responses to prompts, or search for them with beams, and write them as {"query", "responses"}.
+
+    With each response come its token_ids as generated, the end-of-text token included.
+    """
     from rrhf_bench.pipeline.plain import model_ref
     from rrhf_bench.pipeline.stages import CANDIDATES
 
@@ -301,13 +319,26 @@ def sample(
     unknown = sorted(set(names) - {"model", "chosen", "rejected"})
     if unknown:
         raise ConfigError(f"--sources: found {unknown[0]!r}; allowed are model, chosen, rejected")
-    if temperature == 0.0 and n > 1:
-        raise ConfigError(f"--temperature 0 gives {n} equal samples; raise it or use --n 1")
+    if template is None:
+        template = "hh" if strategy == "sample" else "raw"
+    if cut is None:
+        cut = template != "raw"
     spec = _spec(n, temperature, max_new_tokens, seed, CANDIDATES, cut, top_p, top_k)
+    if strategy == "sample":
+        if temperature == 0.0 and n > 1:
+            raise ConfigError(f"--temperature 0 gives {n} equal samples; raise it or use --n 1")
+    else:
+        groups = groups if strategy == "diverse-beam" else 1
+        if beams % groups:
+            raise ConfigError(f"--groups {groups}: {beams} beams do not divide into groups of equal size")
+        if (n, temperature, top_p, top_k) != (4, 1.0, 1.0, 0):
+            _errors().print("note: beams are not drawn: --n, --temperature, --top-p and --top-k have no effect on them")
+        penalty = diversity_penalty
+        spec = replace(spec, strategy=strategy, n=beams, beams=beams, groups=groups, diversity_penalty=penalty)
     ref = model_ref(model, template=template, dtype=dtype, pad_token=pad_token)
-    with _steps(device, backend, "sampling", as_json) as steps:
+    with _steps(device, backend, "sampling", as_json, strategy) as steps:
         counts = steps.sample(ref, prompts, out, spec, names)
-    _done(as_json, f"{n} samples a prompt ({_words(counts)}): {out}", {"counts": counts, "out": str(out)})
+    _done(as_json, f"{spec.n} samples a prompt ({_words(counts)}): {out}", {"counts": counts, "out": str(out)})
 
 
 @app.command()
@@ -483,13 +514,15 @@ def _spec(
 
 
 @contextmanager
-def _steps(device: Any, backend: BackendName, words: str, as_json: bool) -> Iterator[PlainSteps]:
+def _steps(
+    device: Any, backend: BackendName, words: str, as_json: bool, strategy: Strategy = "sample"
+) -> Iterator[PlainSteps]:
     """The plain-file steps with a progress bar on standard error."""
     from rrhf_bench.pipeline.plain import PlainSteps
     from rrhf_bench.pipeline.runner import quiet
     from rrhf_bench.sampling.backend import choose_backend
 
-    chosen = choose_backend(backend)
+    chosen = choose_backend(backend, strategy)
     if chosen.note:
         _errors().print(f"note: {chosen.note}")
     with TerminalReporter(_errors()) as reporter, quiet():

@@ -3,7 +3,8 @@
 Text conventions, everywhere in the project:
 
 * ``Prompt.text`` is an HH transcript that ends with ``Assistant:`` (no trailing space), whatever model reads it later;
-  ``data/dialogue.py`` turns it into another model's chat template.
+  ``data/dialogue.py`` turns it into another model's chat template. (Or any text, where nobody speaks of dialogues:
+  the ``raw`` template.)
 * ``Response.text`` is what comes after it, its leading space included, without an end-of-text token.
 """
 

@@ -16,6 +16,7 @@ ASSISTANT = "\n\nAssistant:"
 STOP_STRINGS = ("Human:", "Assistant:")
 
 Role = Literal["user", "assistant"]
+TemplateKind = Literal["hh", "chat", "raw"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,13 +89,17 @@ def cut_at_stop(text: str, stops: Sequence[str] = STOP_STRINGS) -> tuple[str, bo
 
 @dataclass(frozen=True, slots=True)
 class Template:
-    """How a model wants a dialogue: ``hh`` as the transcript itself, ``chat`` through its tokenizer's chat template."""
+    """How a model wants a dialogue: ``hh`` as the transcript itself, ``chat`` through its tokenizer's chat template.
 
-    kind: Literal["hh", "chat"] = "hh"
+    ``raw`` knows of no dialogue, and is for sampling alone: a prompt is whatever text it is, its ids are those that
+    ``tokenizer(text)`` gives, and a reply is read as it was generated.
+    """
+
+    kind: TemplateKind = "hh"
 
     def render_prompt(self, prompt: Prompt, tokenizer: Any) -> tuple[str, bool]:
         """(text, whether the tokenizer is still to add special tokens). Raises DataError without a chat template."""
-        if self.kind == "hh":
+        if self.kind != "chat":
             return prompt.text, True
         if tokenizer.chat_template is None:
             raise DataError("template 'chat': this tokenizer has no chat template; use template = \"hh\"")
@@ -103,8 +108,8 @@ class Template:
 
     def render_response(self, text: str) -> str:
         """What the model is to write: after a chat template's header there is no leading space."""
-        return text if self.kind == "hh" else text.removeprefix(" ")
+        return text.removeprefix(" ") if self.kind == "chat" else text
 
     def read_response(self, text: str) -> str:
         """Sampled text as a Response holds it; the inverse of ``render_response``."""
-        return text if self.kind == "hh" else " " + text
+        return " " + text if self.kind == "chat" else text

@@ -159,12 +159,18 @@ def load_pairs(path: str | Path) -> PreferenceData:
     return load_preferences("files", path)
 
 
-def load_prompts(path: str | Path) -> list[Prompt]:
-    """Prompts from JSON lines ``{"prompt": text}``: transcripts that end with ``Assistant:``, or bare questions.
+def load_prompts(path: str | Path, *, verbatim: bool = False) -> list[Prompt]:
+    """Prompts from JSON lines ``{"prompt": text}``: transcripts that end with ``Assistant:``, or bare questions, which
+    become such. ``verbatim``: any text, as it is.
 
-    Other fields are not read. Raises DataError naming file and line, also for a file without prompts.
+    Other fields are not read. Raises DataError naming file and line, also for an empty prompt or a file without any.
     """
-    prompts = [as_prompt(_text(row, "prompt", where), f"{where}: prompt") for where, row in _json_objects(Path(path))]
+    prompts = []
+    for where, row in _json_objects(Path(path)):
+        text = _text(row, "prompt", where)
+        if verbatim and not text:
+            raise DataError(f"{where}: prompt: is empty; expected text")
+        prompts.append(Prompt(text) if verbatim else as_prompt(text, f"{where}: prompt"))
     if not prompts:
         raise DataError(f'{path}: holds no prompts; expected one {{"prompt": text}} a line')
     return prompts

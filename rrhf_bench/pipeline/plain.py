@@ -38,7 +38,7 @@ class PlainSteps:
     ) -> dict[str, int]:
         """Sample n responses a prompt and write them in the RRHF layout, without scores; counts of what was read."""
         services = Services(self.runtime)
-        pairs, questions, counts = read_prompts(prompts)
+        pairs, questions, counts = read_prompts(prompts, verbatim=model.template == "raw")
         if {"chosen", "rejected"} & set(sources) and not pairs:
             raise DataError(
                 f'{prompts}: has no "chosen" and "rejected"; they are needed for --sources {",".join(sources)}'
@@ -127,13 +127,13 @@ class PlainSteps:
         return records, counts
 
 
-def read_prompts(path: Path) -> tuple[list[Preference], list[Prompt], dict[str, int]]:
+def read_prompts(path: Path, *, verbatim: bool = False) -> tuple[list[Preference], list[Prompt], dict[str, int]]:
     """(pairs if the file holds any, prompts, counts) of a file of prompts or preferences, told by its first line."""
     first: dict[str, Any] = (
         next((row for _, row in read_objects(path)), {}) if path.suffix == ".jsonl" else {"chosen": 1}
     )
     if "chosen" not in first:
-        prompts = load_prompts(path)
+        prompts = load_prompts(path, verbatim=verbatim)
         return [], prompts, {"prompts": len(prompts), "duplicate_prompt": len(prompts) - len(set(prompts))}
     data = load_pairs(path)
     return list(data.preferences), [pair.prompt for pair in data.preferences], dict(data.counts)

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 
 from rrhf_bench.config import Dtype, RuntimeSettings
-from rrhf_bench.data.dialogue import Template
+from rrhf_bench.data.dialogue import Template, TemplateKind
 from rrhf_bench.policy.policy import TransformersPolicy
 from rrhf_bench.rewards.reward import RewardModel
 from rrhf_bench.sampling.backend import BackendName
@@ -26,7 +26,7 @@ class ModelRef:
 
     source: str  # a hub id or a folder
     revision: str | None = None
-    template: Literal["hh", "chat"] = "hh"
+    template: TemplateKind = "hh"
     dtype: Dtype = "float32"
     pad_token: str | None = None
     max_length: int | None = None  # of prompt + reply
@@ -122,6 +122,7 @@ def context_of(policy: TransformersPolicy, ref: ModelRef) -> int:
 
 
 def load_reward(ref: ModelRef, device: str, batch_size: int) -> RewardModel:
+    assert ref.template != "raw", "a reward model reads dialogues"
     if ref.layout == "value-head":
         from rrhf_bench.rewards.value_head import ValueHeadReward
 

@@ -132,6 +132,7 @@ def reward_model(job: Job) -> None:
         ModelRef(**{**ref.__dict__, "revision": _commit(ref)}).write(job.out)
         return
     policy = job.ref()
+    assert policy.template != "raw", "a reward model reads dialogues"
     log: list[Mapping[str, float]] = []
     pairs = read_jsonl(job.inputs["data"] / "train.jsonl", Preference)
     settings = RewardTrainingSettings.model_validate(s["training"])

@@ -34,7 +34,8 @@ class Tokenization:
 
     Prompt and response are encoded apart and joined, in training, sampling and scoring alike, so that the tokens a
     policy is trained on are the tokens it would have sampled. A leading special token is added to the prompt only.
-    Raises DataError for a tokenizer without an end-of-text token, or without a pad token.
+    Raises DataError for a tokenizer without an end-of-text token, or without a pad token, which only the ``raw``
+    template, that of sampling, does without.
     """
 
     def __init__(self, tokenizer: Any, template: Template, where: str) -> None:
@@ -42,14 +43,14 @@ class Tokenization:
             raise DataError(
                 f"{where}: the tokenizer has no EOS token, so no reply could end; name it in tokenizer_config.json"
             )
-        if tokenizer.pad_token_id is None:
+        if tokenizer.pad_token_id is None and template.kind != "raw":
             raise DataError(
                 f"{where}: the tokenizer has no pad token; name one of its tokens with policy.pad_token (--pad-token)"
             )
         self.tokenizer = tokenizer
         self.template = template
         self.eos_id: int = tokenizer.eos_token_id
-        self.pad_id: int = tokenizer.pad_token_id
+        self.pad_id: int = self.eos_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         # LLaMA's tokenizer puts a space before any text and takes one off when decoding: apart from its prompt, a reply
         # would be written with a space too many and read with one too few. Behind a colon, as in a transcript, neither.
         self._colon_ids: list[int] = tokenizer(":", add_special_tokens=False)["input_ids"]
@@ -58,11 +59,13 @@ class Tokenization:
         self._adds_space = template.kind == "hh" and after_colon != apart
 
     def prompt_ids(self, prompt: Prompt) -> tuple[int, ...]:
-        """Ids of the rendered prompt, with the tokenizer's own leading special token if it adds one."""
+        """Ids of the rendered prompt, with the tokenizer's own leading special token if it adds one; of a raw prompt
+        ``tokenizer(text)``, whatever that is."""
         text, add_special_tokens = self.template.render_prompt(prompt, self.tokenizer)
         ids = self.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
         # Some tokenizers close every text with EOS; a prompt that has ended cannot be continued.
-        return tuple(ids[:-1] if ids and ids[-1] == self.eos_id else ids)
+        closed = ids and ids[-1] == self.eos_id and self.template.kind != "raw"
+        return tuple(ids[:-1] if closed else ids)
 
     def response_ids(self, text: str, *, ended: bool) -> tuple[int, ...]:
         """Ids of a response; EOS is its last scored token if it ended, and is absent if the token cap cut it."""

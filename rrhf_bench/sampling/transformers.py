@@ -1,21 +1,21 @@
-"""Sampling with transformers: slower than vLLM, everywhere at hand, each request from its own generator."""
+"""Sampling with transformers: slower than vLLM, everywhere at hand, each request from its own generator; beams too."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from rrhf_bench.errors import DataError
 from rrhf_bench.policy.policy import Policy, TransformersPolicy
 from rrhf_bench.records import Candidates, Prompt
 from rrhf_bench.sampling.backend import choose_backend
-from rrhf_bench.sampling.sampler import SamplingSpec, to_response
+from rrhf_bench.sampling.beam import beam_search
+from rrhf_bench.sampling.cached import CachedRows
+from rrhf_bench.sampling.sampler import SamplingSpec, fitting_ids, to_response
 
 
 @dataclass
@@ -53,14 +53,13 @@ class TransformersSampler:
         self.policy.model.load_state_dict(dict(policy.state()))
 
     def sample(self, prompts: Sequence[Prompt], spec: SamplingSpec) -> list[Candidates]:
+        prompt_ids = [
+            fitting_ids(self.tokenization, prompt, spec.max_new_tokens, self.max_model_len) for prompt in prompts
+        ]
+        if spec.strategy != "sample":
+            return self._search(prompts, prompt_ids, spec)
         requests = []
-        for p, prompt in enumerate(prompts):
-            ids = self.tokenization.prompt_ids(prompt)
-            if len(ids) + spec.max_new_tokens > self.max_model_len:
-                raise DataError(
-                    f"prompt {prompt.id}: {len(ids)} tokens and {spec.max_new_tokens} new ones exceed the context of "
-                    f"{self.max_model_len}; drop the prompt or lower max_new_tokens"
-                )
+        for p, (prompt, ids) in enumerate(zip(prompts, prompt_ids, strict=True)):
             for index in range(spec.n):
                 rng = np.random.default_rng(spec.request_seed(prompt, index))
                 requests.append(_Request(prompt, ids, (p, index), rng))
@@ -81,41 +80,56 @@ class TransformersSampler:
             for prompt in prompts
         ]
 
+    def _search(
+        self, prompts: Sequence[Prompt], prompt_ids: Sequence[tuple[int, ...]], spec: SamplingSpec
+    ) -> list[Candidates]:
+        """Beams, with the end-of-text and pad tokens that ``generate`` would take from the model."""
+        model = self.policy.model
+        defaults = model.generation_config
+        eos_ids = self.tokenization.eos_id if defaults.eos_token_id is None else defaults.eos_token_id
+        eos_ids = eos_ids if isinstance(eos_ids, list) else [eos_ids]
+        vocabulary = range(model.config.get_text_config().vocab_size)
+        pad_id = defaults.pad_token_id if defaults.pad_token_id in vocabulary else eos_ids[0]
+        found: dict[int, Candidates] = {}
+        order = sorted(range(len(prompts)), key=lambda i: len(prompt_ids[i]))  # rows of like length pad less
+        size = max(1, self.batch // spec.beams)
+        for start in range(0, len(order), size):
+            part = order[start : start + size]
+            replies = beam_search(
+                model,
+                [prompt_ids[i] for i in part],
+                beams=spec.beams,
+                groups=spec.groups,
+                diversity_penalty=spec.diversity_penalty,
+                max_new_tokens=spec.max_new_tokens,
+                eos_ids=eos_ids,
+                pad_id=pad_id,
+            )
+            for i, beams in zip(part, replies, strict=True):
+                found[i] = Candidates(
+                    prompts[i],
+                    tuple(
+                        to_response(self.tokenization, spec, beam.token_ids, None, ended=beam.ended) for beam in beams
+                    ),
+                )
+            if self.progress is not None:
+                self.progress(len(found) * spec.beams, len(prompts) * spec.beams)
+        return [found[i] for i in range(len(prompts))]
+
     @torch.no_grad()
     def _finish(self, rows: list[_Request], spec: SamplingSpec) -> None:
         """Generate until every row has ended."""
-        from transformers import DynamicCache
-
-        model = self.policy.model
-        width = max(len(row.prompt_ids) for row in rows)
-        left = torch.tensor([width - len(row.prompt_ids) for row in rows])
-        ids = torch.tensor(
-            [[self.tokenization.pad_id] * int(n) + list(row.prompt_ids) for n, row in zip(left, rows, strict=True)]
-        )
-        mask = (torch.arange(width) >= left[:, None]).long()
-        cache: Any = DynamicCache(config=model.config)
-        while rows:
-            positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-            device = self.policy.device
-            logits = model(
-                input_ids=ids.to(device),
-                attention_mask=mask.to(device),
-                position_ids=positions.to(device),
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            ).logits[:, -1]
-            tokens, logprobs = _draw(logits, spec, [row.generator for row in rows])
+        cached = CachedRows(self.policy.model, [row.prompt_ids for row in rows])
+        while True:
+            tokens, logprobs = _draw(cached.next_logits(), spec, [row.generator for row in rows])
             for row, token, logprob in zip(rows, tokens.tolist(), logprobs.tolist(), strict=True):
                 row.ids.append(token)
                 row.logprobs.append(logprob)
             going = [i for i, row in enumerate(rows) if not self._ended(row, spec)]
-            if len(going) < len(rows):
-                rows = [rows[i] for i in going]
-                mask, tokens = mask[going], tokens[going]
-                cache.batch_select_indices(torch.tensor(going, dtype=torch.long, device=device))
-            ids = tokens[:, None]
-            mask = torch.cat([mask, mask.new_ones(len(rows), 1)], -1)
+            if not going:
+                return
+            rows = [rows[i] for i in going]
+            cached.go_on(going, tokens[going].tolist())
 
     def _ended(self, row: _Request, spec: SamplingSpec) -> bool:
         if row.ids[-1] == self.tokenization.eos_id or len(row.ids) >= spec.max_new_tokens:

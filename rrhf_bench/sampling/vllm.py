@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from rrhf_bench.errors import DataError, StageError
+from rrhf_bench.errors import StageError
 from rrhf_bench.policy.policy import Policy, Tokenization
 from rrhf_bench.records import Candidates, Prompt
 from rrhf_bench.sampling.backend import choose_backend
-from rrhf_bench.sampling.sampler import SamplingSpec, to_response
+from rrhf_bench.sampling.sampler import SamplingSpec, fitting_ids, to_response
 
 
 class VLLMSampler:
@@ -84,15 +84,11 @@ class VLLMSampler:
     def sample(self, prompts: Sequence[Prompt], spec: SamplingSpec) -> list[Candidates]:
         from vllm import SamplingParams
 
+        assert spec.strategy == "sample", "choose_backend has beams searched for on transformers"
         requests: list[dict[str, list[int]]] = []
         params: list[Any] = []
         for prompt in prompts:
-            ids = list(self.tokenization.prompt_ids(prompt))
-            if len(ids) + spec.max_new_tokens > self.max_model_len:
-                raise DataError(
-                    f"prompt {prompt.id}: {len(ids)} tokens and {spec.max_new_tokens} new ones exceed the context of "
-                    f"{self.max_model_len}; drop the prompt or lower max_new_tokens"
-                )
+            ids = list(fitting_ids(self.tokenization, prompt, spec.max_new_tokens, self.max_model_len))
             for index in range(spec.n):
                 requests.append({"prompt_token_ids": ids})
                 params.append(

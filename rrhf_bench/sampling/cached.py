@@ -1,0 +1,55 @@
+"""Left-padded rows that grow by a token at a time, with their KV cache: what both samplers of transformers stand on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class CachedRows:
+    """N sequences of token ids under a causal language model, of which the cache holds all but the last tokens.
+
+    Shapes: N rows, L positions, V vocabulary.
+    """
+
+    def __init__(self, model: Any, prompt_ids: Sequence[Sequence[int]]) -> None:
+        from transformers import DynamicCache
+
+        width = max(map(len, prompt_ids))
+        left_N = torch.tensor([width - len(ids) for ids in prompt_ids])
+        self.model = model
+        # Any id pads: what is masked has no weight. A tokenizer without a pad token can be sampled from.
+        self._new_NL = torch.tensor([[0] * (width - len(ids)) + list(ids) for ids in prompt_ids])
+        self._mask_NL = (torch.arange(width) >= left_N[:, None]).long()
+        self._cache: Any = DynamicCache(config=model.config)
+
+    @torch.no_grad()
+    def next_logits(self) -> Tensor:
+        """(N, V) logits of each row's next token."""
+        device = self.model.device
+        position_NL = (self._mask_NL.cumsum(-1) - 1).clamp(min=0)[:, -self._new_NL.shape[1] :]
+        return self.model(
+            input_ids=self._new_NL.to(device),
+            attention_mask=self._mask_NL.to(device),
+            position_ids=position_NL.to(device),
+            past_key_values=self._cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits[:, -1]
+
+    def repeat(self, times: int) -> None:
+        """Each row as many times, side by side."""
+        self._new_NL, self._mask_NL = (x.repeat_interleave(times, 0) for x in (self._new_NL, self._mask_NL))
+        self._cache.batch_repeat_interleave(times)
+
+    def go_on(self, rows: Sequence[int], tokens: Sequence[int]) -> None:
+        """Go on with the given rows in their order, each by its token; a row may be left out, or occur repeatedly."""
+        if list(rows) != list(range(len(self._mask_NL))):
+            index = torch.tensor(rows, dtype=torch.long)
+            self._mask_NL = self._mask_NL[index]
+            self._cache.batch_select_indices(index.to(self.model.device))
+        self._mask_NL = torch.cat([self._mask_NL, self._mask_NL.new_ones(len(rows), 1)], -1)
+        self._new_NL = torch.tensor(tokens)[:, None]
