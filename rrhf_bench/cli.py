@@ -292,14 +292,15 @@ def sample(
     max_new_tokens: MaxNewTokens = 64,
     sources: Annotated[str, typer.Option(help="what a group holds, in order: model,chosen,rejected")] = "model",
     cut: Annotated[
-        bool | None, typer.Option("--cut/--no-cut", help="cut replies at a fake turn  [default: cut, but not if raw]")
+        bool | None, typer.Option("--cut/--no-cut", help="cut replies at a fake turn", show_default="cut, unless raw")
     ] = None,
     seed: Seed = 0,
     template: Annotated[
         TemplateKind | None,
         typer.Option(
             help="how the model wants a dialogue; raw: the prompt is fed as tokenizer(prompt), the reply is kept as "
-            "generated  [default: hh, for beams raw]"
+            "generated",
+            show_default="hh; raw for beams",
         ),
     ] = None,
     dtype: DtypeName = "float32",
