@@ -301,7 +301,10 @@ def test_planning_does_not_import_torch() -> None:
         "import sys\n"
         "from rrhf_bench import cli\n"
         f"sys.argv = ['rrhf-bench', 'plan', {str(SMOKE)!r}, '--json']\n"
-        "cli.main()\n"
+        "try:\n"
+        "    cli.main()\n"
+        "except SystemExit as ended:\n"
+        "    assert not ended.code\n"
         "loaded = {'torch', 'transformers', 'vllm', 'datasets'} & set(sys.modules)\n"
         "assert not loaded, loaded\n"
     )
