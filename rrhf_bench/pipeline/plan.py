@@ -20,7 +20,7 @@ VERSIONS = {
     "reward model": 1,
     "prompts": 2,
     "sample": 1,
-    "score": 1,
+    "score": 2,
     "score pairs": 1,
     "train": 1,
     "evaluate": 1,

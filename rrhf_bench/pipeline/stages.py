@@ -231,9 +231,13 @@ def score(job: Job) -> None:
     scored = steps.score_candidates(job.services.reward(job.ref("reward model")), candidates, job.progress)
     write_jsonl(job.out / "candidates.jsonl", scored)
     if job.gold is not None:
-        rows = [(row.prompt, response.text) for row in scored for response in row.responses]
-        golds = iter(job.gold.score([prompt for prompt, _ in rows], [text for _, text in rows]).tolist())
-        write_jsonl(job.out / "golds.jsonl", ({"golds": [next(golds) for _ in row.responses]} for row in scored))
+        write_jsonl(job.out / "golds.jsonl", (_gold_line(job.gold, row) for row in scored))
+
+
+def _gold_line(gold: GoldReward, row: Candidates) -> dict[str, Any]:
+    """The gold reward of every response of a group, and what it was given for."""
+    prompts, texts = [row.prompt] * len(row.responses), [response.text for response in row.responses]
+    return {"golds": gold.score(prompts, texts).tolist(), "features": gold.features(prompts, texts)}
 
 
 def score_pairs(job: Job) -> None:
