@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -249,15 +250,21 @@ def _validate(table: dict[str, Any], faults: list[str]) -> Experiment | None:
                 methods[name] = method
     else:
         faults.append(f"methods: found {tables!r}; expected tables such as [methods.rrhf]")
+    table = {**table, "methods": methods}
+    faulty: set[str] = set()  # tables with a faulty key
     try:
-        experiment = Experiment.model_validate({**table, "methods": methods})
+        experiment = Experiment.model_validate(table)
     except ValidationError as error:
         faults.extend(_faults(error, Experiment, ""))
-        return None
+        faulty = {str(fault["loc"][0]) for fault in error.errors()}
+        try:  # the sound tables, for the faults that only several keys together show
+            experiment = Experiment.model_validate({key: value for key, value in table.items() if key not in faulty})
+        except ValidationError:
+            return None
     experiment = experiment.model_copy(
         update={"methods": {name: _inherit(method, experiment.sampling) for name, method in methods.items()}}
     )
-    faults.extend(_contradictions(experiment))
+    faults.extend(fault for fault in _contradictions(experiment) if faulty.isdisjoint(re.split(r"[.:]", fault)[:1]))
     return experiment
 
 

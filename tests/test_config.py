@@ -296,6 +296,15 @@ def test_settings_that_contradict_each_other(write: Write, overrides: list[str],
 # The plan
 
 
+def test_contradictions_are_found_beside_a_faulty_key_elsewhere(write: Write) -> None:
+    path = write("[methods.rrhf]")
+    found = faults(path, "data.train_prompts=0", 'methods.rrhf.sources=["chosen"]', "evaluation.pairs=1")
+    assert [fault.partition(": ")[0] for fault in found] == ["data.train_prompts", "evaluation.pairs", "methods.rrhf"]
+    # [evaluation] cannot be read at all: what it would contradict is not known.
+    found = faults(path, "evaluation.prompts=x", "evaluation.pairs=1")
+    assert [fault.partition(": ")[0] for fault in found] == ["evaluation.prompts"]
+
+
 def test_planning_does_not_import_torch() -> None:
     program = (
         "import sys\n"
@@ -423,6 +432,20 @@ def test_a_model_folder_with_other_files_is_another_model(tmp_path: Path) -> Non
 
     assert key("1") == key("1")
     assert key("1") != key("2")
+
+
+def test_a_data_file_that_moved_is_the_same_data(write: Write, tmp_path: Path) -> None:
+    row = '{"prompt": "\\n\\nHuman: Why?\\n\\nAssistant:", "chosen": " So.", "rejected": " No."}'
+    path = write("", "experiment.toml")
+    words = [
+        "data.source=files",
+        *(f"{model}.source=scratch" for model in ("policy", "reward_model", "perplexity_model")),
+    ]
+    keys = [
+        [stage.key for stage in make_plan(load_experiment(path, [*words, f"data.path={file}"])).stages]
+        for file in (write(row, "here.jsonl"), write(row, "there.jsonl"))
+    ]
+    assert keys[0] == keys[1]
 
 
 def test_a_data_file_with_other_rows_is_other_data(write: Write) -> None:

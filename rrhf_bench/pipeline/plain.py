@@ -37,25 +37,23 @@ class PlainSteps:
         self, model: ModelRef, prompts: Path, out: Path, spec: SamplingSpec, sources: Sequence[str]
     ) -> dict[str, int]:
         """Sample n responses a prompt and write them in the RRHF layout, without scores; counts of what was read."""
-        services = Services(self.runtime)
         pairs, questions, counts = read_prompts(prompts, verbatim=model.template == "raw")
         if {"chosen", "rejected"} & set(sources) and not pairs:
             raise DataError(
                 f'{prompts}: has no "chosen" and "rejected"; they are needed for --sources {",".join(sources)}'
             )
-        policy = services.fixed_policy(model)
-        sampled = services.sampler(policy, model, self.backend, self.progress).sample(questions, spec)
-        groups = assemble(sources, sampled, pair_candidates(pairs)) if pairs else sampled
         with replacing(out) as path:
-            write_rrhf(path, groups)
+            services = Services(self.runtime)
+            policy = services.fixed_policy(model)
+            sampled = services.sampler(policy, model, self.backend, self.progress).sample(questions, spec)
+            write_rrhf(path, assemble(sources, sampled, pair_candidates(pairs)) if pairs else sampled)
         return counts
 
     def score(self, reward: ModelRef, candidates: Path, out: Path) -> dict[str, int]:
         """Score every response of a file and write it again with ``scores``; counts of what is odd."""
         rows = load_candidates(candidates, scored=False).candidates
-        scored = steps.score_candidates(Services(self.runtime).reward(reward), rows, self.progress)
         with replacing(out) as path:
-            write_rrhf(path, scored)
+            write_rrhf(path, steps.score_candidates(Services(self.runtime).reward(reward), rows, self.progress))
         return dict(load_candidates(out).counts)
 
     def train(
@@ -110,19 +108,19 @@ class PlainSteps:
         gold: bool,
     ) -> tuple[list[Evaluated], dict[str, int]]:
         """One judged record a prompt and decoding, as JSON lines; counts of what was read."""
-        services = Services(self.runtime)
         _, questions, counts = read_prompts(prompts)
-        policy = services.policy(model)
-        judges = steps.Judges(
-            services.reward(reward),
-            GoldReward() if gold else None,
-            services.fixed_policy(perplexity) if perplexity is not None else None,
-            self.runtime.score_batch,
-        )
-        sampler = services.sampler(policy, model, self.backend, self.progress)
-        reference = services.fixed_policy(initial) if initial is not None else None
-        records = steps.evaluate(name, seed, sampler, questions, judges, decodings, policy, reference)
         with replacing(out) as path:
+            services = Services(self.runtime)
+            policy = services.policy(model)
+            judges = steps.Judges(
+                services.reward(reward),
+                GoldReward() if gold else None,
+                services.fixed_policy(perplexity) if perplexity is not None else None,
+                self.runtime.score_batch,
+            )
+            sampler = services.sampler(policy, model, self.backend, self.progress)
+            reference = services.fixed_policy(initial) if initial is not None else None
+            records = steps.evaluate(name, seed, sampler, questions, judges, decodings, policy, reference)
             write_jsonl(path, records)
         return records, counts
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ class Stage:
     size: str  # in words
     row: str | None = None
     seed: int | None = None
+    recorded: Mapping[str, Any] = field(default_factory=dict)  # settings that decide nothing: where a file lies
 
     @cached_property
     def key(self) -> str:
@@ -118,7 +119,10 @@ class _Builder:
             del settings["toy"]
         sizes = {"dev": e.evaluation.dev_prompts, "test": e.evaluation.pairs}
         where = e.data.path or e.data.source
-        return Stage("data", "data", {**settings, **sizes, "content": _content(e)}, {}, f"from {where}")
+        content = _content(e)
+        recorded = {} if content is None else {"path": settings.pop("path")}
+        settings |= {**sizes, "content": content}
+        return Stage("data", "data", settings, {}, f"from {where}", recorded=recorded)
 
     def _model(self, name: str, settings: ModelSettings, corpus: str) -> Stage:
         if not settings.from_scratch:

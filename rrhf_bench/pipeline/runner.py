@@ -90,7 +90,8 @@ def make(stage: Stage, store: Store, runtime: RuntimeSettings, backend: BackendN
     }
     with store.writing(stage.key, about) as folder:
         inputs = {role: store.folder(needed.key) for role, needed in stage.inputs.items()}
-        job = Job(stage.kind, stage.settings, inputs, folder, _services(runtime), backend, progress, stage.row)
+        settings = {**stage.settings, **stage.recorded}
+        job = Job(stage.kind, settings, inputs, folder, _services(runtime), backend, progress, stage.row)
         try:
             with quiet():
                 BODIES[stage.kind](job)
