@@ -78,7 +78,7 @@ def write_figures(view: View, folder: Path) -> list[Drawn]:
             if found is None:
                 continue
             text, figure = found
-            figure.savefig(folder / f"{text.name}.png", metadata={"Software": None}, pil_kwargs={"optimize": True})
+            figure.savefig(folder / f"{text.name}.png", metadata={"Software": None})
             figure.set_layout_engine("none")  # it stays as laid out for the PNG, and is not worked out twice
             figure.savefig(folder / f"{text.name}.svg", metadata={"Date": None, "Creator": None})
             drawn.append(text)
