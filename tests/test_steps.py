@@ -1,14 +1,21 @@
-"""No text goes beyond a model's context: GPT-2, whose positions are a table, would fail at the first that does."""
+"""What stages share: no text goes beyond a model's context (GPT-2, whose positions are a table, would fail at the first
+that does), and no policy samples through another's tokenizer."""
 
 from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
 
 from baselines.sft_settings import SFTSettings
+from rrhf_bench.config import RuntimeSettings
 from rrhf_bench.data.dialogue import Template
 from rrhf_bench.errors import DataError
 from rrhf_bench.pipeline import steps
+from rrhf_bench.pipeline.services import ModelRef, Services
 from rrhf_bench.policy.policy import Tokenization, TransformersPolicy
 from rrhf_bench.records import Preference, Prompt, Response
 from rrhf_bench.training.method import TrainContext, TrainInputs
@@ -75,3 +82,19 @@ def test_judging_shortens_the_prompt_and_keeps_the_reply(gpt2):
     assert tokens == again == len(ids)
     scored = steps.score_pairs_by_likelihood("row", 0, gpt2, PAIRS, 2)
     assert all(pair.chosen < 0 and pair.rejected < 0 for pair in scored)
+
+
+def test_policies_of_one_shape_with_other_tokenizers_do_not_share_an_engine(llama_folder, tmp_path: Path) -> None:
+    """An engine decodes with the tokenizer that it was started with: sharing it would garble the other's text."""
+    shutil.copytree(llama_folder(0), tmp_path / "other")
+    text = (tmp_path / "other" / "tokenizer.json").read_text(encoding="utf-8")
+    vocabulary = json.loads(text)
+    ids = vocabulary["model"]["vocab"]
+    ids["A"], ids["B"] = ids["B"], ids["A"]
+    (tmp_path / "other" / "tokenizer.json").write_text(json.dumps(vocabulary), encoding="utf-8")
+    services = Services(RuntimeSettings(device="cpu"))
+    refs = [ModelRef(str(llama_folder(0))), ModelRef(str(llama_folder(1))), ModelRef(str(tmp_path / "other"))]
+    one, same, other = (services.sampler(services.policy(ref), ref, "transformers") for ref in refs)
+    assert one is same
+    assert other is not one
+    assert other.tokenization.decode([ids["A"]]) == "A"

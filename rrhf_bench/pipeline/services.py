@@ -87,8 +87,13 @@ class Services:
         backend: BackendName,
         progress: Callable[[int, int], None] | None = None,
     ) -> Sampler:
-        """A sampler that holds the policy's weights. ``ref`` names a folder or hub id of its architecture."""
-        architecture = policy.model.config.to_json_string() + ref.template + backend
+        """A sampler that holds the policy's weights. ``ref`` names a folder or hub id of its architecture.
+
+        Policies share an engine only where architecture, tokenizer and context are one: an engine decodes with the
+        tokenizer that it was started with.
+        """
+        config = policy.model.config.to_json_string()
+        architecture = " ".join((backend, str(context_of(policy, ref)), policy.tokenization.identity, config))
         if architecture not in self._samplers:
             self._samplers[architecture] = self._start(policy, ref, backend)
         sampler: Any = self._samplers[architecture]

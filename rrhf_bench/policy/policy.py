@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -57,6 +60,12 @@ class Tokenization:
         after_colon = tokenizer(": a", add_special_tokens=False)["input_ids"][len(self._colon_ids) :]
         apart = tokenizer(" a", add_special_tokens=False)["input_ids"]
         self._adds_space = template.kind == "hh" and after_colon != apart
+
+    @cached_property
+    def identity(self) -> str:
+        """What decides text to ids and back: the vocabulary and the template."""
+        vocabulary = json.dumps(sorted(self.tokenizer.get_vocab().items()))
+        return hashlib.sha256(f"{self.template.kind} {vocabulary}".encode()).hexdigest()
 
     def prompt_ids(self, prompt: Prompt) -> tuple[int, ...]:
         """Ids of the rendered prompt, with the tokenizer's own leading special token if it adds one; of a raw prompt
