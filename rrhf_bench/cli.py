@@ -27,7 +27,8 @@ from rrhf_bench.errors import BenchError, ConfigError
 from rrhf_bench.pipeline.plan import Plan, make_plan
 from rrhf_bench.pipeline.store import Store
 from rrhf_bench.registry import METHODS
-from rrhf_bench.sampling.backend import BackendName, Strategy
+from rrhf_bench.sampling.backend import BackendName
+from rrhf_bench.settings import Strategy
 from rrhf_bench.terminal import TerminalReporter, inert
 
 if TYPE_CHECKING:
@@ -185,7 +186,10 @@ def _plan_json(plan: Plan, store: Store) -> dict[str, Any]:
 @app.command()
 def report(
     folder: Annotated[Path, typer.Argument(help="the folder of a run, such as runs/hh_compare")],
-    publish: Annotated[Path | None, typer.Option(help="also copy the report into this folder, under its name")] = None,
+    publish: Annotated[bool, typer.Option("--publish", help="also copy the report into --reports")] = False,
+    reports: Annotated[Path, typer.Option(help="where published reports are, each under its run's name")] = Path(
+        "reports"
+    ),
     as_json: Json = False,
 ) -> None:
     """Write a run's report again from its records; no model is loaded."""
@@ -193,12 +197,12 @@ def report(
 
     page = _write_report(load_run(folder), folder)
     published = None
-    if publish is not None:
+    if publish:
         import shutil
 
         from rrhf_bench.pipeline.store import replacing
 
-        published = publish / folder.resolve().name
+        published = reports / folder.resolve().name
         if published.is_dir() and (published / "report.md").is_file():
             shutil.rmtree(published)  # an earlier report of the same name
         with replacing(published) as copy:

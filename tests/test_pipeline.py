@@ -172,6 +172,14 @@ def test_the_report_is_written_again_from_the_records_alone(smoke: Smoke, run_cl
     assert files(smoke.folder / "report" / "tables") == before
 
 
+def test_a_published_report_is_a_copy_that_the_next_one_replaces(smoke: Smoke, run_cli: RunCli, tmp_path: Path) -> None:
+    for _ in range(2):
+        published = Path(run_cli("report", smoke.folder, "--publish", "--reports", tmp_path)["published"])
+        assert published == tmp_path / smoke.folder.name
+        assert files(published) == files(smoke.folder / "report")
+    assert [path.name for path in tmp_path.iterdir()] == [published.name]
+
+
 def test_ls_shows_what_is_complete(smoke: Smoke, run_cli: RunCli, tmp_path: Path) -> None:
     count = len(smoke.json["stages"])
     (row,) = run_cli("ls", "--runs", smoke.runs)
