@@ -15,7 +15,7 @@ from rrhf_bench.data.dialogue import STOP_STRINGS
 from rrhf_bench.errors import ConfigError
 from rrhf_bench.registry import METHODS, settings_class
 from rrhf_bench.rewards.reward_settings import RewardTrainingSettings
-from rrhf_bench.settings import CandidateSettings, MethodSettings, Names, Settings
+from rrhf_bench.settings import READ, SEARCH_KEYS, SIZES, CandidateSettings, MethodSettings, Names, Settings, Strategy
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Positive = Annotated[int, Field(ge=1)]
@@ -107,6 +107,10 @@ class SamplingSettings(CandidateSettings):
     backend: Literal["vllm", "transformers"] = "vllm"
     sources: Names = ("model", "chosen", "rejected")
     n: Annotated[int, Field(ge=1, le=1024)] = 4
+    strategy: Strategy = "sample"
+    beams: Annotated[int, Field(ge=1, le=1024)] = 4
+    groups: Annotated[int, Field(ge=1)] = 4
+    diversity_penalty: Annotated[float, Field(ge=0.0)] = 1.0
     temperature: Annotated[float, Field(ge=0.0, le=10.0)] = 1.0
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     top_k: Annotated[int, Field(ge=0)] = 0
@@ -219,7 +223,13 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
 def _merged(below: Any, above: Any) -> Any:
     if not (isinstance(below, dict) and isinstance(above, dict)):
         return above
+    if isinstance(above.get("policy"), str):  # a sampling policy: nothing that was said below of candidates is left
+        below = _without_candidates(below)
     return below | {key: _merged(below[key], value) if key in below else value for key, value in above.items()}
+
+
+def _without_candidates(table: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in table.items() if key not in CandidateSettings.model_fields}
 
 
 def _override(table: dict[str, Any], override: str) -> str | None:
@@ -236,6 +246,10 @@ def _override(table: dict[str, Any], override: str) -> str | None:
         table = table.setdefault(parent, {})
         if not isinstance(table, dict):
             return f"--set {override}: {parent} is a value, not a table"
+    if last == "policy" and isinstance(value, str):  # as in a file that extends another
+        kept = _without_candidates(table)
+        table.clear()
+        table.update(kept)
     table[last] = value
     return None
 
@@ -261,9 +275,11 @@ def _validate(table: dict[str, Any], faults: list[str]) -> Experiment | None:
             experiment = Experiment.model_validate({key: value for key, value in table.items() if key not in faulty})
         except ValidationError:
             return None
-    experiment = experiment.model_copy(
-        update={"methods": {name: _inherit(method, experiment.sampling) for name, method in methods.items()}}
-    )
+    sampling = experiment.sampling
+    if not sampling.drawn and "n" not in sampling.model_fields_set:
+        sampling = sampling.model_copy(update={"n": sampling.beams})
+    inherited = {name: _inherit(method, sampling) for name, method in methods.items()}
+    experiment = experiment.model_copy(update={"sampling": sampling, "methods": inherited})
     faults.extend(fault for fault in _contradictions(experiment) if faulty.isdisjoint(re.split(r"[.:]", fault)[:1]))
     return experiment
 
@@ -278,6 +294,10 @@ def _method(where: str, table: Any, faults: list[str]) -> MethodSettings | None:
         faults.append(f"{where}.kind: found {kind!r}; allowed are {', '.join(METHODS)}{_nearest(str(kind), METHODS)}")
         return None
     settings = settings_class(kind)
+    if "candidates" not in settings.requires:
+        unread = [key for key in table if key == "policy" or key in SEARCH_KEYS]
+        faults.extend(f"{where}.{key}: {kind} trains on no candidates; remove the key" for key in unread)
+        table = {key: value for key, value in table.items() if key not in unread}
     try:
         return settings.model_validate({**table, "kind": kind})
     except ValidationError as error:
@@ -289,8 +309,12 @@ def _inherit(method: MethodSettings, sampling: SamplingSettings) -> MethodSettin
     """A method that trains on candidates, with what it does not say about them taken from [sampling]."""
     if "candidates" not in method.requires:
         return method
-    unsaid = [key for key in CandidateSettings.model_fields if getattr(method, key) is None]
-    return method.model_copy(update={key: getattr(sampling, key) for key in unsaid})
+    strategy = method.strategy or sampling.strategy
+    unsaid = [key for key in ("sources", "strategy", *READ[strategy]) if getattr(method, key) is None]
+    update = {key: getattr(sampling, key) for key in unsaid}
+    if strategy != "sample" and method.n is None:
+        update["n"] = method.beams or sampling.beams
+    return method.model_copy(update=update)
 
 
 def _contradictions(experiment: Experiment) -> Iterator[str]:
@@ -317,6 +341,8 @@ def _contradictions(experiment: Experiment) -> Iterator[str]:
         yield f"evaluation.pool_prompts: found {evaluation.pool_prompts}; expected at most {evaluation.prompts}"
     if len(set(experiment.seeds)) < len(experiment.seeds):
         yield f"seeds: found {list(experiment.seeds)}; a seed may stand once only"
+    of_all = list(_search_faults(experiment.sampling))
+    yield from (f"sampling: {fault}" for fault in of_all)
     for name, method in experiment.methods.items():
         if name in RESERVED_ROWS:
             yield f"methods.{name}: the name is taken; every table has the rows {', '.join(RESERVED_ROWS)} by itself"
@@ -336,6 +362,22 @@ def _contradictions(experiment: Experiment) -> Iterator[str]:
                 )
             if method.temperature == 0.0 and "model" in sources and (method.n or 0) > 1:
                 yield f"methods.{name}: temperature 0 gives {method.n} equal samples; raise it or set n = 1"
+            read = READ[method.strategy or "sample"]
+            for key in SIZES:
+                if key not in read and getattr(method, key) is not None:  # said: nothing unread is inherited
+                    yield f'methods.{name}.{key}: has no effect where strategy = "{method.strategy}"; remove the key'
+            yield from (f"methods.{name}: {fault}" for fault in _search_faults(method) if fault not in of_all)
+
+
+def _search_faults(candidates: CandidateSettings) -> Iterator[str]:
+    """What is wrong with the sizes of a search."""
+    beams, groups = candidates.beams, candidates.groups
+    if candidates.drawn or beams is None:
+        return
+    if candidates.n != beams:
+        yield f"n = {candidates.n}, but a search returns all its {beams} beams; set beams and remove n"
+    if candidates.strategy == "diverse-beam" and groups is not None and beams % groups:
+        yield f"{beams} beams do not divide into {groups} groups of equal size; change beams or groups"
 
 
 def _exists(path: str) -> bool:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, ClassVar, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Requirement = Literal["pairs", "candidates", "scores", "reference", "sampler", "reward"]
 Family = Literal["loss", "trainer", "inference"]
 Schedule = Literal["linear", "cosine", "constant"]
+Strategy = Literal["sample", "beam", "diverse-beam"]
+PolicyName = Literal["BP", "DP", "SP", "D", "P", "B"]
 
 # TOML has lists only; strict mode would refuse them for a tuple.
 Names = Annotated[tuple[str, ...], Field(strict=False)]
@@ -22,14 +25,74 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, validate_default=True)
 
 
-class CandidateSettings(Settings):
-    """How a training prompt's candidates come about. A method inherits what it does not say from [sampling]."""
+# What decides the samples of "model" under each strategy, and enters keys; a search has no temperature.
+READ: Mapping[Strategy, tuple[str, ...]] = {
+    "sample": ("n", "temperature", "top_p", "top_k"),
+    "beam": ("n", "strategy", "beams"),
+    "diverse-beam": ("n", "strategy", "beams", "groups", "diversity_penalty"),
+}
+SEARCH_KEYS = frozenset({"strategy", "beams", "groups", "diversity_penalty"})
+SIZES = ("beams", "groups", "diversity_penalty", "temperature", "top_p", "top_k")  # each read by some strategies only
 
+_BEAM: Mapping[str, Any] = {"strategy": "beam", "beams": 4, "n": 4}
+_DIVERSE: Mapping[str, Any] = {
+    "strategy": "diverse-beam", "beams": 4, "groups": 4, "diversity_penalty": 1.0, "n": 4,
+}  # fmt: skip
+_TOP_P: Mapping[str, Any] = {"strategy": "sample", "n": 4, "temperature": 0.8, "top_p": 1.0, "top_k": 0}
+_WITH_PAIR = {"sources": ("model", "chosen", "rejected")}
+
+# The offline sampling policies of 2304.05302 (Tables 1, 6 and 10; SP is v3's), each with what it stands for.
+POLICIES: Mapping[str, Mapping[str, Any]] = {
+    "BP": {**_WITH_PAIR, **_BEAM},
+    "DP": {**_WITH_PAIR, **_DIVERSE},
+    "SP": {**_WITH_PAIR, **_TOP_P},
+    "D": {"sources": ("model",), **_DIVERSE},
+    "P": {"sources": ("chosen", "rejected")},
+    "B": {"sources": ("model",), **_BEAM},
+}
+
+
+class CandidateSettings(Settings):
+    """How a training prompt's candidates come about. A method inherits what it does not say from [sampling].
+
+    ``policy`` is short for the keys that it stands for, which are what is kept: once loaded it is None. Keys beside it
+    override theirs.
+    """
+
+    policy: Annotated[PolicyName | None, Field(exclude=True)] = None
     sources: Names | None = None  # of "model", "chosen", "rejected"
-    n: Annotated[int, Field(ge=1, le=1024)] | None = None  # samples of "model"
+    n: Annotated[int, Field(ge=1, le=1024)] | None = None  # samples of "model"; of a search, its beams
+    strategy: Strategy | None = None  # draw, or search for the likeliest
+    beams: Annotated[int, Field(ge=1, le=1024)] | None = None  # of a search, all of which are candidates
+    groups: Annotated[int, Field(ge=1)] | None = None  # of diverse-beam; of equal size
+    diversity_penalty: Annotated[float, Field(ge=0.0)] | None = None  # of diverse-beam, between groups
     temperature: Annotated[float, Field(ge=0.0, le=10.0)] | None = None
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
     top_k: Annotated[int, Field(ge=0)] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _expanded(cls, table: Any) -> Any:
+        name = table.get("policy") if isinstance(table, dict) else None
+        if not isinstance(name, str) or name not in POLICIES:
+            return table
+        policy = POLICIES[name]
+        said = {key: value for key, value in table.items() if key != "policy"}
+        strategy = policy.get("strategy")
+        if strategy is not None:
+            if said.get("strategy", strategy) != strategy:
+                raise ValueError(f'policy: "{name}" has strategy = "{strategy}"; found {said["strategy"]!r} beside it')
+            for key in SIZES:
+                if key in said and key not in READ[strategy]:
+                    raise ValueError(f'policy: {key} has no effect beside "{name}", strategy "{strategy}"; remove it')
+            if "beams" in said:  # all of which a search returns
+                said.setdefault("n", said["beams"])
+        return {**policy, **said}
+
+    @property
+    def drawn(self) -> bool:
+        """Whether the samples are drawn, not searched for."""
+        return self.strategy in (None, "sample")
 
     @property
     def responses(self) -> int:

@@ -15,6 +15,8 @@ from rrhf_bench.config import Experiment, load_experiment, parse_method
 from rrhf_bench.errors import ConfigError
 from rrhf_bench.pipeline.plan import Plan, Stage, make_plan
 from rrhf_bench.registry import METHODS
+from rrhf_bench.sampling.backend import choose_backend
+from rrhf_bench.settings import POLICIES, CandidateSettings
 
 ROOT = Path(__file__).parents[1]
 SMOKE = ROOT / "experiments" / "smoke.toml"
@@ -286,11 +288,102 @@ def test_a_wrong_value_names_key_found_and_allowed(write: Write, key: str, value
         (["methods.rrhf.sources=['modle']"], "methods.rrhf.sources: found 'modle'; allowed are model, chosen, "),
         (["methods.rrhf.temperature=0.0"], "methods.rrhf: temperature 0 gives 4 equal samples; raise it or set n = 1"),
         (["name=store"], "name: found 'store', the folder"),
+        (["methods.rrhf.policy=dp"], "methods.rrhf.policy: found 'dp'; input should be 'BP', 'DP', 'SP', 'D', 'P' or"),
+        (["sampling.policy=[1]"], "sampling.policy: found [1]; input should be "),
+        (["methods.sft.policy=P"], "methods.sft.policy: sft trains on no candidates; remove the key"),
+        (["methods.ppo.beams=4"], "methods.ppo.beams: ppo trains on no candidates; remove the key"),
+        (["sampling.policy=DP", "sampling.temperature=0.8"], 'sampling.policy: temperature has no effect beside "DP"'),
+        (
+            ["sampling.policy=SP", "sampling.groups=2"],
+            'sampling.policy: groups has no effect beside "SP", strategy "sam',
+        ),
+        (
+            ["sampling.policy=DP", "sampling.strategy=beam"],
+            'sampling.policy: "DP" has strategy = "diverse-beam"; found \'beam\' beside it',
+        ),
+        (
+            ["sampling.policy=DP", "methods.rrhf.top_p=0.9"],
+            'methods.rrhf.top_p: has no effect where strategy = "diverse-beam"; remove the key',
+        ),
+        (["methods.rrhf.beams=8"], 'methods.rrhf.beams: has no effect where strategy = "sample"; remove the key'),
+        (
+            ["methods.rrhf.policy=BP", "methods.rrhf.n=8"],
+            "methods.rrhf: n = 8, but a search returns all its 4 beams; set beams and remove n",
+        ),
+        (
+            ["sampling.policy=DP", "sampling.beams=6", "methods.rrhf.lr=0.5"],
+            "sampling: 6 beams do not divide into 4 groups of equal size; change beams or groups",
+        ),
     ],
 )
 def test_settings_that_contradict_each_other(write: Write, overrides: list[str], expected: str) -> None:
     (line,) = faults(write(""), *overrides)
     assert line.startswith(expected)
+
+
+# Sampling policies
+
+
+PAIR = ("chosen", "rejected")
+BEAM = {"strategy": "beam", "beams": 4, "n": 4}
+DIVERSE = {"strategy": "diverse-beam", "beams": 4, "groups": 4, "diversity_penalty": 1.0, "n": 4}
+TOP_P = {"strategy": "sample", "n": 4, "temperature": 0.8, "top_p": 1.0, "top_k": 0}
+INHERITED = {"strategy": "sample", "n": 7, "temperature": 0.5, "top_p": 0.9, "top_k": 0}
+
+
+@pytest.mark.parametrize(
+    ("name", "expected", "k"),
+    [
+        ("BP", {"sources": ("model", *PAIR), **BEAM}, 6),
+        ("DP", {"sources": ("model", *PAIR), **DIVERSE}, 6),
+        ("SP", {"sources": ("model", *PAIR), **TOP_P}, 6),
+        ("D", {"sources": ("model",), **DIVERSE}, 4),
+        ("P", {"sources": PAIR, **INHERITED}, 2),
+        ("B", {"sources": ("model",), **BEAM}, 4),
+    ],
+)
+def test_a_sampling_policy_is_what_it_stands_for(write: Write, name: str, expected: dict[str, object], k: int) -> None:
+    others = '[sampling]\nsources = ["model"]\nn = 7\ntemperature = 0.5\ntop_p = 0.9\n'
+    experiment = load_experiment(write(f'{others}[methods.rrhf]\npolicy = "{name}"'))
+    method = experiment.methods["rrhf"]
+    found = {key: value for key in CandidateSettings.model_fields if (value := getattr(method, key)) is not None}
+    assert (found, method.responses) == (expected, k)
+    text = experiment.to_toml()
+    assert "policy =" not in text
+    assert load_experiment(write(text, "resolved.toml")).methods == experiment.methods
+
+
+@pytest.mark.parametrize("name", sorted(set(POLICIES) - {"P"}))
+def test_a_sampling_policy_of_all_methods_is_that_of_each(write: Write, name: str) -> None:
+    of_all = load_experiment(write(f'[sampling]\npolicy = "{name}"\n[methods.rrhf]'))
+    of_one = load_experiment(write(f'[methods.rrhf]\npolicy = "{name}"'))
+    assert of_all.methods == of_one.methods
+
+
+def test_keys_beside_a_policy_override_their_parts(write: Write) -> None:
+    text = '[methods.rrhf]\npolicy = "DP"\nbeams = 8\ngroups = 2\n[methods.hot]\nkind = "rrhf"\npolicy = "SP"\nn = 2'
+    experiment = load_experiment(write(f"[sampling]\ntemperature = 0.3\n{text}\ntemperature = 1.5"))
+    rrhf, hot = experiment.methods.values()
+    assert (rrhf.n, rrhf.beams, rrhf.groups, rrhf.diversity_penalty, rrhf.responses) == (8, 8, 2, 1.0, 10)
+    assert (hot.n, hot.temperature, hot.top_p, hot.beams) == (2, 1.5, 1.0, None)
+    shared = load_experiment(write('[sampling]\npolicy = "BP"\nbeams = 3\n[methods.rrhf]\n'))
+    assert (shared.sampling.n, shared.methods["rrhf"].n, shared.methods["rrhf"].responses) == (3, 3, 5)
+    bare = load_experiment(write('[sampling]\nstrategy = "diverse-beam"\nbeams = 8\n[methods.rrhf]\nbeams = 12'))
+    assert (bare.sampling.n, bare.methods["rrhf"].n, bare.methods["rrhf"].groups) == (8, 12, 4)
+    assert load_experiment(write(bare.to_toml(), "resolved.toml")) == bare
+
+
+def test_a_policy_replaces_what_was_said_before_it(write: Write) -> None:
+    write("[sampling]\nn = 9\ntemperature = 0.5\nmax_new_tokens = 7\n[methods.rrhf]\nlr = 0.5\ntop_k = 3", "base.toml")
+    above = '[sampling]\npolicy = "DP"\n[methods.rrhf]\npolicy = "BP"'
+    experiment = load_experiment(write(f'extends = "base.toml"\n{above}'))
+    assert (experiment.sampling.n, experiment.sampling.max_new_tokens) == (4, 7)
+    rrhf = experiment.methods["rrhf"]
+    assert (rrhf.strategy, rrhf.top_k, rrhf.temperature, rrhf.lr) == ("beam", None, None, 0.5)
+    path = write('extends = "base.toml"')
+    assert load_experiment(path, ["sampling.policy=DP", "methods.rrhf.policy=BP"]) == experiment
+    later = load_experiment(path, ["sampling.policy=SP", "sampling.n=2", "methods.rrhf.policy=D"])
+    assert (later.sampling.n, later.sampling.temperature, later.methods["rrhf"].sources) == (2, 0.8, ("model",))
 
 
 # The plan
@@ -408,6 +501,25 @@ def test_rows_share_candidates_when_they_sample_alike(write: Write) -> None:
         candidates('[methods.rrhf]\n[methods.hot]\nkind = "rrhf"\nlr = 0.5\nepochs = 9\nsources = ["model"]') == alone
     )
     assert candidates('[methods.rrhf]\n[methods.hot]\nkind = "rrhf"\ntemperature = 0.5') == alone + 2  # train and test
+
+
+def test_rows_that_search_alike_share_candidates_over_seeds_and_temperatures(write: Write) -> None:
+    def samples(text: str) -> list[Stage]:
+        return [stage for stage in make_plan(load_experiment(write(text))).stages if stage.kind == "sample"]
+
+    rows = [f'[methods.{name}]\nkind = "rrhf"\npolicy = "{name}"\n' for name in POLICIES]
+    whole = "".join(rows)
+    pools = {f"best-of-n pool, seed {seed}" for seed in (0, 1)}
+    drawn = {f"candidates for {s} prompts (n=4, T=0.8), seed {seed}" for s in ("train", "test") for seed in (0, 1)}
+    ways = ("beam search, beams=4", "diverse beam search, beams=4, groups=4, penalty=1.0")
+    beams = {f"candidates for {split} prompts ({way})" for split in ("train", "test") for way in ways}
+    found = samples(f"seeds = [0, 1]\n{whole}")
+    assert sorted(stage.name for stage in found) == sorted(pools | drawn | beams)
+    cold = samples(f"seeds = [0, 1]\n[sampling]\ntemperature = 0.3\ntop_p = 0.5\n{whole}")
+    assert {stage.key for stage in cold} == {stage.key for stage in found}
+    assert {s.settings["sampler"] for s in found if "beam" in s.name} == {choose_backend("transformers").identity}
+    one, other = ({s.key for s in samples('[methods.rrhf]\npolicy = "DP"\n' + more)} for more in ("", "beams = 8"))
+    assert len(one & other) == 1  # the pool
 
 
 def test_another_seed_makes_nothing_again_that_belongs_to_the_world() -> None:

@@ -21,11 +21,13 @@ import torch
 from safetensors.torch import load_file
 
 from rrhf_bench import cli
-from rrhf_bench.config import load_experiment
+from rrhf_bench.config import RuntimeSettings, load_experiment
 from rrhf_bench.data.sources import load_candidates
 from rrhf_bench.jsonl import read_jsonl
 from rrhf_bench.pipeline.run import load_run
+from rrhf_bench.pipeline.services import ModelRef, Services
 from rrhf_bench.pipeline.store import TIMING, Store
+from rrhf_bench.policy.batching import ResponseBatch
 from rrhf_bench.records import Candidates, Evaluated
 from rrhf_bench.sampling.backend import choose_backend
 
@@ -393,3 +395,41 @@ def test_a_run_goes_on_from_what_is_complete(tmp_path: Path, run_cli: RunCli) ->
     assert files(tmp_path / "runs" / "chain" / "report" / "tables") == tables
     longer = run_cli(*words, "--set", "methods.rrhf.epochs=3")
     assert longer["made"] == 2  # training and evaluation of that row
+
+
+def test_rows_of_the_sampling_policies_share_their_candidates(tmp_path: Path, run_cli: RunCli) -> None:
+    pairs = (
+        {"prompt": f"\n\nHuman: question {i}\n\nAssistant:", "chosen": " Yes, it is.", "rejected": " No."}
+        for i in range(60)
+    )
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    text = CHAIN.format(path=tmp_path / "pairs.jsonl", backend="transformers")
+    text = text.replace("n = 2\n", "", 1).replace("temperature = 0.8\n", "").replace("epochs = 2", "epochs = 1")
+    sizes = {"BP": 6, "DP": 6, "SP": 6, "P": 2, "D": 4}
+    rows = "".join(f'[methods.{name}]\nkind = "rrhf"\nbatch_prompts = 8\npolicy = "{name}"\n' for name in sizes)
+    (tmp_path / "policies.toml").write_text(text.replace("[methods.rrhf]\nepochs = 1\nbatch_prompts = 8\n", rows))
+    run_cli("run", tmp_path / "policies.toml", "--runs", tmp_path / "runs", "--set", "name=policies")
+    folder = tmp_path / "runs" / "policies"
+    stages = json.loads((folder / "run.json").read_text())["stages"].values()
+    # Beams, diverse beams and samples, each of the training and the test prompts; and the best-of-n pool.
+    assert sum(stage["kind"] == "sample" for stage in stages) == 7
+    records = load_run(folder)
+    for name, k in sizes.items():
+        assert {len(group.responses) for group in records.candidates[name, 3]} == {k}
+    with (folder / "report" / "tables" / "departures.csv").open(newline="") as file:
+        found = [(row["this run"], row["rows"]) for row in csv.DictReader(file) if row["option"] == "rrhf: candidates"]
+    assert found == [("beam search, 4 beams", "BP"), ("sampling, temperature 0.8, top-p 1", "SP")]  # DP is the paper's
+    assert [g.responses[:4] for g in records.candidates["DP", 3]] == [g.responses for g in records.candidates["D", 3]]
+    assert [g.responses[4:] for g in records.candidates["DP", 3]] == [g.responses for g in records.candidates["P", 3]]
+
+    # Best first: by the policy's own log-probability of a token, which is what plain beams are ranked by.
+    made = {stage["name"]: key for key, stage in json.loads((folder / "run.json").read_text())["stages"].items()}
+    services = Services(RuntimeSettings(device="cpu"))
+    ref = ModelRef.read(Store(tmp_path / "runs" / "store").folder(made["policy"]))
+    policy = services.fixed_policy(ref)
+    for group in records.candidates["BP", 3][:6]:
+        prompt_ids = policy.tokenization.prompt_ids(group.prompt)
+        replies = [reply.token_ids or () for reply in group.responses[:4]]
+        batch = ResponseBatch.of_pairs([(prompt_ids, ids) for ids in replies])
+        means = (policy.token_logprobs(batch).sum(-1) / torch.tensor([len(ids) for ids in replies])).tolist()
+        assert all(better >= worse - 1e-5 for better, worse in pairwise(means))

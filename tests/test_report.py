@@ -400,6 +400,9 @@ def test_departures_name_each_option_that_differs(report: Path) -> None:
     options = {row["option"]: row["rows"] for row in rows_of(report / "tables/departures.csv")}
     assert {"policy.source", "sampling.cut_at_stop", "rrhf: lr", "ppo: kl"} <= set(options)
     assert options["rrhf: lr"] == "rrhf"
+    (candidates,) = (row for row in rows_of(report / "tables/departures.csv") if row["option"] == "rrhf: candidates")
+    assert candidates["the paper"] == "diverse beam search, 4 beams in 4 groups, penalty 1"
+    assert candidates["this run"] == "sampling, temperature 1, top-p 1"
     assert "rrhf: variant" not in options
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from rrhf_bench.config import Experiment, ModelSettings, RewardModelSettings
 from rrhf_bench.pipeline.store import content_key, folder_identity
 from rrhf_bench.sampling.backend import Backend, choose_backend
-from rrhf_bench.settings import CandidateSettings, MethodSettings
+from rrhf_bench.settings import READ, SEARCH_KEYS, CandidateSettings, MethodSettings
 
 # Raised when a stage's code would give another result for the same settings: old artifacts are then not used.
 VERSIONS = {
@@ -175,26 +175,29 @@ class _Builder:
         return Stage("prompts", "prompts", settings, {"data": self.data, "policy": self.policy}, sizes)
 
     def sample(self, candidates: CandidateSettings, split: str, seed: int) -> Stage:
+        """Candidates of the initial policy; those of a search are the same for all seeds."""
         sampling = self.experiment.sampling
+        strategy = candidates.strategy or "sample"
         settings = {
-            **candidates.model_dump(mode="json", include={"n", "temperature", "top_p", "top_k"}),
+            **candidates.model_dump(mode="json", include=set(READ[strategy])),
             "max_new_tokens": sampling.max_new_tokens,
             "stop": list(sampling.training_stop),
             "split": split,
-            "seed": seed,
-            "sampler": self.backend.identity,
+            "sampler": choose_backend(sampling.backend, strategy).identity,
             "dtype": self.experiment.policy.dtype,
         }
+        if candidates.drawn:
+            settings["seed"] = seed
         count = self.experiment.data.train_prompts
         if split == "test":
             count = settings["prompts"] = self.experiment.evaluation.prompts
         return Stage(
-            f"candidates for {split} prompts (n={candidates.n}, T={candidates.temperature}), seed {seed}",
+            f"candidates for {split} prompts ({_how(candidates)})" + (f", seed {seed}" if candidates.drawn else ""),
             "sample",
             settings,
             {"prompts": self.prompts, "policy": self.policy},
             f"{count} prompts x {candidates.n}",
-            seed=seed,
+            seed=seed if candidates.drawn else None,
         )
 
     def scores(self, candidates: CandidateSettings, split: str, seed: int) -> Stage:
@@ -205,7 +208,7 @@ class _Builder:
             {},
             {"candidates": sample, "prompts": self.prompts, "reward model": self.reward_model},
             sample.size,
-            seed=seed,
+            seed=sample.seed,
         )
 
     def _pairs(self, split: str, count: int) -> Stage:
@@ -267,7 +270,7 @@ class _Builder:
             if "model" in (method.sources or ()):
                 inputs["scores"] = self.scores(method, "train", seed)
         settings = {
-            "method": method.model_dump(mode="json"),
+            "method": method.model_dump(mode="json", exclude=set(SEARCH_KEYS) if method.drawn else None),
             "seed": seed,
             "curve_points": e.evaluation.curve_points,
             "evaluation": self._decoding(),
@@ -291,7 +294,7 @@ class _Builder:
         prompts = self.experiment.evaluation.prompts
         settings: dict[str, Any] = {"seed": seed, "prompts": prompts, "evaluation": self._decoding()}
         if method is not None and method.family == "inference":
-            settings["method"] = method.model_dump(mode="json")
+            settings["method"] = method.model_dump(mode="json", exclude=set(SEARCH_KEYS))
         elif method is not None:
             inputs["trained"] = self.train(row, method, seed)
         decodings = " and ".join(self.experiment.evaluation.decoding)
@@ -308,6 +311,16 @@ class _Builder:
         count = self.experiment.evaluation.prompts
         size = f"{count} replies of the data set"
         return Stage(f"evaluate {row} replies", "evaluate pairs", {"reply": row, "prompts": count}, inputs, size, row)
+
+
+def _how(candidates: CandidateSettings) -> str:
+    """How samples come about, for people."""
+    if candidates.drawn:
+        return f"n={candidates.n}, T={candidates.temperature}"
+    if candidates.strategy == "beam":
+        return f"beam search, beams={candidates.beams}"
+    sizes = f"beams={candidates.beams}, groups={candidates.groups}, penalty={candidates.diversity_penalty}"
+    return f"diverse beam search, {sizes}"
 
 
 def _content(experiment: Experiment) -> str | None:

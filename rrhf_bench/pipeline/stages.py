@@ -24,10 +24,10 @@ from rrhf_bench.records import Candidates, CurvePoint, Decoding, Preference
 from rrhf_bench.rewards.bradley_terry import train_reward_model
 from rrhf_bench.rewards.gold import GoldReward
 from rrhf_bench.rewards.reward_settings import RewardTrainingSettings
-from rrhf_bench.sampling.backend import BackendName
+from rrhf_bench.sampling.backend import BackendName, choose_backend
 from rrhf_bench.sampling.sampler import SamplingSpec
 from rrhf_bench.seeding import derive_seed
-from rrhf_bench.settings import MethodSettings
+from rrhf_bench.settings import READ, MethodSettings
 from rrhf_bench.training.method import Progress, TrainContext, TrainInputs
 
 
@@ -205,16 +205,15 @@ def prompts(job: Job) -> None:
 def sample(job: Job) -> None:
     """n responses of the initial policy to the prompts of a split."""
     s = job.settings
+    strategy = s.get("strategy", "sample")
     pairs = job.pairs("train") if s["split"] == "train" else job.pairs("test")[: s["prompts"]]
     policy = job.services.fixed_policy(job.ref())
-    sampler = job.services.sampler(policy, job.ref(), job.backend, job.progress)
+    backend = choose_backend(job.backend, strategy).name
+    sampler = job.services.sampler(policy, job.ref(), backend, job.progress)
+    unread = {"temperature": 1.0, "seed": 0}  # by a search
     spec = SamplingSpec(
-        n=s["n"],
-        temperature=s["temperature"],
-        top_p=s["top_p"],
-        top_k=s["top_k"],
+        **{**unread, **{key: s[key] for key in (*READ[strategy], "seed") if key in s}},
         max_new_tokens=s["max_new_tokens"],
-        seed=s["seed"],
         purpose=CANDIDATES if s["split"] != "pool" else "pool",
         stop=tuple(s["stop"]),
     )

@@ -12,7 +12,7 @@ from rrhf_bench.report.compare import BestOfNLearner, Comparison, best_of_n_lear
 from rrhf_bench.report.table import Cell, Column, Missing, Table, interval, markdown, number
 from rrhf_bench.report.tables import accuracy
 from rrhf_bench.report.view import BASE, DECODING_WORDS, MEASURE_WORDS, View
-from rrhf_bench.settings import MethodSettings
+from rrhf_bench.settings import CandidateSettings, MethodSettings
 
 
 def standing(experiment: Experiment) -> str:
@@ -170,8 +170,21 @@ def _method_settings(settings: MethodSettings) -> Iterator[_Setting]:
         if (settings.kind, key) != ("rrhf", "n") or samples:
             yield f"{settings.kind}: {key}", paper, ", ".join(here) if isinstance(here, tuple) else _plain(here)
     if settings.kind == "rrhf" and samples:
-        here = f"sampling, temperature {_plain(settings.temperature)}, top-p {_plain(settings.top_p)}"
-        yield "rrhf: candidates", "DP: diverse beam search, temperature 0.8, 4 groups, penalty 1.0", here
+        # The paper's temperature of 0.8 has no effect on beams (sampling/beam.py), so it is no departure.
+        yield "rrhf: candidates", _search_words(4, 4, 1.0), _candidates_words(settings)
+
+
+def _candidates_words(settings: CandidateSettings) -> str:
+    if settings.strategy == "beam":
+        return f"beam search, {settings.beams} beams"
+    if settings.strategy == "diverse-beam":
+        return _search_words(settings.beams, settings.groups, settings.diversity_penalty)
+    words = f"sampling, temperature {_plain(settings.temperature)}, top-p {_plain(settings.top_p)}"
+    return f"{words}, top-k {settings.top_k}" if settings.top_k else words
+
+
+def _search_words(beams: int | None, groups: int | None, penalty: float | None) -> str:
+    return f"diverse beam search, {beams} beams in {groups} groups, penalty {_plain(penalty)}"
 
 
 _PAPER: Mapping[str, Mapping[str, str]] = {

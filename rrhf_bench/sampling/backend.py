@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Literal
 
+from rrhf_bench.settings import Strategy
+
 BackendName = Literal["vllm", "transformers"]
-Strategy = Literal["sample", "beam", "diverse-beam"]
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from rrhf_bench.data.dialogue import cut_at_stop
 from rrhf_bench.errors import DataError
 from rrhf_bench.policy.policy import Policy, Tokenization
 from rrhf_bench.records import Candidates, Finish, Prompt, Response
-from rrhf_bench.sampling.backend import Strategy
 from rrhf_bench.seeding import derive_seed
+from rrhf_bench.settings import Strategy
 
 
 @dataclass(frozen=True)
