@@ -392,7 +392,7 @@ def test_small_models_are_labelled(records: RunRecords) -> None:
     data = records.experiment.data.model_copy(update={"source": "files"})
     scratch = records.experiment.policy.model_copy(update={"source": "scratch"})
     files = records.experiment.model_copy(update={"data": data, "policy": scratch})
-    assert "small model trained from scratch" in standing(files)
+    assert "small models trained from scratch" in standing(files)
     assert "not comparable with the paper" in standing(files)
 
 

@@ -30,7 +30,8 @@ def standing(experiment: Experiment) -> str:
     ]
     if scratch:
         return (
-            f"The {' and the '.join(scratch)} of this run: a small model trained from scratch on the data's own text. "
+            f"The {' and the '.join(scratch)} of this run {'are small models' if scratch[1:] else 'is a small model'} "
+            "trained from scratch on the data's own text. "
             "The numbers show that the comparison runs on these data. They say little about the methods at scale, and "
             "they are not comparable with the paper's."
         )
