@@ -65,7 +65,7 @@ def test_table_2_by_version():
     assert v3["Alpaca", "RRHF_SP"] == -0.96
     assert reward("v3") == {(row.rho, row.setting): row.reward for row in paper.table2()}
     assert [row.ppl for row in paper.table2() if row.setting == "Best-of-4"] == [None]
-    # The three runs behind v3's DP: (-1.01 - 1.02 - 1.05) / 3 = -1.0267.
+    # The three runs behind v3's DP: (-1.01 - 1.02 - 1.05) / 3 = -1.0267; printed to two decimals, hence half of one.
     runs = [float(word) for row in paper.table2() if "three runs" in row.note for word in row.note.split()[-3:]]
     assert np.mean(runs) == pytest.approx(v3["Alpaca", "RRHF_DP"], abs=0.005)
     with pytest.raises(DataError, match="'v4'"):
