@@ -110,7 +110,7 @@ class PPOSettings(OptimiserSettings):
         models = ("policy", "reference", "reward model")
         return (*models, "value model") if self.value == "separate" else models
 
-    def budget(self, prompts: int) -> str:
+    def budget(self, prompts: int, responses: int) -> str:
         steps = self.iterations * self.ppo_epochs * math.ceil(self.rollouts / self.minibatch)
         return (
             f"{self.iterations} iterations of {self.rollouts} rollouts, {self.ppo_epochs} passes in minibatches of "

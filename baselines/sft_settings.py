@@ -14,6 +14,3 @@ class SFTSettings(OfflineSettings):
 
     kind: Literal["sft"] = "sft"
     reduction: Literal["token", "sequence", "sum"] = "token"
-
-    def models_in_memory(self) -> tuple[str, ...]:
-        return ("policy",)

@@ -7,31 +7,39 @@ import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
-from pydantic import BaseModel, Field, SerializeAsAny, ValidationError, model_validator
+from pydantic import BaseModel, Field, SerializeAsAny, ValidationError, field_validator, model_validator
 
 from rrhf_bench.data.dialogue import STOP_STRINGS
 from rrhf_bench.errors import ConfigError
+from rrhf_bench.evaluation.claims_settings import CLAIMS, ClaimSettings
 from rrhf_bench.registry import METHODS, settings_class
+from rrhf_bench.rewards.judge_settings import JudgeSettings
 from rrhf_bench.rewards.reward_settings import RewardTrainingSettings
 from rrhf_bench.settings import READ, SEARCH_KEYS, SIZES, CandidateSettings, MethodSettings, Names, Settings, Strategy
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Positive = Annotated[int, Field(ge=1)]
 RESERVED_ROWS = ("base", "chosen", "rejected")  # rows that every table has without being asked
+OWN_SOURCES = ("model", "chosen", "rejected", "reply")  # candidate sources that need no table of their own
+BY_METHOD = "methods."  # how the source of a policy names the row that trained it
+
+
+WORLDS = ("toy", "toy-reviews")  # what ships inside: dialogues; film reviews
 
 
 class ToySettings(Settings):
     """Sizes of the embedded world, in dialogues and labelled pairs."""
 
+    raw_corpus: Positive = 8000
     corpus: Positive = 8000
     perplexity_corpus: Positive = 6000
     preferences: Positive = 8000
 
 
 class DataSettings(Settings):
-    source: str = "toy"  # "toy", "files" (with path), or "hub:OWNER/NAME"
+    source: str = "toy"  # "toy", "toy-reviews", "files" (with path), or "hub:OWNER/NAME"
     path: str | None = None
     subset: str | None = None  # a folder of a hub data set, such as "harmless-base"
     split: str = "train"
@@ -45,8 +53,10 @@ class DataSettings(Settings):
 
     @model_validator(mode="after")
     def _readable(self) -> Self:
-        if self.source not in ("toy", "files") and not self.source.startswith("hub:"):
-            raise ValueError(f'source: found {self.source!r}; allowed are "toy", "files" and "hub:OWNER/NAME"')
+        if self.source not in (*WORLDS, "files") and not self.source.startswith("hub:"):
+            raise ValueError(
+                f'source: found {self.source!r}; allowed are "toy", "toy-reviews", "files" and "hub:OWNER/NAME"'
+            )
         if self.source == "files" and self.path is None:
             raise ValueError(
                 'path: missing; source = "files" reads .jsonl, .jsonl.gz or .parquet: --set data.path=FILE names one'
@@ -66,6 +76,7 @@ class ScratchSettings(Settings):
     ffn: Positive = 256
     context: Annotated[int, Field(ge=64)] = 512
     epochs: Positive = 3
+    raw_epochs: Positive = 2  # of the raw model that "toy" goes on from
     batch: Positive = 16
     lr: Annotated[float, Field(gt=0)] = 6e-3
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.05
@@ -74,9 +85,9 @@ class ScratchSettings(Settings):
 
 
 class ModelSettings(Settings):
-    source: str = "toy"  # "toy", "scratch", a hub id or a folder
+    source: str = "toy"  # "toy", "toy-raw", "scratch", a hub id or a folder
     revision: str | None = None
-    template: Literal["hh", "chat"] = "hh"
+    template: Literal["hh", "chat", "raw"] = "hh"
     dtype: Dtype = "float32"
     pad_token: str | None = None
     max_length: Annotated[int, Field(ge=16)] | None = None  # prompt + reply tokens; none: the model's own context
@@ -84,21 +95,80 @@ class ModelSettings(Settings):
 
     @property
     def from_scratch(self) -> bool:
-        return self.source in ("toy", "scratch")
+        return self.source in ("toy", "toy-raw", "scratch")
+
+
+class PolicySettings(ModelSettings):
+    """An initial policy. Beyond [policy], each table of [policies] is one, and a row of the tables."""
+
+    # [policies] only: "methods.ROW" is the model that this row trained with the first seed.
+    part: Literal["LLaMA", "Alpaca", "Alpaca-sft"] | None = (
+        None  # whose published rows stand beside it; decides nothing
+    )
+
+    @property
+    def trained_by(self) -> str | None:
+        """The row whose result it is."""
+        return self.source.removeprefix(BY_METHOD) if self.source.startswith(BY_METHOD) else None
 
 
 class RewardModelSettings(Settings):
     source: str = "toy"  # "toy" or "scratch": trained on the data's pairs from the initial policy; a hub id or a folder
     layout: Literal["classifier", "value-head"] = "classifier"
     revision: str | None = None
-    template: Literal["hh", "chat"] = "hh"
+    template: Literal["hh", "chat", "raw"] = "hh"
     dtype: Dtype = "float32"
     pad_token: str | None = None
+    label: str | None = None  # of a classifier of several labels: the score is this one's softmax probability
     training: RewardTrainingSettings = RewardTrainingSettings()
 
     @property
     def from_scratch(self) -> bool:
         return self.source in ("toy", "scratch")
+
+
+class SourceSettings(CandidateSettings):
+    """A further candidate source: samples of another model, or responses from a file. Keys that it does not say are
+    taken from [sampling]."""
+
+    model: str | None = None  # a table of [policies], or a row of [methods]: the model that it trained
+    file: str | None = None  # JSON lines of {"query", "responses", "scores"}, as RRHF's train.py reads them
+
+    @field_validator("sources")
+    @classmethod
+    def _one(cls, value: object) -> object:
+        if value is not None:
+            raise ValueError(f"found {value!r}; a source is one; remove the key")
+        return value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _sampling_only(cls, table: Any) -> Any:
+        """What a sampling policy says of sources is the method's to say."""
+        return {key: value for key, value in table.items() if key != "sources" or table.get("policy") is None}
+
+    @model_validator(mode="after")
+    def _from_somewhere(self) -> Self:
+        if (self.model is None) == (self.file is None):
+            raise ValueError(
+                "model: a source has either model = a policy or row, or file = a path; give one of the two"
+            )
+        if self.file is not None and not Path(self.file).is_file():
+            raise ValueError(f"file: found {self.file!r}, which does not exist; expected a JSON-lines file")
+        return self
+
+
+class JudgeTable(Settings):
+    """Who rates the candidates of rows with scored_by = "judge"."""
+
+    source: Literal["toy", "endpoint"] = "toy"  # the embedded world's own; an OpenAI-compatible server
+    endpoint: JudgeSettings | None = None
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        if (self.source == "endpoint") != (self.endpoint is not None):
+            raise ValueError('endpoint: the table goes with source = "endpoint", which needs its base_url and model')
+        return self
 
 
 class SamplingSettings(CandidateSettings):
@@ -134,7 +204,8 @@ class EvaluationSettings(Settings):
         "greedy",
         "sample",
     )
-    temperature: Annotated[float, Field(gt=0.0, le=10.0)] = 1.0  # of "sample"
+    temperature: Annotated[float, Field(gt=0.0, le=10.0)] = 1.0  # of "sample", like the next
+    top_k: Annotated[int, Field(ge=0)] = 0
     max_new_tokens: Positive = 64
     curve_points: Positive = 8
     pool_prompts: Positive = 100  # the best-of-n curve: prompts, and samples a prompt
@@ -157,13 +228,25 @@ class Experiment(Settings):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
     seeds: Annotated[tuple[int, ...], Field(strict=False, min_length=1)] = (0,)
     data: DataSettings = DataSettings()
-    policy: ModelSettings = ModelSettings()
+    policy: PolicySettings = PolicySettings()
+    policies: Mapping[str, PolicySettings] = Field(default_factory=dict)
     reward_model: RewardModelSettings = RewardModelSettings()
     perplexity_model: ModelSettings = ModelSettings()
+    judge: JudgeTable | None = None
     sampling: SamplingSettings = SamplingSettings()
+    sources: Mapping[str, SourceSettings] = Field(default_factory=dict)
     methods: Mapping[str, SerializeAsAny[MethodSettings]] = Field(default_factory=dict)
     evaluation: EvaluationSettings = EvaluationSettings()
+    claims: Mapping[str, SerializeAsAny[ClaimSettings]] = Field(default_factory=dict)
     runtime: RuntimeSettings = RuntimeSettings()
+
+    def initial(self, method: MethodSettings | None) -> PolicySettings:
+        """The policy that a row starts from."""
+        return self.policy if method is None or method.initial is None else self.policies[method.initial]
+
+    def responses(self, method: MethodSettings) -> int:
+        """k of a row. A file's responses count as one a prompt: how many it holds is not known before it is read."""
+        return method.responses({name: source.n or 1 for name, source in self.sources.items()})
 
     def to_toml(self) -> str:
         """The resolved file: loading it gives this Experiment again."""
@@ -210,14 +293,16 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}); give the path of an experiment file") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"{path}: is not TOML: {error}") from error
-    base = table.pop("extends", None)
-    if base is None:
-        return table
-    if not isinstance(base, str):
-        raise ConfigError(f"{path}: extends: found {base!r}; expected the path of one other file, relative to this one")
-    below = _read(path.parent / base, (*seen, path.resolve()))
-    below.pop("name", None)  # a file that extends another is another experiment: its own name or its file's
-    return _merged(below, table)
+    bases = table.pop("extends", [])
+    bases = [bases] if isinstance(bases, str) else bases
+    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+        raise ConfigError(f"{path}: extends: found {bases!r}; expected paths of other files, relative to this one")
+    merged: dict[str, Any] = {}
+    for base in bases:  # each over those before it
+        below = _read(path.parent / base, (*seen, path.resolve()))
+        below.pop("name", None)  # a file that extends another is another experiment: its own name or its file's
+        merged = _merged(merged, below)
+    return _merged(merged, table)
 
 
 def _merged(below: Any, above: Any) -> Any:
@@ -255,16 +340,23 @@ def _override(table: dict[str, Any], override: str) -> str | None:
 
 
 def _validate(table: dict[str, Any], faults: list[str]) -> Experiment | None:
+    table = dict(table)
+    defaults = _tables(table.pop("defaults", {}), "defaults", "[defaults.rrhf]", faults)
+    for kind in sorted(set(defaults) - set(METHODS)):
+        faults.append(f"defaults.{kind}: no kind of method; allowed are {', '.join(METHODS)}{_nearest(kind, METHODS)}")
     methods: dict[str, MethodSettings] = {}
-    tables = table.get("methods", {})
-    if isinstance(tables, dict):
-        for name, method_table in tables.items():
-            method = _method(f"methods.{name}", method_table, faults)
-            if method is not None:
-                methods[name] = method
-    else:
-        faults.append(f"methods: found {tables!r}; expected tables such as [methods.rrhf]")
-    table = {**table, "methods": methods}
+    for name, of_row in _tables(table.get("methods", {}), "methods", "[methods.rrhf]", faults).items():
+        if isinstance(of_row, dict):
+            of_row = _merged(defaults.get(str(of_row.get("kind", name)), {}), of_row)
+        method = _method(f"methods.{name}", of_row, faults)
+        if method is not None:
+            methods[name] = method
+    claims: dict[str, ClaimSettings] = {}
+    for name, of_claim in _tables(table.get("claims", {}), "claims", "[claims.ordered]", faults).items():
+        claim = _claim(f"claims.{name}", of_claim, faults)
+        if claim is not None:
+            claims[name] = claim
+    table |= {"methods": methods, "claims": claims}
     faulty: set[str] = set()  # tables with a faulty key
     try:
         experiment = Experiment.model_validate(table)
@@ -278,10 +370,36 @@ def _validate(table: dict[str, Any], faults: list[str]) -> Experiment | None:
     sampling = experiment.sampling
     if not sampling.drawn and "n" not in sampling.model_fields_set:
         sampling = sampling.model_copy(update={"n": sampling.beams})
-    inherited = {name: _inherit(method, sampling) for name, method in methods.items()}
-    experiment = experiment.model_copy(update={"sampling": sampling, "methods": inherited})
+    inherited = {
+        "methods": {name: _inherit(method, sampling) for name, method in methods.items()},
+        "sources": {name: _inherit_sampling(source, sampling) for name, source in experiment.sources.items()},
+    }
+    experiment = experiment.model_copy(update={"sampling": sampling, **inherited})
     faults.extend(fault for fault in _contradictions(experiment) if faulty.isdisjoint(re.split(r"[.:]", fault)[:1]))
     return experiment
+
+
+def _tables(found: Any, where: str, example: str, faults: list[str]) -> dict[str, Any]:
+    if isinstance(found, dict):
+        return found
+    faults.append(f"{where}: found {found!r}; expected tables such as {example}")
+    return {}
+
+
+def _claim(where: str, table: Any, faults: list[str]) -> ClaimSettings | None:
+    name = where.rpartition(".")[2]
+    if not isinstance(table, dict):
+        faults.append(f"{where}: found {table!r}; expected a table of the claim's rows and margin")
+        return None
+    kind = table.get("kind", name)
+    if kind not in CLAIMS:
+        faults.append(f"{where}.kind: found {kind!r}; allowed are {', '.join(CLAIMS)}{_nearest(str(kind), CLAIMS)}")
+        return None
+    try:
+        return CLAIMS[kind].model_validate({**table, "kind": kind})
+    except ValidationError as error:
+        faults.extend(_faults(error, CLAIMS[kind], where))
+        return None
 
 
 def _method(where: str, table: Any, faults: list[str]) -> MethodSettings | None:
@@ -295,7 +413,7 @@ def _method(where: str, table: Any, faults: list[str]) -> MethodSettings | None:
         return None
     settings = settings_class(kind)
     if "candidates" not in settings.requires:
-        unread = [key for key in table if key == "policy" or key in SEARCH_KEYS]
+        unread = [key for key in table if key in ("policy", "rounds", "refresh", "reward_kl", *SEARCH_KEYS)]
         faults.extend(f"{where}.{key}: {kind} trains on no candidates; remove the key" for key in unread)
         table = {key: value for key, value in table.items() if key not in unread}
     try:
@@ -309,32 +427,27 @@ def _inherit(method: MethodSettings, sampling: SamplingSettings) -> MethodSettin
     """A method that trains on candidates, with what it does not say about them taken from [sampling]."""
     if "candidates" not in method.requires:
         return method
-    strategy = method.strategy or sampling.strategy
-    unsaid = [key for key in ("sources", "strategy", *READ[strategy]) if getattr(method, key) is None]
+    return _inherit_sampling(method, sampling, "sources")
+
+
+C = TypeVar("C", bound=CandidateSettings)
+
+
+def _inherit_sampling(candidates: C, sampling: SamplingSettings, *also: str) -> C:
+    strategy = candidates.strategy or sampling.strategy
+    unsaid = [key for key in (*also, "strategy", *READ[strategy]) if getattr(candidates, key) is None]
     update = {key: getattr(sampling, key) for key in unsaid}
-    if strategy != "sample" and method.n is None:
-        update["n"] = method.beams or sampling.beams
-    return method.model_copy(update=update)
+    if strategy != "sample" and candidates.n is None:
+        update["n"] = candidates.beams or sampling.beams
+    return candidates.model_copy(update=update)
 
 
 def _contradictions(experiment: Experiment) -> Iterator[str]:
     """Faults that no single key shows."""
-    data, evaluation = experiment.data, experiment.evaluation
+    evaluation = experiment.evaluation
     if experiment.name == "store":
         yield "name: found 'store', the folder beside the runs that holds the artifacts of them all; choose another"
-    for key in ("policy", "reward_model", "perplexity_model"):
-        model = getattr(experiment, key)
-        if model.source == "toy" and data.source != "toy":
-            yield f'{key}.source: "toy" needs data.source = "toy"; use "scratch", a hub id or a folder'
-    for key in ("policy", "perplexity_model"):
-        scratch = getattr(experiment, key).scratch
-        if scratch.hidden % scratch.heads or scratch.hidden // scratch.heads % 32:
-            yield (
-                f"{key}.scratch: found hidden = {scratch.hidden} in {scratch.heads} heads; expected heads of 32, 64, "
-                "96 or 128, which the samplers know"
-            )
-    if experiment.reward_model.from_scratch and experiment.reward_model.layout != "classifier":
-        yield 'reward_model.layout: a reward model trained here is a "classifier"'
+    yield from _model_faults(experiment)
     if evaluation.pairs < evaluation.prompts:
         yield f"evaluation.pairs: found {evaluation.pairs}; expected at least evaluation.prompts ({evaluation.prompts})"
     if evaluation.pool_prompts > evaluation.prompts:
@@ -343,30 +456,130 @@ def _contradictions(experiment: Experiment) -> Iterator[str]:
         yield f"seeds: found {list(experiment.seeds)}; a seed may stand once only"
     of_all = list(_search_faults(experiment.sampling))
     yield from (f"sampling: {fault}" for fault in of_all)
+    for name, source in experiment.sources.items():
+        yield from (f"sources.{name}{fault}" for fault in _source_faults(experiment, name, source))
+        yield from (f"sources.{name}: {fault}" for fault in _search_faults(source) if fault not in of_all)
+    rows = (*RESERVED_ROWS[:1], *experiment.policies, *experiment.methods)
     for name, method in experiment.methods.items():
         if name in RESERVED_ROWS:
             yield f"methods.{name}: the name is taken; every table has the rows {', '.join(RESERVED_ROWS)} by itself"
+        if method.initial is not None and method.initial not in experiment.policies:
+            allowed = tuple(experiment.policies)
+            yield (
+                f"methods.{name}.initial: found {method.initial!r}; expected a table of [policies] "
+                f"({', '.join(allowed) or 'there is none'}){_nearest(method.initial, allowed)}, or nothing for [policy]"
+            )
         if "candidates" in method.requires:
-            sources = method.sources or ()
-            unknown = sorted(set(sources) - {"model", "chosen", "rejected"})
-            if unknown:
-                allowed = ("model", "chosen", "rejected")
-                yield (
-                    f"methods.{name}.sources: found {unknown[0]!r}; allowed are {', '.join(allowed)}"
-                    f"{_nearest(unknown[0], allowed)}"
-                )
-            elif method.responses < 2:
-                yield (
-                    f"methods.{name}: k = {method.responses} response a prompt leaves nothing to rank; add sources, or "
-                    'use kind = "sft"'
-                )
-            if method.temperature == 0.0 and "model" in sources and (method.n or 0) > 1:
-                yield f"methods.{name}: temperature 0 gives {method.n} equal samples; raise it or set n = 1"
-            read = READ[method.strategy or "sample"]
-            for key in SIZES:
-                if key not in read and getattr(method, key) is not None:  # said: nothing unread is inherited
-                    yield f'methods.{name}.{key}: has no effect where strategy = "{method.strategy}"; remove the key'
-            yield from (f"methods.{name}: {fault}" for fault in _search_faults(method) if fault not in of_all)
+            yield from (f"methods.{name}{fault}" for fault in _candidate_faults(experiment, method, of_all))
+        elif method.scored_by is not None:
+            yield f"methods.{name}.scored_by: {method.kind} trains on no candidates; remove the key"
+    for name, claim in experiment.claims.items():
+        for row in claim.rows():
+            if row not in rows:
+                yield f"claims.{name}: found the row {row!r}; allowed are {', '.join(rows)}{_nearest(row, rows)}"
+
+
+def _model_faults(experiment: Experiment) -> Iterator[str]:
+    world = experiment.data.source in WORLDS
+    policies = {"policy": experiment.policy} | {f"policies.{name}": p for name, p in experiment.policies.items()}
+    models: dict[str, ModelSettings] = {**policies, "perplexity_model": experiment.perplexity_model}
+    for key, model in models.items():
+        if model.source.startswith("toy") and not world:
+            yield f'{key}.source: "{model.source}" needs data.source = "toy"; use "scratch", a hub id or a folder'
+        if model.source == "toy-raw" and (experiment.data.source != "toy" or key == "perplexity_model"):
+            yield f'{key}.source: "toy-raw" is a policy of the embedded dialogues, data.source = "toy"'
+        if model.scratch.hidden % model.scratch.heads or model.scratch.hidden // model.scratch.heads % 32:
+            yield (
+                f"{key}.scratch: found hidden = {model.scratch.hidden} in {model.scratch.heads} heads; expected heads "
+                "of 32, 64, 96 or 128, which the samplers know"
+            )
+    if experiment.reward_model.source == "toy" and not world:
+        yield 'reward_model.source: "toy" needs data.source = "toy"; use "scratch", a hub id or a folder'
+    if experiment.reward_model.from_scratch and experiment.reward_model.layout != "classifier":
+        yield 'reward_model.layout: a reward model trained here is a "classifier"'
+    if experiment.judge is not None and experiment.judge.source == "toy" and experiment.data.source != "toy":
+        yield 'judge.source: "toy" judges the embedded dialogues, data.source = "toy"; use "endpoint"'
+    if experiment.policy.trained_by is not None:
+        yield f"policy.source: found {experiment.policy.source!r}; only a table of [policies] may be a row's result"
+    for name, policy in experiment.policies.items():
+        if name in RESERVED_ROWS or name in experiment.methods or name == "policy":
+            yield f"policies.{name}: the name is taken; it would be a row of the tables beside the one of that name"
+        template = experiment.policy.template
+        if policy.template != template and policy.trained_by is None:
+            yield f"policies.{name}.template: found {policy.template!r}; expected {template!r}, that of [policy]"
+        yield from (f"policies.{name}.source: {fault}" for fault in _cycle(experiment, policy.trained_by, (name,)))
+
+
+def _cycle(experiment: Experiment, row: str | None, seen: tuple[str, ...]) -> Iterator[str]:
+    """What is wrong with a policy that is a row's result."""
+    if row is None:
+        return
+    method = experiment.methods.get(row)
+    if method is None or method.family == "inference":
+        trained = [name for name, m in experiment.methods.items() if m.family != "inference"]
+        yield f"found {BY_METHOD}{row}; expected a row that trains ({', '.join(trained)}){_nearest(row, trained)}"
+    elif method.initial is not None and method.initial in seen:
+        yield f"row {row} starts from {method.initial}, which comes back to it; let the row start from another policy"
+    elif method.initial is not None and method.initial in experiment.policies:
+        yield from _cycle(experiment, experiment.policies[method.initial].trained_by, (*seen, method.initial))
+
+
+def _source_faults(experiment: Experiment, name: str, source: SourceSettings) -> Iterator[str]:
+    if name in OWN_SOURCES:
+        yield f": the name is taken; {', '.join(OWN_SOURCES)} need no table"
+    models = (*experiment.policies, *experiment.methods)
+    if source.model is not None and source.model not in models:
+        yield (
+            f".model: found {source.model!r}; expected a table of [policies] or a row of [methods] "
+            f"({', '.join(models)}){_nearest(source.model, models)}"
+        )
+    method = experiment.methods.get(source.model or "")
+    if method is not None and (method.family == "inference" or name in (method.sources or ())):
+        yield f".model: row {source.model} trains no model before these samples are drawn; name another"
+
+
+def _candidate_faults(experiment: Experiment, method: MethodSettings, of_all: Sequence[str]) -> Iterator[str]:
+    """What is wrong with how a row comes to its candidates."""
+    sources = method.sources or ()
+    allowed = (*OWN_SOURCES, *experiment.sources)
+    files = [name for name in sources if name in experiment.sources and experiment.sources[name].file is not None]
+    unknown = sorted(set(sources) - set(allowed))
+    if unknown:
+        yield f".sources: found {unknown[0]!r}; allowed are {', '.join(allowed)}{_nearest(unknown[0], allowed)}"
+    elif experiment.responses(method) < 2 and not files:
+        yield (
+            f": k = {experiment.responses(method)} response a prompt leaves nothing to rank; add sources, or "
+            'use kind = "sft"'
+        )
+    if "reply" in sources and experiment.data.source in ("toy", "files") and not unknown:
+        yield '.sources: "reply" is a data set\'s single reply to a prompt; this one has pairs: "chosen", "rejected"'
+    if method.temperature == 0.0 and "model" in sources and (method.n or 0) > 1:
+        yield f": temperature 0 gives {method.n} equal samples; raise it or set n = 1"
+    if method.refresh is not None and "model" not in sources:
+        yield (
+            f".refresh: OP-{method.refresh} samples the policy while it trains, but sources = {list(sources)} has no "
+            '"model"; add it, or remove refresh'
+        )
+    if method.refresh is not None and method.rounds is not None:
+        yield ".rounds: has no effect beside refresh, which samples the policy all the time; remove one of the two"
+    if method.rounds is not None and "model" not in sources:
+        yield f'.rounds: IP-{method.rounds} samples the model of the round before, but sources has no "model"; add it'
+    if method.reward_kl is not None and method.refresh is None:
+        yield ".reward_kl: is of online sampling only; set refresh (k of OP-k), or remove it"
+    if method.refresh is not None and method.scored_by is not None:
+        yield f".scored_by: found {method.scored_by!r}; the reward model scores online candidates; remove the key"
+    if method.scored_by == "judge" and experiment.judge is None:
+        yield '.scored_by: found "judge", and there is no [judge]; add the table, with source = "toy" or "endpoint"'
+    if method.scored_by == "file" and set(files) != set(sources):
+        yield (
+            f'.scored_by: found "file", but of sources = {list(sources)} only {files} are files; scores of two kinds '
+            "have no common scale: keep the files alone, or let the reward model score them all"
+        )
+    read = READ[method.strategy or "sample"]
+    for key in SIZES:
+        if key not in read and getattr(method, key) is not None:  # said: nothing unread is inherited
+            yield f'.{key}: has no effect where strategy = "{method.strategy}"; remove the key'
+    yield from (f": {fault}" for fault in _search_faults(method) if fault not in of_all)
 
 
 def _search_faults(candidates: CandidateSettings) -> Iterator[str]:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Requirement = Literal["pairs", "candidates", "scores", "reference", "sampler", "reward"]
 Family = Literal["loss", "trainer", "inference"]
 Schedule = Literal["linear", "cosine", "constant"]
 Strategy = Literal["sample", "beam", "diverse-beam"]
-PolicyName = Literal["BP", "DP", "SP", "D", "P", "B"]
+Scorer = Literal["reward model", "judge", "file"]
 
 # TOML has lists only; strict mode would refuse them for a tuple.
 Names = Annotated[tuple[str, ...], Field(strict=False)]
@@ -50,6 +51,24 @@ POLICIES: Mapping[str, Mapping[str, Any]] = {
     "P": {"sources": ("chosen", "rejected")},
     "B": {"sources": ("model",), **_BEAM},
 }
+POLICY_NAMES = (*POLICIES, "IP-n", "OP-k", "OP-k+KL")
+ONLINE_KL = 0.01  # of OP-k+KL, per nat of the summed log-ratio (2304.05302 section 5)
+
+
+def expand_policy(name: str) -> dict[str, Any] | None:
+    """What a sampling policy of 2304.05302 stands for; None for a name that is none.
+
+    IP-n: DP, n times over, each round sampling with the model that the round before trained. OP-k: the policy in
+    training samples anew every k optimiser steps; drawn as in SP, where the paper searches for diverse beams (say
+    strategy = "diverse-beam" for these). OP-k+KL: its rewards less 0.01 x log-ratio to the initial policy.
+    """
+    if name in POLICIES:
+        return dict(POLICIES[name])
+    if found := re.fullmatch(r"IP-([1-9]\d?)", name):
+        return {**POLICIES["DP"], "rounds": int(found[1])}
+    if found := re.fullmatch(r"OP-([1-9]\d*)(\+KL)?", name):
+        return {**POLICIES["SP"], "refresh": int(found[1])} | ({"reward_kl": ONLINE_KL} if found[2] else {})
+    return None
 
 
 class CandidateSettings(Settings):
@@ -59,8 +78,8 @@ class CandidateSettings(Settings):
     override theirs.
     """
 
-    policy: Annotated[PolicyName | None, Field(exclude=True)] = None
-    sources: Names | None = None  # of "model", "chosen", "rejected"
+    policy: Annotated[str | None, Field(exclude=True)] = None  # of POLICY_NAMES
+    sources: Names | None = None  # of "model", "chosen", "rejected", "reply" and the tables of [sources]
     n: Annotated[int, Field(ge=1, le=1024)] | None = None  # samples of "model"; of a search, its beams
     strategy: Strategy | None = None  # draw, or search for the likeliest
     beams: Annotated[int, Field(ge=1, le=1024)] | None = None  # of a search, all of which are candidates
@@ -70,14 +89,27 @@ class CandidateSettings(Settings):
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
     top_k: Annotated[int, Field(ge=0)] | None = None
 
+    @field_validator("policy")
+    @classmethod
+    def _known(cls, name: str | None) -> str | None:
+        if name is not None and expand_policy(name) is None:
+            raise ValueError(f"found {name!r}; allowed are {', '.join(POLICY_NAMES)} (n rounds, k optimiser steps)")
+        return name
+
     @model_validator(mode="before")
     @classmethod
     def _expanded(cls, table: Any) -> Any:
         name = table.get("policy") if isinstance(table, dict) else None
-        if not isinstance(name, str) or name not in POLICIES:
+        policy = expand_policy(name) if isinstance(name, str) else None
+        if policy is None:
             return table
-        policy = POLICIES[name]
         said = {key: value for key, value in table.items() if key != "policy"}
+        if "refresh" in policy and said.get("strategy") in ("beam", "diverse-beam"):  # the paper's own form of OP-k
+            policy = {**policy, **(_BEAM if said["strategy"] == "beam" else _DIVERSE)}
+            policy = {key: value for key, value in policy.items() if key not in ("temperature", "top_p", "top_k")}
+        unknown = sorted(set(policy) - set(cls.model_fields))
+        if unknown:
+            raise ValueError(f'policy: "{name}" says how a method trains ({", ".join(unknown)}); set it in its table')
         strategy = policy.get("strategy")
         if strategy is not None:
             if said.get("strategy", strategy) != strategy:
@@ -94,10 +126,10 @@ class CandidateSettings(Settings):
         """Whether the samples are drawn, not searched for."""
         return self.strategy in (None, "sample")
 
-    @property
-    def responses(self) -> int:
-        """k, the responses a prompt; 0 where nothing was said about them."""
-        return sum((self.n or 0) if source == "model" else 1 for source in self.sources or ())
+    def responses(self, sizes: Mapping[str, int]) -> int:
+        """k, the responses a prompt; 0 where nothing was said about them. ``sizes``: those of the named sources."""
+        own = {**sizes, "model": self.n or 0}
+        return sum(own.get(source, 1) for source in self.sources or ())
 
 
 class MethodSettings(CandidateSettings):
@@ -107,13 +139,26 @@ class MethodSettings(CandidateSettings):
     requires: ClassVar[frozenset[Requirement]]
 
     kind: str
+    initial: str | None = None  # the initial policy, of [policies]; none: [policy]
+    rounds: Annotated[int, Field(ge=1, le=99)] | None = None  # n of IP-n
+    refresh: Annotated[int, Field(ge=1)] | None = None  # k of OP-k, optimiser steps
+    reward_kl: Annotated[float, Field(ge=0.0)] | None = None  # of OP-k+KL
+    scored_by: Scorer | None = None  # whose scores rank its candidates; none: the reward model's
+
+    @property
+    def needs(self) -> frozenset[Requirement]:
+        """What this row requires: its kind's requirements, and those of sampling while it trains."""
+        online: tuple[Requirement, ...] = ()
+        if self.refresh is not None:
+            online = ("sampler", "reward", "reference") if self.reward_kl else ("sampler", "reward")
+        return self.requires.union(online)
 
     def models_in_memory(self) -> tuple[str, ...]:
         """The full-size models resident while this method trains (2304.05302 Figure 1 counts them)."""
         raise AssertionError("every method states its models")
 
-    def budget(self, prompts: int) -> str:
-        """The batch arithmetic on that many training prompts, in words."""
+    def budget(self, prompts: int, responses: int) -> str:
+        """The batch arithmetic on that many training prompts with k responses each, in words."""
         return "no training"
 
 
@@ -139,7 +184,11 @@ class OfflineSettings(OptimiserSettings):
     batch_prompts: Annotated[int, Field(ge=1)] = 16  # examples (prompts) an optimiser step
     micro_batch_prompts: Annotated[int, Field(ge=1)] | None = None  # examples a pass; none: the whole batch at once
 
-    def budget(self, prompts: int) -> str:
+    def models_in_memory(self) -> tuple[str, ...]:
+        others: Mapping[Requirement, str] = {"reference": "reference", "reward": "reward model"}
+        return ("policy", *(model for need, model in others.items() if need in self.needs))
+
+    def budget(self, prompts: int, responses: int) -> str:
         steps = self.epochs * math.ceil(prompts / self.batch_prompts)
-        examples = f"{prompts} prompts x {self.responses or 1} responses"
+        examples = f"{prompts} prompts x {responses or 1} responses"
         return f"{examples}, {self.epochs} epochs of {self.batch_prompts} prompts a step = {steps} steps"

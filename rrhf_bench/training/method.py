@@ -23,7 +23,7 @@ class TrainInputs:
     """What the stages before training made. Empty where a method does not require it."""
 
     preferences: Sequence[Preference] = ()  # of the training prompts
-    candidates: Sequence[Candidates] = ()  # scored, one for each training prompt
+    candidates: Sequence[Candidates] = ()  # scored, one for each training prompt; what is sampled in training is absent
 
     @property
     def prompts(self) -> list[Prompt]:
@@ -115,6 +115,7 @@ class TrainContext:
     watch: Callable[[Progress, Policy], None]  # called after every optimiser step, and once before the first
     log: Callable[[Mapping[str, float]], None]  # one line of metrics.jsonl
     scratch: Path  # a folder for checkpoints of an unfinished run
+    keep: Callable[[Sequence[Candidates]], None] = lambda candidates: None  # scored candidates made while training
 
 
 @dataclass(frozen=True)

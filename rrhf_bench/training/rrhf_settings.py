@@ -19,6 +19,3 @@ class RRHFSettings(OfflineSettings):
     rank_weight: Annotated[float, Field(ge=0.0)] = 1.0
     sft_weight: Annotated[float, Field(ge=0.0)] = 1.0
     margin: Annotated[float, Field(ge=0.0)] = 0.0  # of the BRIO form, per rank apart; the paper drops it
-
-    def models_in_memory(self) -> tuple[str, ...]:
-        return ("policy",)
