@@ -154,7 +154,7 @@ def plan(file: ExperimentFile, override: Overrides = None, runs: Runs = Path("ru
     memory = Table("method", "trains on", "models in memory", box=None, pad_edge=False)
     for name, method in made.experiment.methods.items():
         models = method.models_in_memory()
-        budget = method.budget(made.experiment.data.train_prompts)
+        budget = method.budget(made.experiment.data.train_prompts, made.experiment.responses(method))
         memory.add_row(name, budget, f"{len(models)}: {', '.join(models)}")
     console.print(memory)
     console.print()
@@ -177,7 +177,10 @@ def _plan_json(plan: Plan, store: Store) -> dict[str, Any]:
     ]
     prompts = plan.experiment.data.train_prompts
     methods = {
-        name: {"budget": method.budget(prompts), "models_in_memory": list(method.models_in_memory())}
+        name: {
+            "budget": method.budget(prompts, plan.experiment.responses(method)),
+            "models_in_memory": list(method.models_in_memory()),
+        }
         for name, method in plan.experiment.methods.items()
     }
     return {"experiment": plan.experiment.name, "sampler": plan.backend.identity, "stages": stages, "methods": methods}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from rrhf_bench.records import Candidates, Preference, Response
 
@@ -16,15 +17,20 @@ def pair_candidates(pairs: Sequence[Preference]) -> list[Candidates]:
 
 
 def assemble(
-    sources: Sequence[str], sampled: Sequence[Candidates] | None, pairs: Sequence[Candidates]
+    sources: Sequence[str], sampled: Mapping[str, Sequence[Candidates]], pairs: Sequence[Candidates]
 ) -> list[Candidates]:
-    """One group a prompt, its responses in the order of ``sources``: "model" (all samples), "chosen", "rejected"."""
-    by_prompt = {row.prompt: row.responses for row in sampled or ()}
+    """One group a prompt, its responses in the order of ``sources``: names in ``sampled`` (all that it has for the
+    prompt) and those of the data set's own replies. A response is called by its source; a source that has none for a
+    prompt adds none, and a prompt without any is left out."""
+    by_source = {
+        source: {row.prompt: tuple(replace(response, source=source) for response in row.responses) for row in rows}
+        for source, rows in sampled.items()
+    }
     groups = []
     for row in pairs:
-        pool: Mapping[str, tuple[Response, ...]] = {
-            "model": by_prompt.get(row.prompt, ()),
-            **{response.source: (response,) for response in row.responses},
-        }
-        groups.append(Candidates(row.prompt, tuple(response for source in sources for response in pool[source])))
+        pool: dict[str, tuple[Response, ...]] = {response.source: (response,) for response in row.responses}
+        pool |= {source: by_prompt.get(row.prompt, ()) for source, by_prompt in by_source.items()}
+        responses = tuple(response for source in sources for response in pool.get(source, ()))
+        if responses:
+            groups.append(Candidates(row.prompt, responses))
     return groups

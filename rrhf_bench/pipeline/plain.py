@@ -46,7 +46,7 @@ class PlainSteps:
             services = Services(self.runtime)
             policy = services.fixed_policy(model)
             sampled = services.sampler(policy, model, self.backend, self.progress).sample(questions, spec)
-            write_rrhf(path, assemble(sources, sampled, pair_candidates(pairs)) if pairs else sampled)
+            write_rrhf(path, assemble(sources, {"model": sampled}, pair_candidates(pairs)) if pairs else sampled)
         return counts
 
     def score(self, reward: ModelRef, candidates: Path, out: Path) -> dict[str, int]:
@@ -70,7 +70,7 @@ class PlainSteps:
     ) -> TrainResult:
         """Train a policy by one method and write a transformers folder with ``metrics.jsonl`` beside its weights."""
         services = Services(self.runtime)
-        if "reward" in method.requires and reward is None:
+        if "reward" in method.needs and reward is None:
             raise DataError(f"{method.kind}: scores its own samples; name a reward model with --reward-model")
         inputs, counts = _train_inputs(method, data)
         policy = services.policy(model)
@@ -79,9 +79,9 @@ class PlainSteps:
             folder.mkdir()
             context = TrainContext(
                 seed=seed,
-                sampler=services.sampler(policy, model, self.backend) if "sampler" in method.requires else None,
+                sampler=services.sampler(policy, model, self.backend) if "sampler" in method.needs else None,
                 reward=services.reward(reward) if reward is not None else None,
-                reference=services.fixed_policy(model) if "reference" in method.requires else None,
+                reference=services.fixed_policy(model) if "reference" in method.needs else None,
                 watch=lambda progress, _: self.progress(round(1000 * progress.fraction), 1000),
                 log=log.append,
                 scratch=folder,

@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from rrhf_bench.config import Experiment, ModelSettings, RewardModelSettings
+from rrhf_bench.config import WORLDS, Experiment, ModelSettings, PolicySettings, RewardModelSettings, SourceSettings
 from rrhf_bench.pipeline.store import content_key, folder_identity
 from rrhf_bench.sampling.backend import Backend, choose_backend
 from rrhf_bench.settings import READ, SEARCH_KEYS, CandidateSettings, MethodSettings
 
 # Raised when a stage's code would give another result for the same settings: old artifacts are then not used.
 VERSIONS = {
-    "data": 1,
-    "model": 1,
+    "data": 2,
+    "model": 2,
     "reward model": 1,
-    "prompts": 2,
+    "prompts": 3,
     "sample": 1,
+    "file": 1,
     "score": 2,
+    "judge": 1,
     "score pairs": 1,
-    "train": 1,
-    "evaluate": 1,
+    "train": 2,
+    "evaluate": 2,
     "evaluate pairs": 1,
 }
 
@@ -58,6 +61,8 @@ class Plan:
     experiment: Experiment
     backend: Backend
     wanted: tuple[Stage, ...]  # what the report reads, row by row; two rows of equal settings share a key
+    # By row and seed: scored samples of each of its sources on the evaluation prompts.
+    test_scores: Mapping[tuple[str, int], Mapping[str, Stage]]
 
     @cached_property
     def stages(self) -> tuple[Stage, ...]:
@@ -72,7 +77,14 @@ PAIR_ROWS = ("chosen", "rejected")
 def make_plan(experiment: Experiment) -> Plan:
     """Every stage of an experiment. Raises StoreError for a model folder that is not there."""
     backend = choose_backend(experiment.sampling.backend)
-    return Plan(experiment, backend, tuple(_Builder(experiment, backend).all()))
+    builder = _Builder(experiment, backend)
+    test_scores = {
+        (row, seed): builder.scores(row, method, "test", seed)
+        for seed in experiment.seeds
+        for row, method in experiment.methods.items()
+        if "candidates" in method.requires and method.scored_by is None
+    }
+    return Plan(experiment, backend, tuple(builder.all(test_scores)), test_scores)
 
 
 def _ordered(stages: Iterable[Stage]) -> Iterator[Stage]:
@@ -96,7 +108,7 @@ class _Builder:
     experiment: Experiment
     backend: Backend
 
-    def all(self) -> Iterator[Stage]:
+    def all(self, test_scores: Mapping[tuple[str, int], Mapping[str, Stage]]) -> Iterator[Stage]:
         e = self.experiment
         yield self.train_pairs
         yield self.test_pairs
@@ -104,18 +116,20 @@ class _Builder:
             yield self.evaluate_pairs(row)
         for seed in e.seeds:
             yield self.evaluate("base", None, seed)
+            for name in e.policies:
+                yield self.evaluate(name, None, seed, initial=name)
             yield self.pool(seed)
             for row, method in e.methods.items():
-                if "candidates" in method.requires and "model" in (method.sources or ()):
-                    yield self.scores(method, "train", seed)
-                    yield self.scores(method, "test", seed)
-                yield self.evaluate(row, method, seed)
+                if "candidates" in method.requires:
+                    yield from self.candidates(row, method, seed).values()
+                    yield from test_scores.get((row, seed), {}).values()
+                yield self.evaluate(row, method, seed, initial=method.initial)
 
     @cached_property
     def data(self) -> Stage:
         e = self.experiment
         settings = e.data.model_dump(mode="json", exclude={"train_prompts", "long_prompts"})
-        if e.data.source != "toy":
+        if e.data.source not in WORLDS:
             del settings["toy"]
         sizes = {"dev": e.evaluation.dev_prompts, "test": e.evaluation.pairs}
         where = e.data.path or e.data.source
@@ -124,17 +138,51 @@ class _Builder:
         settings |= {**sizes, "content": content}
         return Stage("data", "data", settings, {}, f"from {where}", recorded=recorded)
 
-    def _model(self, name: str, settings: ModelSettings, corpus: str) -> Stage:
+    def _model(self, name: str, settings: ModelSettings, corpus: str, start: Stage | None = None) -> Stage:
         if not settings.from_scratch:
             return Stage(name, "model", self._given(settings), {}, f"{settings.source}, as it is")
         scratch = settings.scratch
-        size = f"Llama, {scratch.layers} layers of {scratch.hidden}, trained from scratch for {scratch.epochs} epochs"
-        slice_ = {"scratch": scratch.model_dump(mode="json"), "corpus": corpus, "seed": self.experiment.data.seed}
-        return Stage(name, "model", slice_, {"data": self.data}, size)
+        size = f"Llama, {scratch.layers} layers of {scratch.hidden}, {scratch.epochs} epochs from "
+        slice_ = {
+            "scratch": scratch.model_dump(mode="json", exclude={"raw_epochs"}),
+            "corpus": corpus,
+            "seed": self.experiment.data.seed,
+        }
+        if settings.template != "hh":
+            slice_["template"] = settings.template
+        inputs = {"data": self.data} | ({} if start is None else {"start": start})
+        return Stage(name, "model", slice_, inputs, size + ("scratch" if start is None else start.name))
+
+    @cached_property
+    def raw_policy(self) -> Stage:
+        """The embedded world's model before anybody instructed it; the policy goes on from it."""
+        settings = self.experiment.policy
+        scratch = settings.scratch.model_copy(update={"epochs": settings.scratch.raw_epochs})
+        settings = settings.model_copy(update={"source": "toy", "scratch": scratch})
+        return self._model("raw policy", settings, "raw_corpus")
 
     @cached_property
     def policy(self) -> Stage:
-        return self._model("policy", self.experiment.policy, "corpus")
+        """[policy], from which every row starts that names no other."""
+        return self._policy("policy", self.experiment.policy)
+
+    def _policy(self, name: str, settings: PolicySettings) -> Stage:
+        row = settings.trained_by
+        if row is not None:
+            return self.train(row, self.experiment.methods[row], self.experiment.seeds[0])
+        if settings.source == "toy-raw":
+            return self.raw_policy
+        instructed = settings.source == "toy" and self.experiment.data.source == "toy"
+        return self._model(name, settings, "corpus", self.raw_policy if instructed else None)
+
+    def initial(self, name: str | None) -> Stage:
+        """The initial policy of that name in [policies], or [policy]."""
+        return self.policy if name is None else self._policy(f"policy {name}", self.experiment.policies[name])
+
+    def _dtype(self, name: str | None) -> str:
+        settings = self.experiment.policy if name is None else self.experiment.policies[name]
+        row = settings.trained_by
+        return settings.dtype if row is None else self._dtype(self.experiment.methods[row].initial)
 
     @cached_property
     def perplexity_model(self) -> Stage:
@@ -161,8 +209,14 @@ class _Builder:
 
     @cached_property
     def prompts(self) -> Stage:
-        """The prompts that fit the policy's context: training, dev and test."""
+        """The prompts that fit the context of every initial policy: training, dev and test."""
         e = self.experiment
+        # The embedded world's models read alike, and a row's result reads as what it started from.
+        others = {
+            f"policy {name}": self.initial(name)
+            for name, policy in e.policies.items()
+            if policy.trained_by is None and not (policy.source.startswith("toy") and e.policy.source.startswith("toy"))
+        }
         settings = {
             "train_prompts": e.data.train_prompts,
             "long_prompts": e.data.long_prompts,
@@ -172,10 +226,10 @@ class _Builder:
         sizes = (
             f"{e.data.train_prompts} to train on, {e.evaluation.dev_prompts} dev, {e.evaluation.prompts} to evaluate"
         )
-        return Stage("prompts", "prompts", settings, {"data": self.data, "policy": self.policy}, sizes)
+        return Stage("prompts", "prompts", settings, {"data": self.data, "policy": self.policy, **others}, sizes)
 
-    def sample(self, candidates: CandidateSettings, split: str, seed: int) -> Stage:
-        """Candidates of the initial policy; those of a search are the same for all seeds."""
+    def sample(self, candidates: CandidateSettings, model: Stage, dtype: str, split: str, seed: int) -> Stage:
+        """Candidates of a model; those that are searched for are the same for all seeds, unless the model is not."""
         sampling = self.experiment.sampling
         strategy = candidates.strategy or "sample"
         settings = {
@@ -184,32 +238,88 @@ class _Builder:
             "stop": list(sampling.training_stop),
             "split": split,
             "sampler": choose_backend(sampling.backend, strategy).identity,
-            "dtype": self.experiment.policy.dtype,
+            "dtype": dtype,
         }
         if candidates.drawn:
             settings["seed"] = seed
         count = self.experiment.data.train_prompts
         if split == "test":
             count = settings["prompts"] = self.experiment.evaluation.prompts
+        whose = "" if model is self.policy else f" of {model.name.removeprefix('train ')}"
         return Stage(
-            f"candidates for {split} prompts ({_how(candidates)})" + (f", seed {seed}" if candidates.drawn else ""),
+            f"candidates{whose} for {split} prompts ({_how(candidates)})"
+            + (f", seed {seed}" if candidates.drawn else ""),
             "sample",
             settings,
-            {"prompts": self.prompts, "policy": self.policy},
+            {"prompts": self.prompts, "policy": model},
             f"{count} prompts x {candidates.n}",
-            seed=seed if candidates.drawn else None,
+            seed=seed if candidates.drawn else model.seed,
         )
 
-    def scores(self, candidates: CandidateSettings, split: str, seed: int) -> Stage:
-        sample = self.sample(candidates, split, seed)
+    def samples(self, row: str, method: MethodSettings, split: str, seed: int) -> dict[str, Stage]:
+        """By source: the responses that a row has before it trains, the data set's own apart."""
+        e = self.experiment
+        found = {}
+        for name in method.sources or ():
+            if name == "model" and method.refresh is None:
+                model, dtype = self.initial(method.initial), self._dtype(method.initial)
+                if (method.rounds or 1) > 1:
+                    before = method.model_copy(update={"rounds": (method.rounds or 1) - 1})
+                    model = self.train(row, before, seed)
+                found[name] = self.sample(method, model, dtype, split, seed)
+            elif name in e.sources and e.sources[name].file is not None:
+                if split == "train":
+                    found[name] = self._file(name, e.sources[name], method.scored_by == "file")
+            elif name in e.sources:
+                source = e.sources[name]
+                assert source.model is not None
+                if source.model in e.policies:
+                    model, dtype = self.initial(source.model), self._dtype(source.model)
+                else:
+                    trained = e.methods[source.model]
+                    model, dtype = self.train(source.model, trained, seed), self._dtype(trained.initial)
+                found[name] = self.sample(source, model, dtype, split, seed)
+        return found
+
+    def _file(self, name: str, source: SourceSettings, scored: bool) -> Stage:
+        assert source.file is not None
+        content = hashlib.sha256(Path(source.file).read_bytes()).hexdigest()
+        settings = {"content": content, "name": name, "scored": scored}
+        inputs, where = {"prompts": self.prompts}, {"path": source.file}
+        return Stage(f"responses of {name}", "file", settings, inputs, f"from {source.file}", recorded=where)
+
+    def scores(self, row: str, method: MethodSettings, split: str, seed: int) -> dict[str, Stage]:
+        """By source: the same with the reward model's scores."""
+        return {name: self._scored(sample) for name, sample in self.samples(row, method, split, seed).items()}
+
+    def _scored(self, sample: Stage) -> Stage:
         return Stage(
-            sample.name.replace("candidates", "scores of candidates"),
+            f"scores of {sample.name}",
             "score",
             {},
             {"candidates": sample, "prompts": self.prompts, "reward model": self.reward_model},
             sample.size,
             seed=sample.seed,
         )
+
+    def candidates(self, row: str, method: MethodSettings, seed: int) -> dict[str, Stage]:
+        """By role in training: the scored responses that a row trains on, beside the data set's own."""
+        if method.scored_by == "judge":
+            return {"judged": self._judged(row, method, seed)}
+        if method.scored_by == "file":
+            return {f"scores {name}": stage for name, stage in self.samples(row, method, "train", seed).items()}
+        return {f"scores {name}": stage for name, stage in self.scores(row, method, "train", seed).items()}
+
+    def _judged(self, row: str, method: MethodSettings, seed: int) -> Stage:
+        """Whole groups at once: a judge reads all responses to a prompt beside each other."""
+        judge = self.experiment.judge
+        assert judge is not None
+        samples = self.samples(row, method, "train", seed)
+        settings = {"judge": judge.model_dump(mode="json"), "sources": list(method.sources or ())}
+        inputs = {"prompts": self.prompts, "pair scores": self.train_pairs}
+        inputs |= {f"candidates {name}": stage for name, stage in samples.items()}
+        size = f"{self.experiment.data.train_prompts} prompts x {self.experiment.responses(method)}"
+        return Stage(f"ratings of the candidates of {row}, seed {seed}", "judge", settings, inputs, size, row, seed)
 
     def _pairs(self, split: str, count: int) -> Stage:
         inputs = {"prompts": self.prompts, "reward model": self.reward_model}
@@ -241,60 +351,64 @@ class _Builder:
         }
         size = f"{e.evaluation.pool_prompts} prompts x {e.evaluation.pool_samples}"
         inputs = {"prompts": self.prompts, "policy": self.policy}
-        sample = Stage(f"best-of-n pool, seed {seed}", "sample", settings, inputs, size, seed=seed)
-        return Stage(
-            f"scores of the best-of-n pool, seed {seed}",
-            "score",
-            {},
-            {"candidates": sample, "prompts": self.prompts, "reward model": self.reward_model},
-            size,
-            seed=seed,
-        )
+        return self._scored(Stage(f"best-of-n pool, seed {seed}", "sample", settings, inputs, size, seed=seed))
 
-    def _decoding(self) -> dict[str, Any]:
+    def _decoding(self, initial: str | None) -> dict[str, Any]:
         e = self.experiment
         return {
             "decoding": list(e.evaluation.decoding),
             "temperature": e.evaluation.temperature,
+            "top_k": e.evaluation.top_k,
             "max_new_tokens": e.evaluation.max_new_tokens,
             "stop": list(e.sampling.stop),
             "sampler": self.backend.identity,
-            "dtype": e.policy.dtype,
+            "dtype": self._dtype(initial),
         }
 
     def train(self, row: str, method: MethodSettings, seed: int) -> Stage:
+        """The row trained; of one with several rounds, its last."""
         e = self.experiment
-        inputs = {"prompts": self.prompts, "policy": self.policy, "reward model": self.reward_model}
+        initial = self.initial(method.initial)
+        inputs = {"prompts": self.prompts, "policy": initial, "reward model": self.reward_model}
         if "candidates" in method.requires:
-            inputs["pair scores"] = self.train_pairs
-            if "model" in (method.sources or ()):
-                inputs["scores"] = self.scores(method, "train", seed)
+            inputs |= {"pair scores": self.train_pairs, **self.candidates(row, method, seed)}
+        # What a key holds already, as an input or not at all: where samples come from, and who the row started from.
+        unread = {"initial", "rounds", *(SEARCH_KEYS if method.drawn else ())}
         settings = {
-            "method": method.model_dump(mode="json", exclude=set(SEARCH_KEYS) if method.drawn else None),
+            "method": method.model_dump(mode="json", exclude=unread, exclude_none=True),
             "seed": seed,
             "curve_points": e.evaluation.curve_points,
-            "evaluation": self._decoding(),
+            "evaluation": self._decoding(method.initial),
         }
-        if "sampler" in method.requires:
+        if "sampler" in method.needs:
             settings["sampling"] = {
                 "max_new_tokens": e.sampling.max_new_tokens,
                 "stop": list(e.sampling.training_stop),
+                "sampler": choose_backend(e.sampling.backend, method.strategy or "sample").identity,
             }
+        last = method.rounds in (None, e.methods[row].rounds)
         return Stage(
-            f"train {row}, seed {seed}", "train", settings, inputs, method.budget(e.data.train_prompts), row, seed
+            f"train {row}, seed {seed}" if last else f"train round {method.rounds} of {row}, seed {seed}",
+            "train",
+            settings,
+            inputs,
+            method.budget(e.data.train_prompts, e.responses(method)),
+            row,
+            seed,
         )
 
-    def evaluate(self, row: str, method: MethodSettings | None, seed: int) -> Stage:
+    def evaluate(self, row: str, method: MethodSettings | None, seed: int, initial: str | None = None) -> Stage:
         inputs = {
             "prompts": self.prompts,
-            "policy": self.policy,
+            "policy": self.initial(initial),
             "reward model": self.reward_model,
             "perplexity model": self.perplexity_model,
         }
         prompts = self.experiment.evaluation.prompts
-        settings: dict[str, Any] = {"seed": seed, "prompts": prompts, "evaluation": self._decoding()}
+        settings: dict[str, Any] = {"seed": seed, "prompts": prompts, "evaluation": self._decoding(initial)}
         if method is not None and method.family == "inference":
-            settings["method"] = method.model_dump(mode="json", exclude=set(SEARCH_KEYS))
+            unread = {"initial", *SEARCH_KEYS}
+            settings["method"] = method.model_dump(mode="json", exclude=unread, exclude_none=True)
         elif method is not None:
             inputs["trained"] = self.train(row, method, seed)
         decodings = " and ".join(self.experiment.evaluation.decoding)
@@ -327,8 +441,6 @@ def _content(experiment: Experiment) -> str | None:
     """What decides files on disk: their contents, not their path."""
     if experiment.data.source != "files" or experiment.data.path is None:
         return None
-    import hashlib
-
     from rrhf_bench.data.sources import find_files
 
     digest = hashlib.sha256()

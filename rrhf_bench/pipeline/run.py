@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -45,6 +45,10 @@ def _run_json(plan: Plan, command: str) -> dict[str, Any]:
         "command": command,
         "notes": [plan.backend.note] if plan.backend.note else [],
         "wanted": [{**words(stage), "key": stage.key} for stage in plan.wanted],
+        "test scores": [
+            {"row": row, "seed": seed, "sources": {name: stage.key for name, stage in sources.items()}}
+            for (row, seed), sources in plan.test_scores.items()
+        ],
         "stages": {stage.key: {**words(stage), "settings": stage.settings} for stage in plan.stages},
     }
 
@@ -63,6 +67,7 @@ class _Run:
     folder: Path
     store: Store
     json: Mapping[str, Any]
+    read_before: dict[str, list[Candidates]] = field(default_factory=dict)
 
     def artifact(self, key: str) -> Path:
         if not self.store.has(key):
@@ -90,10 +95,11 @@ class _Run:
             for stage in self.wanted("score pairs")
         }
 
-    @cached_property
-    def scored(self) -> dict[str, list[Candidates]]:
-        """By key of a score stage: sampled responses, scored."""
-        return {s["key"]: self.records(s["key"], "candidates.jsonl", Candidates) for s in self.wanted("score")}
+    def scored(self, key: str) -> list[Candidates]:
+        """The candidates of a stage, read once: rows share them."""
+        if key not in self.read_before:
+            self.read_before[key] = self.records(key, "candidates.jsonl", Candidates)
+        return self.read_before[key]
 
 
 def load_run(folder: Path, store: Store | None = None) -> RunRecords:
@@ -103,7 +109,7 @@ def load_run(folder: Path, store: Store | None = None) -> RunRecords:
     run = _Run(folder, store or Store(folder.parent / "store"), json.loads((folder / "run.json").read_text()))
     experiment = load_experiment(folder / "config.toml")
     evaluations = list(run.wanted("evaluate", "evaluate pairs"))
-    order = ["base", *experiment.methods, *PAIR_ROWS]
+    order = ["base", *experiment.policies, *experiment.methods, *PAIR_ROWS]
     evaluations.sort(key=lambda stage: order.index(stage["row"]))
     evaluated: list[Evaluated] = []
     pairs: list[PairScored] = []
@@ -132,8 +138,8 @@ def load_run(folder: Path, store: Store | None = None) -> RunRecords:
         ),
         pools=_pools(run),
         curves=tuple(point for row, key in trained.items() for point in _curve(run, row, key)),
-        candidates=_candidates(run, experiment, trained, "train"),
-        test_candidates=_candidates(run, experiment, trained, "test"),
+        candidates={row: groups for row, key in trained.items() if (groups := _candidates(run, experiment, row, key))},
+        test_candidates=_test_candidates(run, experiment),
         training={row: tuple(_lines(run.artifact(key) / "metrics.jsonl")) for row, key in trained.items()},
         counts={
             "data": about["counts"],
@@ -193,44 +199,42 @@ def _model_words(source: str, how: str, run: _Run, key: Any) -> str:
     return f"{how} ({key[:12]})" if source in ("toy", "scratch") else source
 
 
-def _candidates(
-    run: _Run, experiment: Experiment, trained: Mapping[Row, str], split: str
-) -> dict[Row, tuple[Candidates, ...]]:
-    """The scored candidates of each row that trains on any: of its training prompts, or drawn on the test prompts."""
+def _candidates(run: _Run, experiment: Experiment, row: Row, key: str) -> tuple[Candidates, ...]:
+    """What a row was trained on, as scored: made before it trained, or while it did."""
+    method = experiment.methods[row[0]]
+    if "candidates" not in method.requires:
+        return ()
+    if (run.artifact(key) / "candidates.jsonl").exists():
+        return tuple(run.records(key, "candidates.jsonl", Candidates))
+    inputs = run.stage(key)["inputs"]
+    if "judged" in inputs:
+        return tuple(run.records(inputs["judged"], "candidates.jsonl", Candidates))
+    sampled = {name.removeprefix("scores "): run.scored(stage) for name, stage in _sampled(inputs)}
+    return tuple(assemble(method.sources or (), sampled, run.pair_scores["train"]))
+
+
+def _test_candidates(run: _Run, experiment: Experiment) -> dict[Row, tuple[Candidates, ...]]:
+    """The same candidate policies on the evaluation prompts, of the rows that have all their sources there."""
+    pairs = run.pair_scores["test"][: experiment.evaluation.prompts]
     groups: dict[Row, tuple[Candidates, ...]] = {}
-    for (row, seed), key in trained.items():
-        method = experiment.methods[row]
-        if "candidates" not in method.requires:
-            continue
-        sampled = None
-        if "scores" in run.stage(key)["inputs"]:
-            sampled = run.scored[_score_key(run, run.stage(key)["inputs"]["scores"], split)]
-        pairs = run.pair_scores[split]
-        if split == "test":
-            pairs = pairs[: experiment.evaluation.prompts]
-        groups[row, seed] = tuple(assemble(method.sources or (), sampled, pairs))
+    for entry in run.json["test scores"]:
+        method = experiment.methods[entry["row"]]
+        sampled = {name: run.scored(key) for name, key in entry["sources"].items()}
+        if set(method.sources or ()) <= {*sampled, *PAIR_ROWS, "reply"}:
+            groups[entry["row"], entry["seed"]] = tuple(assemble(method.sources or (), sampled, pairs))
     return groups
 
 
-def _score_key(run: _Run, train_key: str, split: str) -> str:
-    """The score stage that drew the same candidates as ``train_key`` on the prompts of ``split``."""
-
-    def what(key: str) -> Any:
-        settings = run.stage(run.stage(key)["inputs"]["candidates"])["settings"]
-        return {name: value for name, value in settings.items() if name not in ("split", "prompts")}
-
-    for stage in run.wanted("score"):
-        settings = run.stage(stage["inputs"]["candidates"])["settings"]
-        if settings["split"] == split and what(stage["key"]) == what(train_key):
-            return stage["key"]
-    raise AssertionError("every set of candidates is drawn on both splits")
+def _sampled(inputs: Mapping[str, str]) -> Iterable[tuple[str, str]]:
+    """(role, key) of the sampled responses among a stage's inputs."""
+    return ((role, key) for role, key in inputs.items() if role.startswith(("scores ", "candidates ")))
 
 
 def _pools(run: _Run) -> dict[int, tuple[PoolScored, ...]]:
     pools = {}
     for stage in run.wanted("score"):
         if run.stage(stage["inputs"]["candidates"])["settings"]["split"] == "pool":
-            rows = run.scored[stage["key"]]
+            rows = run.scored(stage["key"])
             path = run.artifact(stage["key"]) / "golds.jsonl"
             golds = [tuple(line["golds"]) for line in _lines(path)] if path.exists() else [None] * len(rows)
             pools[stage["seed"]] = tuple(
@@ -242,24 +246,36 @@ def _pools(run: _Run) -> dict[int, tuple[PoolScored, ...]]:
 
 def _curve(run: _Run, row: Row, key: str) -> Iterable[CurvePoint]:
     """Curve points with the tokens of the candidates, which were sampled before step 0."""
-    before = 0
-    if "scores" in run.stage(key)["inputs"]:
-        before = sum(
-            len(response.token_ids or ())
-            for group in run.scored[run.stage(key)["inputs"]["scores"]]
-            for response in group.responses
-        )
+    before = _before(run, key)[0]
     for point in run.records(key, "curve.jsonl", CurvePoint):
         yield replace(point, method=row[0], seed=row[1], sampled_tokens=point.sampled_tokens + before)
 
 
 def _curve_seconds(run: _Run, key: str) -> tuple[tuple[float, float], ...]:
-    inputs = run.stage(key)["inputs"]
-    before = [inputs[role] for role in ("scores", "pair scores") if role in inputs]
-    if "scores" in inputs:
-        before.append(run.stage(inputs["scores"])["inputs"]["candidates"])
-    offset = sum(run.read(needed, TIMING)["seconds"] for needed in before)
+    offset = _before(run, key)[1]
     return tuple((fraction, seconds + offset) for fraction, seconds in run.read(key, TIMING)["curve"])
+
+
+def _before(run: _Run, key: str) -> tuple[int, float]:
+    """(tokens sampled, seconds) for a row's candidates before it trains, the rounds before its last included."""
+    inputs = run.stage(key)["inputs"]
+    tokens, seconds = 0, run.read(inputs["pair scores"], TIMING)["seconds"] if "pair scores" in inputs else 0.0
+    if "judged" in inputs:
+        seconds += run.read(inputs["judged"], TIMING)["seconds"]
+        inputs = run.stage(inputs["judged"])["inputs"]
+    for role, stage in _sampled(inputs):
+        drawn = stage
+        if "candidates" in run.stage(stage)["inputs"]:
+            seconds += run.read(stage, TIMING)["seconds"]
+            drawn = run.stage(stage)["inputs"]["candidates"]
+        seconds += run.read(drawn, TIMING)["seconds"]
+        tokens += sum(len(r.token_ids or ()) for group in run.scored(drawn) for r in group.responses)
+        model = run.stage(drawn)["inputs"].get("policy")
+        if role.endswith(" model") and model is not None and run.stage(model)["kind"] == "train":  # a round before
+            earlier = _before(run, model)
+            tokens += run.read(model, "about.json")["sampled_tokens"] + earlier[0]
+            seconds += run.read(model, TIMING)["train"] + earlier[1]
+    return tokens, seconds
 
 
 def _timings(run: _Run) -> Iterable[Timing]:

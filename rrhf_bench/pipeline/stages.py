@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import time
+from collections import defaultdict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from rrhf_bench import registry
 from rrhf_bench.config import ScratchSettings
-from rrhf_bench.data.sources import fit_context, load_preferences, split_preferences
+from rrhf_bench.data.sources import fit_context, load_candidates, load_preferences, split_preferences
 from rrhf_bench.data.toy.world import build_world
 from rrhf_bench.errors import DataError, StageError
 from rrhf_bench.jsonl import read_jsonl, write_jsonl
@@ -20,7 +21,7 @@ from rrhf_bench.pipeline.candidates import assemble, pair_candidates
 from rrhf_bench.pipeline.services import ModelRef, Services, context_of
 from rrhf_bench.policy.policy import Policy, TransformersPolicy
 from rrhf_bench.policy.scratch import train_language_model
-from rrhf_bench.records import Candidates, CurvePoint, Decoding, Preference
+from rrhf_bench.records import Candidates, CurvePoint, Decoding, Preference, Prompt, Response
 from rrhf_bench.rewards.bradley_terry import train_reward_model
 from rrhf_bench.rewards.gold import GoldReward
 from rrhf_bench.rewards.reward_settings import RewardTrainingSettings
@@ -68,7 +69,11 @@ def data(job: Job) -> None:
     if s["source"] == "toy":
         world = build_world(seed=s["seed"], dev=s["dev"], test=s["test"], **s["toy"])
         train, dev, test = world.preferences, world.dev, world.test
-        corpora = {"corpus": world.corpus, "perplexity_corpus": world.perplexity_corpus}
+        corpora = {
+            "raw_corpus": world.raw_corpus,
+            "corpus": world.corpus,
+            "perplexity_corpus": world.perplexity_corpus,
+        }
         about: dict[str, Any] = {"identity": f"toy, seed {s['seed']}", "gold": True, "counts": {}}
     else:
         loaded = load_preferences(
@@ -116,12 +121,13 @@ def model(job: Job) -> None:
         settings,
         seed=derive_seed(s["seed"], s["corpus"]),
         folder=job.out / "model",
+        start=Path(job.ref("start").source) if "start" in job.inputs else None,
         device=job.services.device,
         log=log.append,
         progress=job.progress,
     )
     write_jsonl(job.out / "metrics.jsonl", log)
-    ModelRef("model", max_length=settings.context).write(job.out)
+    ModelRef("model", template=s.get("template", "hh"), max_length=settings.context).write(job.out)
 
 
 def reward_model(job: Job) -> None:
@@ -173,17 +179,20 @@ def _commit(ref: ModelRef) -> str | None:
 
 
 def prompts(job: Job) -> None:
-    """The pairs whose prompts leave room for a reply in the policy's context: training, dev, test."""
+    """The pairs whose prompts leave room for a reply in every initial policy's context: training, dev, test."""
     s = job.settings
-    ref = job.ref()
-    policy = job.services.fixed_policy(ref)
-    context = context_of(policy, ref)
+    refs = [job.ref(role) for role in job.inputs if role == "policy" or role.startswith("policy ")]
+    policies = [job.services.fixed_policy(ref) for ref in refs]
+    context = min(context_of(policy, ref) for policy, ref in zip(policies, refs, strict=True))
     about = job.read_json("data", "about.json")
     counts = dict(about["counts"])
     for split, size in {"train": s["train_prompts"], "dev": None, "test": None}.items():
         pairs = read_jsonl(job.inputs["data"] / f"{split}.jsonl", Preference)
         distinct = list({pair.prompt: pair for pair in reversed(pairs)}.values())[::-1]  # the first of each prompt
-        length = {pair.prompt: len(policy.tokenization.prompt_ids(pair.prompt)) for pair in distinct}
+        length = {
+            pair.prompt: max(len(policy.tokenization.prompt_ids(pair.prompt)) for policy in policies)
+            for pair in distinct
+        }
         limit = context - s["new_tokens"]
         kept, fitted = fit_context(distinct, length.__getitem__, limit, long_prompts=s["long_prompts"])
         if size is not None and len(kept) < size:
@@ -194,7 +203,7 @@ def prompts(job: Job) -> None:
         kept = kept[:size]
         counts[f"{split}_long_prompt"] = fitted["long_prompt"]
         counts[f"{split}_long_reply"] = sum(
-            length[pair.prompt] + len(policy.tokenization.response_ids(reply, ended=True)) > context
+            length[pair.prompt] + len(policies[0].tokenization.response_ids(reply, ended=True)) > context
             for pair in kept
             for reply in (pair.chosen, pair.rejected)
         )
@@ -203,7 +212,7 @@ def prompts(job: Job) -> None:
 
 
 def sample(job: Job) -> None:
-    """n responses of the initial policy to the prompts of a split."""
+    """n responses of a model to the prompts of a split."""
     s = job.settings
     strategy = s.get("strategy", "sample")
     pairs = job.pairs("train") if s["split"] == "train" else job.pairs("test")[: s["prompts"]]
@@ -222,6 +231,25 @@ def sample(job: Job) -> None:
 
 # The name in the seeds of training candidates: one for every sampling of a policy for training, command line included.
 CANDIDATES = "candidates"
+
+
+def file(job: Job) -> None:
+    """The responses that a file has for the training prompts, with its scores where these are used."""
+    s = job.settings
+    loaded = load_candidates(s["path"], scored=s["scored"])
+    wanted = {pair.prompt for pair in job.pairs("train")}
+    groups: dict[Prompt, list[Response]] = defaultdict(list)
+    for row in loaded.candidates:
+        if row.prompt in wanted:
+            groups[row.prompt] += (replace(response, source=s["name"]) for response in row.responses)
+    if not groups:
+        raise DataError(
+            f"{s['path']}: none of its {len(loaded.candidates)} queries is a training prompt; expected the data set's "
+            "prompts, as a transcript that ends with 'Assistant:'"
+        )
+    write_jsonl(job.out / "candidates.jsonl", (Candidates(p, tuple(found)) for p, found in groups.items()))
+    missing = {"prompts_without_responses": len(wanted) - len(groups), "queries": len(loaded.candidates)}
+    job.write_json("counts.json", {**loaded.counts, **missing})
 
 
 def score(job: Job) -> None:
@@ -254,14 +282,17 @@ def train(job: Job) -> None:
     inputs = train_inputs(job, settings)
     curve = _Curve(job, policy)
     log: list[Mapping[str, float]] = []
+    backend = choose_backend(job.backend, settings.strategy or "sample").name
+    made: list[Candidates] = []  # while training
     context = TrainContext(
         seed=s["seed"],
-        sampler=job.services.sampler(policy, job.ref(), job.backend) if "sampler" in settings.requires else None,
-        reward=job.services.reward(job.ref("reward model")) if "reward" in settings.requires else None,
-        reference=job.services.fixed_policy(job.ref()) if "reference" in settings.requires else None,
+        sampler=job.services.sampler(policy, job.ref(), backend) if "sampler" in settings.needs else None,
+        reward=job.services.reward(job.ref("reward model")) if "reward" in settings.needs else None,
+        reference=job.services.fixed_policy(job.ref()) if "reference" in settings.needs else None,
         watch=curve.watch,
         log=log.append,
         scratch=job.out,
+        keep=made.extend,
         max_new_tokens=s.get("sampling", s["evaluation"])["max_new_tokens"],
         stop=tuple(s.get("sampling", s["evaluation"])["stop"]),
     )
@@ -273,6 +304,8 @@ def train(job: Job) -> None:
     ModelRef(**{**job.ref().__dict__, "source": "model", "revision": None}).write(job.out)
     write_jsonl(job.out / "metrics.jsonl", log)
     write_jsonl(job.out / "curve.jsonl", curve.points)
+    if made:
+        write_jsonl(job.out / "candidates.jsonl", made)
     about = {"steps": result.steps, "sampled_tokens": result.sampled_tokens, "counts": dict(result.counts)}
     job.write_json("about.json", about)
 
@@ -282,9 +315,13 @@ def train_inputs(job: Job, settings: MethodSettings) -> TrainInputs:
     pairs = job.pairs("train")
     if "candidates" not in settings.requires:
         return TrainInputs(preferences=pairs)
-    sampled = None
-    if "scores" in job.inputs:
-        sampled = read_jsonl(job.inputs["scores"] / "candidates.jsonl", Candidates)
+    if "judged" in job.inputs:
+        return TrainInputs(pairs, read_jsonl(job.inputs["judged"] / "candidates.jsonl", Candidates))
+    sampled = {
+        role.removeprefix("scores "): read_jsonl(folder / "candidates.jsonl", Candidates)
+        for role, folder in job.inputs.items()
+        if role.startswith("scores ")
+    }
     scored_pairs = read_jsonl(job.inputs["pair scores"] / "candidates.jsonl", Candidates)
     return TrainInputs(pairs, assemble(settings.sources or (), sampled, scored_pairs))
 
@@ -335,6 +372,7 @@ def decodings(evaluation: Mapping[str, Any], seed: int, purpose: str) -> dict[De
         decoding: SamplingSpec(
             n=1,
             temperature=0.0 if decoding == "greedy" else evaluation["temperature"],
+            top_k=0 if decoding == "greedy" else evaluation["top_k"],
             max_new_tokens=evaluation["max_new_tokens"],
             seed=seed,
             purpose=f"{purpose}/{decoding}",
@@ -394,6 +432,7 @@ BODIES: dict[str, Callable[[Job], None]] = {
     "reward model": reward_model,
     "prompts": prompts,
     "sample": sample,
+    "file": file,
     "score": score,
     "score pairs": score_pairs,
     "train": train,
