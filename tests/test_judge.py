@@ -4,20 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import re
-import signal
 import socket
-import subprocess
-import sys
 import threading
-import time
 import traceback
-import urllib.request
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import astuple
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import numpy as np
@@ -42,17 +35,11 @@ from rrhf_bench.rewards.judge import (
 )
 from rrhf_bench.rewards.judge_settings import JudgeSettings
 from rrhf_bench.rewards.toy_judge import ToyJudge
-from tests.conftest import make_llama
-
-AXES = ("relevance", "correctness", "coherence", "safety")
+from tests.judge_endpoints import AXES, Faulty, Reply, answer, endpoints, rate_by_length, texts_of, vllm_endpoint
 
 
 def group(name: str, *texts: str) -> Candidates:
     return Candidates(Prompt(f"\n\nHuman: {name}?\n\nAssistant:"), tuple(Response(text, "model") for text in texts))
-
-
-def answer(*ratings: Sequence[int]) -> str:
-    return json.dumps({f"response_{i}": dict(zip(AXES, given, strict=True)) for i, given in enumerate(ratings, 1)})
 
 
 # Reading answers.
@@ -160,62 +147,17 @@ def test_settings_that_cannot_be_used_are_refused_without_a_secret_in_the_messag
 
 # An endpoint that fails in the ways that a real one cannot be made to.
 
-Reply = Callable[["Faulty", dict[str, Any], int], None]
-
-
-class Faulty(BaseHTTPRequestHandler):
-    """Answers the n-th request as the server's ``reply`` says."""
-
-    server: Any
-
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        with self.server.lock:
-            number = len(self.server.requests)
-            self.server.requests.append((body, self.headers["Authorization"]))
-        self.server.reply(self, body, number)
-
-    def send(self, status: int, body: str, **headers: str) -> None:
-        self.send_response(status)
-        for name, value in {"Content-Type": "application/json", "Content-Length": str(len(body)), **headers}.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.end_headers()
-        self.wfile.write(body.encode())
-
-    def say(self, content: str | None, finish: str = "stop") -> None:
-        message = {"role": "assistant", "content": content}
-        choice = {"index": 0, "finish_reason": finish, "message": message}
-        self.send(200, json.dumps({"id": "1", "object": "chat.completion", "created": 0, "choices": [choice]}))
-
-    def log_message(self, *_: Any) -> None:
-        pass
-
-
-def texts_of(body: dict[str, Any]) -> list[str]:
-    """The responses as they were shown."""
-    return [json.loads(text) for text in re.findall(r"^response_\d+: (.*)$", body["messages"][0]["content"], re.M)]
-
-
-def rate_by_length(handler: Faulty, body: dict[str, Any], number: int) -> None:
-    handler.say(answer(*([min(len(text), 5), 1, 1, 1] for text in texts_of(body))))
-
 
 @pytest.fixture
 def serve() -> Iterator[Callable[[Reply], Any]]:
-    servers = []
+    with endpoints() as start:
+        yield start
 
-    def start(reply: Reply) -> Any:
-        server: Any = ThreadingHTTPServer(("127.0.0.1", 0), Faulty)
-        server.reply, server.requests, server.lock = reply, [], threading.Lock()
-        server.url = f"http://127.0.0.1:{server.server_port}/v1"
-        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-        servers.append(server)
-        return server
 
-    yield start
-    for server in servers:
-        server.shutdown()
-        server.server_close()
+@pytest.fixture
+def vllm_server(tokenizer, tmp_path) -> Iterator[str]:
+    with vllm_endpoint(tokenizer, tmp_path) as url:
+        yield url
 
 
 def settings(url: str, **changes: Any) -> JudgeSettings:
@@ -290,7 +232,9 @@ def test_a_judge_that_answers_prose_is_asked_again_then_the_prompt_is_dropped(se
 
 def test_a_judge_without_any_readable_answer_is_an_error(serve, tmp_path):
     server = serve(lambda handler, body, number: handler.say("As a language model\nI like them all."))
-    with pytest.raises(StageError, match=r"no readable rating for any of 6 prompts \(18 not_ratings; .*language model"):
+    with pytest.raises(
+        DataError, match=r"no readable rating for any of 6 prompts \(18 not_ratings\).*language model.*none'"
+    ):
         EndpointJudge(settings(server.url), tmp_path / JOURNAL).judge(GROUPS)
 
 
@@ -347,7 +291,7 @@ def test_nobody_listens(tmp_path):
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{closed.getsockname()[1]}/v1"
-        with pytest.raises(StageError, match=rf"{url} \(model 'm'\): unreachable, 3 tries .*connection error"):
+        with pytest.raises(StageError, match=rf"{url} \(model 'm'\): unreachable, 3 tries .*connection error.*refused"):
             EndpointJudge(settings(url), tmp_path / JOURNAL).judge(GROUPS)
 
 
@@ -468,56 +412,6 @@ def test_the_toy_judge_agrees_with_the_gold_reward_as_another_judge_would():
 
 # A real server.
 
-CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
-
-
-@pytest.fixture
-def vllm_server(tokenizer, tmp_path) -> Iterator[str]:
-    folder = tmp_path / "model"
-    make_llama(tokenizer, context=4096).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    (tmp_path / "chat.jinja").write_text(CHAT_TEMPLATE)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    options = {
-        "model": folder, "served-model-name": "tiny", "host": "127.0.0.1", "port": port, "dtype": "float32",
-        "max-model-len": 4096, "kv-cache-memory-bytes": 96 << 20, "chat-template": tmp_path / "chat.jinja",
-        "generation-config": "vllm",
-    }  # fmt: skip
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--enforce-eager"]
-    for name, value in options.items():
-        command += [f"--{name}", str(value)]
-    environment = os.environ | {
-        "VLLM_API_KEY": "sk-loopback", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1",
-    }  # fmt: skip
-    environment.pop("VLLM_CPU_KVCACHE_SPACE", None)
-    log = tmp_path / "server.log"
-    with log.open("w") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=output, env=environment, start_new_session=True)
-    try:
-        deadline = time.monotonic() + 240
-        while not _healthy(f"http://127.0.0.1:{port}/health"):
-            if process.poll() is not None or time.monotonic() > deadline:
-                pytest.fail(f"the server did not start:\n{log.read_text()[-3000:]}")
-            time.sleep(0.5)
-        yield f"http://127.0.0.1:{port}/v1"
-    finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        try:
-            process.wait(20)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-
-
-def _healthy(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(url, timeout=2) as response:
-            return response.status == 200
-    except OSError:
-        return False
-
 
 @pytest.mark.slow
 def test_a_vllm_server_is_a_judge(vllm_server, tmp_path, monkeypatch):
@@ -533,7 +427,7 @@ def test_a_vllm_server_is_a_judge(vllm_server, tmp_path, monkeypatch):
     assert EndpointJudge(keyed, tmp_path / "again").judge(groups) == result
 
     free = keyed.model_copy(update={"structured": "none", "max_tokens": 32, "attempts": 2})
-    with pytest.raises(StageError, match="no readable rating"):  # what a random model says by itself
+    with pytest.raises(DataError, match="no readable rating"):  # what a random model says by itself
         EndpointJudge(free, tmp_path / "prose").judge(GROUPS[:2])
     keyless = keyed.model_copy(update={"api_key_env": None})
     with pytest.raises(BenchError, match="HTTP 401"):

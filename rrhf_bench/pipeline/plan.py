@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rrhf_bench.config import WORLDS, Experiment, ModelSettings, PolicySettings, RewardModelSettings, SourceSettings
+from rrhf_bench.pipeline.judging import judge_identity
 from rrhf_bench.pipeline.store import content_key, folder_identity
 from rrhf_bench.sampling.backend import Backend, choose_backend
 from rrhf_bench.settings import READ, SEARCH_KEYS, CandidateSettings, MethodSettings
@@ -315,11 +316,12 @@ class _Builder:
         judge = self.experiment.judge
         assert judge is not None
         samples = self.samples(row, method, "train", seed)
-        settings = {"judge": judge.model_dump(mode="json"), "sources": list(method.sources or ())}
-        inputs = {"prompts": self.prompts, "pair scores": self.train_pairs}
-        inputs |= {f"candidates {name}": stage for name, stage in samples.items()}
+        settings = {"identity": judge_identity(judge), "sources": list(method.sources or ())}
+        inputs = {"prompts": self.prompts} | {f"candidates {name}": stage for name, stage in samples.items()}
         size = f"{self.experiment.data.train_prompts} prompts x {self.experiment.responses(method)}"
-        return Stage(f"ratings of the candidates of {row}, seed {seed}", "judge", settings, inputs, size, row, seed)
+        recorded = {"judge": judge.model_dump(mode="json")}  # where it listens may change from run to run
+        name = f"ratings of the candidates of {row}, seed {seed}"
+        return Stage(name, "judge", settings, inputs, size, row, seed, recorded)
 
     def _pairs(self, split: str, count: int) -> Stage:
         inputs = {"prompts": self.prompts, "reward model": self.reward_model}

@@ -18,6 +18,7 @@ from rrhf_bench.errors import DataError, StageError
 from rrhf_bench.jsonl import read_jsonl, write_jsonl
 from rrhf_bench.pipeline import steps
 from rrhf_bench.pipeline.candidates import assemble, pair_candidates
+from rrhf_bench.pipeline.judging import judge
 from rrhf_bench.pipeline.services import ModelRef, Services, context_of
 from rrhf_bench.policy.policy import Policy, TransformersPolicy
 from rrhf_bench.policy.scratch import train_language_model
@@ -434,6 +435,7 @@ BODIES: dict[str, Callable[[Job], None]] = {
     "sample": sample,
     "file": file,
     "score": score,
+    "judge": judge,
     "score pairs": score_pairs,
     "train": train,
     "evaluate": evaluate,

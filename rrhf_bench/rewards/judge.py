@@ -181,13 +181,22 @@ class Verdict:
     unreadable: str | None = None  # how the last of them began
 
 
+def endpoint_identity(settings: JudgeSettings) -> str:
+    """Model and form of the question. Not the URL: a server that moved to another port is the same judge."""
+    s = settings
+    return (
+        f"judge {VERSION} {s.model} {s.structured} temperature={s.temperature} max_tokens={s.max_tokens} "
+        f"attempts={s.attempts} seed={s.seed}"
+    )
+
+
 class EndpointJudge:
     """A Judge behind an OpenAI-compatible endpoint.
 
     Every verdict is appended to ``journal`` as it comes and is never asked for again, so a call that failed goes on
     where it stopped. ``progress`` is told (prompts done, prompts in all). Raises ConfigError where the key's variable
-    is not usable, DataError for a damaged journal, and StageError where the judge cannot be reached, takes neither key
-    nor model, or has no readable answer to any prompt.
+    is not usable, DataError for a damaged journal or no readable answer to any prompt, and StageError where the judge
+    cannot be reached or takes neither key nor model.
     """
 
     def __init__(
@@ -207,12 +216,8 @@ class EndpointJudge:
 
     @property
     def identity(self) -> str:
-        """Model and form of the question. Not the URL: a server that moved to another port is the same judge."""
-        s = self.settings
-        return (
-            f"judge {VERSION} {s.model} {s.structured} temperature={s.temperature} max_tokens={s.max_tokens} "
-            f"attempts={s.attempts} seed={s.seed}"
-        )
+        """See ``endpoint_identity``."""
+        return endpoint_identity(self.settings)
 
     def judge(self, candidates: Sequence[Candidates]) -> JudgeResult:
         """The verdicts on ``candidates``: from the journal where they are there, the rest from the endpoint."""
@@ -228,9 +233,11 @@ class EndpointJudge:
             failures.update(verdicts[key].failures)
         if candidates and not result.candidates:
             kinds = ", ".join(f"{count} {kind}" for kind, count in failures.items() if count)
-            raise StageError(
-                f"{self._where}: no readable rating for any of {len(candidates)} prompts ({kinds}; such as "
-                f"{verdicts[keys[0]].unreadable!r}); try another model, structured setting or max_tokens"
+            raise DataError(
+                f"{self._where}: no readable rating for any of {len(candidates)} prompts ({kinds}), such as "
+                f"{verdicts[keys[0]].unreadable!r}; set structured to what the server knows (now "
+                f"{self.settings.structured!r}), another model or max_tokens; or mend the server, remove {self.journal}"
+                " and repeat the command"
             )
         return replace(result, counts={**result.counts, **failures})
 
@@ -318,7 +325,8 @@ class EndpointJudge:
                     raise StageError(f"{self._where}: {reason}; check base_url, model and api_key_env") from None
                 asked_for = _seconds(error.response.headers.get("retry-after"))
             except APIConnectionError as error:  # no server, a lost connection, no answer in time
-                reason = error.message.rstrip(".").lower()
+                cause = "" if error.__cause__ is None else str(error.__cause__)  # such as "Connection refused"
+                reason = ": ".join(filter(None, (error.message.rstrip(".").lower(), self._redacted(cause))))
             except APIError as error:
                 reason = type(error).__name__
             if tried < self.settings.retries:

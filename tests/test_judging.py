@@ -1,0 +1,248 @@
+"""Candidates rated by a judge as a stage: what it writes, leaves behind when it fails, and asks again."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rrhf_bench.config import JudgeTable, RuntimeSettings
+from rrhf_bench.errors import ConfigError, DataError, StageError, StoreError
+from rrhf_bench.jsonl import read_jsonl, write_jsonl
+from rrhf_bench.pipeline import runner
+from rrhf_bench.pipeline.judging import JOURNALS, judge_candidates, judge_identity
+from rrhf_bench.pipeline.plan import Stage
+from rrhf_bench.pipeline.store import Store
+from rrhf_bench.records import Candidates, Preference, Prompt, Response
+from rrhf_bench.rewards.judge_settings import JudgeSettings
+from rrhf_bench.rewards.toy_judge import ToyJudge
+from tests.judge_endpoints import Faulty, Reply, endpoints, rate_by_length
+
+LAST = "\n\nAssistant: Yes.\n\nHuman: How do I bake bread?\n\nAssistant:"  # a question of the embedded world
+PAIRS = [Preference(Prompt(f"\n\nHuman: {name}?{LAST}"), " good", " bad") for name in ("one", "two", "three", "four")]
+SOURCES = ("weak", "model", "chosen")
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[[Reply], Any]]:
+    with endpoints() as start:
+        yield start
+
+
+@pytest.fixture
+def closed() -> Iterator[str]:
+    """The URL of a port on which nobody listens."""
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        yield f"http://127.0.0.1:{bound.getsockname()[1]}/v1"
+
+
+def table(url: str, **changes: Any) -> JudgeTable:
+    quick = {"retries": 2, "backoff": 0.001, "timeout": 20.0, "concurrency": 1, "structured": "none"}
+    return JudgeTable(source="endpoint", endpoint=JudgeSettings(base_url=url, model="m", **(quick | changes)))
+
+
+def put(store: Store, stage: Stage, name: str, records: list[Any]) -> Stage:
+    with store.writing(stage.key, {}) as folder:
+        write_jsonl(folder / name, records)
+    return stage
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "store")
+
+
+@pytest.fixture
+def judging(store: Store) -> Callable[[JudgeTable], Stage]:
+    """The stage over candidates that are in the store: two weak samples, one of the policy, the chosen reply."""
+    prompts = put(store, Stage("prompts", "prompts", {}, {}, ""), "train.jsonl", PAIRS)
+    inputs = {"prompts": prompts}
+    for name, texts in {"weak": (" a", " bb"), "model": (" ccc",)}.items():
+        rows = [Candidates(pair.prompt, tuple(Response(text, "model", "eos") for text in texts)) for pair in PAIRS]
+        sample = Stage(name, "sample", {"name": name}, {"prompts": prompts}, "")
+        inputs[f"candidates {name}"] = put(store, sample, "candidates.jsonl", rows)
+
+    def stage(judge: JudgeTable) -> Stage:
+        settings = {"identity": judge_identity(judge), "sources": list(SOURCES)}
+        recorded = {"judge": judge.model_dump(mode="json")}
+        return Stage("ratings", "judge", settings, inputs, "", recorded=recorded)
+
+    return stage
+
+
+def make(store: Store, stage: Stage) -> Path:
+    runner.make(stage, store, RuntimeSettings(device="cpu"), "transformers", lambda done, total: None)
+    return store.folder(stage.key)
+
+
+def test_whole_groups_are_rated_and_what_could_not_be_is_left_out(serve, store, judging):
+    def reply(handler: Faulty, body: dict[str, Any], number: int) -> None:
+        if "Human: two?" in body["messages"][0]["content"]:
+            handler.say("I like the third.")
+        else:
+            rate_by_length(handler, body, number)
+
+    server = serve(reply)
+    made = make(store, judging(table(server.url)))
+    rows = read_jsonl(made / "candidates.jsonl", Candidates)
+    assert [row.prompt for row in rows] == [PAIRS[0].prompt, *(pair.prompt for pair in PAIRS[2:])]
+    for row in rows:
+        assert [(r.source, r.text) for r in row.responses] == [
+            ("weak", " a"), ("weak", " bb"), ("model", " ccc"), ("chosen", " good"),
+        ]  # fmt: skip
+        assert row.scores == (4.0, 5.0, 6.0, 7.0)  # min(letters, 5) + 1 + 1 + 1
+    ratings = [json.loads(line) for line in (made / "ratings.jsonl").read_text().splitlines()]
+    assert [line["prompt"] for line in ratings] == [row.prompt.text for row in rows]
+    assert ratings[0]["ratings"][2] == {"relevance": 3, "correctness": 1, "coherence": 1, "safety": 1}
+    counts = json.loads((made / "counts.json").read_text())
+    assert {name: count for name, count in counts.items() if count} == {
+        "prompts": 4, "judged": 3, "dropped": 1, "pairs": 18, "not_ratings": 3,
+    }  # fmt: skip
+    assert len(server.requests) == 3 + 3
+
+
+def test_the_embedded_judge_needs_no_server(store, judging):
+    made = make(store, judging(JudgeTable()))
+    rows = read_jsonl(made / "candidates.jsonl", Candidates)
+    unscored = [Candidates(r.prompt, tuple(Response(x.text, x.source, x.finish) for x in r.responses)) for r in rows]
+    assert tuple(rows) == ToyJudge().judge(unscored).candidates
+    assert not (store.root / JOURNALS).exists()
+
+
+def test_an_unreachable_judge_leaves_what_it_said_and_a_second_run_asks_for_the_rest(serve, store, judging, closed):
+    server = serve(lambda handler, body, n: rate_by_length(handler, body, n) if n < 3 else handler.send(503, "{}"))
+    failing = judging(table(server.url))
+    before = set(store.root.iterdir())
+    with pytest.raises(StageError) as caught:
+        make(store, failing)
+    message = str(caught.value)
+    (journal,) = (store.root / JOURNALS).glob("*.jsonl")
+    assert "\n" not in message
+    assert message.startswith(f"ratings: judge {server.url} (model 'm'): unreachable, 3 tries in 0 s (HTTP 503);")
+    assert message.endswith(
+        f"3 of 4 prompts were judged and are kept in {journal}: repeat the command to go on from there"
+    )
+    assert set(store.root.iterdir()) - before == {journal.parent}  # the stage itself left nothing
+    assert len(journal.read_text().splitlines()) == 3
+
+    nobody = judging(table(closed))  # the same judge on a port that is closed
+    assert nobody.key == failing.key
+    with pytest.raises(StageError, match=r"Connection refused\); check that it runs; 0 of 1 prompts were judged"):
+        make(store, nobody)
+
+    up = serve(rate_by_length)
+    made = make(store, judging(table(up.url, retries=9)))
+    assert len(up.requests) == 1
+    assert made == store.folder(failing.key)
+    assert len(read_jsonl(made / "candidates.jsonl", Candidates)) == len(PAIRS)
+
+
+def test_another_row_asks_only_for_groups_that_were_not_judged(serve, store, judging):
+    server = serve(rate_by_length)
+    stage = judging(table(server.url))
+    make(store, stage)
+    other = Stage("others", "judge", stage.settings | {"seed": 1}, stage.inputs, "", recorded=stage.recorded)
+    make(store, other)
+    assert len(server.requests) == len(PAIRS)
+    fewer = Stage("fewer", "judge", stage.settings | {"sources": ["weak", "chosen"]}, stage.inputs, "", None, None,
+                  stage.recorded)  # fmt: skip
+    make(store, fewer)
+    assert len(server.requests) == 2 * len(PAIRS)  # another group beside it is another question
+
+
+@pytest.mark.parametrize(
+    ("changes", "same"),
+    [
+        ({"base_url": "http://elsewhere/v1"}, True),
+        ({"api_key_env": "KEY"}, True),
+        ({"concurrency": 9}, True),
+        ({"timeout": 1.0}, True),
+        ({"retries": 0}, True),
+        ({"model": "other"}, False),
+        ({"structured": "regex"}, False),
+        ({"temperature": 0.5}, False),
+        ({"max_tokens": 99}, False),
+        ({"attempts": 1}, False),
+        ({"seed": 1}, False),
+    ],
+)
+def test_a_key_holds_what_decides_the_ratings_and_nothing_else(judging, changes, same):
+    settings = {"base_url": "http://host/v1", "model": "m"}
+    one, other = (JudgeTable(source="endpoint", endpoint=JudgeSettings(**s)) for s in (settings, settings | changes))
+    assert (judging(one).key == judging(other).key) == same
+
+
+def test_a_judge_that_answers_prose_is_one_line_that_shows_it(serve, store, judging):
+    server = serve(lambda handler, body, number: handler.say("As a language model\nI like them all."))
+    with pytest.raises(DataError) as caught:
+        make(store, judging(table(server.url)))
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in (
+        "ratings: judge http://127.0.0.1:", "for any of 4 prompts (12 not_ratings)",
+        "'As a language model I like them all.'", "set structured to what the server knows (now 'none')",
+        str(store.root / JOURNALS),
+    ):  # fmt: skip
+        assert part in message
+    with pytest.raises(DataError):
+        make(store, judging(table(server.url)))
+    assert len(server.requests) == 12  # an answer is an answer: nothing is asked again
+    (journal,) = (store.root / JOURNALS).glob("*.jsonl")
+    journal.unlink()  # what the message says
+    up = serve(rate_by_length)
+    make(store, judging(table(up.url)))
+    assert len(up.requests) == 4
+
+
+def test_without_any_response_there_is_nothing_to_judge(store, judging):
+    stage = judging(JudgeTable())
+    none = Stage("none", "judge", {"sources": ["absent"]}, stage.inputs, "", None, None, stage.recorded)
+    with pytest.raises(DataError, match=r"none: none of 4 prompts has a response from absent; add a source"):
+        make(store, none)
+
+
+def test_faults_of_key_and_place_are_one_line(tmp_path, monkeypatch, closed):
+    monkeypatch.delenv("NO_SUCH_KEY", raising=False)
+    groups = [Candidates(PAIRS[0].prompt, (Response(" a", "model"), Response(" b", "model")))]
+    with pytest.raises(ConfigError, match="the environment variable NO_SUCH_KEY is not set"):
+        judge_candidates(table(closed, api_key_env="NO_SUCH_KEY"), groups, tmp_path / JOURNALS)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreError, match=r"cannot be written .*choose another --runs DIR"):
+        judge_candidates(table(closed), groups, tmp_path / "file")
+
+
+def _ask(url: str, journals: Path) -> None:
+    groups = [Candidates(pair.prompt, (Response(" a", "model"), Response(" bb", "model"))) for pair in PAIRS]
+    judge_candidates(table(url, concurrency=2), groups, journals)
+
+
+def test_two_processes_ask_one_judge_in_turns_and_nothing_twice(serve, tmp_path):
+    lock, at_once, most = threading.Lock(), 0, 0
+
+    def slow(handler: Faulty, body: dict[str, Any], number: int) -> None:
+        nonlocal at_once, most
+        with lock:
+            at_once += 1
+            most = max(most, at_once)
+        threading.Event().wait(0.05)
+        with lock:
+            at_once -= 1
+        rate_by_length(handler, body, number)
+
+    server = serve(slow)
+    context = multiprocessing.get_context("spawn")
+    processes = [context.Process(target=_ask, args=(server.url, tmp_path / JOURNALS)) for _ in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0, 0]
+    assert len(server.requests) == len(PAIRS)
+    assert most <= 2
