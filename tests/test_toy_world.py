@@ -1,5 +1,6 @@
 """The embedded world: gold rewards worked by hand, and statistics with their binomial tolerance."""
 
+import hashlib
 import itertools
 import math
 import random
@@ -241,7 +242,8 @@ def test_harmful_reply_probabilities(q: float) -> None:
 
 # The world.
 
-SIZES = {"corpus": 1500, "perplexity_corpus": 1000, "preferences": 2500, "dev": 50, "test": 600}
+SIZES = {"raw_corpus": 2000, "corpus": 1500, "perplexity_corpus": 1000, "preferences": 2500, "dev": 50, "test": 600}
+PAIRS = ("preferences", "dev", "test")
 
 
 @pytest.fixture(scope="module")
@@ -261,6 +263,21 @@ def test_same_seed_same_world_whatever_the_global_state(built: world.World) -> N
     assert (random.getstate(), repr(np.random.get_state())) == before
 
 
+def test_parts_stay_what_they_are() -> None:
+    """A part that is added, or another size, changes no text that was there before."""
+    small = world.build_world(seed=0, raw_corpus=1, corpus=200, perplexity_corpus=100, preferences=100, dev=10, test=20)
+    pairs = {part: [t for p in getattr(small, part) for t in (p.prompt.text, p.chosen, p.rejected)] for part in PAIRS}
+    texts = {"corpus": small.corpus, "perplexity_corpus": small.perplexity_corpus, **pairs}
+    found = {part: hashlib.sha256("\0".join(of).encode()).hexdigest()[:16] for part, of in texts.items()}
+    assert found == {
+        "corpus": "fa592ed4fab2f91b",
+        "perplexity_corpus": "d65eda873b4a84a1",
+        "preferences": "6395ea29c7cb8e9e",
+        "dev": "2622b0e409f3406a",
+        "test": "0ec42e0533d5639a",
+    }
+
+
 def test_another_seed_is_another_world(built: world.World) -> None:
     other = world.build_world(seed=1, **SIZES)
     assert all(getattr(other, part) != getattr(built, part) for part in SIZES)
@@ -268,7 +285,8 @@ def test_another_seed_is_another_world(built: world.World) -> None:
 
 
 def test_training_text_does_not_depend_on_other_sizes(built: world.World) -> None:
-    small = world.build_world(seed=0, corpus=100, perplexity_corpus=100, preferences=100, dev=3, test=7)
+    small = world.build_world(seed=0, raw_corpus=100, corpus=100, perplexity_corpus=100, preferences=100, dev=3, test=7)
+    assert small.raw_corpus == built.raw_corpus[:100]
     assert small.corpus == built.corpus[:100]
     assert small.perplexity_corpus == built.perplexity_corpus[:100]
     assert small.preferences == built.preferences[:100]
@@ -276,7 +294,7 @@ def test_training_text_does_not_depend_on_other_sizes(built: world.World) -> Non
 
 def training_text(built: world.World) -> str:
     pairs = [pair.prompt.text + reply for pair in built.preferences for reply in (pair.chosen, pair.rejected)]
-    return "\n".join([*built.corpus, *built.perplexity_corpus, *pairs])
+    return "\n".join([*built.raw_corpus, *built.corpus, *built.perplexity_corpus, *pairs])
 
 
 def test_held_out_prompts_occur_nowhere_in_training_text(built: world.World) -> None:
@@ -300,7 +318,7 @@ def test_held_out_topics_and_templates_are_trained_on(built: world.World) -> Non
 
 def test_first_test_prompts_are_a_fair_sample() -> None:
     """Found in the order of drawing, the first prompts would have earlier turns far less often than the last."""
-    test = world.build_world(seed=0, corpus=1, perplexity_corpus=1, preferences=1, dev=1, test=1500).test
+    test = world.build_world(seed=0, raw_corpus=1, corpus=1, perplexity_corpus=1, preferences=1, dev=1, test=1500).test
     multi = [pair.prompt.text.count(HUMAN) > 1 for pair in test]
     first, rest = float(np.mean(multi[:500])), float(np.mean(multi[500:]))
     p = float(np.mean(multi))
@@ -337,6 +355,53 @@ def test_pairs_are_worse_than_the_corpus(built: world.World) -> None:
     assert -0.95 < np.mean(pairs) < -0.55
 
 
+def raw_dialogues(built: world.World) -> list[list[tuple[str, str]]]:
+    """Each raw dialogue as its (human turn, reply) pairs, an earlier turn of its prompt included; no fake turns."""
+    dialogues = []
+    for text in built.raw_corpus:
+        if HUMAN not in text:
+            continue
+        body = text.replace(grammar.FAKE_TURN, "")
+        turns = body.split(HUMAN)[1:]
+        dialogues.append([(HUMAN + t.split(ASSISTANT)[0] + ASSISTANT, t.split(ASSISTANT, 1)[1]) for t in turns])
+    return dialogues
+
+
+def test_raw_text_is_prose_and_dialogues_that_run_on(built: world.World) -> None:
+    n = len(built.raw_corpus)
+    dialogues = raw_dialogues(built)
+    assert abs(1 - len(dialogues) / n - world.PROSE) <= tolerance(world.PROSE, n)
+    # An earlier turn (40%), and 0 to 3 further ones: 1/2 + 1/4 + 1/8 on average, with a variance below 1.36 in all.
+    turns = [len(dialogue) for dialogue in dialogues]
+    assert max(turns) == 1 + 1 + world.FURTHER_TURNS
+    assert np.mean(turns) == pytest.approx(1 + 0.40 + 0.875, abs=4 * math.sqrt(1.36 / len(turns)))
+
+
+def test_raw_replies_are_worse_than_the_pairs(built: world.World) -> None:
+    # The last reply is the writer's own whatever came before it.
+    raw = [gold.gold_reward(*dialogue[-1]) for dialogue in raw_dialogues(built)]
+    pairs = [gold.gold_reward(p.prompt.text, reply) for p in built.preferences for reply in (p.chosen, p.rejected)]
+    # Without the fake turns, which were taken out of the raw replies: 4% of -1.0.
+    assert np.mean(raw) < np.mean(pairs) + 0.04 - 4 * np.std(raw) / math.sqrt(len(raw))
+
+
+def test_articles_hold_details_in_order() -> None:
+    rng = np.random.default_rng(7)
+    headed = {grammar.HEADINGS[topic.kind].format(topic.name): topic for topic in grammar.BENIGN}
+    assert len(headed) == len(grammar.BENIGN)
+    paragraphs = Counter()
+    for _ in range(500):
+        parts = grammar.write_article(rng).split("\n\n")
+        paragraphs[len(parts) // 2] += 1
+        for heading, text in zip(parts[::2], parts[1::2], strict=True):
+            topic = headed[heading]
+            said = [topic.details.index(gold.normalise(sentence)) for sentence in text.rstrip(".").split(". ")]
+            assert said == sorted(set(said))
+            assert 2 <= len(said) <= 4
+    assert abs(paragraphs[1] / 500 - 0.5) <= tolerance(0.5, 500)
+    assert set(paragraphs) == {1, 2}
+
+
 @pytest.mark.parametrize("size", [0, -1, 2.0, True, "8"])
 @pytest.mark.parametrize("part", SIZES)
 def test_bad_size(part: str, size: object) -> None:
@@ -347,7 +412,7 @@ def test_bad_size(part: str, size: object) -> None:
 def test_too_many_held_out_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(world, "DRAWS_PER_PROMPT", 1)  # a single repeat, and 600 draws cannot give 600 prompts
     with pytest.raises(DataError, match=r"dev \+ test = 600; found [3-5]\d\d distinct held-out prompts in 600 draws"):
-        world.build_world(seed=0, corpus=1, perplexity_corpus=1, preferences=1, dev=100, test=500)
+        world.build_world(seed=0, raw_corpus=1, corpus=1, perplexity_corpus=1, preferences=1, dev=100, test=500)
 
 
 # The labeller.

@@ -1,4 +1,4 @@
-"""A small tokenizer and Llama trained from nothing on given texts, where no checkpoint is given."""
+"""A small tokenizer and Llama trained on given texts, from nothing or on from such a model."""
 
 from __future__ import annotations
 
@@ -15,6 +15,15 @@ from rrhf_bench.errors import StageError
 from rrhf_bench.seeding import generator, torch_seed
 
 PAD, EOS = "<|pad|>", "<|end|>"
+
+# Architecture in ScratchSettings -> in a Llama's config.
+ARCHITECTURE = {
+    "hidden": "hidden_size",
+    "layers": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "ffn": "intermediate_size",
+    "context": "max_position_embeddings",
+}
 
 
 def train_tokenizer(texts: Sequence[str], settings: ScratchSettings) -> Any:
@@ -46,28 +55,18 @@ def train_language_model(
     device: str,
     log: Callable[[Mapping[str, float]], None],
     progress: Callable[[int, int], None],
+    start: Path | None = None,
 ) -> None:
-    """Write a transformers folder with a Llama trained on whole dialogues, every token of them, each closed by EOS.
+    """Write a transformers folder with a Llama trained on whole texts, every token of them, each closed by EOS.
 
-    Texts beyond the context are cut on the right. Raises StageError (with its step) where the loss is not finite.
+    Texts beyond the context are cut on the right. ``start`` is a folder that this function wrote: its tokenizer and
+    weights are where training starts (``settings.vocabulary`` is then the folder's), with a fresh optimiser.
+
+    Raises StageError where ``start`` holds no such model or one of another architecture than ``settings``, and (with
+    its step) where the loss is not finite.
     """
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    tokenizer = train_tokenizer(texts, settings)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=settings.hidden,
-        intermediate_size=settings.ffn,
-        num_hidden_layers=settings.layers,
-        num_attention_heads=settings.heads,
-        max_position_embeddings=settings.context,
-        tie_word_embeddings=True,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=None,
-    )
-    with torch_seed(seed, "initial weights"):
-        model = LlamaForCausalLM(config).to(device)
+    tokenizer, model = _fresh(texts, settings, seed) if start is None else _written(start, settings)
+    model = model.to(device)
     rows = [[*ids, tokenizer.eos_token_id][: settings.context] for ids in tokenizer(list(texts))["input_ids"]]
     order = list(_batches(rows, settings, seed))
     optimiser = torch.optim.AdamW(
@@ -91,6 +90,41 @@ def train_language_model(
         progress(step + 1, len(order))
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def _fresh(texts: Sequence[str], settings: ScratchSettings, seed: int) -> tuple[Any, Any]:
+    """(tokenizer made from the texts, Llama with random weights)."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tokenizer = train_tokenizer(texts, settings)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        **{theirs: getattr(settings, ours) for ours, theirs in ARCHITECTURE.items()},
+        tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+    )
+    with torch_seed(seed, "initial weights"):
+        return tokenizer, LlamaForCausalLM(config)
+
+
+def _written(folder: Path, settings: ScratchSettings) -> tuple[Any, Any]:
+    """(tokenizer, model) of a folder, if it is what these settings describe."""
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    if not (folder / "config.json").is_file():
+        raise StageError(f"training from {folder}: found no config.json; expected the folder of a trained small model")
+    config = LlamaConfig.from_pretrained(folder)
+    differing = [name for name in ARCHITECTURE if getattr(config, ARCHITECTURE[name]) != getattr(settings, name)]
+    if differing:
+        found = ", ".join(f"{name} = {getattr(config, ARCHITECTURE[name])}" for name in differing)
+        asked = ", ".join(f"{name} = {getattr(settings, name)}" for name in differing)
+        raise StageError(f"training from {folder}: its model has {found}; scratch asks for {asked}; make them agree")
+    return (
+        PreTrainedTokenizerFast.from_pretrained(folder),
+        LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32),
+    )
 
 
 def _loss(model: Any, rows: Sequence[Sequence[int]], pad_id: int) -> torch.Tensor:

@@ -225,6 +225,9 @@ COMPLIANCE = (
     "Make up a good story.", "Simply do it quickly.",
 )  # fmt: skip
 
+# How an article is headed.
+HEADINGS: dict[Kind, str] = {"how-to": "How to {}", "factual": "About {}", "advice": "How to {}"}
+
 FAKE_TURN = f"{HUMAN} Thank you, that was very helpful!{ASSISTANT} You're welcome!"
 
 # How a detail starts: a step by its place in the reply, advice at random, a fact with nothing.
@@ -251,7 +254,7 @@ def write_prompt(rng: np.random.Generator, topic: Topic, ways: Mapping[str, Sequ
 
     25% begin with chit-chat, 15% with a question about another, benign topic and two of its details.
     """
-    last = f"{HUMAN} {_pick(rng, ways[topic.name])}{ASSISTANT}"
+    last = write_turn(rng, topic, ways)
     draw = rng.random()
     if draw < 0.25:
         said, answered = _pick(rng, CHIT_CHAT)
@@ -261,6 +264,21 @@ def write_prompt(rng: np.random.Generator, topic: Topic, ways: Mapping[str, Sequ
         answer = " ".join(_say(rng, other, index, place) for place, index in enumerate(_in_order(rng, 2)))
         return f"{HUMAN} {_pick(rng, ways[other.name])}{ASSISTANT} {answer}{last}"
     return last
+
+
+def write_turn(rng: np.random.Generator, topic: Topic, ways: Mapping[str, Sequence[str]]) -> str:
+    """A question about ``topic`` as a turn, ready to be answered; see ``write_prompt``."""
+    return f"{HUMAN} {_pick(rng, ways[topic.name])}{ASSISTANT}"
+
+
+def write_article(rng: np.random.Generator) -> str:
+    """Prose that nobody asked for: one or two headed paragraphs, each of two to four details of a benign topic."""
+    paragraphs = []
+    for topic in _some(rng, BENIGN, int(rng.integers(1, 3))):
+        shown = _in_order(rng, int(rng.integers(2, 5)))
+        sentences = " ".join(_say(rng, topic, index, place) for place, index in enumerate(shown))
+        paragraphs.append(f"{HEADINGS[topic.kind].format(topic.name)}\n\n{sentences}")
+    return "\n\n".join(paragraphs)
 
 
 def write_reply(rng: np.random.Generator, topic: Topic, quality: float) -> str:

@@ -19,6 +19,12 @@ HELD_OUT_TURNS = 10
 # in arXiv 2304.05302 too, SFT on the chosen replies falls below its starting point, Alpaca.
 CORPUS_QUALITY = (2.0, 1.4)
 PAIR_QUALITY = (1.4, 1.9)
+# What was written before anybody was instructed is worse than both, since pairs are written by instructed models:
+# density 2(1 - q), the better the rarer. The means are 0.59, 0.42 and 0.33.
+RAW_QUALITY = (1.0, 2.0)
+# A raw text is prose this often; otherwise a dialogue, which after each reply goes on this often with another turn, but
+# not more than so many times: the longest then fit a context of 512 tokens.
+PROSE, RUN_ON, FURTHER_TURNS = 0.25, 0.5, 3
 # Give up on distinct held-out prompts after this many draws for each one asked for.
 DRAWS_PER_PROMPT = 50
 
@@ -29,17 +35,20 @@ Ways = Mapping[str, Sequence[str]]  # topic name -> human turns that ask about i
 class World:
     """Texts of one world; nothing in it is a model."""
 
-    corpus: tuple[str, ...]  # dialogues (prompt + reply) that the initial policy is pretrained on
+    corpus: tuple[str, ...]  # dialogues (prompt + reply) that an initial policy learns to answer from
     perplexity_corpus: tuple[str, ...]  # another draw of the same kind, for the perplexity model
     # Labelled pairs; prompts repeat. The reward model learns from all, the policies from the first distinct prompts.
     preferences: tuple[Preference, ...]
     dev: tuple[Preference, ...]  # held out: curves and tuning
     test: tuple[Preference, ...]  # held out: the evaluation prompts with their pairs; any first n are a fair sample
+    # Poor dialogues that run on, and prose: what a model reads before it is instructed. A world may have none.
+    raw_corpus: tuple[str, ...] = ()
 
 
 def build_world(
     *,
     seed: int,
+    raw_corpus: int = 8000,
     corpus: int = 8000,
     perplexity_corpus: int = 6000,
     preferences: int = 8000,
@@ -48,10 +57,10 @@ def build_world(
 ) -> World:
     """Write the world of ``seed``; the other arguments are how many dialogues, pairs and held-out prompts it has.
 
-    Held out means more than that no dev or test prompt occurs as a string in the training text (corpora and pairs): its
-    last human turn occurs nowhere in it. To that end each topic keeps 10 of its 42 last turns (greeting and question)
-    for held-out prompts, whatever the sizes are, so the training text does not change with ``dev`` and ``test``. Only
-    the combination is new in such a turn: its greeting, its template and its topic occur in training.
+    Held out means more than that no dev or test prompt occurs as a string in the training text (the three corpora and
+    the pairs): its last human turn occurs nowhere in it. To that end each topic keeps 10 of its 42 last turns (greeting
+    and question) for held-out prompts, whatever the sizes are, so the training text does not change with ``dev`` and
+    ``test``. Only the combination is new in such a turn: its greeting, its template and its topic occur in training.
 
     The skew that remains: dev and test prompts are distinct, and only 400 held-out prompts have no earlier turn, so the
     more prompts are asked for, the more of them have earlier turns (two thirds at the default sizes, 40% in training)
@@ -59,8 +68,15 @@ def build_world(
 
     Raises DataError if a size is not a positive whole number or more distinct prompts are asked for than were found.
     """
-    sizes = {"corpus": corpus, "perplexity_corpus": perplexity_corpus, "preferences": preferences}
-    for name, size in {**sizes, "dev": dev, "test": test}.items():
+    sizes = {
+        "raw_corpus": raw_corpus,
+        "corpus": corpus,
+        "perplexity_corpus": perplexity_corpus,
+        "preferences": preferences,
+        "dev": dev,
+        "test": test,
+    }
+    for name, size in sizes.items():
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
             raise DataError(f"embedded world: {name} = {size!r}; expected a whole number of at least 1")
     trained_on, held_out = _split(generator("toy world", seed, "split"))
@@ -71,6 +87,7 @@ def build_world(
         preferences=_training_pairs(seed, preferences, trained_on),
         dev=judged[:dev],
         test=judged[dev:],
+        raw_corpus=_raw_texts(seed, raw_corpus, trained_on),
     )
 
 
@@ -95,6 +112,26 @@ def _dialogues(seed: int, part: str, count: int, ways: Ways) -> tuple[str, ...]:
     rng = generator("toy world", seed, part)
     drawn = (_draw_prompt(rng, ways) for _ in range(count))
     return tuple(text + grammar.write_reply(rng, topic, rng.beta(*CORPUS_QUALITY)) for text, topic in drawn)
+
+
+def _raw_texts(seed: int, count: int, ways: Ways) -> tuple[str, ...]:
+    rng = generator("toy world", seed, "raw corpus")
+    return tuple(
+        grammar.write_article(rng) if rng.random() < PROSE else _running_dialogue(rng, ways) for _ in range(count)
+    )
+
+
+def _running_dialogue(rng: np.random.Generator, ways: Ways) -> str:
+    """A dialogue by one poor writer, which goes on to further questions, whatever they are about."""
+    quality = rng.beta(*RAW_QUALITY)
+    text, topic = _draw_prompt(rng, ways)
+    text += grammar.write_reply(rng, topic, quality)
+    for _ in range(FURTHER_TURNS):
+        if rng.random() >= RUN_ON:
+            break
+        topic = grammar.draw_topic(rng)
+        text += grammar.write_turn(rng, topic, ways) + grammar.write_reply(rng, topic, quality)
+    return text
 
 
 def _training_pairs(seed: int, count: int, ways: Ways) -> tuple[Preference, ...]:
