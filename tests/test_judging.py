@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import socket
+import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from rrhf_bench import cli
 from rrhf_bench.config import JudgeTable, RuntimeSettings
 from rrhf_bench.errors import ConfigError, DataError, StageError, StoreError
 from rrhf_bench.jsonl import read_jsonl, write_jsonl
@@ -22,7 +25,7 @@ from rrhf_bench.pipeline.store import Store
 from rrhf_bench.records import Candidates, Preference, Prompt, Response
 from rrhf_bench.rewards.judge_settings import JudgeSettings
 from rrhf_bench.rewards.toy_judge import ToyJudge
-from tests.judge_endpoints import Faulty, Reply, endpoints, rate_by_length
+from tests.judge_endpoints import Faulty, Reply, endpoints, rate_by_length, vllm_endpoint
 
 LAST = "\n\nAssistant: Yes.\n\nHuman: How do I bake bread?\n\nAssistant:"  # a question of the embedded world
 PAIRS = [Preference(Prompt(f"\n\nHuman: {name}?{LAST}"), " good", " bad") for name in ("one", "two", "three", "four")]
@@ -218,12 +221,132 @@ def test_faults_of_key_and_place_are_one_line(tmp_path, monkeypatch, closed):
         judge_candidates(table(closed), groups, tmp_path / "file")
 
 
-def _ask(url: str, journals: Path) -> None:
+TINY = """
+name = "tiny"
+[data]
+source = "files"
+path = "{path}"
+train_prompts = 8
+[policy]
+source = "scratch"
+scratch = {scratch}
+[reward_model]
+source = "scratch"
+training = {{ epochs = 1 }}
+[perplexity_model]
+source = "scratch"
+scratch = {scratch}
+[judge]
+source = "endpoint"
+endpoint = {{ base_url = "{url}", {judge} }}
+[sampling]
+backend = "{backend}"
+policy = "SP"
+n = 1
+max_new_tokens = 8
+[sources.other]
+model = "sft"
+[methods.sft]
+epochs = 1
+[methods.wombat]
+kind = "rrhf"
+epochs = 1
+sources = ["other", "model", "chosen"]
+scored_by = "judge"
+[evaluation]
+prompts = 4
+pairs = 4
+dev_prompts = 2
+curve_points = 1
+max_new_tokens = 8
+pool_prompts = 1
+pool_samples = 2
+[runtime]
+device = "cpu"
+workers = 1
+"""
+SCRATCH = "{ vocabulary = 300, hidden = 32, layers = 1, heads = 1, ffn = 32, epochs = 1 }"
+QUICK = 'model = "m", structured = "none", retries = 1, backoff = 0.001, attempts = 2'
+
+RunCli = Callable[..., str]
+
+
+@pytest.fixture
+def run_tiny(tmp_path, monkeypatch, capfd) -> Iterator[RunCli]:
+    """Runs the tiny experiment with this endpoint; what it prints to stderr where it fails with 2, else nothing."""
+    pairs = [{"prompt": f"What is {i}?", "chosen": f"It is {i}.", "rejected": "No."} for i in range(30)]
+    write_jsonl(tmp_path / "pairs.jsonl", pairs)
+
+    def run(url: str, judge: str = QUICK, backend: str = "transformers") -> str:
+        text = TINY.format(path=tmp_path / "pairs.jsonl", scratch=SCRATCH, url=url, judge=judge, backend=backend)
+        (tmp_path / "tiny.toml").write_text(text)
+        words = ["run", tmp_path / "tiny.toml", "--runs", tmp_path / "runs", "--json"]
+        monkeypatch.setattr(sys, "argv", ["rrhf-bench", *map(str, words)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        error = capfd.readouterr().err
+        assert ended.value.code in (0, None, 2), error
+        return error if ended.value.code else ""
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield run
+    torch.set_num_threads(threads)
+
+
+def test_a_run_ends_with_one_line_and_goes_on_when_the_judge_is_there(run_tiny, serve, closed, tmp_path):
+    errors = [line for line in run_tiny(closed).splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    for part in (
+        "ratings of the candidates of wombat, seed 0: judge",
+        closed,
+        "2 tries",
+        "Connection refused",
+        "0 of 8",
+    ):
+        assert part in errors[0]
+
+    server = serve(lambda handler, body, n: rate_by_length(handler, body, n) if n < 5 else handler.send(500, "{}"))
+    assert "5 of 8 prompts were judged and are kept in" in run_tiny(server.url)
+    store = Store(tmp_path / "runs" / "store")
+    before = {path: path.stat().st_mtime_ns for path in store.root.glob("*/manifest.json")}
+
+    up = serve(rate_by_length)
+    assert run_tiny(up.url) == ""
+    assert len(up.requests) == 3
+    assert all(path.stat().st_mtime_ns == time for path, time in before.items())
+    stages = json.loads((tmp_path / "runs" / "tiny" / "run.json").read_text())["stages"]
+    trained = next(stage for stage in stages.values() if stage["name"] == "train wombat, seed 0")
+    rows = read_jsonl(store.folder(trained["inputs"]["judged"]) / "candidates.jsonl", Candidates)
+    assert [response.source for response in rows[0].responses] == ["other", "model", "chosen"]
+    assert all(row.scores == tuple(3.0 + min(len(r.text.strip()), 5) for r in row.responses) for row in rows)
+
+
+def test_prose_alone_ends_a_run_with_the_answer_in_its_line(run_tiny, serve):
+    error = run_tiny(serve(lambda handler, body, number: handler.say("They are\nall good.")).url)
+    (line,) = [line for line in error.splitlines() if line.startswith("error: ")]
+    for part in ("for any of 8 prompts (16 not_ratings)", "'They are all good.'", "structured"):
+        assert part in line
+
+
+@pytest.mark.slow
+def test_a_run_with_a_vllm_server_as_judge(run_tiny, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setenv("JUDGE_KEY", "sk-loopback")
+    judge = 'model = "tiny", structured = "regex", api_key_env = "JUDGE_KEY"'
+    with vllm_endpoint(tokenizer, tmp_path) as url:
+        assert run_tiny(url, judge) == ""
+    (ratings,) = (tmp_path / "runs" / "store").glob("*/ratings.jsonl")
+    assert len(ratings.read_text().splitlines()) == 8
+    report = (tmp_path / "runs" / "tiny" / "report" / "report.md").read_text()
+    assert "wombat" in report
+    everything = [path for path in (tmp_path / "runs").rglob("*") if path.is_file()]
+    assert not [path for path in everything if b"sk-loopback" in path.read_bytes()]
+
+
+def test_who_asks_one_judge_takes_turns_and_nothing_is_asked_twice(serve, tmp_path):
+    """Two threads stand for two processes: a file lock holds between any two that opened the file."""
     groups = [Candidates(pair.prompt, (Response(" a", "model"), Response(" bb", "model"))) for pair in PAIRS]
-    judge_candidates(table(url, concurrency=2), groups, journals)
-
-
-def test_two_processes_ask_one_judge_in_turns_and_nothing_twice(serve, tmp_path):
     lock, at_once, most = threading.Lock(), 0, 0
 
     def slow(handler: Faulty, body: dict[str, Any], number: int) -> None:
@@ -237,12 +360,9 @@ def test_two_processes_ask_one_judge_in_turns_and_nothing_twice(serve, tmp_path)
         rate_by_length(handler, body, number)
 
     server = serve(slow)
-    context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=_ask, args=(server.url, tmp_path / JOURNALS)) for _ in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(60)
-    assert [process.exitcode for process in processes] == [0, 0]
+    judge = table(server.url, concurrency=2)
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(lambda _: judge_candidates(judge, groups, tmp_path / JOURNALS), range(2))
+    assert first == second
     assert len(server.requests) == len(PAIRS)
-    assert most <= 2
+    assert most == 2
