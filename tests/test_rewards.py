@@ -17,11 +17,13 @@ from conftest import make_llama, make_tokenizer
 
 from rrhf_bench.errors import DataError, StageError
 from rrhf_bench.records import Preference, Prompt
-from rrhf_bench.rewards.bradley_terry import batch_order, bradley_terry_loss, train_reward_model
+from rrhf_bench.rewards.bradley_terry import bradley_terry_loss, train_reward_model
 from rrhf_bench.rewards.contract import CONTRACT_FILE, KNOWN_LAYOUTS, RewardContract, by_length
-from rrhf_bench.rewards.gold import GoldReward
+from rrhf_bench.rewards.gold import GoldReward, ReviewsGold
+from rrhf_bench.rewards.head import batch_order
 from rrhf_bench.rewards.hub import ClassifierReward
 from rrhf_bench.rewards.reward_settings import RewardTrainingSettings
+from rrhf_bench.rewards.sentiment import classification_loss, train_classifier
 from rrhf_bench.rewards.value_head import ValueHeadReward
 from rrhf_bench.seeding import generator
 
@@ -135,9 +137,126 @@ def test_an_empty_list_has_no_scores(make_reward: MakeReward) -> None:
     assert ClassifierReward.load(make_reward()).score([], []).shape == (0,)
 
 
-def test_two_labels(make_reward: MakeReward) -> None:
-    with pytest.raises(DataError, match="reward: has 2 labels; a reward model has 1"):
-        ClassifierReward.load(make_reward(labels=2))
+@torch.no_grad()
+def slow_probability(folder: Path, label: int, eos_id: int | None = None) -> list[float]:
+    """softmax by hand, one unpadded text at a time, as the class itself scores it."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
+    if eos_id is not None:
+        model.config.pad_token_id = None  # a causal class then pools the last token, whatever it is
+    tok = AutoTokenizer.from_pretrained(folder)
+    logits = [
+        model(torch.tensor([[*tok(text)["input_ids"], *([] if eos_id is None else [eos_id])]])).logits[0].tolist()
+        for text in TEXTS
+    ]
+    return [math.exp(row[label]) / sum(map(math.exp, row)) for row in logits]
+
+
+def test_a_label_of_several_is_its_probability(make_reward: MakeReward, tokenizer: Any) -> None:
+    folder = make_reward(labels=3)
+    identities = set()
+    for label in range(3):
+        expected = slow_probability(folder, label, tokenizer.eos_token_id)
+        assert np.std(expected) > 0.01
+        for batch_size in (1, 3):
+            reward = ClassifierReward.load(folder, label=f"LABEL_{label}", batch_size=batch_size)
+            np.testing.assert_allclose(reward.score(PROMPTS, REPLIES), expected, rtol=1e-4, atol=1e-6)
+        identities.add(reward.identity)
+    assert len(identities) == 3
+    total = sum(ClassifierReward.load(folder, label=f"LABEL_{i}").score(PROMPTS, REPLIES) for i in range(3))
+    np.testing.assert_allclose(total, 1.0, rtol=1e-12)
+
+
+def test_label_faults(make_reward: MakeReward) -> None:
+    folder = make_reward(labels=2)
+    shown = r"reward: has 2 labels \(LABEL_0, LABEL_1\)"
+    with pytest.raises(DataError, match=f"{shown}; name the one whose probability is the reward: reward_model.label"):
+        ClassifierReward.load(folder)
+    with pytest.raises(DataError, match=f"{shown}; found reward_model.label = 'POSITIVE'; expected one of them"):
+        ClassifierReward.load(folder, label="POSITIVE")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"problem_type": "multi_label_classification"}))
+    with pytest.raises(DataError, match=r"several of which may hold at once; expected labels that exclude one another"):
+        ClassifierReward.load(folder, label="LABEL_1")
+    with pytest.raises(DataError, match=r"one: has 1 label, so its score is the reward; remove reward_model.label"):
+        ClassifierReward.load(make_reward("one"), label="LABEL_0")
+
+
+# Bidirectional classifiers
+
+
+@pytest.fixture
+def make_encoder(tmp_path: Path) -> Callable[..., Path]:
+    """A random DistilBERT or XLNet with two labels, and a tokenizer that writes [CLS] and [SEP] and knows no EOS."""
+
+    def make(kind: str = "distilbert") -> Path:
+        from tokenizers import processors
+        from transformers import AutoModelForSequenceClassification, DistilBertConfig, XLNetConfig
+
+        tok = make_tokenizer()
+        tok.eos_token = None
+        tok.add_special_tokens({"cls_token": "[CLS]", "sep_token": "[SEP]"})
+        tok._tokenizer.post_processor = processors.TemplateProcessing(
+            single="[CLS] $A [SEP]", special_tokens=[("[CLS]", tok.cls_token_id), ("[SEP]", tok.sep_token_id)]
+        )
+        labels = {"id2label": {0: "NEGATIVE", 1: "POSITIVE"}, "label2id": {"NEGATIVE": 0, "POSITIVE": 1}}
+        shared = {"vocab_size": len(tok), "pad_token_id": tok.pad_token_id, "initializer_range": 0.3, **labels}
+        if kind == "distilbert":
+            config = DistilBertConfig(
+                dim=32, hidden_dim=64, n_layers=2, n_heads=2, max_position_embeddings=256, **shared
+            )
+        else:
+            config = XLNetConfig(d_model=32, d_inner=64, n_layer=2, n_head=2, summary_type="last", **shared)
+        with torch.random.fork_rng():
+            torch.manual_seed(7)
+            AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path / kind)
+        tok.save_pretrained(tmp_path / kind)
+        return tmp_path / kind
+
+    return make
+
+
+def test_an_encoder_scores_one_text_at_a_time(make_encoder: Callable[..., Path]) -> None:
+    folder = make_encoder()
+    expected = slow_probability(folder, 1)
+    assert np.std(expected) > 0.005
+    for batch_size in (1, 3, 8):  # padded among longer texts or alone
+        reward = ClassifierReward.load(folder, template="raw", label="POSITIVE", batch_size=batch_size)
+        np.testing.assert_allclose(reward.score(PROMPTS, REPLIES), expected, rtol=1e-4, atol=1e-6)
+        assert reward.contract == RewardContract(template="raw", append_eos=False)
+    negative = ClassifierReward.load(folder, template="raw", label="NEGATIVE").score(PROMPTS, REPLIES)
+    np.testing.assert_allclose(negative, 1 - np.array(expected), rtol=1e-4, atol=1e-6)
+
+
+def test_an_encoder_reads_every_word(make_encoder: Callable[..., Path]) -> None:
+    reward = ClassifierReward.load(make_encoder(), template="raw", label="POSITIVE")
+    first, second = reward.score([Prompt("I saw"), Prompt("We saw")], [" it. The plot was dull."] * 2)
+    assert abs(first - second) > 1e-4
+
+
+def test_a_cut_text_keeps_its_cls(make_encoder: Callable[..., Path]) -> None:
+    folder = make_encoder()
+    contract = RewardContract(template="raw", append_eos=False, max_length=20)
+    reward = ClassifierReward.load(folder, contract=contract, label="POSITIVE")
+    ids, cut = contract.encode(PROMPTS[2], REPLIES[4], reward.tokenizer, 20)
+    assert cut
+    assert (ids[0], ids[-1], len(ids)) == (reward.tokenizer.cls_token_id, reward.tokenizer.sep_token_id, 20)
+    # A context that only the tokenizer knows, as RoBERTa's, binds an encoder too.
+    tok = reward.tokenizer
+    tok.model_max_length = 30
+    tok.save_pretrained(folder)
+    told = ClassifierReward.load(folder, template="raw", label="POSITIVE")
+    bound = ClassifierReward.load(folder, contract=replace(contract, max_length=30), label="POSITIVE")
+    assert told.score(PROMPTS, REPLIES).tolist() == bound.score(PROMPTS, REPLIES).tolist()
+    assert told.truncated == bound.truncated > 0
+
+
+def test_a_class_that_pools_its_last_place_is_refused(make_encoder: Callable[..., Path]) -> None:
+    with pytest.raises(
+        DataError, match="XLNetForSequenceClassification scores a text otherwise with padding behind it"
+    ):
+        ClassifierReward.load(make_encoder("xlnet"), template="raw", label="POSITIVE")
 
 
 def test_a_language_model_has_no_head(llama_folder: Callable[[int], Path]) -> None:
@@ -250,6 +369,19 @@ def test_one_bos_and_it_survives_truncation() -> None:
     tok.chat_template = "<pad>{% for m in messages %}{{ m.content }}{% endfor %}"
     chat, _ = RewardContract.default("chat").encode(prompt, " Ho", tok, None)
     assert chat.count(0) == 1  # the template has written it, and the tokenizer adds none
+
+
+def test_raw_contract_is_prompt_and_response(tokenizer: Any) -> None:
+    prompt, eos = Prompt("I saw this film. The plot"), tokenizer.eos_token_id
+    ids, cut = RewardContract.default("raw").encode(prompt, " was dull.", tokenizer, None)
+    assert (tokenizer.decode(ids), cut) == ("I saw this film. The plot was dull.", False)
+    with_eos, _ = RewardContract(template="raw").encode(prompt, " was dull.", tokenizer, None)
+    assert with_eos == [*ids, eos]
+    assert ids == tokenizer(prompt.text + " was dull.")["input_ids"]
+    # Text that happens to look like a dialogue is text.
+    turn = Prompt("\n\nHuman: Hi\n\nHuman:")
+    ids, _ = RewardContract.default("raw").encode(turn, " Ho", tokenizer, None)
+    assert tokenizer.decode(ids) == turn.text + " Ho"
 
 
 def test_chat_contract_renders_the_whole_conversation() -> None:
@@ -521,6 +653,63 @@ def test_training_faults(llama_folder: Callable[[int], Path], tmp_path: Path) ->
     assert stored.model.config.pad_token_id == stored.tokenizer.pad_token_id
 
 
+# A sentiment classifier
+
+
+def test_classification_loss_by_hand() -> None:
+    # -log sigma(z) of positive texts and -log sigma(-z) of negative ones: z = 2 and -0.5 positive, 1 and -3 negative:
+    # log(1 + e^-2) = 0.1269280, log(1 + e^0.5) = 0.9740770, log(1 + e^1) = 1.3132617, log(1 + e^-3) = 0.0485874; the
+    # mean of the four is 2.4628541 / 4 = 0.6157135.
+    positive, negative = torch.tensor([2.0, -0.5]), torch.tensor([1.0, -3.0])
+    assert classification_loss(positive, negative).item() == pytest.approx(0.6157135, abs=1e-6)
+    assert classification_loss(negative, positive).item() != pytest.approx(0.6157135, abs=1e-2)
+    assert classification_loss(positive + 9, negative + 9).item() > 4  # the zero has a meaning
+    # It is the softmax cross-entropy over the two labels' logits.
+    logit_NK = torch.randn(6, 2, generator=torch.Generator().manual_seed(0))
+    odds_N = logit_NK[:, 1] - logit_NK[:, 0]
+    target_N = torch.tensor([1, 1, 1, 0, 0, 0])
+    torch.testing.assert_close(
+        classification_loss(odds_N[:3], odds_N[3:]), torch.nn.functional.cross_entropy(logit_NK, target_N)
+    )
+    assert torch.isfinite(classification_loss(torch.tensor([-1e4]), torch.tensor([1e4])))
+
+
+def reviews(n: int) -> list[Preference]:
+    """One word tells; texts are raw, and prompts say nothing."""
+    rng = np.random.default_rng(2)
+    words = [" the flour and the water" * int(rng.integers(1, 4)) for _ in range(2 * n)]
+    prompts = [Prompt(f"I saw film {i % 10}.") for i in range(n)]
+    return [Preference(p, words[2 * i] + " help!", words[2 * i + 1] + " sad!") for i, p in enumerate(prompts)]
+
+
+def test_a_trained_classifier_loads_and_knows_both_labels(llama_folder: Callable[[int], Path], tmp_path: Path) -> None:
+    lines: list[dict[str, float]] = []
+    pairs = reviews(200)
+    settings = SETTINGS.model_copy(update={"objective": "classification"})
+    folder = tmp_path / "rm"
+    result = train_classifier(
+        llama_folder(0), pairs[:160], settings, folder, seed=0, log=lambda line: lines.append(dict(line))
+    )
+    assert result.counts == {"pairs": 160, "truncated": 0}
+    assert lines[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)  # the head is zero: one half for every text
+    assert lines[0]["rewards/accuracies"] == 0.5
+    assert result.loss < 0.3
+    config = json.loads((folder / "config.json").read_text())
+    assert config["id2label"] == {"0": "NEGATIVE", "1": "POSITIVE"}
+
+    reward = ClassifierReward.load(folder, label="POSITIVE", batch_size=8)
+    assert reward.contract == RewardContract(template="raw", max_length=512) == RewardContract.read(folder)
+    prompts = [pair.prompt for pair in pairs[160:]]
+    chosen = reward.score(prompts, [pair.chosen for pair in pairs[160:]])
+    rejected = reward.score(prompts, [pair.rejected for pair in pairs[160:]])
+    assert (chosen > 0.5).all()
+    assert (rejected < 0.5).all()
+    negative = ClassifierReward.load(folder, label="NEGATIVE", batch_size=8)
+    np.testing.assert_allclose(negative.score(prompts, [pair.chosen for pair in pairs[160:]]), 1 - chosen, atol=1e-12)
+    with pytest.raises(DataError, match=r"has 2 labels \(NEGATIVE, POSITIVE\); name the one"):
+        ClassifierReward.load(folder)
+
+
 def test_batch_order() -> None:
     lengths = np.random.default_rng(0).integers(1, 100, size=700).tolist()
     order = batch_order(lengths, 32, generator(0, "x"))
@@ -552,3 +741,17 @@ def test_gold_reward_is_the_judge_of_the_world() -> None:
     assert expected[0][0] > expected[1][0]
     with pytest.raises(ValueError, match="zip"):
         gold.score([prompt], replies)
+
+
+def test_gold_of_reviews_is_their_judge() -> None:
+    from rrhf_bench.data.toy import reviews as toy
+
+    prompt = Prompt("I saw this thriller on my own last night.")
+    replies = [" I loved the music.", " I loved the music. I loved the music.", " Music the loved.", ""]
+    gold = ReviewsGold()
+    # (2 + 1/2) / 3; the same less 0.1; 1/2 less 0.1; 1/2 less 1/2
+    np.testing.assert_allclose(gold.score([prompt] * 4, replies), [2.5 / 3, 2.5 / 3 - 0.1, 0.4, 0.0], atol=1e-9)
+    assert gold.features([prompt] * 4, replies) == [toy.features(prompt.text, reply) for reply in replies]
+    with pytest.raises(DataError, match="not of the embedded reviews"):
+        gold.score([PROMPTS[0]], replies[:1])
+    assert gold.identity != GoldReward.identity

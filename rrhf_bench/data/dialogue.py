@@ -91,8 +91,8 @@ def cut_at_stop(text: str, stops: Sequence[str] = STOP_STRINGS) -> tuple[str, bo
 class Template:
     """How a model wants a dialogue: ``hh`` as the transcript itself, ``chat`` through its tokenizer's chat template.
 
-    ``raw`` knows of no dialogue, and is for sampling alone: a prompt is whatever text it is, its ids are those that
-    ``tokenizer(text)`` gives, and a reply is read as it was generated.
+    ``raw`` knows of no dialogue: a prompt is whatever text it is, such as a review's beginning, its ids are those that
+    ``tokenizer(text)`` gives, and a reply is what goes on from there, read as it was generated.
     """
 
     kind: TemplateKind = "hh"

@@ -1,4 +1,5 @@
-"""Real inputs: preference pairs from the hub or from files, prompts, and the official RRHF file of scored responses.
+"""Real inputs: preference pairs and labelled texts from the hub or from files, prompts, and the official RRHF file of
+scored responses.
 
 Nothing is repaired silently: what a rule drops, keeps or changes is counted, and the counts travel with the data.
 """
@@ -18,7 +19,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 from rrhf_bench.data.dialogue import ASSISTANT, Turn, as_prompt, as_reply, prompt_of, transcript_of, turns
 from rrhf_bench.errors import DataError
@@ -78,6 +79,40 @@ class PreferenceSplit:
     counts: Mapping[str, int]
 
 
+@dataclass(frozen=True, slots=True)
+class LabelledText:
+    """A text begun, and how it goes on: the one reply that the data set has to its prompt, with no pair to compare."""
+
+    prompt: Prompt
+    reply: str
+    label: str  # as in the data; a policy is not trained on it
+    ended: bool = True  # False where the reply was cut
+
+    def candidates(self) -> Candidates:
+        """The prompt with its reply as a candidate of source "reply"."""
+        return Candidates(self.prompt, (Response(self.reply, "reply", "given" if self.ended else "length"),))
+
+
+@dataclass(frozen=True, slots=True)
+class TextData:
+    """Texts in file order. ``rows`` = ``kept`` + ``too_short``; the other counts are of rows kept."""
+
+    texts: tuple[LabelledText, ...]
+    counts: Mapping[str, int]
+    identity: str  # as PreferenceData's
+    revision: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TextSplit:
+    """Disjoint sets with one text a prompt; no dev or test prompt is a run of words anywhere in the training text."""
+
+    train: tuple[LabelledText, ...]
+    dev: tuple[LabelledText, ...]
+    test: tuple[LabelledText, ...]
+    counts: Mapping[str, int]
+
+
 class _FaultyRow(DataError):
     """A row of the right shape whose text cannot be a pair of replies; ``kind`` is the count it goes to."""
 
@@ -115,24 +150,12 @@ def load_preferences(
     """
     assert diverging in get_args(Diverging), diverging
     assert faulty_rows in get_args(FaultyRows), faulty_rows
-    digest = hashlib.sha256()
-    commit: str | None = None
-    if source == "files":
-        if path is None:
-            raise DataError("source 'files': path is missing; give a file, a folder or a glob")
-        files = find_files(path, split)
-        rows = _file_rows(files, digest)
-    elif source.startswith("hub:") and path is None:
-        rows, commit = _hub_rows(source, config, data_dir, split or "train", revision, digest)
-    else:
-        what = f"source {source!r} with path {str(path)!r}" if path is not None else f"source {source!r}"
-        raise DataError(f"{what}: expected 'files' with a path, or 'hub:<data set>' without one")
-
+    rows = _open(source, path, split, revision, config, data_dir)
     counts: Counter[str] = Counter(dict.fromkeys(("rows", "kept", "diverging", *DROPPED), 0))
     counts.update(dict.fromkeys(("duplicate_prompt", "prompt_rewritten", "separator_added"), 0))
     seen: set[Prompt] = set()
     kept: list[Preference] = []
-    for where, row in rows:
+    for where, row in rows.rows:
         counts["rows"] += 1
         try:
             preference, notes = _read_row(row, where, diverging)
@@ -149,9 +172,97 @@ def load_preferences(
     counts["kept"] = len(kept)
     if not kept:
         raise DataError(f"{path or source}: no usable pair is left; found {_said(counts) or 'no rows'}")
-    # Once every row has been read, the digest covers the contents.
-    name = source if source == "files" else "/".join(filter(None, (source, config, data_dir))) + f":{split or 'train'}"
-    return PreferenceData(tuple(kept), dict(counts), f"{name}@{commit or 'sha256:' + digest.hexdigest()}", commit)
+    return PreferenceData(tuple(kept), dict(counts), rows.identity(), rows.commit)
+
+
+def load_texts(
+    source: str,
+    path: str | Path | None = None,
+    *,
+    split: str | None = None,
+    revision: str | None = None,
+    config: str | None = None,
+    data_dir: str | None = None,
+    prompt_words: int = 48,
+    reply_words: int | None = None,
+) -> TextData:
+    """Texts with a label, each parted into a prompt and the reply that follows it in the data set.
+
+    The source is one of ``load_preferences``; rows are ``{"text", "label"}`` (stanfordnlp/imdb), the label text or a
+    whole number, and other fields are not read. The prompt is the first ``prompt_words`` words, split on white space,
+    the reply the rest, its leading white space included, or its first ``reply_words`` words. 48 words are some 64
+    tokens of GPT-2, the prompt of arXiv 2304.05302 Appendix D, whose completions of 48 tokens are some 36 words.
+
+    Counts: ``rows``, ``kept``, ``too_short`` (texts that end within the prompt); of the rows kept ``duplicate_prompt``,
+    ``leading_space`` (white space removed before the first word), ``reply_cut`` and ``label_<label>``.
+
+    Raises DataError as ``load_preferences`` does, and for a size below 1.
+    """
+    for name, size in {"prompt_words": prompt_words, "reply_words": reply_words}.items():
+        if size is not None and size < 1:
+            raise DataError(f"{source}: {name} = {size}; expected at least 1")
+    rows = _open(source, path, split, revision, config, data_dir)
+    counts = Counter(dict.fromkeys(("rows", "kept", "too_short", "duplicate_prompt", "leading_space", "reply_cut"), 0))
+    seen: set[Prompt] = set()
+    kept: list[LabelledText] = []
+    for where, row in rows.rows:
+        counts["rows"] += 1
+        text, label = _text(row, "text", where), row.get("label")
+        if isinstance(label, bool) or not isinstance(label, int | str):
+            raise DataError(f"{where}: label: found {_found(label)}; expected text or a whole number")
+        words = list(_WORD.finditer(text))
+        if len(words) <= prompt_words:
+            counts["too_short"] += 1
+            continue
+        start, end = words[0].start(), words[prompt_words - 1].end()
+        last = len(words) if reply_words is None else min(len(words), prompt_words + reply_words)
+        cut = last < len(words)
+        reply = text[end : words[last - 1].end() if cut else len(text)]
+        kept.append(LabelledText(Prompt(text[start:end]), reply, str(label), ended=not cut))
+        counts["duplicate_prompt"] += kept[-1].prompt in seen
+        counts["leading_space"] += start > 0
+        counts["reply_cut"] += cut
+        counts[f"label_{label}"] += 1
+        seen.add(kept[-1].prompt)
+    counts["kept"] = len(kept)
+    if not kept:
+        raise DataError(f"{path or source}: no usable text is left; found {_said(counts) or 'no rows'}")
+    return TextData(tuple(kept), dict(counts), rows.identity(), rows.commit)
+
+
+_WORD = re.compile(r"\S+")
+
+
+@dataclass(frozen=True)
+class _Rows:
+    rows: Iterator[Row]
+    commit: str | None
+    identity: Callable[[], str]  # once every row has been read, for the digest to cover the contents
+
+
+def _open(
+    source: str,
+    path: str | Path | None,
+    split: str | None,
+    revision: str | None,
+    config: str | None,
+    data_dir: str | None,
+) -> _Rows:
+    """The rows of a source. Raises DataError for one that is neither files nor a hub set."""
+    digest = hashlib.sha256()
+    commit: str | None = None
+    if source == "files":
+        if path is None:
+            raise DataError("source 'files': path is missing; give a file, a folder or a glob")
+        rows = _file_rows(find_files(path, split), digest)
+        name = source
+    elif source.startswith("hub:") and path is None:
+        rows, commit = _hub_rows(source, config, data_dir, split or "train", revision, digest)
+        name = "/".join(filter(None, (source, config, data_dir))) + f":{split or 'train'}"
+    else:
+        what = f"source {source!r} with path {str(path)!r}" if path is not None else f"source {source!r}"
+        raise DataError(f"{what}: expected 'files' with a path, or 'hub:<data set>' without one")
+    return _Rows(rows, commit, lambda: f"{name}@{commit or 'sha256:' + digest.hexdigest()}")
 
 
 def load_pairs(path: str | Path) -> PreferenceData:
@@ -397,17 +508,37 @@ def split_preferences(
     Counts: ``pairs``, ``duplicate_prompt``, ``overlap`` (left out for containing a held-out prompt), ``unused``.
     Raises DataError with the counts when there are not enough.
     """
-    pairs = list(preferences)
-    by_prompt: dict[str, Preference] = {}
-    for pair in pairs:
-        by_prompt.setdefault(pair.prompt.text, pair)
-    shuffled = sorted(by_prompt.values(), key=lambda pair: derive_seed(seed, "split", pair.prompt.id))
+    return PreferenceSplit(*_split(list(preferences), "pairs", _prompts_inside, train, dev, test, seed))
+
+
+def split_texts(texts: Iterable[LabelledText], *, train: int | None, dev: int, test: int, seed: int) -> TextSplit:
+    """The same of texts whose prompts all have one number of words: none of dev or test is a run of whole words in a
+    training text. The first count is ``texts``."""
+    return TextSplit(*_split(list(texts), "texts", _beginnings_inside, train, dev, test, seed))
+
+
+Item = TypeVar("Item", Preference, LabelledText)
+
+
+def _split(
+    items: Sequence[Item],
+    what: str,
+    prompts_inside: Callable[[Item], Iterator[str]],
+    train: int | None,
+    dev: int,
+    test: int,
+    seed: int,
+) -> tuple[tuple[Item, ...], tuple[Item, ...], tuple[Item, ...], dict[str, int]]:
+    by_prompt: dict[str, Item] = {}
+    for item in items:
+        by_prompt.setdefault(item.prompt.text, item)
+    shuffled: list[Item] = sorted(by_prompt.values(), key=lambda item: derive_seed(seed, "split", item.prompt.id))
     test_set, dev_set, rest = shuffled[:test], shuffled[test : test + dev], shuffled[test + dev :]
-    held_out = {pair.prompt.text for pair in (*test_set, *dev_set)}
-    clean = [pair for pair in rest if held_out.isdisjoint(_prompts_inside(pair))]
+    held_out = {item.prompt.text for item in shuffled[: test + dev]}
+    clean = [item for item in rest if held_out.isdisjoint(prompts_inside(item))]
     counts = {
-        "pairs": len(pairs),
-        "duplicate_prompt": len(pairs) - len(shuffled),
+        what: len(items),
+        "duplicate_prompt": len(items) - len(shuffled),
         "overlap": len(rest) - len(clean),
         "unused": 0 if train is None else max(0, len(clean) - train),
     }
@@ -417,7 +548,16 @@ def split_preferences(
             f"training; expected {test}, {dev} and {'at least one' if train is None else train} ({_said(counts)}); "
             "ask for fewer or give more data"
         )
-    return PreferenceSplit(tuple(clean[:train]), tuple(dev_set), tuple(test_set), counts)
+    return tuple(clean[:train]), tuple(dev_set), tuple(test_set), counts
+
+
+def _beginnings_inside(item: LabelledText) -> Iterator[str]:
+    """Every run of words inside a text that is as long as its prompt, as an exact string."""
+    text = item.prompt.text + item.reply
+    words = list(_WORD.finditer(text))
+    length = len(item.prompt.text.split())
+    for first, last in zip(words, words[length - 1 :], strict=False):
+        yield text[first.start() : last.end()]
 
 
 def _prompts_inside(pair: Preference) -> Iterator[str]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from rrhf_bench.data.dialogue import Template, turns
+from rrhf_bench.data.dialogue import Template, TemplateKind, turns
 from rrhf_bench.errors import DataError
 from rrhf_bench.jsonl import read_jsonl, write_jsonl
 from rrhf_bench.records import Prompt
@@ -31,12 +31,12 @@ class RewardContract:
     pooled by their length, so it changes nothing. Raises DataError for a position that the ids may not have.
     """
 
-    template: Literal["hh", "chat"] = "hh"  # chat: the whole conversation through the tokenizer's chat template
+    template: TemplateKind = "hh"  # chat: the whole conversation through the chat template; raw: prompt and response
     join: Literal["", " "] = ""  # between prompt and response; a Response's text has its leading space already
     strip_response: bool = False
     append_eos: bool = True  # one EOS, also where the tokenizer or the template has written it
     eos_token: str | None = None  # none: the tokenizer's own
-    truncation_side: Literal["left", "right"] = "left"  # left keeps the response; a leading BOS stays in either case
+    truncation_side: Literal["left", "right"] = "left"  # left keeps the response; a leading BOS or CLS stays
     max_length: int | None = None  # tokens, EOS included; none: the model's context
     dtype: Dtype = "float32"
     position: Literal["last", "first-eos"] = "last"  # of the token whose hidden state is scored
@@ -49,8 +49,9 @@ class RewardContract:
             )
 
     @classmethod
-    def default(cls, template: Literal["hh", "chat"]) -> RewardContract:
-        """For a model that says nothing: EOS after a transcript; a chat template writes its own end of turn."""
+    def default(cls, template: TemplateKind) -> RewardContract:
+        """For a model that says nothing: EOS after a transcript; a chat template writes its own end of turn, and a
+        classifier of plain text has what its tokenizer adds ([CLS] and [SEP], or nothing)."""
         return cls(template=template, append_eos=template == "hh")
 
     @classmethod
@@ -77,7 +78,7 @@ class RewardContract:
         template = Template(self.template)
         response = response.strip() if self.strip_response else response
         rendered, add_special_tokens = template.render_prompt(prompt, tokenizer)
-        if self.template == "hh":
+        if self.template != "chat":
             return rendered + self.join + template.render_response(response), add_special_tokens
         messages = [{"role": turn.role, "content": turn.text.strip()} for turn in turns(prompt.text)[:-1]]
         messages.append({"role": "assistant", "content": response.strip()})
@@ -94,7 +95,7 @@ class RewardContract:
             return ids, False
         if self.truncation_side == "right":
             return ids[:max_length], True
-        head = ids[:1] if ids[0] == tokenizer.bos_token_id else []
+        head = ids[:1] if ids[0] in (tokenizer.bos_token_id, tokenizer.cls_token_id) else []
         return head + ids[len(ids) - max_length + len(head) :], True
 
     def index(self, ids: Sequence[int], eos_id: int | None) -> int:

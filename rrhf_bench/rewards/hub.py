@@ -1,6 +1,6 @@
 """Reward models with a sequence-classification head, from the hub or a folder.
 
-Shape letters: N rows, B rows of one batch, L tokens padded, D hidden.
+Shape letters: N rows, B rows of one batch, L tokens padded, D hidden, K labels.
 """
 
 from __future__ import annotations
@@ -9,13 +9,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from rrhf_bench.data.dialogue import TemplateKind
 from rrhf_bench.errors import DataError
 from rrhf_bench.records import Prompt
 from rrhf_bench.rewards.contract import Dtype, RewardContract, by_length, content_digest
@@ -26,7 +27,8 @@ TOKENIZER = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "c
 
 
 class ClassifierReward:
-    """A ``*ForSequenceClassification`` model with one label as a RewardModel.
+    """A ``*ForSequenceClassification`` model as a RewardModel: the score of a model with one label, or the probability
+    in [0, 1] of one label among several (softmax).
 
     For a causal model the score is read at the position of the contract, counted from the row's own length. Its class
     would look for the last token that is not the padding token, which passes over the appended EOS where padding and
@@ -41,13 +43,12 @@ class ClassifierReward:
         *,
         identity: str,
         where: str = "reward model",
+        label: str | None = None,
         batch_size: int = 16,
     ) -> None:
-        """Raises DataError for more than one label, a tokenizer without a pad token or without the contract's EOS."""
-        if model.config.num_labels != 1:
-            raise DataError(
-                f"{where}: has {model.config.num_labels} labels; a reward model has 1: choose a model trained to score"
-            )
+        """Raises DataError for several labels of which none is named, a label that the model does not have, labels that
+        do not exclude one another, a tokenizer without a pad token or without the contract's EOS."""
+        self._label = _label_index(model.config, label, where)
         if tokenizer.pad_token_id is None:
             raise DataError(
                 f"{where}: the tokenizer has no pad token; name one of its tokens with reward_model.pad_token "
@@ -63,8 +64,11 @@ class ClassifierReward:
         self._eos_id = contract.eos_id(tokenizer, where) if contract.append_eos else tokenizer.eos_token_id
         self._max_length = length_limit(contract.max_length, model.config)
         self._head = getattr(model, "score", None)
-        if self._head is None and contract.position != "last":
-            raise DataError(f"{where}: {type(model).__name__} pools by itself; expected position 'last'")
+        if self._head is None:
+            if contract.position != "last":
+                raise DataError(f"{where}: {type(model).__name__} pools by itself; expected position 'last'")
+            # RoBERTa's configuration counts two positions that no token has; its tokenizer knows.
+            self._max_length = min(self._max_length or tokenizer.model_max_length, tokenizer.model_max_length)
         self._check_pooling()
 
     @classmethod
@@ -72,7 +76,8 @@ class ClassifierReward:
         cls,
         source: str | Path,
         *,
-        template: Literal["hh", "chat"] = "hh",
+        template: TemplateKind = "hh",
+        label: str | None = None,
         contract: RewardContract | None = None,
         revision: str | None = None,
         dtype: Dtype | None = None,
@@ -81,6 +86,7 @@ class ClassifierReward:
         batch_size: int = 16,
     ) -> ClassifierReward:
         """From a hub id or a folder. Without ``contract``, the one stored in the folder, else the template's default.
+        ``label``: whose probability the reward is, of a model with several (its configuration names them).
 
         Raises DataError naming the source where it cannot be loaded, has no trained head, or cannot be used (see
         ``__init__``).
@@ -102,8 +108,11 @@ class ClassifierReward:
                 "(a language model has no reward head: train one, or choose another)"
             )
         commit = getattr(model.config, "_commit_hash", None)
-        identity = identity_of("classifier", where, commit, contract)
-        return cls(model.to(device), tokenizer, contract, identity=identity, where=where, batch_size=batch_size)
+        others = () if label is None else (f"label {label}",)
+        identity = identity_of("classifier", where, commit, contract, *others)
+        return cls(
+            model.to(device), tokenizer, contract, identity=identity, where=where, label=label, batch_size=batch_size
+        )
 
     def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> NDArray[np.float64]:
         """(N,) scores. Raises DataError for one that is not finite."""
@@ -116,32 +125,58 @@ class ClassifierReward:
 
     def _score(self, rows: Sequence[Sequence[int]]) -> Tensor:
         ids_BL, mask_BL = pad_right(rows, self.tokenizer.pad_token_id, self.model.device)
-        if self._head is None:  # an encoder: it pools by its first token, and padding is masked
-            return self.model(input_ids=ids_BL, attention_mask=mask_BL).logits[:, 0]
-        index = [self.contract.index(row, self._eos_id) for row in rows]
-        return pooled_scores(self.model, ids_BL, mask_BL, index)
+        if self._head is None:  # an encoder: it pools by itself, and padding is masked
+            logit_BK = self.model(input_ids=ids_BL, attention_mask=mask_BL).logits
+        else:
+            index = [self.contract.index(row, self._eos_id) for row in rows]
+            logit_BK = pooled_logits(self.model, ids_BL, mask_BL, index)
+        if self._label is None:
+            return logit_BK[:, 0]
+        return logit_BK.double().softmax(dim=1)[:, self._label]  # float32 would make 1 of every sure one: ties
 
     @torch.no_grad()
     def _check_pooling(self) -> None:
-        """One short row, where the class itself cannot go wrong: both ways must give one score."""
-        if self._head is None:
-            return
+        """One short row. A causal class cannot go wrong on it: both ways must give one score. An encoder must not mind
+        padding behind it, which it does where it pools the last place."""
         pad_id = self.model.config.get_text_config().pad_token_id
-        row = [i for i in range(5) if i != pad_id]
+        row = [i for i in range(5) if i not in (pad_id, self.tokenizer.pad_token_id)]
         ids_BL, mask_BL = pad_right([row], 0, self.model.device)
-        own = pooled_scores(self.model, ids_BL, mask_BL, [len(row) - 1])
-        theirs = self.model(input_ids=ids_BL, attention_mask=mask_BL).logits[:, 0]
+        theirs = self.model(input_ids=ids_BL, attention_mask=mask_BL).logits
+        if self._head is not None:
+            own = pooled_logits(self.model, ids_BL, mask_BL, [len(row) - 1])
+            fault = "does not score the last hidden state; expected a class whose head is a linear layer on it"
+        else:
+            longer = [*row, *4 * row[:1]]
+            ids_BL, mask_BL = pad_right([row, longer], self.tokenizer.pad_token_id, self.model.device)
+            own = self.model(input_ids=ids_BL, attention_mask=mask_BL).logits[:1]
+            fault = "scores a text otherwise with padding behind it; expected a class that pools its first token"
         if not torch.allclose(own.float(), theirs.float(), rtol=1e-2, atol=1e-3, equal_nan=True):
-            raise DataError(
-                f"{self._where}: {type(self.model).__name__} does not score the last hidden state; "
-                "expected a class whose head is a linear layer on it"
-            )
+            raise DataError(f"{self._where}: {type(self.model).__name__} {fault}")
 
 
-def pooled_scores(model: Any, ids_BL: Tensor, mask_BL: Tensor, index: Sequence[int]) -> Tensor:
-    """(B,) scores of the hidden states at ``index``; only these rows meet the head."""
+def _label_index(config: Any, label: str | None, where: str) -> int | None:
+    """Which of several labels is the reward; None for the score of a model with one label."""
+    names = [str(config.id2label[i]) for i in range(config.num_labels)]
+    if len(names) == 1:
+        if label is not None:
+            raise DataError(f"{where}: has 1 label, so its score is the reward; remove reward_model.label = {label!r}")
+        return None
+    shown = f"has {len(names)} labels ({', '.join(names[:8])}{', ...' if len(names) > 8 else ''})"
+    if label is None:
+        raise DataError(f"{where}: {shown}; name the one whose probability is the reward: reward_model.label")
+    if names.count(label) != 1:
+        raise DataError(f"{where}: {shown}; found reward_model.label = {label!r}; expected one of them")
+    if config.problem_type == "multi_label_classification":
+        raise DataError(
+            f"{where}: {shown}, several of which may hold at once; expected labels that exclude one another"
+        )
+    return names.index(label)
+
+
+def pooled_logits(model: Any, ids_BL: Tensor, mask_BL: Tensor, index: Sequence[int]) -> Tensor:
+    """(B, labels) logits of the hidden states at ``index``; only these rows meet the head."""
     hidden_BLD = model.base_model(input_ids=ids_BL, attention_mask=mask_BL, use_cache=False).last_hidden_state
-    return model.score(hidden_BLD[torch.arange(len(index)), torch.tensor(index)])[:, 0]
+    return model.score(hidden_BLD[torch.arange(len(index)), torch.tensor(index)])
 
 
 def pad_right(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device | str) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -10,9 +10,11 @@ from rrhf_bench.settings import Settings
 
 
 class RewardTrainingSettings(Settings):
-    """Bradley-Terry training from the initial policy. The defaults are for models of a few million parameters; at
+    """Training from the initial policy on pairs: Bradley-Terry, or a classifier to which the chosen text is positive
+    and the rejected one negative. The defaults are for models of a few million parameters; at
     billions of parameters a rate of 1e-5 is usual."""
 
+    objective: Literal["bradley-terry", "classification"] = "bradley-terry"
     lr: Annotated[float, Field(gt=0.0)] = 2e-3  # decays linearly to 0
     epochs: Annotated[int, Field(ge=1)] = 1  # more than one over-fits the pairs
     batch_pairs: Annotated[int, Field(ge=1)] = 32

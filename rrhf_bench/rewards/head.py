@@ -1,0 +1,166 @@
+"""A linear head on the initial policy's body, trained on pairs of replies: what every reward model trained here shares.
+
+The loss is given: Bradley-Terry (``bradley_terry.py``) or classification (``sentiment.py``).
+
+Shape letters: B pairs, N rows (chosen and rejected of a batch), L tokens padded, K outputs of the head.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rrhf_bench.data.dialogue import TemplateKind
+from rrhf_bench.errors import DataError, StageError
+from rrhf_bench.records import Preference
+from rrhf_bench.rewards.contract import RewardContract
+from rrhf_bench.rewards.hub import length_limit, load_faults, load_tokenizer, pad_right, pooled_logits
+from rrhf_bench.rewards.reward_settings import RewardTrainingSettings
+from rrhf_bench.seeding import generator, torch_seed
+
+BUCKET = 16  # batches that are sorted by length together: padding shrinks, the order stays random at large
+CURVE_POINTS = 20
+
+Log = Callable[[Mapping[str, float]], None]
+Loss = Callable[[Tensor, Tensor], Tensor]  # (chosen_B, rejected_B) -> scalar
+
+
+@dataclass(frozen=True)
+class RewardTraining:
+    """What training did. In the first epoch every accuracy is of pairs not yet trained on; a tie counts one half."""
+
+    steps: int
+    loss: float  # mean over the last tenth of the steps
+    accuracy_curve: tuple[tuple[int, float], ...]  # (steps done, accuracy of the pairs since the point before)
+    counts: Mapping[str, int]  # pairs, truncated (texts cut on the left)
+
+
+def train_head(
+    initial: str | Path,
+    preferences: Sequence[Preference],
+    settings: RewardTrainingSettings,
+    folder: Path,
+    *,
+    loss: Loss,
+    labels: tuple[str, str] | None,
+    seed: int,
+    template: TemplateKind,
+    pad_token: str | None,
+    revision: str | None,
+    device: str,
+    log: Log | None,
+) -> RewardTraining:
+    """Train a linear head and the body below it in float32, and save them to ``folder`` for ``ClassifierReward``.
+
+    Without ``labels`` the head has one output, the score. With two, (negative, positive), it has one for each, and the
+    score that ``loss`` compares is the log-odds of positive, whose sigmoid ``ClassifierReward`` gives for that label.
+
+    The head starts at zero: every pair is a tie at first, and the run depends on the seed only through the order of
+    the pairs. ``log`` gets one line a step (``loss``, ``rewards/accuracies``, ``rewards/margins``, ``lr``). Raises
+    DataError for an initial model that cannot carry such a head and for no pairs, StageError for a loss that is not
+    finite.
+    """
+    if not preferences:
+        raise DataError("reward model: found no pairs to train on; expected at least one")
+    where = str(initial)
+    tokenizer = load_tokenizer(where, revision, pad_token)
+    if tokenizer.pad_token_id is None:
+        raise DataError(f"{where}: the tokenizer has no pad token; name one of its tokens with pad_token")
+    model = _model(where, revision, labels).to(device)
+    model.config.pad_token_id = tokenizer.pad_token_id
+    contract = RewardContract(
+        template=template,
+        append_eos=template != "chat",
+        max_length=length_limit(settings.max_length, model.config),
+    )
+
+    truncated = 0
+    pairs: list[tuple[list[int], list[int]]] = []
+    for preference in preferences:
+        chosen, cut_chosen = contract.encode(preference.prompt, preference.chosen, tokenizer, contract.max_length)
+        rejected, cut_rejected = contract.encode(preference.prompt, preference.rejected, tokenizer, contract.max_length)
+        truncated += cut_chosen + cut_rejected
+        pairs.append((chosen, rejected))
+
+    optimiser = torch.optim.AdamW(model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
+    total = settings.epochs * math.ceil(len(pairs) / settings.batch_pairs)
+    warmup = math.ceil(settings.warmup * total)
+    losses: list[float] = []
+    right = np.zeros(total)  # pairs ranked right at each step
+    sizes = np.zeros(total)
+    lengths = [max(map(len, pair)) for pair in pairs]
+    batches = (
+        batch
+        for epoch in range(settings.epochs)
+        for batch in batch_order(lengths, settings.batch_pairs, generator(seed, "reward model", epoch))
+    )
+    for step, batch in enumerate(batches):
+        lr = settings.lr * ((step + 1) / warmup if step < warmup else (total - step) / (total - warmup))
+        for group in optimiser.param_groups:
+            group["lr"] = lr
+        rows = [pairs[i][0] for i in batch] + [pairs[i][1] for i in batch]
+        ids_NL, mask_NL = pad_right(rows, tokenizer.pad_token_id, device)
+        logit_NK = pooled_logits(model, ids_NL, mask_NL, [len(row) - 1 for row in rows])
+        score_N = logit_NK[:, 0] if labels is None else logit_NK[:, 1] - logit_NK[:, 0]
+        chosen_B, rejected_B = score_N.chunk(2)
+        value = loss(chosen_B, rejected_B)
+        if not torch.isfinite(value):
+            raise StageError(f"reward model: the loss at step {step + 1} of {total} is {value.item()}; lower its lr")
+        optimiser.zero_grad()
+        value.backward()
+        optimiser.step()
+
+        margin_B = (chosen_B - rejected_B).detach()
+        sizes[step] = len(batch)
+        right[step] = ((margin_B > 0).double() + 0.5 * (margin_B == 0)).sum().item()
+        losses.append(value.item())
+        if log is not None:
+            line = {"loss": losses[-1], "rewards/accuracies": right[step] / sizes[step], "lr": lr}
+            log({"step": step + 1, **line, "rewards/margins": margin_B.mean().item()})
+
+    folder.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    contract.write(folder)
+    ends = [round(total * (i + 1) / min(CURVE_POINTS, total)) for i in range(min(CURVE_POINTS, total))]
+    curve = tuple(
+        (end, float(right[start:end].sum() / sizes[start:end].sum()))
+        for start, end in zip([0, *ends], ends, strict=False)
+    )
+    last = losses[-max(1, total // 10) :]
+    return RewardTraining(total, sum(last) / len(last), curve, {"pairs": len(pairs), "truncated": truncated})
+
+
+def batch_order(lengths: Sequence[int], batch_size: int, rng: np.random.Generator) -> list[list[int]]:
+    """Every index once, in batches of like length, in random order. The last batch of a shuffle may be smaller."""
+    order = rng.permutation(len(lengths)).tolist()
+    batches: list[list[int]] = []
+    for start in range(0, len(order), batch_size * BUCKET):
+        bucket = sorted(order[start : start + batch_size * BUCKET], key=lambda i: lengths[i])
+        batches += [bucket[i : i + batch_size] for i in range(0, len(bucket), batch_size)]
+    return [batches[i] for i in rng.permutation(len(batches))]
+
+
+def _model(where: str, revision: str | None, labels: tuple[str, str] | None) -> Any:
+    from transformers import AutoModelForSequenceClassification
+
+    head: dict[str, Any] = {"num_labels": 1}
+    if labels is not None:
+        head = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
+    with load_faults(where, "a sequence classifier"), torch_seed("reward head"):
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            where, revision=revision, dtype=torch.float32, output_loading_info=True, **head
+        )
+    missing = sorted(key for key in info["missing_keys"] if not key.startswith("score."))
+    if missing or not isinstance(getattr(model, "score", None), torch.nn.Linear):
+        found = f"{missing[0]} missing" if missing else f"a {type(model).__name__} without a linear score head"
+        raise DataError(f"{where}: found {found}; expected a causal language model to put a reward head on")
+    torch.nn.init.zeros_(model.score.weight)
+    return model.eval()  # no dropout: runs are the same to the last bit, as for every policy here
