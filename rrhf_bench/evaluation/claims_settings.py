@@ -109,6 +109,7 @@ class BestOfNLearnerSettings(ClaimSettings):
 
 
 class _OverRows(ClaimSettings):
+    margin: Annotated[float, Field(ge=0.0, lt=1.0)]
     over: Annotated[tuple[str, ...], Field(strict=False, min_length=3)]  # rows that are trained on candidates
 
     def _named(self) -> Iterator[str]:

@@ -12,6 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from rrhf_bench.errors import StoreError
 from rrhf_bench.pipeline.results import RunRecords
 from rrhf_bench.records import Evaluated, Prompt
+from rrhf_bench.report.claims import claim_results, claim_sentences, claims_table, power_words
 from rrhf_bench.report.figures import Drawn, write_figures
 from rrhf_bench.report.findings import departures_table, findings, standing
 from rrhf_bench.report.table import Table, fenced, markdown, number, to_csv, to_markdown, visible, write_table
@@ -53,7 +54,9 @@ def write_report(records: RunRecords, folder: Path) -> Path:
 def _write(view: View, folder: Path) -> None:
     for name in ("tables", "figures"):
         (folder / name).mkdir()
-    tables = {table.name: table for table in (*compared_tables(view), departures_table(view))}
+    claims = claim_results(view)
+    of_claims = [claims_table(claims, view.records.arena)] if claims else []
+    tables = {table.name: table for table in (*compared_tables(view), *of_claims, departures_table(view))}
     for table in tables.values():
         write_table(table, folder / "tables")
     costs = cost_tables(view)
@@ -67,6 +70,8 @@ def _write(view: View, folder: Path) -> None:
         methods=list(view.methods),
         standing=standing(view.experiment),
         findings=findings(view),
+        claims=claim_sentences(claims),
+        power=power_words(claims),
         tables=tables,
         figures=figures,
         dialogues=list(_dialogues(view)),

@@ -456,10 +456,11 @@ def accuracy(view: View, row: str) -> Found:
     block = view.pairs.get(row)
     if block is None:
         return ABSENT
-    return view.once(("accuracy", row), lambda: mean_of(block.array(_right), "accuracy", row))
+    return view.once(("accuracy", row), lambda: mean_of(block.array(right), "accuracy", row))
 
 
-def _right(pair: PairScored) -> float:
+def right(pair: PairScored) -> float:
+    """1 where the chosen reply has the higher p_i, 0.5 for a tie, 0 else."""
     return (pair.chosen > pair.rejected) + 0.5 * (pair.chosen == pair.rejected)
 
 

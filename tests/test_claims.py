@@ -1,0 +1,679 @@
+"""The paper's claims as tests: planted effects, planted contrary effects, small samples, and rules worked by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from pydantic import ValidationError
+from scipy import stats
+
+from rrhf_bench.config import load_experiment
+from rrhf_bench.errors import ConfigError
+from rrhf_bench.evaluation import claims as rules
+from rrhf_bench.evaluation.claims import ClaimResult, Grid, Measure, Scores, evaluate_claims
+from rrhf_bench.evaluation.claims_settings import (
+    CLAIMS,
+    BaseBelowChanceSettings,
+    BestOfNLearnerSettings,
+    BestOfNOverRowsSettings,
+    BetterRewardModelSettings,
+    ClaimSettings,
+    FewerModelsSettings,
+    KLRepairsSettings,
+    OrderedSettings,
+    OveroptimisesSettings,
+    RRHFReachesPPOSettings,
+    SamplingQualitySettings,
+    SpreadShrinksSettings,
+)
+from rrhf_bench.evaluation.statistics import Estimate
+from rrhf_bench.pipeline.results import RunRecords
+from rrhf_bench.records import CurvePoint, Decoding
+from rrhf_bench.report.claims import RunEvidence, claim_results, power_words
+from rrhf_bench.report.page import write_report
+from rrhf_bench.report.view import View
+from rrhf_bench.seeding import generator
+from tests.test_report import HOSTILE, rows_of, synthetic
+
+Array = NDArray[np.float64]
+SEEDS = (0, 1, 2)
+NONE = "not measured"
+
+
+@dataclass
+class Run:
+    """Evidence as plain tables; what is not in them was not measured."""
+
+    replies: dict[tuple[str, str, str], Grid] = field(default_factory=dict)
+    trained_on: dict[str, Scores] = field(default_factory=dict)
+    best: dict[str, Grid] = field(default_factory=dict)
+    pairs: dict[str, Grid] = field(default_factory=dict)
+    dev: dict[tuple[str, str], float] = field(default_factory=dict)
+    memory: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    decodings: tuple[Decoding, ...] = ("greedy",)
+
+    def values(self, row: str, decoding: Decoding, measure: Measure) -> Grid | str:
+        return self.replies.get((row, decoding, measure), NONE)
+
+    def candidates(self, row: str) -> Scores | str:
+        return self.trained_on.get(row, NONE)
+
+    def best_candidates(self, row: str) -> Grid | str:
+        return self.best.get(row, NONE)
+
+    def accuracy(self, row: str) -> Grid | str:
+        return self.pairs.get(row, NONE)
+
+    def dev_reward(self, row: str, decoding: Decoding) -> float | str:
+        return self.dev.get((row, decoding), NONE)
+
+    def models(self, row: str) -> tuple[str, ...] | str:
+        return self.memory.get(row, NONE)
+
+
+def grid(values: Any, *, seeds: tuple[int, ...] | None = None, one_model: bool = False) -> Grid:
+    values_SP = np.atleast_2d(np.asarray(values, dtype=np.float64))
+    prompts = tuple(f"p{p:03}" for p in range(values_SP.shape[1]))
+    return Grid(seeds or tuple(range(len(values_SP))), prompts, values_SP, one_model)
+
+
+def noisy(name: str, mean: float, prompts: int = 80, spread: float = 0.3, seeds: int = 3) -> Grid:
+    """Mean + a prompt's share that all rows have + noise."""
+    share = generator("share").normal(0, 1, 500)[:prompts]
+    return grid(mean + share + generator("noise", name).normal(0, spread, (seeds, prompts)))
+
+
+def scores(rows_SPk: Any) -> Scores:
+    rows = tuple(tuple(tuple(map(float, k)) for k in rows_P) for rows_P in rows_SPk)
+    return Scores(tuple(range(len(rows))), tuple(f"t{p}" for p in range(len(rows[0]))), rows)
+
+
+def coins(name: str, share: float, pairs: int = 200) -> Grid:
+    return grid(generator("coins", name).random((3, pairs)) < share)
+
+
+def result(claim: ClaimSettings, run: Run, **options: Any) -> ClaimResult:
+    (found,) = evaluate_claims({"it": claim}, run, **{"replicates": 2000, **options})
+    return found
+
+
+# -- each kind, with an effect planted for it (sign 1) or against it (sign -1) ---------------------------------------
+
+
+def reaches(sign: int, prompts: int, spread: float) -> tuple[ClaimSettings, Run]:
+    run = Run()
+    for row, mean in (("rrhf", 1.0), ("ppo", 1.0 - 0.5 * sign)):
+        run.replies[row, "greedy", "reward"] = noisy(row, mean, prompts, spread)
+    return RRHFReachesPPOSettings(margin=0.05, rrhf=("rrhf",), ppo=("ppo",)), run
+
+
+def ordered(sign: int, prompts: int, spread: float) -> tuple[ClaimSettings, Run]:
+    run = Run()
+    for row, mean in (("d", 1.0), ("p", 1.0 - 0.5 * sign)):
+        run.replies[row, "greedy", "reward"] = noisy(row, mean, prompts, spread)
+    return OrderedSettings(margin=0.1, higher="d", lower="p"), run
+
+
+def learner(sign: int, prompts: int, spread: float) -> tuple[ClaimSettings, Run]:
+    run = Run(best={"rrhf": noisy("best", 1.0, prompts, spread)})
+    run.replies["rrhf", "greedy", "reward"] = noisy("rrhf", 1.0 if sign > 0 else 0.4, prompts, spread)
+    return BestOfNLearnerSettings(margin=0.2, row="rrhf"), run
+
+
+def overoptimises(sign: int, prompts: int, spread: float) -> tuple[ClaimSettings, Run]:
+    run = Run()
+    for row, proxy, gold, nll in (("op", 1.0, -0.5 * sign, 2.0), ("dp", 0.5, 0.0, 2.0 + 0.5 * (sign < 0))):
+        run.replies[row, "greedy", "reward"] = noisy(row, proxy, prompts, spread)
+        run.replies[row, "greedy", "gold"] = noisy(f"gold {row}", gold, prompts, spread)
+        run.replies[row, "greedy", "nll"] = noisy(f"nll {row}", nll, prompts, spread)
+    return OveroptimisesSettings(margin=0.05, row="op", reference="dp"), run
+
+
+def repairs(sign: int, prompts: int, spread: float) -> tuple[ClaimSettings, Run]:
+    run = Run()
+    for row, gold, nll in (("op_kl", 0.5 * sign, 2.0 - 0.5 * sign), ("op", 0.0, 2.0)):
+        run.replies[row, "greedy", "gold"] = noisy(f"gold {row}", gold, prompts, spread)
+        run.replies[row, "greedy", "nll"] = noisy(f"nll {row}", nll, prompts, spread)
+    return KLRepairsSettings(margin=0.0, row="op_kl", reference="op"), run
+
+
+def spread_shrinks(sign: int, prompts: int, spread: float) -> tuple[ClaimSettings, Run]:
+    effect = 0.4 if spread < 1 else 0.1
+    stds = {"ip2": 1 - effect * (sign > 0), "ip1": 1 - effect * (sign < 0)}
+    run = Run(trained_on={row: scores(generator(row).normal(0, std, (3, prompts, 4))) for row, std in stds.items()})
+    return SpreadShrinksSettings(margin=0.05, row="ip2", reference="ip1"), run
+
+
+def better_reward_model(sign: int, prompts: int, spread: float) -> tuple[ClaimSettings, Run]:
+    run = Run(pairs={"rrhf": coins("rrhf", 0.5 + 0.2 * sign, prompts), "base": coins("base", 0.5, prompts)})
+    return BetterRewardModelSettings(margin=0.0, row="rrhf"), run
+
+
+def below_chance(sign: int, prompts: int, spread: float) -> tuple[ClaimSettings, Run]:
+    return BaseBelowChanceSettings(margin=0.0), Run(pairs={"base": coins("b", 0.5 - 0.2 * sign, prompts)})
+
+
+PLANTED: list[Callable[[int, int, float], tuple[ClaimSettings, Run]]] = [
+    reaches, ordered, learner, overoptimises, repairs, spread_shrinks, better_reward_model, below_chance,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("plant", PLANTED, ids=lambda plant: plant.__name__)
+def test_a_planted_effect_is_supported_and_its_contrary_refuted(plant: Callable[..., Any]) -> None:
+    assert result(*plant(1, 200, 0.3)).verdict == "supported"
+    assert result(*plant(-1, 200, 0.3)).verdict == "refuted"
+
+
+@pytest.mark.parametrize("plant", PLANTED, ids=lambda plant: plant.__name__)
+def test_a_small_sample_decides_nothing_but_says_what_it_could_have_seen(plant: Callable[..., Any]) -> None:
+    for sign in (1, -1):
+        found = result(*plant(sign, 5, 2.0))
+        assert found.verdict == "inconclusive"
+        assert found.detectable is not None
+        assert found.detectable > 0
+        assert f"detectable {found.detectable:.3f}" in found.outcome
+
+
+def test_two_copies_of_one_method_are_rarely_told_apart() -> None:
+    """Nominal 2.5% a side. 400 runs with seeds that differ: at most 20 (5%), which 2.5% exceeds once in a thousand."""
+    claim = OrderedSettings(margin=0.0, higher="a", lower="b")
+    verdicts = []
+    for i in range(400):
+        rng = generator("copies", i)
+        share, run = rng.normal(0, 1, 60), Run()
+        for row in ("a", "b"):
+            of_seed = rng.normal(0, 0.1, (3, 1))
+            run.replies[row, "greedy", "reward"] = grid(share + of_seed + rng.normal(0, 0.8, (3, 60)))
+        verdicts.append(result(claim, run, rng_name=(i,), replicates=500).verdict)
+    assert verdicts.count("supported") <= 20
+    assert verdicts.count("refuted") <= 20
+
+
+# -- rules worked by hand --------------------------------------------------------------------------------------------
+
+
+def test_holm_is_over_all_claims_and_decodings_that_have_a_p() -> None:
+    """n prompts that all favour one row: of 2^n sign flips two are as extreme, so p is 2 / 2^n."""
+    run = Run(memory={"x10": ("policy",), "y10": ("policy", "reference")}, decodings=("greedy", "sample"))
+    for n in (10, 9, 8):
+        favoured = 1 + np.arange(n) / 8
+        for row, values in ((f"x{n}", favoured), (f"y{n}", 0 * favoured)):
+            run.replies[row, "greedy", "reward"] = grid(values)
+    run.replies["x8", "sample", "reward"], run.replies["y8", "sample", "reward"] = grid([1, -1] * 4), grid([0] * 8)
+    claims: dict[str, ClaimSettings] = {
+        f"c{n}": OrderedSettings(margin=0.0, higher=f"x{n}", lower=f"y{n}") for n in (8, 10, 9)
+    }
+    claims["models"] = FewerModelsSettings(rrhf=("x10",), ppo=("y10",))
+    found = {(r.name, r.decoding): r for r in evaluate_claims(claims, run)}
+    p = {key: r.p for key, r in found.items()}
+    assert p["c10", "greedy"] == 2 / 2**10
+    assert p["c9", "greedy"] == 2 / 2**9
+    assert p["c8", "greedy"] == 2 / 2**8
+    assert p["c8", "sample"] == 1
+    assert p["c9", "sample"] is p["models", None] is None  # four tests in all
+    adjusted = {key: r.p_holm for key, r in found.items()}
+    assert adjusted["c10", "greedy"] == 4 * 2 / 2**10
+    assert adjusted["c9", "greedy"] == 3 * 2 / 2**9
+    assert adjusted["c8", "greedy"] == 2 * 2 / 2**8
+    assert adjusted["c8", "sample"] == 1
+
+
+def test_an_interval_alone_supports_nothing_where_holms_p_is_high() -> None:
+    """Five prompts of five: the interval excludes 0, p is 2 / 2^5."""
+    run = Run()
+    run.replies["a", "greedy", "reward"], run.replies["b", "greedy", "reward"] = grid([1, 2, 1, 2, 1]), grid([0] * 5)
+    found = result(OrderedSettings(margin=0.0, higher="a", lower="b"), run)
+    assert found.estimate is not None
+    assert found.estimate.low > 0
+    assert found.p == found.p_holm == 1 / 16
+    assert found.verdict == "inconclusive"
+    assert "p is 0.062 after Holm's adjustment" in found.reason
+
+
+def test_a_margin_shifts_the_test() -> None:
+    """Every prompt differs by 0.5: the mean is 0.5 whatever the margin, and each margin below is exceeded surely."""
+    run = Run()
+    run.replies["a", "greedy", "reward"], run.replies["b", "greedy", "reward"] = grid([0.5] * 12), grid([0] * 12)
+    verdicts = {}
+    for margin in (0.25, 0.5, 0.75):
+        found = result(OrderedSettings(margin=margin, higher="a", lower="b"), run)
+        assert found.estimate == Estimate(0.5, 0.5, 0.5, 12, 1, None, found.estimate.method if found.estimate else "")
+        verdicts[margin] = found.verdict
+    assert verdicts == {0.25: "supported", 0.5: "inconclusive", 0.75: "refuted"}
+
+
+def part(low: float, high: float, threshold: float, p_above: float, p_below: float) -> rules._Part:
+    estimate = Estimate((low + high) / 2, low, high, 50, 3, None, "by hand")
+    return rules._Part("theta", "reward", estimate, threshold, p_above, p_below)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "lean"),
+    [
+        (-0.25, 0.25, "supported"),
+        (-0.1, 0.1, "supported"),
+        (-0.2501, 0.1, "inconclusive"),
+        (0.1, 0.2501, "inconclusive"),
+        (-0.3, 0.3, "inconclusive"),
+        (0.25, 0.5, "inconclusive"),
+        (0.2501, 0.5, "refuted"),
+        (-0.5, -0.2501, "refuted"),
+    ],
+)
+def test_equivalence_at_its_boundaries(low: float, high: float, lean: str) -> None:
+    found = rules._equivalent(part(low, high, -0.25, 0.01, 0.99), part(low, high, 0.25, 0.96, 0.04), 0.25)
+    assert found.lean == lean
+    assert (found.p_for, found.p_against) == (0.04, 0.96)  # the worse of two one-sided tests; the better contrary one
+    assert found.p == 0.08
+
+
+def test_non_inferiority_forgives_the_margin_and_no_more() -> None:
+    def verdict(margin: float) -> str:
+        run = Run()
+        run.replies["rrhf", "greedy", "reward"] = noisy("rrhf", 1.0, 300, 0.2)
+        run.replies["ppo", "greedy", "reward"] = noisy("ppo", 1.1, 300, 0.2)
+        return result(RRHFReachesPPOSettings(margin=margin, rrhf=("rrhf",), ppo=("ppo",)), run).verdict
+
+    assert [verdict(margin) for margin in (0.0, 0.1, 0.2)] == ["refuted", "inconclusive", "supported"]
+
+
+def test_a_compound_claim_combines_its_p_by_intersection_union_and_bonferroni() -> None:
+    must = part(0.1, 0.3, 0.0, 0.004, 0.996)
+    gold, nll = part(-0.1, 0.1, 0.0, 0.5, 0.5), part(0.2, 0.4, 0.0, 0.001, 0.999)
+    found = rules._compound([must], [gold, nll], of=2)
+    assert (found.lean, found.p_for) == ("supported", 0.004)  # max(0.004, 2 x 0.001)
+    assert found.estimate == must.estimate  # the weaker of what it needs
+    assert rules._compound([must], [nll], of=2).p_for == 0.004  # max(0.004, 1 x 0.001)
+    assert rules._compound([], [gold, nll], of=2).p_for == 0.002
+
+    down = part(-0.4, -0.2, 0.0, 0.999, 0.001)
+    down_too = part(-0.3, -0.1, 0.0, 0.997, 0.003)
+    found = rules._compound([must], [down, down_too], of=2)
+    assert (found.lean, found.p_against) == ("refuted", 0.006)  # 2 x min(0.996, max(0.001, 0.003))
+    assert rules._compound([must], [down], of=2).lean == "inconclusive"  # the other was not measured and might hold
+    assert rules._compound([must], [down, gold], of=2).lean == "inconclusive"
+    found = rules._compound([down], [gold, nll], of=2)
+    assert (found.lean, found.p_against) == ("refuted", 0.002)
+
+
+def test_over_optimisation_without_a_gold_reward_rests_on_the_text() -> None:
+    claim, run = overoptimises(-1, 200, 0.3)
+    run.replies = {key: values for key, values in run.replies.items() if key[2] != "gold"}
+    assert result(claim, run).verdict == "inconclusive"
+    run.replies["op", "greedy", "nll"] = noisy("nll op", 3.0, 200, 0.3)
+    found = result(claim, run)
+    assert found.verdict == "supported"
+    assert [words.split(" of ")[0] for words in found.parts] == ["proxy reward", "NLL per token"]
+    run.replies = {key: values for key, values in run.replies.items() if key[2] == "reward"}
+    assert result(claim, run).reason == "dp: not measured; op: not measured"
+
+
+def test_models_are_counted() -> None:
+    ppo = ("policy", "reference", "reward model")
+    memory = {"rrhf": ("policy",), "op": ("policy", "reward model"), "op_kl": ppo, "head": ppo, "own": (*ppo, "value")}
+    counts = {}
+    for rrhf in ("rrhf", "op", "op_kl"):
+        found = result(FewerModelsSettings(rrhf=("rrhf", rrhf), ppo=("head", "own")), Run(memory=memory))
+        assert found.estimate is not None
+        assert found.p is found.detectable is None
+        counts[rrhf] = (found.estimate.value, found.verdict)
+    assert counts == {"rrhf": (2, "supported"), "op": (1, "supported"), "op_kl": (0, "refuted")}
+    assert result(FewerModelsSettings(rrhf=("op",), ppo=("head",), margin=1.0), Run(memory=memory)).verdict == "refuted"
+    assert "head 3 (policy, reference, reward model); own 4 (" in found.outcome
+
+
+# -- pairing, picking, draws -----------------------------------------------------------------------------------------
+
+
+def test_one_model_stands_against_every_seed_and_prompts_are_those_of_both() -> None:
+    a = grid([[1.0, 2, 3, np.nan], [2, 3, 4, 0], [3, 4, 5, 0]])
+    base = replace(grid([9.0, 0, 1, 1, 1]), prompts=("q", "p000", "p002", "p003", "p001"), one_model=True)
+    a_SP, b_SP = rules._paired(a, base)
+    assert a_SP.tolist() == [[1, 2, 3], [2, 3, 4], [3, 4, 5]]
+    assert b_SP.tolist() == [[0, 1, 1]]
+    a_SP, b_SP = rules._paired(a, replace(grid([[1.0] * 4, [2] * 4]), seeds=(2, 7)))
+    assert a_SP.tolist() == [[3, 4, 5, 0]]
+    assert b_SP.tolist() == [[1] * 4]
+    for seeds, prompts in (((7,), a.prompts), ((0,), ("q", "r", "s", "t"))):
+        run = Run()
+        run.replies["a", "greedy", "reward"] = a
+        run.replies["b", "greedy", "reward"] = replace(grid([1.0] * 4), seeds=seeds, prompts=prompts)
+        assert result(OrderedSettings(margin=0.0, higher="a", lower="b"), run).verdict == "not tested"
+
+
+def test_the_best_of_several_rows_is_picked_on_dev_prompts_alone() -> None:
+    claim = RRHFReachesPPOSettings(margin=0.05, rrhf=("rrhf",), ppo=("weak", "strong", "third"))
+    run = Run(dev={(row, "greedy"): dev for row, dev in (("weak", 0.9), ("strong", 0.7), ("third", 0.9))})
+    means = {"rrhf": 1.0, "weak": 0.2, "strong": 3.0, "third": 3.0}
+    for row, mean in means.items():
+        run.replies[row, "greedy", "reward"] = noisy(row, mean)
+    found = result(claim, run)
+    assert found.picked == ("weak (of weak, strong, third)",)
+    assert found.verdict == "supported"  # though two other rows are far better on the evaluation prompts
+    swapped = Run(dict(run.replies), dev=run.dev)
+    for a, b in (("weak", "strong"), ("strong", "weak")):
+        swapped.replies[a, "greedy", "reward"] = run.replies[b, "greedy", "reward"]
+    other = result(claim, swapped)
+    assert (other.picked, other.verdict) == (found.picked, "refuted")
+    del run.dev["third", "greedy"]
+    assert result(claim, run).reason == "third: not measured"
+
+
+def test_no_result_depends_on_the_other_claims_but_for_holm() -> None:
+    claim, run = ordered(1, 80, 0.5)
+    alone = result(claim, run)
+    other, more = below_chance(1, 80, 0.5)
+    run.pairs = more.pairs
+    np.random.seed(3)
+    both = evaluate_claims({"chance": other, "it": claim}, run, replicates=2000)[1]
+    assert replace(both, p_holm=alone.p_holm) == alone
+    assert both.p_holm == pytest.approx(2 * (alone.p or 0), rel=1e-12)
+
+
+def test_greedy_comes_before_sampled_and_each_has_its_own_verdict() -> None:
+    claim, run = ordered(1, 100, 0.3)
+    run.decodings = ("greedy", "sample")
+    run.replies |= {(row, "sample", m): values for (row, _, m), values in ordered(-1, 100, 0.3)[1].replies.items()}
+    found = evaluate_claims({"it": claim}, run)
+    assert [(r.decoding, r.verdict) for r in found] == [("greedy", "supported"), ("sample", "refuted")]
+
+
+# -- correlations over runs and the spread of candidates -------------------------------------------------------------
+
+
+def runs(rewards_KS: Array, candidates_KS: Array) -> tuple[ClaimSettings, Run]:
+    run, rows = Run(), tuple(f"r{k}" for k in range(len(rewards_KS)))
+    for row, rewards_S, candidates_S in zip(rows, rewards_KS, candidates_KS, strict=True):
+        run.replies[row, "greedy", "reward"] = grid(np.repeat(rewards_S[:, None], 2, axis=1))
+        run.trained_on[row] = scores([[[c - 1, c], [c - 3, c]] for c in candidates_S])  # mean c - 1, best c
+    return BestOfNOverRowsSettings(margin=0.5, over=rows), run
+
+
+def rising(rows: int, sign: float = 1.0) -> tuple[Array, Array]:
+    k = np.arange(rows, dtype=np.float64)[:, None] + np.array([0.0, 0.1, 0.2])
+    return sign * k, k
+
+
+def test_reward_follows_the_best_candidate_over_enough_rows() -> None:
+    assert result(*runs(*rising(8))).verdict == "supported"
+    assert result(*runs(*rising(8, -1.0))).verdict == "refuted"
+    noise = generator("no relation").permutation(8)
+    assert result(*runs(rising(8)[0][noise], rising(8)[1])).verdict in ("inconclusive", "refuted")
+    few = result(*runs(*rising(4)))
+    assert (few.verdict, few.p) == ("inconclusive", None)
+    assert "4 rows are too few" in few.reason
+    assert few.estimate is not None
+    assert few.estimate.value == pytest.approx(1.0, abs=1e-12)
+    five = result(*runs(*rising(5)))
+    assert five.p == pytest.approx(2 / 120, rel=1e-12)  # one order of five rows in 120 is as good
+
+
+def test_correlation_and_slope_are_those_of_scipy_over_all_runs() -> None:
+    rng = generator("runs")
+    rewards, candidates = rng.normal(size=(6, 3)), rng.normal(size=(6, 3))
+    claim, run = runs(rewards, candidates)
+    for kind, x in ((claim, candidates), (SamplingQualitySettings(margin=0.5, over=claim.rows()), candidates - 1)):
+        found = result(kind, run)
+        assert found.estimate is not None
+        rho = stats.spearmanr(x.ravel(), rewards.ravel()).statistic
+        assert found.estimate.value == pytest.approx(rho, abs=1e-12)
+        assert f"slope {np.polyfit(x.ravel(), rewards.ravel(), 1)[0]:+.3f}" in found.beside[0]
+        assert (found.estimate.n, found.estimate.seeds, found.counted) == (18, 3, "runs")
+
+
+def test_weighted_ranks_are_those_of_the_sample_written_out() -> None:
+    rng = generator("weights")
+    x, y = rng.integers(0, 5, 9).astype(float), rng.integers(0, 5, 9).astype(float)  # with ties
+    weights = rng.multinomial(9, np.full(9, 1 / 9), size=20).astype(float)
+    fast = rules._weighted_spearman(x, y, weights)
+    slopes = rules._weighted_slope(x, y, weights)
+    for w, rho, slope in zip(weights.astype(int), fast, slopes, strict=True):
+        a, b = np.repeat(x, w), np.repeat(y, w)
+        if np.ptp(a) == 0 or np.ptp(b) == 0:
+            assert np.isnan(rho)
+            continue
+        assert rho == pytest.approx(stats.spearmanr(a, b).statistic, abs=1e-12)
+        assert slope == pytest.approx(np.polyfit(a, b, 1)[0], abs=1e-10)
+
+
+def test_the_spread_is_pooled_over_all_responses() -> None:
+    rng = generator("ragged")
+    ragged = {row: [[rng.normal(size=rng.integers(1, 6)) for _ in range(30)] for _ in SEEDS] for row in ("a", "b")}
+    run = Run(trained_on={row: scores(values) for row, values in ragged.items()})
+    found = result(SpreadShrinksSettings(margin=0.0, row="a", reference="b"), run)
+    pooled = {row: np.std(np.concatenate([k for rows in values for k in rows])) for row, values in ragged.items()}
+    assert found.estimate is not None
+    assert found.estimate.value == pytest.approx(pooled["b"] - pooled["a"], abs=1e-12)
+    assert (found.estimate.n, found.estimate.seeds) == (30, 3)
+
+
+def test_many_prompts_are_drawn_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    claim, run = spread_shrinks(1, 200, 0.0)
+    whole = result(claim, run).estimate
+    monkeypatch.setattr(rules, "AT_ONCE", 200 * 300)  # 300 replicates at once, 2,000 in all
+    parts = result(claim, run).estimate
+    assert whole is not None
+    assert parts is not None
+    assert parts.value == whole.value
+    assert parts.high - parts.low == pytest.approx(whole.high - whole.low, rel=0.15)  # 2,000 draws: ends to about 4%
+
+
+# -- what is missing -------------------------------------------------------------------------------------------------
+
+
+EVERY: Mapping[str, ClaimSettings] = {
+    "rrhf_reaches_ppo": RRHFReachesPPOSettings(margin=0.05, rrhf=("rrhf",), ppo=("ppo", "sft")),
+    "fewer_models": FewerModelsSettings(rrhf=("rrhf",), ppo=("ppo",)),
+    "best_of_n_learner": BestOfNLearnerSettings(margin=0.3, row="rrhf"),
+    "best_of_n_over_rows": BestOfNOverRowsSettings(margin=0.5, over=("rrhf", "sft", "ppo")),
+    "reward_rises_with_sampling_quality": SamplingQualitySettings(margin=0.5, over=("rrhf", "sft", "ppo")),
+    "ordered": OrderedSettings(margin=0.0, higher="rrhf", lower="base"),
+    "overoptimises": OveroptimisesSettings(margin=0.05, row="ppo", reference="rrhf"),
+    "kl_repairs": KLRepairsSettings(margin=0.0, row="rrhf", reference="ppo"),
+    "spread_shrinks": SpreadShrinksSettings(margin=0.0, row="rrhf", reference="ppo"),
+    "better_reward_model": BetterRewardModelSettings(margin=0.0, row="rrhf"),
+    "base_below_chance": BaseBelowChanceSettings(margin=0.0),
+}
+
+
+@pytest.mark.parametrize("kind", CLAIMS)
+def test_a_claim_without_its_numbers_is_not_tested_and_says_why(kind: str) -> None:
+    claim = EVERY[kind]
+    found = result(claim, Run())
+    assert found.verdict == "not tested"
+    assert "not measured" in found.reason
+    assert any(row in found.reason for row in claim.rows())
+    assert found.estimate is found.p is found.p_holm is found.detectable is None
+    assert found.outcome == f"Not tested: {found.reason}."
+    assert found.sentence == claim.sentence
+
+
+# -- settings --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", CLAIMS)
+def test_every_kind_is_in_both_tables_and_names_its_rows(kind: str) -> None:
+    assert EVERY[kind].kind == kind
+    assert type(EVERY[kind]) is CLAIMS[kind]
+    assert kind in rules._TESTS
+    assert EVERY[kind].rows()
+    assert len(set(EVERY[kind].rows())) == len(EVERY[kind].rows())
+
+
+def test_rows_of_a_claim() -> None:
+    assert EVERY["rrhf_reaches_ppo"].rows() == ("rrhf", "ppo", "sft")
+    assert EVERY["better_reward_model"].rows() == ("rrhf", "base")
+    assert EVERY["base_below_chance"].rows() == ("base",)
+
+
+@pytest.mark.parametrize(
+    ("kind", "table", "fault"),
+    [
+        ("ordered", {"margin": 0.0, "higher": "a", "lower": "a"}, "lower: found 'a' on both sides"),
+        ("rrhf_reaches_ppo", {"margin": 0.0, "rrhf": ["a"], "ppo": ["b", "a"]}, "ppo: found 'a' on both sides"),
+        ("overoptimises", {"margin": 0.0, "row": "a", "reference": "a"}, "reference: found 'a' on both sides"),
+        ("ordered", {"higher": "a", "lower": "b"}, "margin"),
+        ("ordered", {"margin": -0.1, "higher": "a", "lower": "b"}, "greater than or equal to 0"),
+        ("best_of_n_over_rows", {"margin": 1.0, "over": ["a", "b", "c"]}, "less than 1"),
+        ("best_of_n_over_rows", {"margin": 0.5, "over": ["a", "b"]}, "at least 3"),
+        ("rrhf_reaches_ppo", {"margin": 0.0, "rrhf": [], "ppo": ["b"]}, "at least 1"),
+    ],
+)
+def test_a_faulty_claim(kind: str, table: dict[str, Any], fault: str) -> None:
+    with pytest.raises(ValidationError, match=fault):
+        CLAIMS[kind].model_validate(table)
+
+
+def test_claims_of_an_experiment_file(tmp_path: Path) -> None:
+    path = tmp_path / "x.toml"
+    text = """
+[methods.rrhf]
+[methods.ppo]
+[claims.rrhf_reaches_ppo]
+margin = 0.05
+rrhf = ["rrhf"]
+ppo = ["ppo"]
+[claims.mine]
+kind = "ordered"
+margin = 0
+higher = "rrhf"
+lower = "base"
+says = "Training helps."
+"""
+    path.write_text(text)
+    claims = load_experiment(path).claims
+    assert isinstance(claims["rrhf_reaches_ppo"], RRHFReachesPPOSettings)
+    assert claims["mine"].sentence == "Training helps."
+    path.write_text(text.replace('"base"', '"bass"'))
+    with pytest.raises(ConfigError, match=r"claims\.mine: found the row 'bass'.*did you mean 'base'"):
+        load_experiment(path)
+
+
+# -- in the report ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory: pytest.TempPathFactory) -> RunRecords:
+    made = synthetic(tmp_path_factory.mktemp("run"))
+    return replace(made, experiment=made.experiment.model_copy(update={"claims": dict(EVERY)}))
+
+
+def written(records: RunRecords, folder: Path) -> Path:
+    """A report without its figures, which take most of the time and show no claim."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("rrhf_bench.report.page.write_figures", lambda *_: [])
+        return write_report(records, folder).parent
+
+
+@pytest.fixture(scope="module")
+def report(records: RunRecords) -> Path:
+    return written(records, records.folder / "report")
+
+
+def test_the_section_stands_after_the_result_with_one_item_a_claim(report: Path) -> None:
+    page = (report / "report.md").read_text(encoding="utf-8")
+    headings = [line for line in page.splitlines() if line.startswith("## ")]
+    assert headings[:3] == ["## Result", "## The paper's claims", "## Differences"]
+    section = page[page.index(headings[1]) : page.index(headings[2])]
+    items = [line for line in section.splitlines() if line.startswith("- **")]
+    assert [item.split("**")[1] for item in items] == [f"{name}." for name in EVERY]
+    assert "*Greedy.* Refuted: proxy reward of rrhf minus ppo is" in items[0]
+    assert items[0].index("*Greedy.*") < items[0].index("*Sampled.*")
+    assert "Picked on dev prompts: ppo (of ppo, sft)" in items[0]
+    assert "gold reward of rrhf minus ppo +" in items[0]
+    assert "**Power.**" in section
+    assert "proxy reward, greedy: " in section
+
+
+def test_the_table_of_claims(records: RunRecords, report: Path) -> None:
+    rows = {(row["claim"], row["decoding"]): row for row in rows_of(report / "tables/claims.csv")}
+    assert len(rows) == sum(2 if claim.decoded else 1 for claim in EVERY.values())
+    for decoding in ("greedy", "sampled"):
+        assert rows["rrhf_reaches_ppo", decoding]["verdict"] == "refuted"  # ppo was planted 0.3 above
+        assert rows["overoptimises", decoding]["verdict"] == "supported"  # and gold 1.0 below
+        assert rows["kl_repairs", decoding]["verdict"] == "supported"
+        assert rows["ordered", decoding]["verdict"] == "supported"
+        assert rows["best_of_n_over_rows", decoding]["verdict"] == "not tested"
+    assert rows["ordered", "greedy"]["seeds"] == "3"  # though base has one greedy run
+    assert "sft: the run holds no training candidates" in rows["best_of_n_over_rows", "greedy"]["missing"]
+    assert rows["fewer_models", "none"]["estimate"] == "2.0"
+    replies = {
+        (row, seed, prompt): reward
+        for row, seed, prompt, reward, decoding in (
+            (r.method, r.seed, r.prompt, r.reward, r.decoding) for r in records.evaluated
+        )
+        if decoding == "sample"
+    }
+    gaps = [reward - replies["ppo", seed, p] for (row, seed, p), reward in replies.items() if row == "rrhf"]
+    assert float(rows["rrhf_reaches_ppo", "sampled"]["estimate"]) == pytest.approx(np.mean(gaps), abs=1e-12)
+
+
+def test_evidence_of_a_run(records: RunRecords) -> None:
+    evidence = RunEvidence(View(records))
+    points = [p for p in records.curves if (p.method, p.decoding, p.fraction) == ("ppo", "greedy", 1.0)]
+    assert evidence.dev_reward("ppo", "greedy") == pytest.approx(np.mean([p.rewards for p in points]), abs=1e-12)
+    late = replace(points[0], fraction=0.5, rewards=(1e6,))  # an earlier point, however high, is not the end
+    assert RunEvidence(View(replace(records, curves=(*records.curves, late)))).dev_reward("ppo", "greedy") < 1e3
+    base = evidence.values("base", "greedy", "reward")
+    assert isinstance(base, Grid)
+    assert base.one_model
+    assert base.seeds == (0,)
+    assert evidence.models("base") == "it is no method, and trains nothing"
+    assert isinstance(evidence.values("base", "greedy", "kl"), str)
+
+
+def test_a_reply_without_tokens_has_no_nll_and_its_prompt_is_left_out(records: RunRecords) -> None:
+    first = next(r for r in records.evaluated if (r.method, r.decoding) == ("rrhf", "greedy"))
+    evaluated = tuple(replace(r, nll=0.0, nll_tokens=0) if r is first else r for r in records.evaluated)
+    found = RunEvidence(View(replace(records, evaluated=evaluated))).values("rrhf", "greedy", "nll")
+    assert isinstance(found, Grid)
+    assert np.isnan(found.values_SP).sum() == 1
+    a_SP, _ = rules._paired(found, found)
+    assert a_SP.shape == (3, 59)
+
+
+def test_the_order_of_records_changes_nothing(records: RunRecords) -> None:
+    order = generator("order").permutation(len(records.evaluated))
+    shuffled = replace(
+        records,
+        evaluated=tuple(records.evaluated[i] for i in order),
+        pairs=records.pairs[::-1],
+        candidates={row: groups[::-1] for row, groups in reversed(records.candidates.items())},
+        curves=records.curves[::-1],
+    )
+    assert claim_results(View(shuffled)) == claim_results(View(records))
+
+
+def test_without_claims_there_is_no_section_and_hostile_names_are_inert(records: RunRecords, tmp_path: Path) -> None:
+    none = replace(records, experiment=records.experiment.model_copy(update={"claims": {}}))
+    folder = written(none, tmp_path / "none")
+    assert "The paper's claims" not in (folder / "report.md").read_text(encoding="utf-8")
+    assert not (folder / "tables/claims.csv").exists()
+    claims = {HOSTILE: OrderedSettings(margin=0.0, higher="rrhf", lower=HOSTILE)}
+    hostile = replace(records, experiment=records.experiment.model_copy(update={"claims": claims}))
+    page = (written(hostile, tmp_path / "hostile") / "report.md").read_text(encoding="utf-8")
+    assert "\n# heading" not in page
+    assert "\x1b" not in page
+    section = page[page.index("## The paper's claims") : page.index("## Differences")]
+    assert "lt;script" in section  # it is there, and shown
+    assert "<script" not in section
+
+
+def test_nothing_tested_is_said(records: RunRecords) -> None:
+    empty = replace(records, evaluated=(), pairs=(), candidates={}, test_candidates={}, curves=())
+    found = claim_results(View(empty))
+    assert {r.verdict for r in found if r.name != "fewer_models"} == {"not tested"}
+    assert power_words(found).startswith("Nothing could be tested")
+
+
+def test_a_curve_point_of_another_decoding_is_not_read(records: RunRecords) -> None:
+    curves: tuple[CurvePoint, ...] = tuple(p for p in records.curves if p.decoding == "sample")
+    evidence = RunEvidence(View(replace(records, curves=curves)))
+    assert isinstance(evidence.dev_reward("ppo", "greedy"), str)
+    assert isinstance(evidence.dev_reward("ppo", "sample"), float)
