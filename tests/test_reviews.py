@@ -117,7 +117,7 @@ def test_sentiment_follows_the_writer() -> None:
         counts = [reviews.features(OPENING, text) for text in texts]
         assert not [c for c in counts if c["repeated"] or c["garbled"] or c["unfinished"] or c["empty"]]
         assert all(3 <= text.count(".") + text.count("!") <= 6 for text in texts)
-        # Of six opinions in a hundred sentences' parts 25 neutral, 10 mixed, 65 praise at probability q.
+        # Of an opinion that is not mixed, praise has probability q; four standard errors.
         opinions = sum(c["praise"] + c["blame"] for c in counts)
         mixed = sum(text.count(", but") for text in texts)
         share = (sum(c["praise"] for c in counts) - mixed) / (opinions - 2 * mixed)
@@ -209,6 +209,34 @@ def test_too_many_held_out_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reviews, "write_prompt", lambda rng, openings: openings[int(rng.integers(3))])
     with pytest.raises(DataError, match=r"dev \+ test = 5; found 3 distinct held-out prompts in 250 draws; ask for"):
         reviews._held_out_pairs(0, 5, [OPENING, BEGUN, "x"])
+
+
+# A policy that reads plain text
+
+
+def test_a_raw_policy_reads_a_review_as_one_text(llama_folder: Callable[[int], Path], built: Reviews) -> None:
+    import torch
+
+    from rrhf_bench.data.dialogue import Template
+    from rrhf_bench.policy.policy import TransformersPolicy
+
+    policy = TransformersPolicy.load(llama_folder(0), template=Template("raw"))
+    tokenization, pairs = policy.tokenization, built.test[:3]
+    whole = [
+        [*tokenization.tokenizer(pair.prompt.text + pair.chosen)["input_ids"], tokenization.eos_id] for pair in pairs
+    ]
+    starts = [len(tokenization.prompt_ids(pair.prompt)) for pair in pairs]
+    for pair, ids, start in zip(pairs, whole, starts, strict=True):
+        # Apart and joined, prompt and completion have the ids of the whole review: nothing is put between them.
+        assert [*tokenization.prompt_ids(pair.prompt), *tokenization.response_ids(pair.chosen, ended=True)] == ids
+        assert tokenization.decode(ids[start:]) == pair.chosen
+    batch = tokenization.batch((pair.prompt, Response(pair.chosen, "reply")) for pair in pairs)
+    with torch.no_grad():
+        logp_BT = policy.token_logprobs(batch)
+        for logp_T, ids, start in zip(logp_BT, whole, starts, strict=True):
+            slow = policy.model(torch.tensor([ids])).logits[0].log_softmax(-1)
+            expected = slow[range(start - 1, len(ids) - 1), ids[start:]]
+            torch.testing.assert_close(logp_T[: len(ids) - start], expected, rtol=1e-4, atol=1e-4)
 
 
 # Labelled texts
