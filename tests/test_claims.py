@@ -326,6 +326,8 @@ def test_models_are_counted() -> None:
     assert counts == {"rrhf": (2, "supported"), "op": (1, "supported"), "op_kl": (0, "refuted")}
     assert result(FewerModelsSettings(rrhf=("op",), ppo=("head",), margin=1.0), Run(memory=memory)).verdict == "refuted"
     assert "head 3 (policy, reference, reward model); own 4 (" in found.outcome
+    three = result(FewerModelsSettings(rrhf=("op_kl",), ppo=("own",)), Run(memory=memory))
+    assert three.verdict == "refuted"  # fewer than PPO's four, yet more than two
 
 
 # -- pairing, picking, draws -----------------------------------------------------------------------------------------

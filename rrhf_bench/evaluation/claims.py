@@ -149,13 +149,16 @@ class ClaimResult:
         """What came out, in one form whatever the verdict."""
         if self.estimate is None:
             return f"Not tested: {self.reason}."
-        value = _interval(self.estimate) if self.detectable is not None else f"{self.estimate.value:g}"
-        found = f"{self.verdict.capitalize()}: {self.statistic} is {value}; {self.reason}"
-        sizes = [f"{self.estimate.n} {self.counted}", f"{self.estimate.seeds} {_plural('seed', self.estimate.seeds)}"]
+        value, sizes = f"{self.estimate.value:g}", [f"{self.estimate.n} {self.counted}"]
+        if self.detectable is not None:
+            value = _interval(self.estimate)
+            sizes += [
+                f"{self.estimate.seeds} {_plural('seed', self.estimate.seeds)}",
+                f"detectable {self.detectable:.3f}",
+            ]
         if self.p_holm is not None:
             sizes.insert(0, f"p {_p(self.p_holm)} after Holm")
-        if self.detectable is not None:
-            sizes.append(f"detectable {self.detectable:.3f}")
+        found = f"{self.verdict.capitalize()}: {self.statistic} is {value}; {self.reason}"
         more = {"Picked on dev prompts": self.picked, "Its parts": self.parts, "Beside it": self.beside}
         told = (f" {about}: {'; '.join(words)}." for about, words in more.items() if words)
         return f"{found} ({', '.join(sizes)}).{''.join(told)}"

@@ -78,7 +78,7 @@ class RRHFReachesPPOSettings(_Reaches):
 
     @property
     def sentence(self) -> str:
-        return "RRHF reaches the reward of PPO."
+        return f"RRHF ({', '.join(self.rrhf)}) reaches the reward of PPO ({', '.join(self.ppo)})."
 
 
 class FewerModelsSettings(_Reaches):
