@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, cast
 
 import numpy as np
@@ -16,12 +17,13 @@ from rrhf_bench.policy.batching import ResponseBatch
 from rrhf_bench.policy.logprobs import sequence_score
 from rrhf_bench.policy.policy import Policy, TransformersPolicy
 from rrhf_bench.records import Candidates, Decoding, Evaluated, PairScored, Preference, Prompt, Response
-from rrhf_bench.rewards.gold import GoldReward
+from rrhf_bench.rewards.gold import Gold
 from rrhf_bench.rewards.reward import RewardModel
 from rrhf_bench.sampling.sampler import Sampler, SamplingSpec
 from rrhf_bench.settings import MethodSettings, OfflineSettings
-from rrhf_bench.training.loop import OfflineTrainer
+from rrhf_bench.training.loop import FixedExamples, OfflineTrainer, Supplier
 from rrhf_bench.training.method import Trainer
+from rrhf_bench.training.online import OnlineExamples
 
 Row = tuple[Prompt, Response]
 Report = Callable[[int, int], None]
@@ -55,12 +57,16 @@ def score_candidates(
 
 
 def trainer(settings: MethodSettings, context: int) -> Trainer:
-    """A method's own loop, or the one offline loop around its loss, where no text goes beyond the model's context."""
+    """A method's own loop, or the one offline loop around its loss, where no text goes beyond the model's context; with
+    ``refresh``, on candidates sampled while it trains."""
     method = registry.build(settings)
     if not isinstance(settings, OfflineSettings):
         return cast(Trainer, method)
     max_length = min(settings.max_length or context, context)
-    return OfflineTrainer(method, settings.model_copy(update={"max_length": max_length}))
+    supply: Supplier = FixedExamples
+    if settings.refresh is not None:
+        supply = partial(OnlineExamples, score=score_candidates)
+    return OfflineTrainer(method, settings.model_copy(update={"max_length": max_length}), supply)
 
 
 @dataclass(frozen=True)
@@ -68,7 +74,7 @@ class Judges:
     """What looks at a reply: the reward model, a gold reward where the world has one, the perplexity model."""
 
     reward: RewardModel
-    gold: GoldReward | None = None
+    gold: Gold | None = None
     perplexity: TransformersPolicy | None = None
     batch: int = 64
 

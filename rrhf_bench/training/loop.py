@@ -1,15 +1,18 @@
-"""The one offline loop around a LossMethod: order, accumulation, schedule, clipping. Methods bring the loss only."""
+"""The one offline loop around a LossMethod: order, accumulation, schedule, clipping. Methods bring the loss only, and a
+supply the examples."""
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Protocol, TypeVar
 
 import torch
 
 from rrhf_bench.errors import DataError, StageError
-from rrhf_bench.policy.policy import Policy
+from rrhf_bench.policy.policy import Policy, Tokenization
+from rrhf_bench.records import Candidates
 from rrhf_bench.seeding import generator
 from rrhf_bench.settings import OfflineSettings
 from rrhf_bench.training.method import (
@@ -23,23 +26,81 @@ from rrhf_bench.training.method import (
 )
 from rrhf_bench.training.optimiser import adamw, lr_factor, set_lr
 
+T = TypeVar("T")
+Row = TypeVar("Row", Example, Candidates)
+
+
+class Supply(Protocol):
+    """Where the examples of each optimiser step come from: those of an epoch over and over, or new ones.
+
+    Iterated once, in step with the training: examples may be made from the policy's weights when they are asked for.
+    """
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps of the whole run."""
+        ...
+
+    @property
+    def sampled_tokens(self) -> int:
+        """Tokens sampled so far."""
+        ...
+
+    @property
+    def counts(self) -> Mapping[str, int]:
+        """What was dropped, cut or tied so far."""
+        ...
+
+    def __iter__(self) -> Iterator[Sequence[Example]]: ...
+
+
+Supplier = Callable[[LossMethod, OfflineSettings, Policy, TrainInputs, TrainContext], Supply]
+
+
+class FixedExamples:
+    """The Supply of offline methods: the method's examples of what it was given, the same in every epoch."""
+
+    sampled_tokens = 0
+
+    def __init__(
+        self,
+        method: LossMethod,
+        settings: OfflineSettings,
+        policy: Policy,
+        inputs: TrainInputs,
+        context: TrainContext,
+    ) -> None:
+        made = method.examples(inputs)
+        examples = fitting(made, policy.tokenization, settings.max_length)
+        self.steps = step_count(len(examples), settings)
+        self.counts = {
+            "examples": len(examples),
+            "prompts_too_long": len(made) - len(examples),
+            **tally(examples, policy.tokenization, settings.max_length),
+        }
+        self._batches = batches(examples, settings, context.seed)
+
+    def __iter__(self) -> Iterator[list[Example]]:
+        return self._batches
+
 
 class OfflineTrainer:
-    """Epochs over fixed examples, ``batch_prompts`` of them an optimiser step, in an order fixed by the seed."""
+    """Epochs over prompts, ``batch_prompts`` of them an optimiser step, in an order fixed by the seed."""
 
-    def __init__(self, method: LossMethod, settings: OfflineSettings) -> None:
+    def __init__(self, method: LossMethod, settings: OfflineSettings, supply: Supplier = FixedExamples) -> None:
         self.method = method
         self.settings = settings
-        self.requires = method.requires
+        self.supply = supply
+        self.requires = settings.needs
 
     def fit(self, policy: Policy, inputs: TrainInputs, context: TrainContext) -> TrainResult:
         """Raises DataError where no example fits, StageError (with its step) where the loss is not finite."""
         settings = self.settings
-        examples, counts = self._fitting(policy, self.method.examples(inputs))
-        total = settings.epochs * math.ceil(len(examples) / settings.batch_prompts)
+        supply = self.supply(self.method, settings, policy, inputs, context)
+        total = supply.steps
         optimiser = adamw(policy.parameters(), settings)
         context.watch(Progress(0.0, 0, 0), policy)
-        for step, batch in enumerate(batches(examples, settings, context.seed)):
+        for step, batch in enumerate(supply):
             lr = settings.lr * lr_factor(step, total, settings)
             set_lr(optimiser, lr)
             metrics = self.accumulate(policy, batch)
@@ -53,8 +114,8 @@ class OfflineTrainer:
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
             context.log({"step": step + 1, **metrics, "lr": lr, "grad_norm": norm.item()})
-            context.watch(Progress((step + 1) / total, step + 1, 0), policy)
-        return TrainResult(total, 0, counts)
+            context.watch(Progress((step + 1) / total, step + 1, supply.sampled_tokens), policy)
+        return TrainResult(total, supply.sampled_tokens, dict(supply.counts))
 
     def accumulate(self, policy: Policy, batch: Sequence[Example]) -> dict[str, float]:
         """Gradients of the mean loss over the batch, however it is cut into passes; the metrics' weighted means."""
@@ -74,36 +135,42 @@ class OfflineTrainer:
                 parameter.grad /= weight
         return {name: value / weight for name, value in sums.items()}
 
-    def _fitting(self, policy: Policy, examples: Sequence[Example]) -> tuple[Sequence[Example], dict[str, int]]:
-        """The examples whose prompt leaves room for a response, and what was dropped, cut or tied."""
-        limit = self.settings.max_length
-        tokenization = policy.tokenization
-        lengths = [len(tokenization.prompt_ids(example.prompt)) for example in examples]
-        kept = [e for e, length in zip(examples, lengths, strict=True) if limit is None or length < limit]
-        if not kept:
-            raise DataError(
-                f"max_length {limit}: none of {len(examples)} prompts leaves room for a response "
-                f"(the shortest has {min(lengths, default=0)} tokens); raise max_length"
-            )
-        cut = 0
-        if limit is not None:
-            for example, length in zip(examples, lengths, strict=True):
-                ids = (tokenization.response_ids(r.text, ended=r.ended) for r in example.responses)
-                cut += sum(length < limit < length + len(response) for response in ids)
-        scored = [example.rewards for example in kept if example.rewards]
-        counts = {
-            "examples": len(kept),
-            "prompts_too_long": len(examples) - len(kept),
-            "responses_truncated": cut,
-            "groups_with_ties": sum(len(set(r)) < len(r) for r in scored),
-            "groups_all_equal": sum(len(set(r)) == 1 for r in scored),
-        }
-        return kept, counts
+
+def fitting(rows: Sequence[Row], tokenization: Tokenization, max_length: int | None) -> list[Row]:
+    """The rows whose prompt leaves room for a response. Raises DataError where none does."""
+    lengths = [len(tokenization.prompt_ids(row.prompt)) for row in rows]
+    kept = [row for row, length in zip(rows, lengths, strict=True) if max_length is None or length < max_length]
+    if not kept:
+        raise DataError(
+            f"max_length {max_length}: none of {len(rows)} prompts leaves room for a response "
+            f"(the shortest has {min(lengths, default=0)} tokens); raise max_length"
+        )
+    return kept
 
 
-def batches(examples: Sequence[Example], settings: OfflineSettings, seed: int) -> Iterator[list[Example]]:
-    """Every example once an epoch, shuffled by (seed, epoch); the last batch of an epoch may be smaller."""
+def tally(examples: Sequence[Example], tokenization: Tokenization, max_length: int | None) -> dict[str, int]:
+    """What is cut or tied in examples whose prompts fit."""
+    cut = 0
+    if max_length is not None:
+        for example in examples:
+            room = max_length - len(tokenization.prompt_ids(example.prompt))
+            cut += sum(len(tokenization.response_ids(r.text, ended=r.ended)) > room for r in example.responses)
+    scored = [example.rewards for example in examples if example.rewards]
+    return {
+        "responses_truncated": cut,
+        "groups_with_ties": sum(len(set(r)) < len(r) for r in scored),
+        "groups_all_equal": sum(len(set(r)) == 1 for r in scored),
+    }
+
+
+def step_count(rows: int, settings: OfflineSettings) -> int:
+    """How many batches there are of that many rows, over all epochs."""
+    return settings.epochs * math.ceil(rows / settings.batch_prompts)
+
+
+def batches(rows: Sequence[T], settings: OfflineSettings, seed: int) -> Iterator[list[T]]:
+    """Every row once an epoch, shuffled by (seed, epoch); the last batch of an epoch may be smaller."""
     for epoch in range(settings.epochs):
-        order = generator(seed, "order", epoch).permutation(len(examples))
-        for start in range(0, len(examples), settings.batch_prompts):
-            yield [examples[i] for i in order[start : start + settings.batch_prompts]]
+        order = generator(seed, "order", epoch).permutation(len(rows))
+        for start in range(0, len(rows), settings.batch_prompts):
+            yield [rows[i] for i in order[start : start + settings.batch_prompts]]

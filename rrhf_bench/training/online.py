@@ -1,0 +1,199 @@
+"""Candidates drawn anew while training: OP-k and OP-k+KL (arXiv 2304.05302, Table 1, sections 4 and 5).
+
+OP-k differs from the offline sampling policies in where a step's examples come from, and in nothing else: the loop, the
+order of prompts and the method are the same.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from itertools import islice
+from typing import Any
+
+import torch
+
+from rrhf_bench.errors import StageError
+from rrhf_bench.policy.logprobs import kl_k1
+from rrhf_bench.policy.policy import Policy
+from rrhf_bench.records import Candidates, Prompt, Response
+from rrhf_bench.rewards.reward import RewardModel
+from rrhf_bench.sampling.sampler import SamplingSpec
+from rrhf_bench.settings import READ, OfflineSettings
+from rrhf_bench.training.loop import batches, fitting, step_count, tally
+from rrhf_bench.training.method import Example, LossMethod, TrainContext, TrainInputs
+
+Score = Callable[[RewardModel, Sequence[Candidates]], list[Candidates]]
+
+
+class OnlineExamples:
+    """The Supply of OP-k: every ``refresh`` optimiser steps the policy in training samples candidates for the prompts
+    of the next ``refresh`` steps, and ``score`` has the reward model score them. A group is its samples, then the given
+    candidates of ``inputs``, which come scored.
+
+    With ``reward_kl`` (OP-k+KL) a method sees reward - reward_kl * log(pi(y | x) / ref(y | x)) in place of the reward,
+    for every candidate of the group, the given ones included: pi is the policy as it is at that refresh, and the
+    log-probs are summed over the tokens that y is trained on. The scores that ``context.keep`` is told stay the reward
+    model's.
+
+    The method's examples must be one a group, in order. Raises DataError where no prompt fits, or where the method
+    could learn nothing from the first refresh; StageError, with its place, where a reward is not finite.
+    """
+
+    def __init__(
+        self,
+        method: LossMethod,
+        settings: OfflineSettings,
+        policy: Policy,
+        inputs: TrainInputs,
+        context: TrainContext,
+        *,
+        score: Score,
+    ) -> None:
+        assert settings.refresh is not None
+        self.method = method
+        self.settings = settings
+        self.policy = policy
+        self.inputs = inputs
+        self.context = context
+        self.score = score
+        self.refresh = settings.refresh
+        given = inputs.candidates or [Candidates(prompt, ()) for prompt in inputs.prompts]
+        self.given = fitting(given, policy.tokenization, settings.max_length)
+        self.steps = step_count(len(self.given), settings)
+        self.sampled_tokens = 0
+        self.counts = Counter(examples=len(self.given), prompts_too_long=len(given) - len(self.given))
+        self._first: Sequence[Candidates] = ()  # the groups of the first refresh
+
+    def __iter__(self) -> Iterator[list[Example]]:
+        steps = batches(self.given, self.settings, self.context.seed)
+        for number in range(math.ceil(self.steps / self.refresh)):
+            part = list(islice(steps, self.refresh))
+            examples = iter(self._refreshed(number, [row for step in part for row in step]))
+            for step in part:
+                yield list(islice(examples, len(step)))
+
+    def _refreshed(self, number: int, given: Sequence[Candidates]) -> Sequence[Example]:
+        """The examples of one refresh (from 0), one for each given group."""
+        done = number * self.refresh
+        place = f"refresh {number + 1}, step {done + 1} of {self.steps}"
+        assert self.context.reward is not None
+        drawn = self.score(self.context.reward, self._sample(number, [row.prompt for row in given]))
+        _check_finite(drawn, place)
+        groups = [Candidates(row.prompt, row.responses + own.responses) for row, own in zip(drawn, given, strict=True)]
+        self.context.keep(groups)
+
+        replies = [reply for row in drawn for reply in row.responses]
+        tokens = sum(len(reply.token_ids or ()) for reply in replies)
+        self.sampled_tokens += tokens
+        metrics = {
+            "reward/mean": _mean([score for row in drawn for score in row.scores]),
+            "reward/max": _mean([max(row.scores) for row in drawn]),  # a prompt's best sample
+            "completions/mean_length": tokens / len(replies),
+            "completions/clipped_ratio": _mean([not reply.ended for reply in replies]),
+        }
+        if self.settings.reward_kl:
+            log_ratio = self._log_ratios(groups)
+            # Of the samples: only they are draws from the policy.
+            metrics["objective/kl"] = _mean([log_ratio[_key(r.prompt, reply)] for r in drawn for reply in r.responses])
+            groups = _shaped(groups, log_ratio, self.settings.reward_kl)
+            _check_finite(groups, f"{place}, less reward_kl x log-ratio")
+        examples = self._examples(groups)
+        counts = tally(examples, self.policy.tokenization, self.settings.max_length)
+        self.counts.update({"refreshes": 1, "groups": len(groups), **counts})
+        self.context.log({"step": done, "refresh": number + 1, "sampled_tokens": self.sampled_tokens, **metrics})
+        return examples
+
+    def _sample(self, number: int, prompts: Sequence[Prompt]) -> list[Candidates]:
+        """n responses to each prompt, from the policy's present weights."""
+        settings, context = self.settings, self.context
+        assert context.sampler is not None
+        context.sampler.sync(self.policy)
+        read = {key: getattr(settings, key) for key in READ[settings.strategy or "sample"]}
+        said: dict[str, Any] = {key: value for key, value in read.items() if value is not None}
+        # A prompt that comes twice, in two epochs, needs a second purpose: its seeds would be the same, so its samples.
+        seen: Counter[Prompt] = Counter()
+        turns: list[list[int]] = []  # places of the prompts that come for the first time, the second time, ...
+        for place, prompt in enumerate(prompts):
+            if seen[prompt] == len(turns):
+                turns.append([])
+            turns[seen[prompt]].append(place)
+            seen[prompt] += 1
+        found: dict[int, Candidates] = {}
+        for turn, places in enumerate(turns):
+            spec = SamplingSpec(
+                **{"temperature": 1.0, **said},  # which a search does not read
+                max_new_tokens=context.max_new_tokens,
+                seed=context.seed,
+                purpose=f"online/{number}" + (f"/{turn}" if turn else ""),
+                stop=context.stop,
+            )
+            found |= zip(places, context.sampler.sample([prompts[place] for place in places], spec), strict=True)
+        return [found[place] for place in range(len(prompts))]
+
+    def _examples(self, groups: Sequence[Candidates]) -> Sequence[Example]:
+        """The method's examples of these groups.
+
+        The first refresh must have something to learn from, as offline candidates must. A later one need not: when a
+        policy has collapsed all its samples tie, which is a result. So the first vouches for it.
+        """
+        self._first = self._first or groups
+        judged = groups if groups is self._first else [*self._first, *groups]
+        examples = self.method.examples(replace(self.inputs, candidates=judged))
+        assert len(examples) == len(judged), "online candidates are for methods with one example a group"
+        return examples[-len(groups) :]
+
+    @torch.no_grad()
+    def _log_ratios(self, groups: Sequence[Candidates]) -> dict[_Key, float]:
+        """log pi(y | x) - log ref(y | x) of every response, in nats, over the tokens that it is trained on.
+
+        Equal responses have one: computed in two batches, rounding would rank them.
+        """
+        settings, reference = self.settings, self.context.reference
+        assert reference is not None
+        rows = {_key(group.prompt, reply): (group.prompt, reply) for group in groups for reply in group.responses}
+        values: list[float] = []
+        size = (settings.micro_batch_prompts or settings.batch_prompts) * max(len(g.responses) for g in groups)
+        for start in range(0, len(rows), size):
+            batch = self.policy.tokenization.batch(list(rows.values())[start : start + size], settings.max_length)
+            logp_BT = self.policy.token_logprobs(batch)
+            values += kl_k1(logp_BT, reference.token_logprobs(batch).to(logp_BT.device)).sum(-1).tolist()
+        return dict(zip(rows, values, strict=True))
+
+
+_Key = tuple[Prompt, str, bool]
+
+
+def _key(prompt: Prompt, reply: Response) -> _Key:
+    """What decides the tokens that a response is trained on."""
+    return prompt, reply.text, reply.ended
+
+
+def _shaped(groups: Sequence[Candidates], log_ratio: dict[_Key, float], coefficient: float) -> list[Candidates]:
+    """The groups with score - coefficient * log-ratio for scores."""
+    return [
+        Candidates(
+            group.prompt,
+            tuple(
+                replace(reply, score=score - coefficient * log_ratio[_key(group.prompt, reply)])
+                for reply, score in zip(group.responses, group.scores, strict=True)
+            ),
+        )
+        for group in groups
+    ]
+
+
+def _check_finite(groups: Sequence[Candidates], place: str) -> None:
+    scores = [(score, group.prompt) for group in groups for score in group.scores]
+    bad = [(score, prompt) for score, prompt in scores if not math.isfinite(score)]
+    if bad:
+        raise StageError(
+            f"{place}: {len(bad)} of {len(scores)} rewards are not finite, the first {bad[0][0]} for prompt "
+            f"{bad[0][1].id}; check the reward model, in float32"
+        )
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
