@@ -5,9 +5,9 @@ from __future__ import annotations
 import difflib
 import re
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar, get_args
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, Field, SerializeAsAny, ValidationError, field_validator, model_validator
 
@@ -17,14 +17,25 @@ from rrhf_bench.evaluation.claims_settings import CLAIMS, ClaimSettings
 from rrhf_bench.registry import METHODS, settings_class
 from rrhf_bench.rewards.judge_settings import JudgeSettings
 from rrhf_bench.rewards.reward_settings import RewardTrainingSettings
-from rrhf_bench.settings import READ, SEARCH_KEYS, SIZES, CandidateSettings, MethodSettings, Names, Settings, Strategy
+from rrhf_bench.settings import (
+    POLICIES,
+    READ,
+    SEARCH_KEYS,
+    SIZES,
+    CandidateSettings,
+    MethodSettings,
+    Names,
+    Settings,
+    Strategy,
+)
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Positive = Annotated[int, Field(ge=1)]
 RESERVED_ROWS = ("base", "chosen", "rejected")  # rows that every table has without being asked
 OWN_SOURCES = ("model", "chosen", "rejected", "reply")  # candidate sources that need no table of their own
 BY_METHOD = "methods."  # how the source of a policy names the row that trained it
-
+TRAINED_WITH = ("rounds", "refresh", "reward_kl")  # what a sampling policy may say beyond the candidates themselves
+TOY_MODELS = ("toy", "toy-raw")
 
 WORLDS = ("toy", "toy-reviews")  # what ships inside: dialogues; film reviews
 
@@ -95,7 +106,7 @@ class ModelSettings(Settings):
 
     @property
     def from_scratch(self) -> bool:
-        return self.source in ("toy", "toy-raw", "scratch")
+        return self.source in (*TOY_MODELS, "scratch")
 
 
 class PolicySettings(ModelSettings):
@@ -134,18 +145,23 @@ class SourceSettings(CandidateSettings):
     model: str | None = None  # a table of [policies], or a row of [methods]: the model that it trained
     file: str | None = None  # JSON lines of {"query", "responses", "scores"}, as RRHF's train.py reads them
 
-    @field_validator("sources")
-    @classmethod
-    def _one(cls, value: object) -> object:
-        if value is not None:
-            raise ValueError(f"found {value!r}; a source is one; remove the key")
-        return value
-
     @model_validator(mode="before")
     @classmethod
-    def _sampling_only(cls, table: Any) -> Any:
-        """What a sampling policy says of sources is the method's to say."""
-        return {key: value for key, value in table.items() if key != "sources" or table.get("policy") is None}
+    def _samples(cls, table: Any) -> Any:
+        """What is said, before a sampling policy is put in what it stands for."""
+        if not isinstance(table, dict):
+            return table
+        if "sources" in table:
+            raise ValueError(f"sources: found {table['sources']!r}; a source is one; remove the key")
+        if table.get("policy") in POLICIES and "strategy" not in POLICIES[table["policy"]]:
+            names = ", ".join(name for name, policy in POLICIES.items() if "strategy" in policy)
+            raise ValueError(f"policy: found {table['policy']!r}, which takes no samples; allowed are {names}")
+        return table
+
+    @field_validator("sources")
+    @classmethod
+    def _left_out(cls, value: object) -> None:
+        """What a sampling policy takes beside the samples is the method's to say."""
 
     @model_validator(mode="after")
     def _from_somewhere(self) -> Self:
@@ -160,6 +176,12 @@ class SourceSettings(CandidateSettings):
 
 class JudgeTable(Settings):
     """Who rates the candidates of rows with scored_by = "judge"."""
+    @property
+    def said(self) -> tuple[str, ...]:
+        """The keys of sampling that are said."""
+        keys = CandidateSettings.model_fields
+        return tuple(key for key in keys if getattr(self, key) is not None)
+
 
     source: Literal["toy", "endpoint"] = "toy"  # the embedded world's own; an OpenAI-compatible server
     endpoint: JudgeSettings | None = None
@@ -246,7 +268,7 @@ class Experiment(Settings):
 
     def responses(self, method: MethodSettings) -> int:
         """k of a row. A file's responses count as one a prompt: how many it holds is not known before it is read."""
-        return method.responses({name: source.n or 1 for name, source in self.sources.items()})
+        return method.responses({name: 1 if source.n is None else source.n for name, source in self.sources.items()})
 
     def to_toml(self) -> str:
         """The resolved file: loading it gives this Experiment again."""
@@ -314,7 +336,8 @@ def _merged(below: Any, above: Any) -> Any:
 
 
 def _without_candidates(table: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in table.items() if key not in CandidateSettings.model_fields}
+    of_candidates = (*CandidateSettings.model_fields, *TRAINED_WITH)
+    return {key: value for key, value in table.items() if key not in of_candidates}
 
 
 def _override(table: dict[str, Any], override: str) -> str | None:
@@ -341,9 +364,10 @@ def _override(table: dict[str, Any], override: str) -> str | None:
 
 def _validate(table: dict[str, Any], faults: list[str]) -> Experiment | None:
     table = dict(table)
-    defaults = _tables(table.pop("defaults", {}), "defaults", "[defaults.rrhf]", faults)
-    for kind in sorted(set(defaults) - set(METHODS)):
-        faults.append(f"defaults.{kind}: no kind of method; allowed are {', '.join(METHODS)}{_nearest(kind, METHODS)}")
+    defaults = dict(_tables(table.pop("defaults", {}), "defaults", "[defaults.rrhf]", faults))
+    for kind in list(defaults):
+        if not _default(kind, defaults[kind], faults):
+            del defaults[kind]
     methods: dict[str, MethodSettings] = {}
     for name, of_row in _tables(table.get("methods", {}), "methods", "[methods.rrhf]", faults).items():
         if isinstance(of_row, dict):
@@ -359,6 +383,7 @@ def _validate(table: dict[str, Any], faults: list[str]) -> Experiment | None:
     table |= {"methods": methods, "claims": claims}
     faulty: set[str] = set()  # tables with a faulty key
     try:
+    written = dict(table)
         experiment = Experiment.model_validate(table)
     except ValidationError as error:
         faults.extend(_faults(error, Experiment, ""))
@@ -372,10 +397,21 @@ def _validate(table: dict[str, Any], faults: list[str]) -> Experiment | None:
         sampling = sampling.model_copy(update={"n": sampling.beams})
     inherited = {
         "methods": {name: _inherit(method, sampling) for name, method in methods.items()},
-        "sources": {name: _inherit_sampling(source, sampling) for name, source in experiment.sources.items()},
+        "sources": {
+            name: source if source.file is not None else _inherit_sampling(source, sampling)
+            for name, source in experiment.sources.items()
+        },
     }
     experiment = experiment.model_copy(update={"sampling": sampling, **inherited})
-    faults.extend(fault for fault in _contradictions(experiment) if faulty.isdisjoint(re.split(r"[.:]", fault)[:1]))
+    # What a faulty table holds is named elsewhere, and cannot be looked at.
+    unread = {
+        str(name)
+        for key in ("policies", "sources", "methods")
+        if isinstance(of_key := written.get(key), dict)
+        for name in set(of_key) - set(getattr(experiment, key))
+    } | faulty
+    contradictions = _contradictions(experiment, unread)
+    faults.extend(fault for fault in contradictions if faulty.isdisjoint(re.split(r"[.:]", fault)[:1]))
     return experiment
 
 
@@ -389,6 +425,19 @@ def _tables(found: Any, where: str, example: str, faults: list[str]) -> dict[str
 def _claim(where: str, table: Any, faults: list[str]) -> ClaimSettings | None:
     name = where.rpartition(".")[2]
     if not isinstance(table, dict):
+def _default(kind: str, table: Any, faults: list[str]) -> bool:
+    """Whether what rows of a kind start from can be used; the faults of one that cannot."""
+    before = len(faults)
+    where = f"defaults.{kind}"
+    if kind not in METHODS:
+        faults.append(f"{where}: no kind of method; allowed are {', '.join(METHODS)}{_nearest(kind, METHODS)}")
+    elif isinstance(table, dict) and "kind" in table:
+        faults.append(f"{where}.kind: found {table['kind']!r}; the table's name is the kind; remove the key")
+    else:
+        _method(where, {**table, "kind": kind} if isinstance(table, dict) else table, faults)
+    return len(faults) == before
+
+
         faults.append(f"{where}: found {table!r}; expected a table of the claim's rows and margin")
         return None
     kind = table.get("kind", name)
@@ -413,7 +462,7 @@ def _method(where: str, table: Any, faults: list[str]) -> MethodSettings | None:
         return None
     settings = settings_class(kind)
     if "candidates" not in settings.requires:
-        unread = [key for key in table if key in ("policy", "rounds", "refresh", "reward_kl", *SEARCH_KEYS)]
+        unread = [key for key in table if key in ("policy", *TRAINED_WITH, *SEARCH_KEYS)]
         faults.extend(f"{where}.{key}: {kind} trains on no candidates; remove the key" for key in unread)
         table = {key: value for key, value in table.items() if key not in unread}
     try:
@@ -430,6 +479,8 @@ def _inherit(method: MethodSettings, sampling: SamplingSettings) -> MethodSettin
     return _inherit_sampling(method, sampling, "sources")
 
 
+    if method.scored_by == "reward model":  # said or not, it is the same row
+        method = method.model_copy(update={"scored_by": None})
 C = TypeVar("C", bound=CandidateSettings)
 
 
@@ -442,12 +493,12 @@ def _inherit_sampling(candidates: C, sampling: SamplingSettings, *also: str) -> 
     return candidates.model_copy(update=update)
 
 
-def _contradictions(experiment: Experiment) -> Iterator[str]:
-    """Faults that no single key shows."""
+def _contradictions(experiment: Experiment, unread: Collection[str]) -> Iterator[str]:
+    """Faults that no single key shows. ``unread``: names of tables with a fault of their own, which are not there."""
     evaluation = experiment.evaluation
     if experiment.name == "store":
         yield "name: found 'store', the folder beside the runs that holds the artifacts of them all; choose another"
-    yield from _model_faults(experiment)
+    yield from _model_faults(experiment, unread)
     if evaluation.pairs < evaluation.prompts:
         yield f"evaluation.pairs: found {evaluation.pairs}; expected at least evaluation.prompts ({evaluation.prompts})"
     if evaluation.pool_prompts > evaluation.prompts:
@@ -457,34 +508,34 @@ def _contradictions(experiment: Experiment) -> Iterator[str]:
     of_all = list(_search_faults(experiment.sampling))
     yield from (f"sampling: {fault}" for fault in of_all)
     for name, source in experiment.sources.items():
-        yield from (f"sources.{name}{fault}" for fault in _source_faults(experiment, name, source))
-        yield from (f"sources.{name}: {fault}" for fault in _search_faults(source) if fault not in of_all)
+        yield from (f"sources.{name}{fault}" for fault in _source_faults(experiment, name, source, of_all, unread))
     rows = (*RESERVED_ROWS[:1], *experiment.policies, *experiment.methods)
     for name, method in experiment.methods.items():
         if name in RESERVED_ROWS:
             yield f"methods.{name}: the name is taken; every table has the rows {', '.join(RESERVED_ROWS)} by itself"
-        if method.initial is not None and method.initial not in experiment.policies:
+        if method.initial is not None and method.initial not in (*experiment.policies, *unread):
             allowed = tuple(experiment.policies)
             yield (
                 f"methods.{name}.initial: found {method.initial!r}; expected a table of [policies] "
                 f"({', '.join(allowed) or 'there is none'}){_nearest(method.initial, allowed)}, or nothing for [policy]"
             )
         if "candidates" in method.requires:
-            yield from (f"methods.{name}{fault}" for fault in _candidate_faults(experiment, method, of_all))
+            yield from (f"methods.{name}{fault}" for fault in _candidate_faults(experiment, method, of_all, unread))
         elif method.scored_by is not None:
             yield f"methods.{name}.scored_by: {method.kind} trains on no candidates; remove the key"
     for name, claim in experiment.claims.items():
         for row in claim.rows():
-            if row not in rows:
+            if row not in (*rows, *unread):
+    yield from _circles(experiment)
                 yield f"claims.{name}: found the row {row!r}; allowed are {', '.join(rows)}{_nearest(row, rows)}"
 
 
-def _model_faults(experiment: Experiment) -> Iterator[str]:
+def _model_faults(experiment: Experiment, unread: Collection[str]) -> Iterator[str]:
     world = experiment.data.source in WORLDS
     policies = {"policy": experiment.policy} | {f"policies.{name}": p for name, p in experiment.policies.items()}
     models: dict[str, ModelSettings] = {**policies, "perplexity_model": experiment.perplexity_model}
     for key, model in models.items():
-        if model.source.startswith("toy") and not world:
+        if model.source in TOY_MODELS and not world:
             yield f'{key}.source: "{model.source}" needs data.source = "toy"; use "scratch", a hub id or a folder'
         if model.source == "toy-raw" and (experiment.data.source != "toy" or key == "perplexity_model"):
             yield f'{key}.source: "toy-raw" is a policy of the embedded dialogues, data.source = "toy"'
@@ -498,6 +549,10 @@ def _model_faults(experiment: Experiment) -> Iterator[str]:
     if experiment.reward_model.from_scratch and experiment.reward_model.layout != "classifier":
         yield 'reward_model.layout: a reward model trained here is a "classifier"'
     if experiment.judge is not None and experiment.judge.source == "toy" and experiment.data.source != "toy":
+    if experiment.data.rows == "texts" and experiment.data.source in WORLDS:
+        yield 'data.rows: found "texts"; the embedded worlds have pairs; remove the key'
+    elif experiment.data.rows == "texts" and experiment.reward_model.from_scratch:
+        yield "reward_model.source: texts have no pairs to train a reward model on; name a folder or a hub id"
         yield 'judge.source: "toy" judges the embedded dialogues, data.source = "toy"; use "endpoint"'
     if experiment.policy.trained_by is not None:
         yield f"policy.source: found {experiment.policy.source!r}; only a table of [policies] may be a row's result"
@@ -507,43 +562,90 @@ def _model_faults(experiment: Experiment) -> Iterator[str]:
         template = experiment.policy.template
         if policy.template != template and policy.trained_by is None:
             yield f"policies.{name}.template: found {policy.template!r}; expected {template!r}, that of [policy]"
-        yield from (f"policies.{name}.source: {fault}" for fault in _cycle(experiment, policy.trained_by, (name,)))
+        yield from (f"policies.{name}{fault}" for fault in _unused_faults(experiment, policy))
+        row = policy.trained_by
+        if row is not None and row not in (trained := _that_train(experiment)) and row not in unread:
+            yield (
+                f"policies.{name}.source: found {policy.source!r}; expected a row that trains "
+                f"({', '.join(trained)}){_nearest(row, trained)}"
+            )
 
 
-def _cycle(experiment: Experiment, row: str | None, seen: tuple[str, ...]) -> Iterator[str]:
-    """What is wrong with a policy that is a row's result."""
-    if row is None:
-        return
-    method = experiment.methods.get(row)
-    if method is None or method.family == "inference":
-        trained = [name for name, m in experiment.methods.items() if m.family != "inference"]
-        yield f"found {BY_METHOD}{row}; expected a row that trains ({', '.join(trained)}){_nearest(row, trained)}"
-    elif method.initial is not None and method.initial in seen:
-        yield f"row {row} starts from {method.initial}, which comes back to it; let the row start from another policy"
-    elif method.initial is not None and method.initial in experiment.policies:
-        yield from _cycle(experiment, experiment.policies[method.initial].trained_by, (*seen, method.initial))
+def _unused_faults(experiment: Experiment, policy: PolicySettings) -> Iterator[str]:
+    """Keys of one of [policies] that nothing would read."""
+    unused = {name for name, of in PolicySettings.model_fields.items() if getattr(policy, name) != of.default}
+    if policy.trained_by is not None:
+        for key in sorted(unused - {"source", "part"}):
+            yield f".{key}: has no effect: a row's result is as what the row started from; remove the key"
+    elif policy.source == "toy-raw" and "scratch" in unused:
+        yield '.scratch: has no effect: "toy-raw" is trained as [policy.scratch] says; remove the table'
 
 
-def _source_faults(experiment: Experiment, name: str, source: SourceSettings) -> Iterator[str]:
+def _that_train(experiment: Experiment) -> list[str]:
+    """The rows that end with a model of their own."""
+    return [name for name, method in experiment.methods.items() if method.family != "inference"]
+
+
+def _circles(experiment: Experiment) -> Iterator[str]:
+    """Rows that would have to be trained before themselves."""
+    seen: set[str] = set()
+
+    def needed(row: str) -> Iterator[tuple[str, str]]:
+        """(what must be trained before this row: another, or none of [methods]; the key that says so)"""
+        method = experiment.methods[row]
+        if method.initial is not None and method.initial in experiment.policies:
+            yield experiment.policies[method.initial].trained_by or "", f"methods.{row}.initial"
+        for name in method.sources or ():
+            if name in experiment.sources and name not in OWN_SOURCES:
+                model = experiment.sources[name].model or ""
+                policy = experiment.policies.get(model)
+                yield (policy.trained_by or "" if policy else model), f"sources.{name}.model"
+
+    def visit(row: str, before: tuple[tuple[str, str], ...]) -> Iterator[str]:
+        """``before``: (row, the key by which it needs the next) on the way to this row."""
+        rows = [name for name, _ in before]
+        if row in rows:
+            circle = before[rows.index(row) :]
+            afters = [*rows[rows.index(row) + 1 :], row]
+            ways = ", ".join(f"{one} needs {after} ({key})" for (one, key), after in zip(circle, afters, strict=True))
+            yield f"methods.{row}: would have to be trained before itself: {ways}; change one of these keys"
+        elif row in experiment.methods and row not in seen:
+            seen.add(row)
+            for other, key in needed(row):
+                yield from visit(other, (*before, (row, key)))
+
+    for row in experiment.methods:
+        yield from visit(row, ())
+
+
+def _source_faults(
+    experiment: Experiment, name: str, source: SourceSettings, of_all: Sequence[str], unread: Collection[str]
+) -> Iterator[str]:
     if name in OWN_SOURCES:
         yield f": the name is taken; {', '.join(OWN_SOURCES)} need no table"
-    models = (*experiment.policies, *experiment.methods)
-    if source.model is not None and source.model not in models:
+    if source.file is not None:
+        for key in source.said:
+            yield f".{key}: has no effect on the responses of a file; remove the key"
+        return
+    models = (*experiment.policies, *_that_train(experiment))
+    if source.model not in (*models, *unread):
         yield (
-            f".model: found {source.model!r}; expected a table of [policies] or a row of [methods] "
-            f"({', '.join(models)}){_nearest(source.model, models)}"
+            f".model: found {source.model!r}; expected a table of [policies] or a row that trains "
+            f"({', '.join(models)}){_nearest(source.model or '', models)}"
         )
-    method = experiment.methods.get(source.model or "")
-    if method is not None and (method.family == "inference" or name in (method.sources or ())):
-        yield f".model: row {source.model} trains no model before these samples are drawn; name another"
+    yield from _sampling_faults(source, of_all)
 
 
-def _candidate_faults(experiment: Experiment, method: MethodSettings, of_all: Sequence[str]) -> Iterator[str]:
+def _candidate_faults(
+    experiment: Experiment, method: MethodSettings, of_all: Sequence[str], unread: Collection[str]
+) -> Iterator[str]:
     """What is wrong with how a row comes to its candidates."""
     sources = method.sources or ()
     allowed = (*OWN_SOURCES, *experiment.sources)
     files = [name for name in sources if name in experiment.sources and experiment.sources[name].file is not None]
     unknown = sorted(set(sources) - set(allowed))
+    if not set(unread).isdisjoint(sources):
+        return
     if unknown:
         yield f".sources: found {unknown[0]!r}; allowed are {', '.join(allowed)}{_nearest(unknown[0], allowed)}"
     elif experiment.responses(method) < 2 and not files:
@@ -551,10 +653,11 @@ def _candidate_faults(experiment: Experiment, method: MethodSettings, of_all: Se
             f": k = {experiment.responses(method)} response a prompt leaves nothing to rank; add sources, or "
             'use kind = "sft"'
         )
-    if "reply" in sources and experiment.data.source in ("toy", "files") and not unknown:
+    single = experiment.data.rows == "texts" or experiment.data.source == "toy-reviews"
+    if "reply" in sources and not single:
         yield '.sources: "reply" is a data set\'s single reply to a prompt; this one has pairs: "chosen", "rejected"'
-    if method.temperature == 0.0 and "model" in sources and (method.n or 0) > 1:
-        yield f": temperature 0 gives {method.n} equal samples; raise it or set n = 1"
+    if experiment.data.rows == "texts" and {"chosen", "rejected"} & set(sources):
+        yield f'.sources: found {list(sources)}, but texts have one reply to a prompt; use "reply"'
     if method.refresh is not None and "model" not in sources:
         yield (
             f".refresh: OP-{method.refresh} samples the policy while it trains, but sources = {list(sources)} has no "
@@ -568,18 +671,26 @@ def _candidate_faults(experiment: Experiment, method: MethodSettings, of_all: Se
         yield ".reward_kl: is of online sampling only; set refresh (k of OP-k), or remove it"
     if method.refresh is not None and method.scored_by is not None:
         yield f".scored_by: found {method.scored_by!r}; the reward model scores online candidates; remove the key"
-    if method.scored_by == "judge" and experiment.judge is None:
+    if method.scored_by == "judge" and experiment.judge is None and "judge" not in unread:
         yield '.scored_by: found "judge", and there is no [judge]; add the table, with source = "toy" or "endpoint"'
     if method.scored_by == "file" and set(files) != set(sources):
         yield (
             f'.scored_by: found "file", but of sources = {list(sources)} only {files} are files; scores of two kinds '
             "have no common scale: keep the files alone, or let the reward model score them all"
         )
-    read = READ[method.strategy or "sample"]
+    yield from _sampling_faults(method, of_all)
+
+
+def _sampling_faults(candidates: CandidateSettings, of_all: Sequence[str]) -> Iterator[str]:
+    """What is wrong with how the samples of a model come about."""
+    drawn = candidates.drawn and "model" in (candidates.sources or ("model",))
+    if drawn and candidates.temperature == 0.0 and (candidates.n or 0) > 1:
+        yield f": temperature 0 gives {candidates.n} equal samples; raise it or set n = 1"
+    read = READ[candidates.strategy or "sample"]
     for key in SIZES:
-        if key not in read and getattr(method, key) is not None:  # said: nothing unread is inherited
-            yield f'.{key}: has no effect where strategy = "{method.strategy}"; remove the key'
-    yield from (f": {fault}" for fault in _search_faults(method) if fault not in of_all)
+        if key not in read and getattr(candidates, key) is not None:  # said: nothing unread is inherited
+            yield f'.{key}: has no effect where strategy = "{candidates.strategy}"; remove the key'
+    yield from (f": {fault}" for fault in _search_faults(candidates) if fault not in of_all)
 
 
 def _search_faults(candidates: CandidateSettings) -> Iterator[str]:
@@ -623,13 +734,16 @@ def _faults(error: ValidationError, model: type[BaseModel], prefix: str) -> Iter
 
 
 def _table_at(model: type[BaseModel], keys: Sequence[int | str]) -> type[BaseModel]:
-    for key in keys:
+    path = iter(keys)
+    for key in path:
         annotation = model.model_fields[str(key)].annotation
         found = [kind for kind in (annotation, *get_args(annotation)) if isinstance(kind, type)]
         model = next(kind for kind in found if issubclass(kind, BaseModel))
     return model
 
 
+        if get_origin(annotation) is Mapping:
+            next(path, None)  # the table's own name
 def _nearest(word: str, allowed: Sequence[str] | Mapping[str, Any]) -> str:
     close = difflib.get_close_matches(word, list(allowed), n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else ""

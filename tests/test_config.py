@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic import ValidationError
 
-from rrhf_bench.config import Experiment, load_experiment, parse_method
+from rrhf_bench.config import TRAINED_WITH, Experiment, load_experiment, parse_method
 from rrhf_bench.errors import ConfigError
 from rrhf_bench.pipeline.plan import Plan, Stage, make_plan
 from rrhf_bench.registry import METHODS
@@ -84,9 +86,36 @@ def test_extends_a_file_that_is_not_there(write: Write) -> None:
         load_experiment(write('extends = "none.toml"'))
 
 
-def test_extends_more_than_one_file(write: Write) -> None:
-    with pytest.raises(ConfigError, match=r"x\.toml: extends: found \['a', 'b'\]; expected the path of one other file"):
-        load_experiment(write('extends = ["a", "b"]'))
+def test_of_several_files_below_the_later_wins_and_the_file_itself_over_all(write: Write) -> None:
+    write('name = "one"\nseeds = [1]\n[methods.sft]\nlr = 0.1\nepochs = 2\n[evaluation]\nprompts = 200', "one.toml")
+    write('extends = "one.toml"\n[methods.rrhf]\nlr = 0.2\n[data]\nseed = 3', "over_one.toml")
+    write("seeds = [2]\n[methods.sft]\nlr = 0.3\n[evaluation]\npairs = 900\n[data]\nseed = 4", "two.toml")
+    experiment = load_experiment(write('extends = ["over_one.toml", "two.toml"]\n[data]\nseed = 5', "top.toml"))
+    assert (experiment.name, experiment.seeds, experiment.data.seed) == ("top", (2,), 5)
+    assert (experiment.evaluation.prompts, experiment.evaluation.pairs) == (200, 900)  # tables are merged, key by key
+    sft = experiment.methods["sft"]
+    assert (sft.lr, sft.epochs, list(experiment.methods)) == (0.3, 2, ["sft", "rrhf"])
+    other = load_experiment(write('extends = ["two.toml", "over_one.toml"]', "top.toml"))
+    assert (other.seeds, other.data.seed, other.methods["sft"].lr) == ((1,), 3, 0.1)
+    assert load_experiment(write("extends = []", "none.toml")) == Experiment(name="none")
+
+
+def test_a_file_may_be_reached_twice_but_not_through_itself(write: Write) -> None:
+    write("seeds = [5]", "base.toml")
+    write('extends = "base.toml"', "left.toml")
+    write('extends = "base.toml"', "right.toml")
+    assert load_experiment(write('extends = ["left.toml", "right.toml", "base.toml"]')).seeds == (5,)
+    path = write('extends = ["base.toml", "b.toml"]', "a.toml")
+    write('extends = ["left.toml", "a.toml"]', "b.toml")
+    with pytest.raises(ConfigError, match=r"^\S*a\.toml: extends: comes back to itself through \S*b\.toml; remove one"):
+        load_experiment(path)
+
+
+@pytest.mark.parametrize("value", ["3", '["base.toml", 3]', '{ file = "base.toml" }'])
+def test_extends_what_is_no_file(write: Write, value: str) -> None:
+    found = repr(tomllib.loads(f"value = {value}")["value"])
+    expected = f"extends: found {found}; expected paths of other files, relative to this one"
+    assert faults(write(f"extends = {value}")) == [expected]
 
 
 @pytest.mark.parametrize("text", ["name = ", "a = 1\na = 2", "\x00"])
@@ -130,20 +159,28 @@ PUBLISHED = sorted((ROOT / "experiments").glob("*.toml"))
 @pytest.fixture(params=PUBLISHED, ids=[path.name for path in PUBLISHED])
 def published(request: pytest.FixtureRequest, write: Write) -> Experiment:
     """An experiment of the repository, with a data file where the command line is to name one."""
-    table = tomllib.loads(request.param.read_text())
-    own_data = table.get("data", {}).get("source") == "files"
-    return load_experiment(request.param, [f"data.path={write('', 'pairs.jsonl')}"] if own_data else [])
+    return load(request.param, write)
+
+
+def load(path: Path, write: Write) -> Experiment:
+    own_data = tomllib.loads(path.read_text()).get("data", {}).get("source") == "files"
+    return load_experiment(path, [f"data.path={write('', 'pairs.jsonl')}"] if own_data else [])
 
 
 def test_the_resolved_file_gives_the_same_experiment(published: Experiment, write: Write) -> None:
     text = published.to_toml()
     assert "extends" not in text
-    assert load_experiment(write(text, "resolved.toml")) == published
+    resolved = load_experiment(write(text, "resolved.toml"))
+    assert resolved == published
+    assert [stage.key for stage in make_plan(resolved).wanted] == [stage.key for stage in make_plan(published).wanted]
+    assert resolved.to_toml() == text
 
 
 def test_every_experiment_of_the_repository_passes_plan(published: Experiment) -> None:
-    kinds = {stage.kind for stage in make_plan(published).stages}
-    assert kinds >= {"data", "model", "reward model", "train", "evaluate"}
+    stages = make_plan(published).stages
+    kinds = {stage.kind for stage in stages}
+    assert kinds >= {"data", "model", "reward model", "evaluate"} | ({"train"} if published.methods else set())
+    assert len({stage.name for stage in stages}) == len(stages)  # a person can tell them apart
 
 
 def test_an_experiment_is_frozen(write: Write) -> None:
@@ -270,7 +307,7 @@ def test_a_wrong_value_names_key_found_and_allowed(write: Write, key: str, value
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        (["data.source=hf"], 'data.source: found \'hf\'; allowed are "toy", "files" and "hub:OWNER/NAME"'),
+        (["data.source=hf"], 'data.source: found \'hf\'; allowed are "toy", "toy-reviews", "files" and "hub:'),
         (["data.source=files"], "data.path: missing; "),
         (["data.source=files", "data.path=none.jsonl"], "data.path: found 'none.jsonl', which does not exist"),
         (
@@ -288,7 +325,6 @@ def test_a_wrong_value_names_key_found_and_allowed(write: Write, key: str, value
         (["methods.rrhf.sources=['modle']"], "methods.rrhf.sources: found 'modle'; allowed are model, chosen, "),
         (["methods.rrhf.temperature=0.0"], "methods.rrhf: temperature 0 gives 4 equal samples; raise it or set n = 1"),
         (["name=store"], "name: found 'store', the folder"),
-        (["methods.rrhf.policy=dp"], "methods.rrhf.policy: found 'dp'; input should be 'BP', 'DP', 'SP', 'D', 'P' or"),
         (["sampling.policy=[1]"], "sampling.policy: found [1]; input should be "),
         (["methods.sft.policy=P"], "methods.sft.policy: sft trains on no candidates; remove the key"),
         (["methods.ppo.beams=4"], "methods.ppo.beams: ppo trains on no candidates; remove the key"),
@@ -347,7 +383,7 @@ def test_a_sampling_policy_is_what_it_stands_for(write: Write, name: str, expect
     experiment = load_experiment(write(f'{others}[methods.rrhf]\npolicy = "{name}"'))
     method = experiment.methods["rrhf"]
     found = {key: value for key in CandidateSettings.model_fields if (value := getattr(method, key)) is not None}
-    assert (found, method.responses) == (expected, k)
+    assert (found, experiment.responses(method)) == (expected, k)
     text = experiment.to_toml()
     assert "policy =" not in text
     assert load_experiment(write(text, "resolved.toml")).methods == experiment.methods
@@ -364,10 +400,11 @@ def test_keys_beside_a_policy_override_their_parts(write: Write) -> None:
     text = '[methods.rrhf]\npolicy = "DP"\nbeams = 8\ngroups = 2\n[methods.hot]\nkind = "rrhf"\npolicy = "SP"\nn = 2'
     experiment = load_experiment(write(f"[sampling]\ntemperature = 0.3\n{text}\ntemperature = 1.5"))
     rrhf, hot = experiment.methods.values()
-    assert (rrhf.n, rrhf.beams, rrhf.groups, rrhf.diversity_penalty, rrhf.responses) == (8, 8, 2, 1.0, 10)
+    assert (rrhf.n, rrhf.beams, rrhf.groups, rrhf.diversity_penalty) == (8, 8, 2, 1.0)
+    assert experiment.responses(rrhf) == 10
     assert (hot.n, hot.temperature, hot.top_p, hot.beams) == (2, 1.5, 1.0, None)
     shared = load_experiment(write('[sampling]\npolicy = "BP"\nbeams = 3\n[methods.rrhf]\n'))
-    assert (shared.sampling.n, shared.methods["rrhf"].n, shared.methods["rrhf"].responses) == (3, 3, 5)
+    assert (shared.sampling.n, shared.methods["rrhf"].n, shared.methods["rrhf"].responses({})) == (3, 3, 5)
     bare = load_experiment(write('[sampling]\nstrategy = "diverse-beam"\nbeams = 8\n[methods.rrhf]\nbeams = 12'))
     assert (bare.sampling.n, bare.methods["rrhf"].n, bare.methods["rrhf"].groups) == (8, 12, 4)
     assert load_experiment(write(bare.to_toml(), "resolved.toml")) == bare
@@ -384,6 +421,320 @@ def test_a_policy_replaces_what_was_said_before_it(write: Write) -> None:
     assert load_experiment(path, ["sampling.policy=DP", "methods.rrhf.policy=BP"]) == experiment
     later = load_experiment(path, ["sampling.policy=SP", "sampling.n=2", "methods.rrhf.policy=D"])
     assert (later.sampling.n, later.sampling.temperature, later.methods["rrhf"].sources) == (2, 0.8, ("model",))
+
+
+RAW = '[policies.raw]\nsource = "toy-raw"\n'
+ROW = '[methods.rrhf]\nsources = ["model", "s"]\n'
+KNOWN = "BP, DP, SP, D, P, B, IP-n, OP-k, OP-k+KL (n rounds, k optimiser steps)"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        *(
+            (f'[methods.rrhf]\npolicy = "{name}"', [f"methods.rrhf.policy: found '{name}'; allowed are {KNOWN}"])
+            for name in ("dp", "OP-0", "IP-x", "IP-0", "IP-100", "OP-", "OP-8+kl")
+        ),
+        (
+            '[sampling]\npolicy = "OP-8"',
+            ['sampling.policy: "OP-8" says how a method trains (refresh); set it in its table'],
+        ),
+        (
+            '[methods.rrhf]\npolicy = "OP-4"\nsources = ["mine"]\n[sources.mine]\nfile = "FILE"',
+            [
+                "methods.rrhf.refresh: OP-4 samples the policy while it trains, but sources = ['mine'] has no "
+                '"model"; add it, or remove refresh'
+            ],
+        ),
+        (
+            '[methods.rrhf]\npolicy = "IP-2"\nsources = ["chosen", "rejected"]',
+            ['methods.rrhf.rounds: IP-2 samples the model of the round before, but sources has no "model"; add it'],
+        ),
+        (
+            '[methods.rrhf]\npolicy = "IP-2"\nrefresh = 8',
+            [
+                "methods.rrhf.rounds: has no effect beside refresh, which samples the policy all the time; remove one "
+                "of the two"
+            ],
+        ),
+        (
+            "[methods.rrhf]\nreward_kl = 0.1",
+            ["methods.rrhf.reward_kl: is of online sampling only; set refresh (k of OP-k), or remove it"],
+        ),
+        *(
+            (f"[methods.sft]\n{key} = {value}", [f"methods.sft.{key}: sft trains on no candidates; remove the key"])
+            for key, value in (("rounds", 2), ("refresh", 8), ("reward_kl", 0.1), ("scored_by", '"judge"'))
+        ),
+        (
+            '[methods.rrhf]\nscored_by = "judge"',
+            [
+                'methods.rrhf.scored_by: found "judge", and there is no [judge]; add the table, with source = "toy" or '
+                '"endpoint"'
+            ],
+        ),
+        (
+            '[judge]\n[methods.rrhf]\npolicy = "OP-8"\nscored_by = "judge"',
+            ["methods.rrhf.scored_by: found 'judge'; the reward model scores online candidates; remove the key"],
+        ),
+        (
+            '[methods.rrhf]\nscored_by = "file"\nsources = ["mine", "chosen"]\n[sources.mine]\nfile = "FILE"',
+            [
+                "methods.rrhf.scored_by: found \"file\", but of sources = ['mine', 'chosen'] only ['mine'] are files; "
+                "scores of two kinds have no common scale: keep the files alone, or let the reward model score them all"
+            ],
+        ),
+        (
+            f'{RAW}[methods.rrhf]\ninitial = "rwa"',
+            [
+                "methods.rrhf.initial: found 'rwa'; expected a table of [policies] (raw); did you mean 'raw'?, or "
+                "nothing for [policy]"
+            ],
+        ),
+        (
+            '[methods.sft]\n[methods.rrhf]\ninitial = "sft"',
+            [
+                "methods.rrhf.initial: found 'sft'; expected a table of [policies] (there is none), or nothing for "
+                "[policy]"
+            ],
+        ),
+        (
+            '[policies.a]\nsource = "methods.sf"\n[methods.sft]\n[methods.best_of_n]',
+            ["policies.a.source: found 'methods.sf'; expected a row that trains (sft); did you mean 'sft'?"],
+        ),
+        (
+            '[policies.a]\nsource = "methods.best_of_n"\n[methods.sft]\n[methods.best_of_n]',
+            ["policies.a.source: found 'methods.best_of_n'; expected a row that trains (sft)"],
+        ),
+        (
+            '[policies.a]\nsource = "methods.sft"\ndtype = "bfloat16"\npart = "Alpaca-sft"\n[methods.sft]',
+            ["policies.a.dtype: has no effect: a row's result is as what the row started from; remove the key"],
+        ),
+        (
+            f"{RAW}scratch = {{ layers = 3 }}",
+            ['policies.raw.scratch: has no effect: "toy-raw" is trained as [policy.scratch] says; remove the table'],
+        ),
+        (
+            '[policy]\nsource = "methods.sft"\n[methods.sft]',
+            ["policy.source: found 'methods.sft'; only a table of [policies] may be a row's result"],
+        ),
+        (
+            "[policies.sft]\n[methods.sft]",
+            ["policies.sft: the name is taken; it would be a row of the tables beside the one of that name"],
+        ),
+        (
+            "[policies.policy]\n[policies.base]",
+            [
+                f"policies.{name}: the name is taken; it would be a row of the tables beside the one of that name"
+                for name in ("policy", "base")
+            ],
+        ),
+        (
+            '[policies.a]\nsource = "org/model"\ntemplate = "chat"',
+            ["policies.a.template: found 'chat'; expected 'hh', that of [policy]"],
+        ),
+        (
+            "[sources.model]\nmodel = 'rrhf'\n[methods.rrhf]",
+            ["sources.model: the name is taken; model, chosen, rejected, reply need no table"],
+        ),
+        (
+            f"{ROW}[sources.s]\nmodel = 'rw'\n{RAW}[methods.best_of_n]",
+            [
+                "sources.s.model: found 'rw'; expected a table of [policies] or a row that trains (raw, rrhf); did you "
+                "mean 'raw'?"
+            ],
+        ),
+        (
+            f'{ROW}[sources.s]\nmodel = "best_of_n"\n[methods.best_of_n]',
+            ["sources.s.model: found 'best_of_n'; expected a table of [policies] or a row that trains (rrhf)"],
+        ),
+        (
+            f"{ROW}[sources.s]\nn = 2",
+            ["sources.s.model: a source has either model = a policy or row, or file = a path; give one of the two"],
+        ),
+        (
+            f'{ROW}[sources.s]\nfile = "FILE"\nmodel = "rrhf"',
+            ["sources.s.model: a source has either model = a policy or row, or file = a path; give one of the two"],
+        ),
+        (
+            f'{ROW}[sources.s]\nfile = "none.jsonl"',
+            ["sources.s.file: found 'none.jsonl', which does not exist; expected a JSON-lines file"],
+        ),
+        (
+            f'{ROW}[sources.s]\nfile = "FILE"\nn = 2\npolicy = "DP"',
+            [
+                f"sources.s.{key}: has no effect on the responses of a file; remove the key"
+                for key in ("n", "strategy", "beams", "groups", "diversity_penalty")
+            ],
+        ),
+        (
+            f'{RAW}{ROW}[sources.s]\nmodel = "raw"\nsources = ["model"]\npolicy = "DP"',
+            ["sources.s.sources: found ['model']; a source is one; remove the key"],
+        ),
+        (
+            f'{RAW}{ROW}[sources.s]\nmodel = "raw"\npolicy = "P"',
+            ["sources.s.policy: found 'P', which takes no samples; allowed are BP, DP, SP, D, B"],
+        ),
+        (
+            f'{RAW}{ROW}[sources.s]\nmodel = "raw"\nstrategy = "beam"\ntemperature = 0.5',
+            ['sources.s.temperature: has no effect where strategy = "beam"; remove the key'],
+        ),
+        (
+            f'{RAW}{ROW}[sources.s]\nmodel = "raw"\ntemperature = 0.0',
+            ["sources.s: temperature 0 gives 4 equal samples; raise it or set n = 1"],
+        ),
+        (
+            f'{RAW}{ROW}[sources.s]\nmodel = "raw"\npolicy = "DP"\nbeams = 6',
+            ["sources.s: 6 beams do not divide into 4 groups of equal size; change beams or groups"],
+        ),
+        ("[methods.rrhf]\nsources = ['mine']", [UNKNOWN := "methods.rrhf.sources: found 'mine'; allowed are model, "]),
+        ("[judge]\nsource = 'endpoint'", [ENDPOINT := "judge.endpoint: the table goes with source = "]),
+        (
+            '[claims.ordered]\nhigher = "rhf"\nlower = "base"\nmargin = 0.0\n[methods.rrhf]',
+            ["claims.ordered: found the row 'rhf'; allowed are base, rrhf; did you mean 'rrhf'?"],
+        ),
+        (
+            f'{RAW}[claims.a]\nkind = "ordered"\nhigher = "raw"\nlower = "chosen"\nmargin = 0.0',
+            ["claims.a: found the row 'chosen'; allowed are base, raw"],
+        ),
+        ("[claims.orderd]\nmargin = 0.0", [CLAIM := "claims.orderd.kind: found 'orderd'; allowed are "]),
+        ("[defaults.rhf]\nlr = 0.1", [DEFAULT := "defaults.rhf: no kind of method; allowed are rrhf, sft, "]),
+        ("[defaults]\nrrhf = 3\n[methods.rrhf]", ["defaults.rrhf: found 3; expected a table of the method's settings"]),
+        ("defaults = 3\n[methods.rrhf]", ["defaults: found 3; expected tables such as [defaults.rrhf]"]),
+        (
+            "[defaults.rrhf]\nlr = -1.0\n[methods.rrhf]\n[methods.b]\nkind = 'rrhf'",
+            ["defaults.rrhf.lr: found -1.0; input should be greater than 0"],
+        ),
+        (
+            '[defaults.rrhf]\nkind = "sft"\n[methods.rrhf]',
+            ["defaults.rrhf.kind: found 'sft'; the table's name is the kind; remove the key"],
+        ),
+    ],
+)
+def test_what_a_row_starts_from_and_trains_on_must_be_there(write: Write, text: str, expected: list[str]) -> None:
+    text = text.replace("FILE", str(write("", "responses.jsonl")))
+    found = faults(write(text))
+    open_ended = (UNKNOWN, ENDPOINT, CLAIM, DEFAULT)
+    cut = [line[: len(e)] if e in open_ended else line for line, e in zip(found, expected, strict=True)]
+    assert cut == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "row", "ways"),
+    [
+        ('[sources.s]\nmodel = "x"\n[methods.x]\nSOURCES s', "x", "x needs x (sources.s.model)"),
+        (
+            '[sources.s]\nmodel = "y"\n[sources.t]\nmodel = "x"\n[methods.x]\nSOURCES s\n[methods.y]\nSOURCES t',
+            "x",
+            "x needs y (sources.s.model), y needs x (sources.t.model)",
+        ),
+        (
+            '[policies.a]\nsource = "methods.b"\n[methods.b]\nkind = "rrhf"\ninitial = "a"',
+            "b",
+            "b needs b (methods.b.initial)",
+        ),
+        (
+            '[policies.a]\nsource = "methods.b"\n[sources.s]\nmodel = "a"\n[methods.c]\nkind = "sft"\n'
+            '[methods.d]\nSOURCES s\n[policies.e]\nsource = "methods.d"\n[methods.b]\nkind = "sft"\ninitial = "e"',
+            "d",
+            "d needs b (sources.s.model), b needs d (methods.b.initial)",
+        ),
+    ],
+)
+def test_no_row_is_trained_before_itself(write: Write, text: str, row: str, ways: str) -> None:
+    text = re.sub(r"SOURCES (\w)", r'kind = "rrhf"\nsources = ["\1", "chosen"]', text)
+    expected = f"methods.{row}: would have to be trained before itself: {ways}; change one of these keys"
+    assert faults(write(text)) == [expected]
+
+
+def test_a_faulty_table_is_not_called_missing_where_it_is_named(write: Write) -> None:
+    rows = '[methods.rrhf]\ninitial = "raw"\nsources = ["s"]\nscored_by = "judge"\n[methods.b]\nkind = "sft"\nlrr = 1'
+    claim = '[claims.ordered]\nhigher = "b"\nlower = "raw"\nmargin = 0.0\n[policies.c]\nsource = "methods.b"'
+    tables = '[policies.raw]\nsorce = "toy-raw"\n[sources.s]\nmodle = "b"\n[judge]\nsauce = "toy"'
+    found = [fault.partition(": unknown key; ")[0] for fault in faults(write(f"{rows}\n{claim}\n{tables}"))]
+    assert found == ["methods.b.lrr", "policies.raw.sorce", "judge.sauce", "sources.s.modle"]
+
+
+def test_rows_take_from_the_defaults_of_their_kind_what_they_do_not_say(write: Write) -> None:
+    defaults = '[defaults.rrhf]\nlr = 0.25\nepochs = 2\nbetas = [0.5, 0.6]\npolicy = "DP"\nbeams = 8\n'
+    rows = '[methods.rrhf]\n[methods.own]\nkind = "rrhf"\nlr = 0.5\npolicy = "SP"\n[methods.sft]\n'
+    experiment = load_experiment(write(defaults + rows))
+    rrhf, own, sft = experiment.methods.values()
+    assert (rrhf.lr, rrhf.epochs, rrhf.betas, rrhf.strategy, rrhf.n) == (0.25, 2, (0.5, 0.6), "diverse-beam", 8)
+    # A sampling policy of its own leaves nothing of the other's.
+    assert (own.lr, own.epochs, own.betas, own.strategy, own.beams, own.n) == (0.5, 2, (0.5, 0.6), "sample", None, 4)
+    assert sft == load_experiment(write("[methods.sft]")).methods["sft"]
+    assert "defaults" not in experiment.to_toml()
+    assert load_experiment(write(defaults + rows), ["defaults.rrhf.lr=0.125"]).methods["rrhf"].lr == 0.125
+    write(defaults, "below.toml")
+    above = write(f'extends = "below.toml"\n[defaults.rrhf]\nlr = 0.75\n{rows}')
+    assert [m.lr for m in load_experiment(above).methods.values()] == [0.75, 0.5, sft.lr]
+
+
+def test_sampling_while_training_is_a_policy_too(write: Write) -> None:
+    def row(policy: str, *more: str) -> dict[str, Any]:
+        text = f'[methods.x]\nkind = "rrhf"\nlr = 0.5\nn = 2\nrounds = 3\npolicy = "{policy}"\n'
+        path = write(text.replace("n = 2\nrounds = 3\n", "") + "\n".join(more))
+        method = load_experiment(path).methods["x"]
+        # On the command line it replaces whatever the file said of candidates, rounds and refreshes.
+        base = write('[methods.x]\nkind = "rrhf"\nlr = 0.5\nn = 2\nrounds = 3', "base.toml")
+        words = [f"methods.x.{key.replace(' ', '')}" for key in more]
+        assert load_experiment(base, [f"methods.x.policy={policy}", *words]).methods["x"] == method
+        assert method.lr == 0.5
+        return method.model_dump(exclude_none=True, include={*CandidateSettings.model_fields, *TRAINED_WITH})
+
+    with_pair = {"sources": ("model", *PAIR)}
+    assert row("IP-1") == {**with_pair, **DIVERSE, "rounds": 1}
+    assert row("IP-3") == {**with_pair, **DIVERSE, "rounds": 3}
+    assert row("OP-4") == {**with_pair, **TOP_P, "refresh": 4}
+    assert row("OP-32+KL") == {**with_pair, **TOP_P, "refresh": 32, "reward_kl": 0.01}
+    assert row("OP-32+KL", "reward_kl = 0.5")["reward_kl"] == 0.5
+    assert row("OP-4", 'strategy = "diverse-beam"', "beams = 8", "groups = 2") == {
+        **with_pair, **DIVERSE, "beams": 8, "n": 8, "groups": 2, "refresh": 4
+    }  # fmt: skip
+    assert row("OP-4", 'strategy = "beam"') == {**with_pair, **BEAM, "refresh": 4}
+    assert row("IP-2", "beams = 8")["n"] == 8
+
+
+def test_what_sampling_while_training_requires(write: Write) -> None:
+    rows = {"offline": "DP", "rounds": "IP-2", "online": "OP-8", "penalised": "OP-8+KL"}
+    text = "".join(f'[methods.{name}]\nkind = "rrhf"\npolicy = "{policy}"\n' for name, policy in rows.items())
+    methods = load_experiment(write(text)).methods
+    more = {name: method.needs - method.requires for name, method in methods.items()}
+    online = {"sampler", "reward"}
+    assert more == {"offline": set(), "rounds": set(), "online": online, "penalised": {*online, "reference"}}
+
+
+def test_a_source_samples_as_all_do_unless_it_says_so(write: Write) -> None:
+    file = write("", "responses.jsonl")
+    tables = {
+        "plain": 'model = "raw"\n',
+        "cold": 'model = "raw"\ntemperature = 0.25\nn = 2\n',
+        "wide": 'model = "raw"\npolicy = "DP"\nbeams = 8\n',
+        "given": f'file = "{file}"\n',
+    }
+    text = "".join(f"[sources.{name}]\n{table}" for name, table in tables.items())
+    row = '[methods.rrhf]\nsources = ["model", "chosen", "plain", "cold", "wide", "given"]\n'
+    experiment = load_experiment(write(f"[sampling]\nn = 3\ntop_k = 5\n{RAW}{text}{row}"))
+    found = {
+        name: source.model_dump(exclude_none=True, exclude={"model"}) for name, source in experiment.sources.items()
+    }
+    drawn = {"strategy": "sample", "top_p": 1.0, "top_k": 5}
+    assert found == {
+        "plain": {**drawn, "n": 3, "temperature": 1.0},
+        "cold": {**drawn, "n": 2, "temperature": 0.25},
+        "wide": {**DIVERSE, "beams": 8, "n": 8},
+        "given": {"file": str(file)},
+    }
+    # The file's responses, of which it is not known how many they are, count as one.
+    assert experiment.responses(experiment.methods["rrhf"]) == 3 + 1 + 3 + 2 + 8 + 1
+    assert load_experiment(write(experiment.to_toml(), "resolved.toml")) == experiment
+
+
+def test_the_reward_model_scores_whether_said_or_not(write: Write) -> None:
+    one, other = (
+        load_experiment(write(f"[methods.rrhf]\n{x}"), ["name=a"]) for x in ("", 'scored_by = "reward model"')
+    )
+    assert one == other
 
 
 # The plan
@@ -448,7 +799,9 @@ TEST_CANDIDATES = "candidates for test prompts (n=2, T=1.0), seed 0"
     [
         ("data.seed=1", {"data"}),
         ("data.toy.preferences=700", {"data"}),
-        ("policy.scratch.lr=1e-3", {"policy"}),
+        ("policy.scratch.lr=1e-3", {"raw policy", "policy"}),
+        ("policy.scratch.epochs=2", {"policy"}),
+        ("policy.scratch.raw_epochs=1", {"raw policy"}),
         ("perplexity_model.scratch.lr=1e-3", {"perplexity model"}),
         ("reward_model.training.lr=3e-4", {"reward model"}),
         ("data.train_prompts=40", {"prompts"}),

@@ -9,7 +9,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from rrhf_bench.config import WORLDS, Experiment, ModelSettings, PolicySettings, RewardModelSettings, SourceSettings
+from rrhf_bench.config import (
+    TOY_MODELS,
+    WORLDS,
+    Experiment,
+    ModelSettings,
+    PolicySettings,
+    RewardModelSettings,
+    SourceSettings,
+)
 from rrhf_bench.pipeline.judging import judge_identity
 from rrhf_bench.pipeline.store import content_key, folder_identity
 from rrhf_bench.sampling.backend import Backend, choose_backend
@@ -212,12 +220,13 @@ class _Builder:
     def prompts(self) -> Stage:
         """The prompts that fit the context of every initial policy: training, dev and test."""
         e = self.experiment
-        # The embedded world's models read alike, and a row's result reads as what it started from.
+        # A row's result reads as what it started from. What a policy is called decides nothing, nor which comes first.
         others = {
-            f"policy {name}": self.initial(name)
+            self.initial(name).key: self.initial(name)
             for name, policy in e.policies.items()
-            if policy.trained_by is None and not (policy.source.startswith("toy") and e.policy.source.startswith("toy"))
+            if policy.trained_by is None and not _read_alike(policy, e.policy)
         }
+        others = {f"policy {i}": others[key] for i, key in enumerate(sorted(others), 1) if key != self.policy.key}
         settings = {
             "train_prompts": e.data.train_prompts,
             "long_prompts": e.data.long_prompts,
@@ -320,7 +329,7 @@ class _Builder:
         inputs = {"prompts": self.prompts} | {f"candidates {name}": stage for name, stage in samples.items()}
         size = f"{self.experiment.data.train_prompts} prompts x {self.experiment.responses(method)}"
         recorded = {"judge": judge.model_dump(mode="json")}  # where it listens may change from run to run
-        name = f"ratings of the candidates of {row}, seed {seed}"
+        name = f"ratings of the candidates of {self._whose(row, method)}, seed {seed}"
         return Stage(name, "judge", settings, inputs, size, row, seed, recorded)
 
     def _pairs(self, split: str, count: int) -> Stage:
@@ -388,9 +397,8 @@ class _Builder:
                 "stop": list(e.sampling.training_stop),
                 "sampler": choose_backend(e.sampling.backend, method.strategy or "sample").identity,
             }
-        last = method.rounds in (None, e.methods[row].rounds)
         return Stage(
-            f"train {row}, seed {seed}" if last else f"train round {method.rounds} of {row}, seed {seed}",
+            f"train {self._whose(row, method)}, seed {seed}",
             "train",
             settings,
             inputs,
@@ -398,6 +406,11 @@ class _Builder:
             row,
             seed,
         )
+
+    def _whose(self, row: str, method: MethodSettings) -> str:
+        """A row, or a round of it before its last, for people."""
+        last = method.rounds in (None, self.experiment.methods[row].rounds)
+        return row if last else f"round {method.rounds} of {row}"
 
     def evaluate(self, row: str, method: MethodSettings | None, seed: int, initial: str | None = None) -> Stage:
         inputs = {
@@ -429,10 +442,20 @@ class _Builder:
         return Stage(f"evaluate {row} replies", "evaluate pairs", {"reply": row, "prompts": count}, inputs, size, row)
 
 
+def _read_alike(one: PolicySettings, other: PolicySettings) -> bool:
+    """Whether two policies surely have one tokenizer and one context: the embedded world's own."""
+    if one.source not in TOY_MODELS or other.source not in TOY_MODELS:
+        return False
+    sizes = [(policy.scratch.vocabulary, policy.scratch.context) for policy in (one, other)]
+    return one.source == "toy-raw" or sizes[0] == sizes[1]
+
+
 def _how(candidates: CandidateSettings) -> str:
     """How samples come about, for people."""
     if candidates.drawn:
-        return f"n={candidates.n}, T={candidates.temperature}"
+        top_p = f", top-p={candidates.top_p}" if candidates.top_p not in (None, 1.0) else ""
+        top_k = f", top-k={candidates.top_k}" if candidates.top_k else ""
+        return f"n={candidates.n}, T={candidates.temperature}{top_p}{top_k}"
     if candidates.strategy == "beam":
         return f"beam search, beams={candidates.beams}"
     sizes = f"beams={candidates.beams}, groups={candidates.groups}, penalty={candidates.diversity_penalty}"
