@@ -42,7 +42,10 @@ class SFT:
         """One example a pair. Raises DataError without pairs."""
         if not inputs.preferences:
             raise DataError("sft: no pairs to train on; give preferences with a chosen reply")
-        return [Example(pair.prompt, (Response(pair.chosen, "chosen"),)) for pair in inputs.preferences]
+        return [
+            Example(pair.prompt, (Response(pair.chosen, "chosen", "given" if pair.ended else "length"),))
+            for pair in inputs.preferences
+        ]
 
     def loss(self, policy: Policy, batch: MethodBatch) -> LossOutput:
         logp_BT = policy.token_logprobs(batch.batch)

@@ -70,11 +70,12 @@ class Candidates:
 
 @dataclass(frozen=True, slots=True)
 class Preference:
-    """A labelled pair of replies to one prompt."""
+    """A labelled pair of replies to one prompt; or, without ``rejected``, the one reply that a data set has to it."""
 
     prompt: Prompt
     chosen: str
-    rejected: str
+    rejected: str | None = None
+    ended: bool = True  # False where the single reply was cut: it has no end to learn
 
 
 @dataclass(frozen=True, slots=True)

@@ -395,7 +395,7 @@ def test_the_toy_judge_by_hand(prompt, reply, expected):
 
 
 def test_the_toy_judge_agrees_with_the_gold_reward_as_another_judge_would():
-    world = build_world(seed=0, corpus=1, perplexity_corpus=1, preferences=400, dev=1, test=1)
+    world = build_world(seed=0, raw_corpus=1, corpus=1, perplexity_corpus=1, preferences=400, dev=1, test=1)
     groups = [
         Candidates(p.prompt, (Response(p.chosen, "chosen"), Response(p.rejected, "rejected")))
         for p in world.preferences

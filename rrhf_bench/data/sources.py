@@ -565,7 +565,7 @@ def _prompts_inside(pair: Preference) -> Iterator[str]:
 
     A prompt starts and ends with a turn marker and ``turns`` parts a text at every marker, so there are no others.
     """
-    for reply in (pair.chosen, pair.rejected):
+    for reply in filter(None, (pair.chosen, pair.rejected)):
         dialogue = turns(pair.prompt.text + reply)
         for end, turn in enumerate(dialogue):
             if turn.role == "assistant":

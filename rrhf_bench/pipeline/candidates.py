@@ -9,9 +9,14 @@ from rrhf_bench.records import Candidates, Preference, Response
 
 
 def pair_candidates(pairs: Sequence[Preference]) -> list[Candidates]:
-    """The data set's own two replies as candidates."""
+    """The data set's own replies as candidates: "chosen" and "rejected", or the single "reply"."""
     return [
-        Candidates(pair.prompt, (Response(pair.chosen, "chosen"), Response(pair.rejected, "rejected")))
+        Candidates(
+            pair.prompt,
+            (Response(pair.chosen, "reply", "given" if pair.ended else "length"),)
+            if pair.rejected is None
+            else (Response(pair.chosen, "chosen"), Response(pair.rejected, "rejected")),
+        )
         for pair in pairs
     ]
 

@@ -44,7 +44,7 @@ def examine(
     chosen = choose_backend(backend)
     findings.append(Finding("sampler", None, chosen.note or chosen.identity))
     services = Services(runtime)
-    world = build_world(seed=0, corpus=200, perplexity_corpus=1, preferences=8, dev=1, test=8)
+    world = build_world(seed=0, raw_corpus=1, corpus=200, perplexity_corpus=1, preferences=8, dev=1, test=8)
     with tempfile.TemporaryDirectory() as folder:
         if policy is None:
             settings = ScratchSettings(epochs=1)

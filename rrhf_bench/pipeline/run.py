@@ -109,7 +109,7 @@ def load_run(folder: Path, store: Store | None = None) -> RunRecords:
     run = _Run(folder, store or Store(folder.parent / "store"), json.loads((folder / "run.json").read_text()))
     experiment = load_experiment(folder / "config.toml")
     evaluations = list(run.wanted("evaluate", "evaluate pairs"))
-    order = ["base", *experiment.policies, *experiment.methods, *PAIR_ROWS]
+    order = ["base", *experiment.policies, *experiment.methods, *PAIR_ROWS, "reply"]
     evaluations.sort(key=lambda stage: order.index(stage["row"]))
     evaluated: list[Evaluated] = []
     pairs: list[PairScored] = []
@@ -177,7 +177,7 @@ def _arena(
     parts = {
         "prompts": content_key(prompts),
         "reward": stage["inputs"]["reward model"],
-        "gold": "toy" if about["gold"] else None,
+        "gold": about["gold"],
         "perplexity": stage["inputs"]["perplexity model"],
         "template": experiment.policy.template,
         "evaluation": decoding,

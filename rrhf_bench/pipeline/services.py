@@ -31,6 +31,7 @@ class ModelRef:
     pad_token: str | None = None
     max_length: int | None = None  # of prompt + reply
     layout: Literal["classifier", "value-head"] = "classifier"  # of a reward model
+    label: str | None = None  # of a classifier of several labels, whose probability is the score
 
     @classmethod
     def read(cls, artifact: Path) -> ModelRef:
@@ -127,7 +128,6 @@ def context_of(policy: TransformersPolicy, ref: ModelRef) -> int:
 
 
 def load_reward(ref: ModelRef, device: str, batch_size: int) -> RewardModel:
-    assert ref.template != "raw", "a reward model reads dialogues"
     if ref.layout == "value-head":
         from rrhf_bench.rewards.value_head import ValueHeadReward
 
@@ -142,6 +142,7 @@ def load_reward(ref: ModelRef, device: str, batch_size: int) -> RewardModel:
         revision=ref.revision,
         dtype=ref.dtype,
         pad_token=ref.pad_token,
+        label=ref.label,
         device=device,
         batch_size=batch_size,
     )

@@ -5,14 +5,22 @@ from __future__ import annotations
 import json
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from rrhf_bench import registry
 from rrhf_bench.config import ScratchSettings
-from rrhf_bench.data.sources import fit_context, load_candidates, load_preferences, split_preferences
+from rrhf_bench.data.sources import (
+    fit_context,
+    load_candidates,
+    load_preferences,
+    load_texts,
+    split_preferences,
+    split_texts,
+)
+from rrhf_bench.data.toy.reviews import build_reviews, own_reply
 from rrhf_bench.data.toy.world import build_world
 from rrhf_bench.errors import DataError, StageError
 from rrhf_bench.jsonl import read_jsonl, write_jsonl
@@ -24,8 +32,9 @@ from rrhf_bench.policy.policy import Policy, TransformersPolicy
 from rrhf_bench.policy.scratch import train_language_model
 from rrhf_bench.records import Candidates, CurvePoint, Decoding, Preference, Prompt, Response
 from rrhf_bench.rewards.bradley_terry import train_reward_model
-from rrhf_bench.rewards.gold import GoldReward
+from rrhf_bench.rewards.gold import Gold, GoldReward, ReviewsGold
 from rrhf_bench.rewards.reward_settings import RewardTrainingSettings
+from rrhf_bench.rewards.sentiment import POSITIVE, train_classifier
 from rrhf_bench.sampling.backend import BackendName, choose_backend
 from rrhf_bench.sampling.sampler import SamplingSpec
 from rrhf_bench.seeding import derive_seed
@@ -60,13 +69,20 @@ class Job:
         return ModelRef.read(self.inputs[role])
 
     @property
-    def gold(self) -> GoldReward | None:
-        return GoldReward() if self.read_json("prompts", "about.json")["gold"] else None
+    def gold(self) -> Gold | None:
+        """The true reward of an embedded world."""
+        name = self.read_json("prompts", "about.json")["gold"]
+        if name is None:
+            return None
+        return ReviewsGold() if name == "toy-reviews" else GoldReward()
 
 
 def data(job: Job) -> None:
-    """Pairs in three disjoint parts, and two corpora for models trained from scratch."""
+    """Pairs in three disjoint parts, and corpora for models trained from scratch."""
     s = job.settings
+    train: Sequence[Preference]
+    dev: Sequence[Preference]
+    test: Sequence[Preference]
     if s["source"] == "toy":
         world = build_world(seed=s["seed"], dev=s["dev"], test=s["test"], **s["toy"])
         train, dev, test = world.preferences, world.dev, world.test
@@ -75,19 +91,15 @@ def data(job: Job) -> None:
             "corpus": world.corpus,
             "perplexity_corpus": world.perplexity_corpus,
         }
-        about: dict[str, Any] = {"identity": f"toy, seed {s['seed']}", "gold": True, "counts": {}}
+        about: dict[str, Any] = {"identity": f"toy, seed {s['seed']}", "gold": "toy", "counts": {}}
+    elif s["source"] == "toy-reviews":
+        sizes = {name: size for name, size in s["toy"].items() if name != "raw_corpus"}
+        reviews = build_reviews(seed=s["seed"], dev=s["dev"], test=s["test"], **sizes)
+        train, dev, test = reviews.preferences, reviews.dev, reviews.test
+        corpora = {"corpus": reviews.corpus, "perplexity_corpus": reviews.perplexity_corpus}
+        about = {"identity": f"toy-reviews, seed {s['seed']}", "gold": "toy-reviews", "counts": {}}
     else:
-        loaded = load_preferences(
-            s["source"],
-            s.get("path"),
-            split=s["split"] if s["source"] != "files" else None,
-            revision=s.get("revision"),
-            data_dir=s.get("subset"),
-            diverging=s["diverging"],
-            faulty_rows=s["faulty_rows"],
-        )
-        split = split_preferences(loaded.preferences, train=None, dev=s["dev"], test=s["test"], seed=s["seed"])
-        train, dev, test = split.train, split.dev, split.test
+        identity, read, split_counts, (train, dev, test) = _read(s)
         # Every other prompt's chosen transcript, so that the judge of fluency has read nothing that the policy has.
         first = [derive_seed(s["seed"], "corpus half", pair.prompt.id) % 2 == 0 for pair in train]
         texts = [(pair.prompt.text + pair.chosen, half) for pair, half in zip(train, first, strict=True)]
@@ -96,15 +108,41 @@ def data(job: Job) -> None:
             "perplexity_corpus": tuple(text for text, half in texts if not half),
         }
         about = {
-            "identity": loaded.identity,
-            "gold": False,
-            "counts": {**loaded.counts, **{f"split_{name}": count for name, count in split.counts.items()}},
+            "identity": identity,
+            "gold": None,
+            "counts": {**read, **{f"split_{name}": count for name, count in split_counts.items()}},
         }
     for name, pairs in {"train": train, "dev": dev, "test": test}.items():
         write_jsonl(job.out / f"{name}.jsonl", pairs)
     for name, texts_of in corpora.items():
         write_jsonl(job.out / f"{name}.jsonl", ({"text": text} for text in texts_of))
     job.write_json("about.json", about)
+
+
+Parts = tuple[Sequence[Preference], Sequence[Preference], Sequence[Preference]]
+
+
+def _read(s: Mapping[str, Any]) -> tuple[str, Mapping[str, int], Mapping[str, int], Parts]:
+    """(identity, counts of reading, counts of splitting, (train, dev, test)) of files or a hub set."""
+    where: dict[str, Any] = {
+        "split": s["split"] if s["source"] != "files" else None,
+        "revision": s.get("revision"),
+        "data_dir": s.get("subset"),
+    }
+    sizes = {"dev": s["dev"], "test": s["test"], "seed": s["seed"]}
+    if s["rows"] == "texts":
+        words: dict[str, Any] = {name: s[name] for name in ("prompt_words", "reply_words")}
+        texts = load_texts(s["source"], s.get("path"), **where, **words)
+        parts = split_texts(texts.texts, train=None, **sizes)
+        single = [
+            [Preference(text.prompt, text.reply, None, text.ended) for text in part]
+            for part in (parts.train, parts.dev, parts.test)
+        ]
+        return texts.identity, texts.counts, parts.counts, (single[0], single[1], single[2])
+    faults: dict[str, Any] = {"diverging": s["diverging"], "faulty_rows": s["faulty_rows"]}
+    loaded = load_preferences(s["source"], s.get("path"), **where, **faults)
+    split = split_preferences(loaded.preferences, train=None, **sizes)
+    return loaded.identity, loaded.counts, split.counts, (split.train, split.dev, split.test)
 
 
 def model(job: Job) -> None:
@@ -139,7 +177,6 @@ def reward_model(job: Job) -> None:
         ModelRef(**{**ref.__dict__, "revision": _commit(ref)}).write(job.out)
         return
     policy = job.ref()
-    assert policy.template != "raw", "a reward model reads dialogues"
     log: list[Mapping[str, float]] = []
     pairs = read_jsonl(job.inputs["data"] / "train.jsonl", Preference)
     settings = RewardTrainingSettings.model_validate(s["training"])
@@ -149,7 +186,8 @@ def reward_model(job: Job) -> None:
         log.append(metrics)
         job.progress(len(log), steps_in_all)
 
-    result = train_reward_model(
+    classifies = settings.objective == "classification"
+    result = (train_classifier if classifies else train_reward_model)(
         policy.source,
         pairs,
         settings,
@@ -163,7 +201,7 @@ def reward_model(job: Job) -> None:
     )
     write_jsonl(job.out / "metrics.jsonl", log)
     job.write_json("counts.json", {"pairs": len(pairs), **result.counts})
-    ModelRef("model", template=policy.template).write(job.out)
+    ModelRef("model", template=policy.template, label=POSITIVE if classifies else None).write(job.out)
 
 
 def _commit(ref: ModelRef) -> str | None:
@@ -207,6 +245,7 @@ def prompts(job: Job) -> None:
             length[pair.prompt] + len(policies[0].tokenization.response_ids(reply, ended=True)) > context
             for pair in kept
             for reply in (pair.chosen, pair.rejected)
+            if reply is not None
         )
         write_jsonl(job.out / f"{split}.jsonl", kept)
     job.write_json("about.json", {**about, "counts": counts})
@@ -262,7 +301,7 @@ def score(job: Job) -> None:
         write_jsonl(job.out / "golds.jsonl", (_gold_line(job.gold, row) for row in scored))
 
 
-def _gold_line(gold: GoldReward, row: Candidates) -> dict[str, Any]:
+def _gold_line(gold: Gold, row: Candidates) -> dict[str, Any]:
     """The gold reward of every response of a group, and what it was given for."""
     prompts, texts = [row.prompt] * len(row.responses), [response.text for response in row.responses]
     return {"golds": gold.score(prompts, texts).tolist(), "features": gold.features(prompts, texts)}
@@ -271,8 +310,21 @@ def _gold_line(gold: GoldReward, row: Candidates) -> dict[str, Any]:
 def score_pairs(job: Job) -> None:
     """The data set's own replies, scored."""
     reward = job.services.reward(job.ref("reward model"))
-    pairs = pair_candidates(job.pairs(job.settings["split"]))
+    pairs = own_replies(job, job.settings["split"])
     write_jsonl(job.out / "candidates.jsonl", steps.score_candidates(reward, pairs, job.progress))
+
+
+def own_replies(job: Job, split: str) -> list[Candidates]:
+    """The data set's own replies to the prompts of a split. Of the embedded reviews' two completions, one is also the
+    "reply": the data set's own, whatever its sentiment."""
+    pairs = job.pairs(split)
+    groups = pair_candidates(pairs)
+    if not isinstance(job.gold, ReviewsGold):
+        return groups
+    return [
+        replace(group, responses=(*group.responses, Response(getattr(pair, own_reply(pair)), "reply")))
+        for pair, group in zip(pairs, groups, strict=True)
+    ]
 
 
 def train(job: Job) -> None:
@@ -394,8 +446,9 @@ def evaluate(job: Job) -> None:
     if "method" in s:
         sampler = registry.build(_method(s["method"])).wrap(sampler, judges.reward)
         specs = {decoding: spec for decoding, spec in specs.items() if not spec.greedy}
-    pairs = job.pairs("test")
-    prompts = [pair.prompt for pair in pairs[: s["prompts"]]]
+    test = job.pairs("test")
+    prompts = [pair.prompt for pair in test[: s["prompts"]]]
+    pairs = [pair for pair in test if pair.rejected is not None]
     # Best-of-n's distribution has no log-probs to compare with the initial policy's.
     reference = None if "method" in s else initial
     records = steps.evaluate(job.row or "", s["seed"], sampler, prompts, judges, specs, policy, reference)

@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rrhf_bench.data.toy import gold, reviews
 from rrhf_bench.records import Prompt
+
+
+class Gold(Protocol):
+    """The true reward of an embedded world: a RewardModel that also says why."""
+
+    identity: str
+
+    def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> NDArray[np.float64]: ...
+
+    def features(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[dict[str, int]]: ...
 
 
 class GoldReward:

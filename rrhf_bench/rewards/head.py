@@ -84,6 +84,7 @@ def train_head(
     truncated = 0
     pairs: list[tuple[list[int], list[int]]] = []
     for preference in preferences:
+        assert preference.rejected is not None, "a reward model is trained on pairs"
         chosen, cut_chosen = contract.encode(preference.prompt, preference.chosen, tokenizer, contract.max_length)
         rejected, cut_rejected = contract.encode(preference.prompt, preference.rejected, tokenizer, contract.max_length)
         truncated += cut_chosen + cut_rejected
