@@ -173,15 +173,15 @@ class SourceSettings(CandidateSettings):
             raise ValueError(f"file: found {self.file!r}, which does not exist; expected a JSON-lines file")
         return self
 
-
-class JudgeTable(Settings):
-    """Who rates the candidates of rows with scored_by = "judge"."""
     @property
     def said(self) -> tuple[str, ...]:
         """The keys of sampling that are said."""
         keys = CandidateSettings.model_fields
         return tuple(key for key in keys if getattr(self, key) is not None)
 
+
+class JudgeTable(Settings):
+    """Who rates the candidates of rows with scored_by = "judge"."""
 
     source: Literal["toy", "endpoint"] = "toy"  # the embedded world's own; an OpenAI-compatible server
     endpoint: JudgeSettings | None = None
@@ -380,10 +380,10 @@ def _validate(table: dict[str, Any], faults: list[str]) -> Experiment | None:
         claim = _claim(f"claims.{name}", of_claim, faults)
         if claim is not None:
             claims[name] = claim
+    written = dict(table)
     table |= {"methods": methods, "claims": claims}
     faulty: set[str] = set()  # tables with a faulty key
     try:
-    written = dict(table)
         experiment = Experiment.model_validate(table)
     except ValidationError as error:
         faults.extend(_faults(error, Experiment, ""))
@@ -422,9 +422,6 @@ def _tables(found: Any, where: str, example: str, faults: list[str]) -> dict[str
     return {}
 
 
-def _claim(where: str, table: Any, faults: list[str]) -> ClaimSettings | None:
-    name = where.rpartition(".")[2]
-    if not isinstance(table, dict):
 def _default(kind: str, table: Any, faults: list[str]) -> bool:
     """Whether what rows of a kind start from can be used; the faults of one that cannot."""
     before = len(faults)
@@ -438,6 +435,9 @@ def _default(kind: str, table: Any, faults: list[str]) -> bool:
     return len(faults) == before
 
 
+def _claim(where: str, table: Any, faults: list[str]) -> ClaimSettings | None:
+    name = where.rpartition(".")[2]
+    if not isinstance(table, dict):
         faults.append(f"{where}: found {table!r}; expected a table of the claim's rows and margin")
         return None
     kind = table.get("kind", name)
@@ -476,11 +476,11 @@ def _inherit(method: MethodSettings, sampling: SamplingSettings) -> MethodSettin
     """A method that trains on candidates, with what it does not say about them taken from [sampling]."""
     if "candidates" not in method.requires:
         return method
+    if method.scored_by == "reward model":  # said or not, it is the same row
+        method = method.model_copy(update={"scored_by": None})
     return _inherit_sampling(method, sampling, "sources")
 
 
-    if method.scored_by == "reward model":  # said or not, it is the same row
-        method = method.model_copy(update={"scored_by": None})
 C = TypeVar("C", bound=CandidateSettings)
 
 
@@ -523,10 +523,10 @@ def _contradictions(experiment: Experiment, unread: Collection[str]) -> Iterator
             yield from (f"methods.{name}{fault}" for fault in _candidate_faults(experiment, method, of_all, unread))
         elif method.scored_by is not None:
             yield f"methods.{name}.scored_by: {method.kind} trains on no candidates; remove the key"
+    yield from _circles(experiment)
     for name, claim in experiment.claims.items():
         for row in claim.rows():
             if row not in (*rows, *unread):
-    yield from _circles(experiment)
                 yield f"claims.{name}: found the row {row!r}; allowed are {', '.join(rows)}{_nearest(row, rows)}"
 
 
@@ -546,13 +546,13 @@ def _model_faults(experiment: Experiment, unread: Collection[str]) -> Iterator[s
             )
     if experiment.reward_model.source == "toy" and not world:
         yield 'reward_model.source: "toy" needs data.source = "toy"; use "scratch", a hub id or a folder'
-    if experiment.reward_model.from_scratch and experiment.reward_model.layout != "classifier":
-        yield 'reward_model.layout: a reward model trained here is a "classifier"'
-    if experiment.judge is not None and experiment.judge.source == "toy" and experiment.data.source != "toy":
     if experiment.data.rows == "texts" and experiment.data.source in WORLDS:
         yield 'data.rows: found "texts"; the embedded worlds have pairs; remove the key'
     elif experiment.data.rows == "texts" and experiment.reward_model.from_scratch:
         yield "reward_model.source: texts have no pairs to train a reward model on; name a folder or a hub id"
+    if experiment.reward_model.from_scratch and experiment.reward_model.layout != "classifier":
+        yield 'reward_model.layout: a reward model trained here is a "classifier"'
+    if experiment.judge is not None and experiment.judge.source == "toy" and experiment.data.source != "toy":
         yield 'judge.source: "toy" judges the embedded dialogues, data.source = "toy"; use "endpoint"'
     if experiment.policy.trained_by is not None:
         yield f"policy.source: found {experiment.policy.source!r}; only a table of [policies] may be a row's result"
@@ -641,11 +641,11 @@ def _candidate_faults(
 ) -> Iterator[str]:
     """What is wrong with how a row comes to its candidates."""
     sources = method.sources or ()
+    if not set(unread).isdisjoint(sources):
+        return
     allowed = (*OWN_SOURCES, *experiment.sources)
     files = [name for name in sources if name in experiment.sources and experiment.sources[name].file is not None]
     unknown = sorted(set(sources) - set(allowed))
-    if not set(unread).isdisjoint(sources):
-        return
     if unknown:
         yield f".sources: found {unknown[0]!r}; allowed are {', '.join(allowed)}{_nearest(unknown[0], allowed)}"
     elif experiment.responses(method) < 2 and not files:
@@ -739,11 +739,11 @@ def _table_at(model: type[BaseModel], keys: Sequence[int | str]) -> type[BaseMod
         annotation = model.model_fields[str(key)].annotation
         found = [kind for kind in (annotation, *get_args(annotation)) if isinstance(kind, type)]
         model = next(kind for kind in found if issubclass(kind, BaseModel))
+        if get_origin(annotation) is Mapping:
+            next(path, None)  # the table's own name
     return model
 
 
-        if get_origin(annotation) is Mapping:
-            next(path, None)  # the table's own name
 def _nearest(word: str, allowed: Sequence[str] | Mapping[str, Any]) -> str:
     close = difflib.get_close_matches(word, list(allowed), n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else ""
