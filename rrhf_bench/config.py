@@ -58,6 +58,9 @@ class DataSettings(Settings):
     seed: int = 0
     train_prompts: Positive = 500  # prompts that policies are trained on
     toy: ToySettings = ToySettings()
+    rows: Literal["pairs", "texts"] = "pairs"  # of files and the hub; a text is a prompt and the reply that follows it
+    prompt_words: Positive = 48  # of a text: some 64 tokens of GPT-2
+    reply_words: Positive | None = None  # of a text; none: all the rest
     diverging: Literal["drop", "common-prefix"] = "drop"  # pairs that part before the last turn
     faulty_rows: Literal["error", "drop"] = "error"  # texts that are no transcript, or that end with the Human
     long_prompts: Literal["error", "drop"] = "drop"  # prompts that leave no room for a reply in the context

@@ -121,7 +121,7 @@ class _Builder:
         e = self.experiment
         yield self.train_pairs
         yield self.test_pairs
-        for row in PAIR_ROWS:
+        for row in ("reply",) if e.data.rows == "texts" else PAIR_ROWS:
             yield self.evaluate_pairs(row)
         for seed in e.seeds:
             yield self.evaluate("base", None, seed)
