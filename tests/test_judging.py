@@ -333,7 +333,8 @@ def test_prose_alone_ends_a_run_with_the_answer_in_its_line(run_tiny, serve):
 @pytest.mark.slow
 def test_a_run_with_a_vllm_server_as_judge(run_tiny, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setenv("JUDGE_KEY", "sk-loopback")
-    judge = 'model = "tiny", structured = "regex", api_key_env = "JUDGE_KEY"'
+    # At temperature 0 a random model gives everybody the same ratings, and ties rank nothing.
+    judge = 'model = "tiny", structured = "regex", temperature = 1.0, api_key_env = "JUDGE_KEY"'
     with vllm_endpoint(tokenizer, tmp_path) as url:
         assert run_tiny(url, judge) == ""
     (ratings,) = (tmp_path / "runs" / "store").glob("*/ratings.jsonl")
