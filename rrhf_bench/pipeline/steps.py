@@ -17,7 +17,7 @@ from rrhf_bench.policy.batching import ResponseBatch
 from rrhf_bench.policy.logprobs import sequence_score
 from rrhf_bench.policy.policy import Policy, TransformersPolicy
 from rrhf_bench.records import Candidates, Decoding, Evaluated, PairScored, Preference, Prompt, Response
-from rrhf_bench.rewards.gold import GoldReward
+from rrhf_bench.rewards.gold import Gold
 from rrhf_bench.rewards.reward import RewardModel
 from rrhf_bench.sampling.sampler import Sampler, SamplingSpec
 from rrhf_bench.settings import MethodSettings, OfflineSettings
@@ -74,7 +74,7 @@ class Judges:
     """What looks at a reply: the reward model, a gold reward where the world has one, the perplexity model."""
 
     reward: RewardModel
-    gold: GoldReward | None = None
+    gold: Gold | None = None
     perplexity: TransformersPolicy | None = None
     batch: int = 64
 
