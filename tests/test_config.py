@@ -921,3 +921,212 @@ def test_a_data_file_with_other_rows_is_other_data(write: Write) -> None:
 
     assert key("1") == key("1")
     assert key("1") != key("2")
+
+
+# Rounds, initial policies and sources in the plan
+
+
+def rows_plan(write: Write, text: str, *overrides: str) -> Plan:
+    return make_plan(load_experiment(write(text), overrides))
+
+
+def evaluated(found: Plan) -> dict[tuple[str, int | None], Stage]:
+    """The evaluations of a plan by row and seed."""
+    return {(stage.row or "", stage.seed): stage for stage in found.wanted if stage.kind == "evaluate"}
+
+
+def trained(found: Plan) -> dict[tuple[str, int | None], Stage]:
+    """The trained model of each row and seed."""
+    return {row: stage.inputs["trained"] for row, stage in evaluated(found).items() if "trained" in stage.inputs}
+
+
+def sampled(stage: Stage, source: str = "model") -> Stage:
+    """The samples of a source that a training stage is given."""
+    return stage.inputs[f"scores {source}"].inputs["candidates"]
+
+
+def rrhf(*names: str, **keys: str) -> str:
+    """A row of kind rrhf for each name, alike in the other keys."""
+    body = "".join(f"{key} = {value}\n" for key, value in keys.items())
+    return "".join(f'[methods.{name}]\nkind = "rrhf"\n{body}' for name in names)
+
+
+def test_each_round_is_the_whole_of_the_experiment_with_fewer(write: Write) -> None:
+    rows = {"dp": "DP", "ip1": "IP-1", "ip2": "IP-2", "ip3": "IP-3"}
+    found = rows_plan(write, "seeds = [4, 5]\n" + "".join(rrhf(n, policy=f'"{p}"') for n, p in rows.items()))
+    models = trained(found)
+    for seed in (4, 5):
+        dp, ip1, ip2, ip3 = (models[row, seed] for row in rows)
+        assert dp.key == ip1.key
+        assert len({stage.key for stage in (dp, ip2, ip3)}) == 3
+        # Every round starts from the initial policy and samples from what the round before made of it.
+        assert len({stage.inputs["policy"].key for stage in (dp, ip2, ip3)}) == 1
+        assert sampled(dp).inputs["policy"].key == dp.inputs["policy"].key
+        assert sampled(ip2).inputs["policy"].key == dp.key
+        assert sampled(ip3).inputs["policy"].key == ip2.key
+    # A search of the initial policy is the same for all seeds; what was trained with a seed has that seed.
+    assert sampled(models["dp", 4]).key == sampled(models["dp", 5]).key
+    assert sampled(models["ip2", 4]).key != sampled(models["ip2", 5]).key
+    assert (sampled(models["dp", 4]).seed, sampled(models["ip2", 4]).seed) == (None, 4)
+    alone = rows_plan(write, "seeds = [4, 5]\n" + rrhf("x", policy='"IP-3"'))
+    names = [stage.name for stage in alone.stages if stage.kind == "train"]
+    assert names == [f"train {which}x, seed {seed}" for seed in (4, 5) for which in ("round 1 of ", "round 2 of ", "")]
+    assert {stage.key for stage in alone.stages} < {stage.key for stage in found.stages}
+
+
+def test_a_row_samples_and_is_measured_from_where_it_starts(write: Write) -> None:
+    policies = f'{RAW}[policies.tuned]\nsource = "methods.sft"\n'
+    rows = "[methods.sft]\n[methods.plain]\nkind = 'rrhf'\n" + rrhf("from_raw", initial='"raw"')
+    rows += rrhf("from_tuned", initial='"tuned"') + "[methods.tuned_ppo]\nkind = 'ppo'\ninitial = 'tuned'\n"
+    rows += "[methods.best]\nkind = 'best_of_n'\nn = 4\ninitial = 'raw'\n"
+    found = rows_plan(write, f"seeds = [7, 1]\n{policies}{rows}")
+    evaluations, models = evaluated(found), trained(found)
+    starts = {row: stage.inputs["policy"].name for row, stage in evaluations.items()}
+    of_row = {"from_raw": "raw policy", "raw": "raw policy", "best": "raw policy"}
+    of_row |= dict.fromkeys(("from_tuned", "tuned_ppo", "tuned"), "train sft, seed 7")  # the first seed's, for all
+    of_row |= dict.fromkeys(("base", "sft", "plain"), "policy")
+    assert starts == {(row, seed): start for row, start in of_row.items() for seed in (7, 1)}
+    for row, model in models.items():
+        assert model.inputs["policy"].key == evaluations[row].inputs["policy"].key
+        if model.settings["method"]["kind"] == "rrhf":
+            assert sampled(model).inputs["policy"].key == evaluations[row].inputs["policy"].key
+    assert evaluations["tuned", 1].inputs["policy"].key == models["sft", 7].key != models["sft", 1].key
+    assert {row for row, _ in evaluations} - {row for row, _ in models} == {"base", "raw", "tuned", "best"}
+
+
+def test_policies_that_read_otherwise_shape_the_prompts_and_others_do_not(write: Write) -> None:
+    def roles(text: str) -> list[str]:
+        prompts = next(stage for stage in rows_plan(write, text).stages if stage.kind == "prompts")
+        return sorted(set(prompts.inputs) - {"data", "policy"})
+
+    assert roles("[policies.a]\nsource = 'methods.sft'\n[methods.sft]\n" + RAW) == []
+    assert roles("[policies.a]\nsource = 'toy'\nscratch = { layers = 3 }") == []
+    assert roles("[policies.a]\nsource = 'toy'\nscratch = { context = 256 }") == ["policy 1"]
+    assert roles("[policies.a]\nsource = 'org/a'\n[policies.b]\nsource = 'org/b'") == ["policy 1", "policy 2"]
+    assert roles("[policies.a]\nsource = 'org/a'\n[policies.b]\nsource = 'org/a'") == ["policy 1"]
+    assert roles("[policy]\nsource = 'org/a'\n[policies.b]\nsource = 'org/a'") == []
+
+
+def test_rows_of_one_sampling_policy_share_candidates_whatever_else_they_change(write: Write) -> None:
+    ablation = trained(make_plan(load(ROOT / "experiments" / "rank_ablation.toml", write)))
+    assert len({sampled(model).key for model in ablation.values()}) == 1  # over 6 rows and 3 seeds
+    assert len({model.key for model in ablation.values()}) == len(ablation) == 18
+    found = make_plan(load(ROOT / "experiments" / "sampling_quality.toml", write))
+    models = trained(found)
+    assert sampled(models["d", 0]).key == sampled(models["dp", 1]).key
+    assert sampled(models["bp", 0]).key != sampled(models["dp", 0]).key != sampled(models["raw_dp", 0]).key
+    # Three seeds. Of the pool of best-of-n one a seed; two searches (dp = d, bp) of each of three initial policies, on
+    # training and evaluation prompts; the second round of ip2 (= ip3's) and the third of ip3, each seed and both
+    # splits. p samples nothing, the online rows while they train.
+    assert sum(stage.kind == "sample" for stage in found.stages) == 3 * 1 + 3 * 2 * 2 + 2 * 3 * 2
+    assert len({model.key for model in models.values()}) == 3 * (1 + 14)  # sft, and the rows that train on candidates
+
+
+def test_what_rows_and_policies_are_called_and_what_is_claimed_of_them_changes_no_key(write: Write) -> None:
+    text = (
+        "[policies.first]\nsource = 'org/z'\n[policies.second]\nsource = 'org/a'\n"
+        "[policies.third]\nsource = 'methods.row'\n[methods.row]\nkind = 'sft'\n"
+        + rrhf("other", initial='"first"', policy='"IP-2"')
+        + rrhf("more", initial='"third"')
+        + "[sources.s]\nmodel = 'second'\n[sources.t]\nmodel = 'row'\n"
+        + rrhf("mixed", sources='["s", "t"]')
+    )
+    names = {"first": "zulu", "second": "alpha", "third": "mike", "row": "delta", "other": "x1", "more": "x2"}
+    renamed = re.sub("|".join(names), lambda found: names[found[0]], text.replace("mixed", "x3"))
+    claim = "[claims.ordered]\nhigher = 'x1'\nlower = 'x2'\nmargin = 0.5"
+    one, other, claimed = (rows_plan(write, t) for t in (text, renamed, f"{renamed}\n{claim}"))
+    assert [stage.key for stage in one.stages if stage.kind == "train"]
+    assert {stage.key for stage in one.stages} == {stage.key for stage in other.stages}
+    assert [stage.key for stage in other.wanted] == [stage.key for stage in claimed.wanted]
+
+
+@pytest.mark.parametrize(
+    ("table", "row", "again"),
+    [
+        ("model = 'raw'", "", {"train", "evaluate"}),
+        ("model = 'sft'", "", {"train", "evaluate"}),
+        ("model = 'raw'", "scored_by = 'judge'", {"judge", "train", "evaluate"}),
+        ("file = 'FILE'", "", {"file", "score", "train", "evaluate"}),
+        ("file = 'FILE'", "scored_by = 'file'", {"file", "train", "evaluate"}),
+    ],
+)
+def test_another_name_of_a_source_keeps_samples_and_scores(write: Write, table: str, row: str, again: set[str]) -> None:
+    """Responses are called by their source in what holds whole groups: that alone is made again."""
+    table = table.replace("FILE", str(write("{}", "responses.jsonl")))
+
+    def keys(name: str) -> dict[str, str]:
+        text = f"[judge]\n{RAW}[methods.sft]\n[sources.{name}]\n{table}\n[methods.rrhf]\nsources = ['{name}']\n{row}"
+        return {stage.key: stage.kind for stage in rows_plan(write, text).stages}
+
+    one, other = keys("one"), keys("other")
+    assert {kind for key, kind in one.items() if key not in other} == again
+    assert len(one) == len(other)
+
+
+def test_a_source_samples_the_model_that_it_names(write: Write) -> None:
+    tables = {"of_raw": "raw", "of_tuned": "tuned", "of_row": "sft", "again": "dp"}
+    text = f"seeds = [3, 4]\n{RAW}[policies.tuned]\nsource = 'methods.sft'\n[methods.sft]\n" + rrhf("dp", policy='"DP"')
+    text += "".join(f"[sources.{name}]\nmodel = '{model}'\npolicy = 'DP'\n" for name, model in tables.items())
+    text += "[methods.sources]\nkind = 'rrhf'\nsources = ['model', 'rejected', 'of_raw', 'of_tuned', 'of_row', 'again']"
+    found = rows_plan(write, text)
+    models = trained(found)
+    sources = {seed: {name: sampled(models["sources", seed], name) for name in tables} for seed in (3, 4)}
+    whose = {seed: {name: stage.inputs["policy"].name for name, stage in of.items()} for seed, of in sources.items()}
+    assert whose == {
+        seed: {
+            "of_raw": "raw policy",
+            "of_tuned": "train sft, seed 3",  # a policy is one, whatever the seed of the row
+            "of_row": f"train sft, seed {seed}",
+            "again": f"train dp, seed {seed}",
+        }
+        for seed in (3, 4)
+    }
+    # Searches: one for all seeds where the model is one.
+    shared = {name for name in tables if sources[3][name].key == sources[4][name].key}
+    assert shared == {"of_raw", "of_tuned"}
+    by_source = found.test_scores["sources", 4]
+    assert {name: stage.inputs["candidates"].settings["split"] for name, stage in by_source.items()} == dict.fromkeys(
+        ("model", *tables), "test"
+    )
+
+
+def test_whose_scores_a_row_trains_on(write: Write) -> None:
+    file = write("{}", "responses.jsonl")
+    moved, changed = write("{}", "moved.jsonl"), write("{ }", "changed.jsonl")
+
+    def row(scored_by: str, path: Path = file, *overrides: str) -> tuple[Plan, Stage]:
+        text = f"[judge]\n[sources.mine]\nfile = '{path}'\n[methods.rrhf]\nsources = ['mine']\n{scored_by}"
+        found = rows_plan(write, text, *overrides)
+        return found, trained(found)["rrhf", 0]
+
+    found, by_reward = row("")
+    assert by_reward.inputs["scores mine"].kind == "score"
+    assert found.test_scores == {("rrhf", 0): {}}  # a file has nothing for the evaluation prompts
+    found, by_file = row("scored_by = 'file'")
+    assert by_file.inputs["scores mine"].kind == "file"
+    assert "score" not in {s.kind for s in found.stages if s.name != "scores of best-of-n pool, seed 0"}
+    found, judged = row("scored_by = 'judge'")
+    ratings = judged.inputs["judged"]
+    assert (ratings.kind, ratings.inputs["candidates mine"].kind) == ("judge", "file")
+    assert found.test_scores == {}
+    assert not [role for role in judged.inputs if role.startswith("scores ")]
+    keys = [row("", path)[1].key for path in (file, moved, changed)]
+    assert keys[0] == keys[1] != keys[2]
+
+    def endpoint(url: str, model: str) -> str:
+        table = f"{{ source = 'endpoint', endpoint = {{ base_url = '{url}', model = '{model}' }} }}"
+        return row("scored_by = 'judge'", file, f"judge={table}")[1].key
+
+    assert endpoint("http://a/v1", "m") == endpoint("http://b/v1", "m") != endpoint("http://a/v1", "n")
+
+
+def test_how_candidates_are_scored_while_training_is_no_part_of_offline_rows(write: Write) -> None:
+    found = rows_plan(write, rrhf("a", policy='"OP-8"') + rrhf("b", policy='"OP-8+KL"') + rrhf("c", policy='"SP"'))
+    models = {row: stage for (row, _), stage in trained(found).items()}
+    assert "sampling" not in models["c"].settings
+    for row in ("a", "b"):
+        assert not [role for role in models[row].inputs if role.startswith("scores ")]
+        assert models[row].settings["sampling"]["max_new_tokens"] == 64
+    assert models["a"].key != models["b"].key
+    assert set(found.test_scores) == {(row, 0) for row in "abc"}
+    assert [found.test_scores[row, 0].keys() for row in "abc"] == [set(), set(), {"model"}]
