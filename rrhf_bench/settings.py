@@ -162,6 +162,30 @@ class MethodSettings(CandidateSettings):
         return "no training"
 
 
+def sampling_policy(settings: MethodSettings) -> str | None:
+    """The sampling policy of 2304.05302 that a row's candidates follow, such as "DP", "IP-2" or "OP-8+KL"; None where
+    they follow none. The inverse of ``expand_policy``, for a row that has inherited what it does not say.
+
+    OP-k is called so whether its samples are drawn or, as the paper has it, diverse beams.
+    """
+    if settings.refresh is not None:
+        names = [f"OP-{settings.refresh}" + ("+KL" if settings.reward_kl else "")]
+    else:
+        names = [*POLICIES] if settings.rounds is None else [f"IP-{settings.rounds}"]
+    for name in names:
+        policy = {"rounds": None, "refresh": None, **(expand_policy(name) or {})}
+        if settings.refresh is not None and settings.strategy == "diverse-beam":
+            policy |= _DIVERSE
+        keys = ["sources", "rounds", "refresh"]
+        if "model" in policy["sources"]:
+            keys += ["strategy", *READ[policy["strategy"]]]
+        if policy.get("reward_kl"):
+            keys.append("reward_kl")
+        if all(getattr(settings, key) == policy[key] for key in keys):
+            return name
+    return None
+
+
 class OptimiserSettings(MethodSettings):
     """AdamW and its schedule, for methods that change weights."""
 

@@ -25,9 +25,9 @@ from rrhf_bench.evaluation.statistics import Estimate
 from rrhf_bench.pipeline.results import RunRecords, Timing
 from rrhf_bench.records import Candidates, CurvePoint, Evaluated, PairScored, PoolScored, Prompt, Response
 from rrhf_bench.report.findings import standing
-from rrhf_bench.report.page import write_report
+from rrhf_bench.report.page import compared_tables, write_report
 from rrhf_bench.report.table import Cell, Column, Table, fenced, markdown, to_csv, write_table
-from rrhf_bench.report.tables import compared_tables, main_table
+from rrhf_bench.report.tables import main_table
 from rrhf_bench.report.view import View
 from rrhf_bench.seeding import generator
 from rrhf_bench.training.rrhf_settings import RRHFSettings
@@ -209,10 +209,11 @@ def test_the_csv_holds_the_records_numbers_to_the_last_digit_that_a_sum_keeps(
 
 def test_candidates_and_eq7_are_recomputed(records: RunRecords, report: Path) -> None:
     scores = [c.scores for seed in SEEDS for c in records.candidates["rrhf", seed]]
-    row = row_of(report / "tables/candidates.csv", method="rrhf")
+    row = row_of(report / "tables/table6.csv", **{"this run": "rrhf"})
     maximum = sum(map(max, scores)) / len(scores)
     assert float(row["max"]) == pytest.approx(maximum, abs=1e-12)
     assert float(row["std"]) == pytest.approx(np.std(scores), abs=1e-12)
+    row = row_of(report / "tables/candidates.csv", method="rrhf")
     assert (row["k"], row["duplicates"], row["ties"]) == ("6.0", "600", "600")
 
     eq7 = row_of(report / "tables/eq7.csv", method="rrhf", decoding="sampled")
@@ -398,7 +399,7 @@ def test_small_models_are_labelled(records: RunRecords) -> None:
 
 def test_departures_name_each_option_that_differs(report: Path) -> None:
     options = {row["option"]: row["rows"] for row in rows_of(report / "tables/departures.csv")}
-    assert {"policy.source", "sampling.cut_at_stop", "rrhf: lr", "ppo: kl"} <= set(options)
+    assert {"initial policy: base", "sampling.cut_at_stop", "rrhf: lr", "ppo: kl"} <= set(options)
     assert options["rrhf: lr"] == "rrhf"
     (candidates,) = (row for row in rows_of(report / "tables/departures.csv") if row["option"] == "rrhf: candidates")
     assert candidates["the paper"] == "diverse beam search, 4 beams in 4 groups, penalty 1"

@@ -96,6 +96,39 @@ class Table6Row:
 
 
 @dataclass(frozen=True, slots=True)
+class Table7Row:
+    """The ranking term left out: "BP - L_rank" beside "BP"."""
+
+    rho: str
+    setting: str
+    ppl: float
+    reward: float
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
+class Table8Row:
+    """Responses a query while training and at inference, in the paper's words ("fixed n" is made once, "n" anew)."""
+
+    method: str
+    training: str
+    inference: str
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
+class Table10Row:
+    """IMDB: ``setting`` is the KL penalty of online methods, the sampling policy of RRHF, or "". The perplexities of
+    the rows are not all of the same texts."""
+
+    method: str
+    setting: str
+    reward: float
+    ppl: float
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
 class CurveRow:
     """One point of Figure 3, read from the plot: Alpaca, DP. The loss axis has no labels, so the loss is a height in
     [0, 1]."""
@@ -174,6 +207,38 @@ def table6() -> tuple[Table6Row, ...]:
         )
         for r in load("rrhf_table6_sampling")
     )
+
+
+def table7() -> tuple[Table7Row, ...]:
+    """Table 7: RRHF with and without its ranking term."""
+    return tuple(
+        Table7Row(r.text("rho"), r.text("setting"), r._given("ppl"), r._given("reward"), r.source)
+        for r in load("rrhf_table7_rank_ablation")
+    )
+
+
+def table8() -> tuple[Table8Row, ...]:
+    """Table 8: responses a query."""
+    return tuple(
+        Table8Row(
+            r.text("method"), _words(r, "train_samples_per_query"), _words(r, "inference_samples_per_query"), r.source
+        )
+        for r in load("rrhf_table8_sampling_cost")
+    )
+
+
+def table10() -> tuple[Table10Row, ...]:
+    """Table 10: IMDB."""
+    return tuple(
+        Table10Row(r.text("method"), r.text("setting"), r._given("reward"), r._given("perplexity"), r.source)
+        for r in load("rrhf_table10_imdb")
+    )
+
+
+def _words(row: PublishedRow, column: str) -> str:
+    """A cell that holds a number in some rows and words in others, as printed; "" for an empty one."""
+    cell = row.cells[column]
+    return f"{cell:g}" if isinstance(cell, float) else cell or ""
 
 
 def figure3_curve() -> tuple[CurveRow, ...]:

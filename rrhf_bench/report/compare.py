@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
@@ -10,7 +10,7 @@ from typing import Literal
 from rrhf_bench.evaluation.statistics import Estimate, holm, smallest_detectable_difference
 from rrhf_bench.records import Candidates, Decoding
 from rrhf_bench.report.table import Missing
-from rrhf_bench.report.view import ABSENT, BASE, Found, Measure, View, mean_of, paired, unmeasured
+from rrhf_bench.report.view import ABSENT, DECODING_WORDS, Found, Measure, View, mean_of, paired, unmeasured
 
 Verdict = Literal["higher", "lower", "inside noise"]
 
@@ -41,18 +41,20 @@ class Comparison:
         return None if isinstance(self.estimate, Missing) else smallest_detectable_difference(self.estimate)
 
 
-def comparisons(view: View) -> list[Comparison]:
-    """Every method against the base model, and every other one against the first RRHF; PPO's comes first.
+MANY = 10  # rows of one initial policy; beyond these not every one is compared with the first RRHF row
 
-    Holm's adjustment is over the comparisons of one decoding and measure.
-    """
+
+def comparisons(view: View) -> list[Comparison]:
+    """The pairs of ``comparison_pairs`` under every decoding and both rewards."""
+    return compare(view, comparison_pairs(view), view.measures)
+
+
+def compare(view: View, pairs: Sequence[tuple[str, str]], measures: Sequence[Measure]) -> list[Comparison]:
+    """Every pair under every decoding and measure; Holm's adjustment is over the pairs of one decoding and measure."""
     found: list[Comparison] = []
     for decoding in view.decodings:
-        for measure in view.measures:
-            family = [
-                Comparison(a, b, decoding, measure, view.difference(a, b, decoding, measure))
-                for a, b in comparison_pairs(view)
-            ]
+        for measure in measures:
+            family = [Comparison(a, b, decoding, measure, view.difference(a, b, decoding, measure)) for a, b in pairs]
             ps = [c.estimate.p for c in family if isinstance(c.estimate, Estimate) and c.estimate.p is not None]
             adjusted: Iterator[float] = iter(holm(ps).tolist() if ps else [])
             found += [replace(c, p=next(adjusted)) if isinstance(c.estimate, Estimate) else c for c in family]
@@ -60,10 +62,41 @@ def comparisons(view: View) -> list[Comparison]:
 
 
 def comparison_pairs(view: View) -> list[tuple[str, str]]:
-    rrhf = view.first("rrhf")
-    others = [row for row in view.methods if row != rrhf] if rrhf else []
-    others.sort(key=lambda row: view.kind(row) != "ppo")  # stable: the rest stays in the file's order
-    return [*((row, rrhf) for row in others if rrhf), *((row, BASE) for row in view.methods)]
+    """What is compared, by initial policy, PPO first: every other row with the first RRHF row, or, where the rows are
+    many, RRHF's best on the dev prompts with PPO's; then every row with the initial policy that it started from."""
+    pairs: list[tuple[str, str]] = []
+    for initial in view.policies:
+        rows = view.rows_from(initial)
+        if len(rows) > MANY:
+            best = [_best(view, initial, kind) for kind in ("ppo", "rrhf")]
+            pairs += [(a, b) for a, b in [best] if a is not None and b is not None]
+        elif rrhf := view.rows_from(initial, "rrhf"):
+            others = [row for row in rows if row != rrhf[0]]
+            others.sort(key=lambda row: view.kind(row) != "ppo")  # stable: the rest stays in the file's order
+            pairs += [(row, rrhf[0]) for row in others]
+    return [*pairs, *((row, view.initial(row)) for initial in view.policies for row in view.rows_from(initial))]
+
+
+def comparison_words(view: View) -> str:
+    """What ``comparison_pairs`` chose, for a note."""
+    many = [initial for initial in view.policies if len(view.rows_from(initial)) > MANY]
+    words = "Each row is compared with the initial policy that it started from"
+    if len(many) < len(view.policies):
+        words += ", and with the first RRHF row that started there"
+    if many:
+        words += (
+            f"; where more than {MANY} rows start from one policy ({', '.join(many)}), only the RRHF and the PPO row "
+            f"with the highest {DECODING_WORDS[view.decodings[0]]} reward on the dev prompts are compared with each "
+            "other"
+        )
+    return words + "."
+
+
+def _best(view: View, initial: str, kind: str) -> str | None:
+    """Of the rows of a kind, the one with the most reward on the dev prompts; where it was not measured, the plain."""
+    rows = view.rows_from(initial, kind)
+    found = {row: reward for row in rows if (reward := view.dev_reward(row, view.decodings[0])) is not None}
+    return max(found, key=lambda row: found[row]) if found else view.plain_row(rows)
 
 
 @dataclass(frozen=True, slots=True)

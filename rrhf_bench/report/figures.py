@@ -1,7 +1,7 @@
-"""The figures of a report, each from the records alone, as PNG and SVG. A method has one colour in all of them.
+"""The figures of a report, each from the records alone, as PNG and SVG.
 
-Colours are Okabe and Ito's, then Tol's, which people with any of the common colour-blindnesses can tell apart;
-decodings and kinds of points differ in shape or filling as well. SVG files carry no date and no random ids.
+Decodings and kinds of points differ in shape or filling as well as in colour. SVG files carry no date and no random
+ids. Where a run has many rows, a figure shows those that differ in more than hyper-parameters (``View.main_rows``).
 """
 
 from __future__ import annotations
@@ -22,62 +22,38 @@ from baselines.best_of_n import best_of_n_kl, expected_best_of_n
 from rrhf_bench.evaluation.statistics import Estimate, Floats, rank_correlation
 from rrhf_bench.paper import figure3_curve, table6
 from rrhf_bench.records import CurvePoint, Decoding
+from rrhf_bench.report.drawing import (
+    FREE_COLOURS,
+    GREY,
+    KIND_COLOURS,
+    LIGHT,
+    STYLE,
+    WIDTH,
+    Drawn,
+    colours,
+    legend_above,
+    legend_key,
+    new_panels,
+    short,
+    thousands,
+)
+from rrhf_bench.report.frontier import frontiers
+from rrhf_bench.report.published import counterpart
 from rrhf_bench.report.table import Missing, visible
 from rrhf_bench.report.view import BASE, DECODING_WORDS, GIVEN, MEASURE_WORDS, Block, Measure, View, mean_of
 from rrhf_bench.seeding import generator
 
-GREY = "#6b6b6b"
-LIGHT = "#d9d9d9"
-# The kinds that most experiments have keep their colour from report to report; the others take what is left, in order.
-KIND_COLOURS = {"rrhf": "#0072B2", "ppo": "#D55E00", "sft": "#009E73", "best_of_n": "#CC79A7"}
-FREE_COLOURS = ("#E69F00", "#56B4E9", "#882255", "#999933", "#332288", "#44AA99", "#AA4499", *KIND_COLOURS.values())
-STYLE: Mapping[str, Any] = {
-    "font.family": "DejaVu Sans",
-    "font.size": 8,
-    "axes.titlesize": 8.5,
-    "axes.labelsize": 8,
-    "xtick.labelsize": 7.5,
-    "ytick.labelsize": 7.5,
-    "legend.fontsize": 7.5,
-    "legend.frameon": False,
-    "legend.handlelength": 1.6,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.linewidth": 0.6,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#e6e6e6",
-    "grid.linewidth": 0.5,
-    "xtick.major.width": 0.6,
-    "ytick.major.width": 0.6,
-    "lines.linewidth": 1.6,
-    "lines.markersize": 5,
-    "text.parse_math": False,  # a method's name may hold a dollar sign
-    "savefig.dpi": 200,
-    "svg.hashsalt": "rrhf-bench",
-}
 FEW = 5  # points below which a correlation and its interval say nothing
-WIDTH = 7.2  # inches: the text width of a two-column paper
-
-
-@dataclass(frozen=True, slots=True)
-class Drawn:
-    """A figure's file name without a suffix, and what its caption says."""
-
-    name: str
-    title: str
-    caption: str
+_PANELS = 8  # of the training curves, the published one among them
+MANY = 6  # curves in one panel beyond which only their means are drawn
+Made = tuple[Drawn, Figure]
 
 
 def write_figures(view: View, folder: Path) -> list[Drawn]:
     """Draw what the run has records for; the rest is left out."""
     drawn = []
     with matplotlib.style.context(["default", dict(STYLE)]):
-        for draw in (test_reward, reward_curves, sampling_quality, best_of_n_curve, training_curves):
-            found = draw(view)
-            if found is None:
-                continue
-            text, figure = found
+        for text, figure in _made(view):
             figure.savefig(folder / f"{text.name}.png", metadata={"Software": None})
             figure.set_layout_engine("none")  # it stays as laid out for the PNG, and is not worked out twice
             figure.savefig(folder / f"{text.name}.svg", metadata={"Date": None, "Creator": None})
@@ -85,53 +61,57 @@ def write_figures(view: View, folder: Path) -> list[Drawn]:
     return drawn
 
 
-def colours(view: View) -> dict[str, str]:
-    """The colour of every row: kinds keep theirs for their first row, further rows take the free ones in turn."""
-    first = {row: KIND_COLOURS[view.kind(row)] for row in view.methods if _has_colour(view, row)}
-    free = [colour for colour in FREE_COLOURS if colour not in first.values()] or list(FREE_COLOURS)
-    others = [row for row in view.methods if row not in first]
-    rest = {row: free[i % len(free)] for i, row in enumerate(others)}
-    return {BASE: GREY, **dict.fromkeys(GIVEN, "#a0a0a0"), **first, **rest}
-
-
-def _has_colour(view: View, row: str) -> bool:
-    return view.kind(row) in KIND_COLOURS and view.first(view.kind(row)) == row
+def _made(view: View) -> Iterator[Made]:
+    yield from test_reward(view)
+    for initial in view.policies:
+        yield from reward_curves(view, initial)
+    yield from training_curves(view)
+    yield from sampling_quality(view)
+    yield from best_of_n_curve(view)
+    yield from frontiers(view)
 
 
 # --- test reward ----------------------------------------------------------------------------------------------
 
 
-def test_reward(view: View) -> tuple[Drawn, Figure] | None:
+def test_reward(view: View) -> Iterator[Made]:
     """Forest plot: every row's mean reward with interval and seeds, both decodings, proxy and gold."""
-    rows = [row for row in (*view.rows, *GIVEN) if any((row, d) in view.blocks for d in view.all_decodings)]
+    by_policy = [row for initial in view.policies for row in (initial, *view.rows_from(initial))]
+    rows = [row for row in (*by_policy, *GIVEN) if any((row, d) in view.blocks for d in view.all_decodings)]
     if not rows:
-        return None
+        return
     measures = view.measures
-    figure, axes = _panels(1, len(measures), height=0.34 * len(rows) + 0.95, width=WIDTH if len(measures) > 1 else 4.6)
+    height = (0.34 if len(rows) <= 2 * MANY else 0.24) * len(rows) + 0.95
+    figure, axes = new_panels(1, len(measures), height=height, width=WIDTH if len(measures) > 1 else 4.6)
     colour = colours(view)
     for ax, measure in zip(axes[0], measures, strict=True):
         for y, row in enumerate(rows):
             for decoding in view.all_decodings:
                 _forest_point(ax, view, row, decoding, measure, y, colour[row])
-        ax.set_yticks(range(len(rows)), [_label(row) for row in rows])
+        ax.set_yticks(range(len(rows)), [short(row) for row in rows])
+        for y, row in enumerate(rows):  # a rule above each initial policy but the first
+            if y and row in (*view.policies, GIVEN[0]) and len(view.policies) > 1:
+                ax.axhline(y - 0.5, color=LIGHT, linewidth=0.8, zorder=1)
         ax.set_ylim(len(rows) - 0.45, -0.55)
         ax.tick_params(axis="y", length=0)
         ax.grid(axis="y", visible=False)
         ax.set_xlabel(f"mean {MEASURE_WORDS[measure]} on the test prompts")
     for ax in axes[0][1:]:
         ax.set_yticklabels([])
-    handles = [_handle(DECODING_WORDS[d], marker="o", filled=d == "greedy") for d in view.decodings]
+    handles = [legend_key(DECODING_WORDS[d], marker="o", filled=d == "greedy") for d in view.decodings]
     if any(row in GIVEN for row in rows):
-        handles.append(_handle("data set's reply", marker="D", filled=True))
+        handles.append(legend_key("data set's reply", marker="D", filled=True))
     if any(len(block.seeds) > 1 for block in view.blocks.values()):
-        handles.append(_handle("one seed", marker="|", filled=True))
-    _legend(figure, handles)
+        handles.append(legend_key("one seed", marker="|", filled=True))
+    legend_above(figure, handles)
     caption = (
         "Mean reward on the held-out prompts, 95% intervals of a bootstrap crossed over seeds and prompts; ticks "
         "are single seeds. Proxy is the reward model that methods optimise"
         + ("; gold is the world's true reward, on a scale of its own." if "gold" in measures else ".")
     )
-    return Drawn("test_reward", "Test reward", caption), figure
+    if len(view.policies) > 1:
+        caption += " Rows stand below the initial policy that they started from."
+    yield Drawn("test_reward", "Test reward", caption), figure
 
 
 def _forest_point(ax: Axes, view: View, row: str, decoding: Decoding, measure: Measure, y: float, colour: str) -> None:
@@ -139,7 +119,7 @@ def _forest_point(ax: Axes, view: View, row: str, decoding: Decoding, measure: M
     values = view.values(row, decoding, measure)
     if isinstance(found, Missing) or isinstance(values, Missing):
         return
-    y += {"greedy": -0.17, "sample": 0.17}.get(decoding, 0.0) if len(view.decodings) > 1 else 0.0
+    y += {"greedy": -0.18, "sample": 0.18}.get(decoding, 0.0) if len(view.decodings) > 1 else 0.0
     ax.plot([found.low, found.high], [y, y], color=colour, linewidth=1.4, solid_capstyle="butt", zorder=2)
     if len(values) > 1:
         ax.plot(values.mean(axis=1), [y] * len(values), "|", color=colour, markersize=7, markeredgewidth=0.8, zorder=2)
@@ -162,9 +142,9 @@ class _Curve:
 _AXES = {"step": "optimiser steps", "sampled_tokens": "sampled tokens", "seconds": "seconds"}
 
 
-def reward_curves(view: View) -> tuple[Drawn, Figure] | None:
-    """PPO against RRHF on the dev prompts, over what each has spent: steps, sampled tokens, seconds."""
-    rows = [row for row in view.methods if view.kind(row) in ("rrhf", "ppo")]
+def reward_curves(view: View, initial: str) -> Iterator[Made]:
+    """PPO against RRHF from one initial policy on the dev prompts, over steps, sampled tokens and seconds."""
+    rows = [row for row in view.main_rows if view.initial(row) == initial and view.kind(row) in ("rrhf", "ppo")]
     panels = [
         (decoding, measure, curves)
         for decoding in view.decodings
@@ -172,32 +152,42 @@ def reward_curves(view: View) -> tuple[Drawn, Figure] | None:
         if (curves := {row: c for row in rows if (c := _curve(view, row, decoding, measure)) is not None})
     ]
     if not panels:
-        return None
+        return
     shown_axes = [axis for axis in _AXES if any(axis in c.x_SF for _, _, curves in panels for c in curves.values())]
     height = 1.55 * len(panels) + 0.6
-    figure, axes = _panels(len(panels), len(shown_axes), height=height, sharex="col", sharey="row")
+    figure, axes = new_panels(len(panels), len(shown_axes), height=height, sharex="col", sharey="row")
     colour = colours(view)
     for line, (decoding, measure, curves) in zip(axes, panels, strict=True):
         for ax, axis in zip(line, shown_axes, strict=True):
             for row, curve in curves.items():
                 if axis in curve.x_SF:
-                    _draw_curve(ax, curve.x_SF[axis], curve.y_SF, colour[row])
+                    _draw_curve(ax, curve.x_SF[axis], curve.y_SF, colour[row], seeds=len(curves) <= MANY)
             ax.set_xlim(left=0)
             ax.xaxis.set_major_locator(MaxNLocator(5, integer=axis != "seconds"))
-            ax.xaxis.set_major_formatter(FuncFormatter(_thousands))
+            ax.xaxis.set_major_formatter(FuncFormatter(thousands))
         line[0].set_ylabel(f"{MEASURE_WORDS[measure]}\n({DECODING_WORDS[decoding]})")
     for ax, axis in zip(axes[-1], shown_axes, strict=True):
         ax.set_xlabel(_AXES[axis])
     shown = [row for row in rows if any(row in curves for _, _, curves in panels)]
     spent = Line2D([], [], color=GREY, linewidth=1, linestyle=(0, (1, 1.5)), label="candidates, before step 0")
-    _legend(figure, [*(_handle(row, colour[row]) for row in shown), spent])
+    legend_above(figure, [*(legend_key(row, colour[row]) for row in shown), spent])
+    seeds = "mean over seeds; thin: each seed; band: least to most" if len(shown) <= MANY else "mean over seeds"
     caption = (
-        "Mean reward of the current policy on the same dev prompts (no KL term), at fixed fractions of each budget. "
-        "Bold: mean over seeds; thin: each seed; band: least to most. Sampling and scoring the candidates counts "
-        "before step 0, so these curves start to the right of 0 in tokens and seconds; seconds are of the machine "
-        "named under Cost."
+        f"Rows that start from {initial}. Mean reward of the current policy on the same dev prompts (no KL term), at "
+        f"fixed fractions of each budget. Bold: {seeds}. Sampling and scoring the candidates counts before step 0, so "
+        "these curves start to the right of 0 in tokens and seconds; seconds are of the machine named under Cost."
+        + _left_out(view, [row for row in view.rows_from(initial) if view.kind(row) in ("rrhf", "ppo")], shown)
     )
-    return Drawn("reward_curves", "Reward while training: PPO and RRHF", caption), figure
+    name = "reward_curves" if initial == BASE else f"reward_curves_{1 + view.policies.index(initial)}"
+    yield Drawn(name, f"Reward while training, from {initial}: PPO and RRHF", caption), figure
+
+
+def _left_out(view: View, rows: Sequence[str], shown: Sequence[str]) -> str:
+    """The end of a caption, where a figure does not show all rows."""
+    left = [row for row in rows if row not in shown and row not in view.main_rows]
+    return (
+        f" Not shown, because they differ from a row here in hyper-parameters alone: {', '.join(left)}." if left else ""
+    )
 
 
 def _curve(view: View, row: str, decoding: Decoding, measure: Measure) -> _Curve | None:
@@ -229,9 +219,9 @@ def _reward(point: CurvePoint, measure: Measure) -> float:
     return float(np.mean(rewards))
 
 
-def _draw_curve(ax: Axes, x_SF: Floats, y_SF: Floats, colour: str) -> None:
+def _draw_curve(ax: Axes, x_SF: Floats, y_SF: Floats, colour: str, *, seeds: bool) -> None:
     x_F, y_F = x_SF.mean(axis=0), y_SF.mean(axis=0)
-    if len(y_SF) > 1:
+    if len(y_SF) > 1 and seeds:
         ax.fill_between(x_F, y_SF.min(axis=0), y_SF.max(axis=0), color=colour, alpha=0.15, linewidth=0)
         for x, y in zip(x_SF, y_SF, strict=True):
             ax.plot(x, y, color=colour, linewidth=0.5, alpha=0.6)
@@ -243,45 +233,69 @@ def _draw_curve(ax: Axes, x_SF: Floats, y_SF: Floats, colour: str) -> None:
 # --- test reward against sampling quality ---------------------------------------------------------------------
 
 
-def sampling_quality(view: View) -> tuple[Drawn, Figure] | None:
+_SHADES = {"LLaMA": "#b5b5b5", "Alpaca": "#000000", "Alpaca-sft": "#6b6b6b"}  # of the published points
+
+
+def sampling_quality(view: View) -> Iterator[Made]:
     """Test reward against the mean and the maximum of the training candidates, and the paper's own points."""
     points = {decoding: list(_quality_points(view, decoding)) for decoding in view.decodings}
     points = {decoding: found for decoding, found in points.items() if found}
     if not points:
-        return None
-    figure, axes = _panels(1, len(points) + 1, height=3.5, width=2.4 * (len(points) + 1))
-    colour = colours(view)
+        return
+    rows = list(dict.fromkeys(row for found in points.values() for row, *_ in found))
+    many = len(rows) > MANY
+    colour = _policy_colours(view) if many else colours(view)
+    figure, axes = new_panels(1, len(points) + 1, height=3.5, width=2.4 * (len(points) + 1))
     for ax, (decoding, found) in zip(axes[0], points.items(), strict=False):
         for row, mean, maximum, test in found:
             _quality_point(ax, mean, maximum, test, colour[row])
         mean_N, maximum_N, test_N = (np.array([point[i] for point in found]) for i in (1, 2, 3))
         _finish_quality(ax, f"this run, {DECODING_WORDS[decoding]}", mean_N, maximum_N, test_N, decoding)
-    shades = {"LLaMA": "#b5b5b5", "Alpaca": "#000000", "Alpaca-sft": "#6b6b6b"}
+        for row in rows if many else ():
+            own = [(maximum, test) for name, _, maximum, test in found if name == row]
+            if own:
+                at = np.mean(own, axis=0)
+                words = view.sampling_policy(row) or row
+                ax.annotate(
+                    short(words), at, (4, 0), textcoords="offset points", fontsize=5, va="center", color=colour[row]
+                )
     published = [row for row in table6() if row.train_mean is not None and row.setting != "IP-1"]  # IP-1 repeats DP
     numbers = [(row.train_mean or 0.0, row.train_max or 0.0, row.test_reward) for row in published]
     for theirs, (mean, maximum, test) in zip(published, numbers, strict=True):
-        _quality_point(axes[0][-1], mean, maximum, test, shades[theirs.rho])
+        _quality_point(axes[0][-1], mean, maximum, test, _SHADES[theirs.rho])
     mean_N, maximum_N, test_N = np.array(numbers).T
     _finish_quality(axes[0][-1], "paper, Table 6", mean_N, maximum_N, test_N, "paper")
     axes[0][0].set_ylabel("test reward (proxy)")
-    rows = list(dict.fromkeys(row for found in points.values() for row, *_ in found))
-    handles = [_handle(row, colour[row], marker="s") for row in rows]
-    handles += [_handle("mean of candidates", marker="o", filled=False), _handle("their maximum", marker="^")]
-    _legend(figure, handles)
-    shade_handles = [_handle(rho, shade, marker="s") for rho, shade in shades.items()]
+    starts = list(dict.fromkeys(view.initial(row) for row in rows))
+    handles = [
+        legend_key(f"from {row}" if many else row, colour[row], marker="s") for row in (starts if many else rows)
+    ]
+    handles += [legend_key("mean of candidates", marker="o", filled=False), legend_key("their maximum", marker="^")]
+    legend_above(figure, handles)
+    shade_handles = [legend_key(rho, shade, marker="s") for rho, shade in _SHADES.items()]
     axes[0][-1].legend(handles=shade_handles, loc="lower right", handletextpad=0.2, labelspacing=0.2)
+    candidates = [row for row in view.methods if row in view.candidates]
     caption = (
         "Test reward against the quality of the training candidates: open circles at the candidates' mean reward, "
         "triangles at the mean over prompts of their maximum, a line joining the two of one seed. On the line y = x "
         "the test reward equals the candidates'. Spearman's correlation with a 95% bootstrap over points; points of "
         "one method are not independent. Right: the published points (2304.05302v2), on another reward scale."
+        + _left_out(view, candidates, rows)
     )
-    return Drawn("sampling_quality", "Test reward against sampling quality", caption), figure
+    yield Drawn("sampling_quality", "Test reward against sampling quality", caption), figure
+
+
+def _policy_colours(view: View) -> dict[str, str]:
+    """Every row in the colour of its initial policy."""
+    hues = (*KIND_COLOURS.values(), *FREE_COLOURS)
+    return {row: hues[view.policies.index(view.initial(row)) % len(hues)] for row in view.rows}
 
 
 def _quality_points(view: View, decoding: Decoding) -> Iterator[tuple[str, float, float, float]]:
     """(row, mean, maximum, test reward) of each seed."""
     for row, block in view.candidates.items():
+        if row not in view.main_rows:
+            continue
         replies, values = view.block(row, decoding), view.values(row, decoding, "reward")
         if replies is None or isinstance(values, Missing):
             continue
@@ -326,21 +340,22 @@ def _correlation(x_N: Floats, y_N: Floats, *name: str) -> str:
 # --- best-of-n ------------------------------------------------------------------------------------------------
 
 
-def best_of_n_curve(view: View) -> tuple[Drawn, Figure] | None:
+def best_of_n_curve(view: View) -> Iterator[Made]:
     """Reward of the best of n against its KL, from one pool, with each trained method at its measured KL."""
     pool = view.pool
     if pool is None:
-        return None
+        return
     samples = min(len(item.rewards) for item in pool.items)
     ns = [n for n in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 512, 1024) if n <= samples]
     if len(ns) < 2:
-        return None
+        return
+    rows = [row for row in view.main_rows if view.initial(row) == BASE]  # whose KL is to the model of the pool
     golds = all(item.golds for item in pool.items) and "gold" in view.measures
     measures: list[Measure] = ["reward", "gold"] if golds else ["reward"]
-    figure, axes = _panels(1, len(measures), height=3.0, width=WIDTH if golds else 4.2)
+    figure, axes = new_panels(1, len(measures), height=3.0, width=WIDTH if golds else 4.2)
     for ax, measure in zip(axes[0], measures, strict=True):
         _draw_best_of_n(ax, pool, measure, ns, samples)
-        shown = [row for row in view.methods if _method_point(ax, view, row, measure, pool)]
+        shown = [row for row in rows if _method_point(ax, view, row, measure, pool)]
         ax.set_xscale("function", functions=(lambda x: np.sqrt(np.maximum(x, 0)), np.square))
         ax.set_xlim(left=0)
         ax.xaxis.set_major_locator(FixedLocator(_squares(ax.get_xlim()[1])))
@@ -350,17 +365,17 @@ def best_of_n_curve(view: View) -> tuple[Drawn, Figure] | None:
     colour = colours(view)
     handles = [Line2D([], [], color="black", label="best of n (n at the points)")]
     handles += [Line2D([], [], color="black", linestyle=(0, (2, 1.5)), label=f"n > {samples}/4: high variance")]
-    handles += [_handle(row, colour[row], marker=_marker(view, row)) for row in shown]
-    _legend(figure, handles)
+    handles += [legend_key(row, colour[row], marker=_marker(view, row)) for row in shown]
+    legend_above(figure, handles)
     caption = (
         "Best of n samples of the initial policy by proxy reward, estimated without bias from a pool of "
         f"{samples} samples on each of {len(pool.prompts)} prompts, against its KL log n - (n - 1) / n (an upper bound "
         "where scores tie); bands: 95% bootstrap over seeds and prompts. Points: each method on the same prompts, "
         "sampled, at its measured KL to the initial policy, with 95% intervals; a diamond is best-of-n as the run "
         "sampled it, at its KL bound. Training spends KL otherwise than best-of-n does, so equal KL is no equal "
-        "footing: read the points as a map, not a race."
+        "footing: read the points as a map, not a race." + _left_out(view, view.rows_from(BASE), rows)
     )
-    return Drawn("best_of_n", "Best-of-n and the trained methods", caption), figure
+    yield Drawn("best_of_n", "Best-of-n and the trained methods", caption), figure
 
 
 def _squares(limit: float) -> list[float]:
@@ -432,33 +447,38 @@ def _marker(view: View, row: str) -> str:
 # --- loss and reward while training ---------------------------------------------------------------------------
 
 
-def training_curves(view: View) -> tuple[Drawn, Figure] | None:
-    """The paper's Figure 3: loss above, reward on the dev prompts below, for each method; the published one last."""
-    losses = {row: found for row in view.methods if (found := _losses(view, row))}
+def training_curves(view: View) -> Iterator[Made]:
+    """The paper's Figure 3: loss above, reward on the dev prompts below. The row that samples as its DP comes first,
+    the published curves beside it, then further rows."""
+    dp = counterpart(view, "Alpaca", "RRHF_DP")
+    first = view.first("rrhf") if isinstance(dp, Missing) else dp
+    rows = sorted(view.main_rows, key=lambda row: (row != first, view.initial(row) != BASE))  # stable
+    losses = {row: found for row in rows if (found := _losses(view, row))}
+    losses = dict(list(losses.items())[: _PANELS - 1])
     if not losses:
-        return None
+        return
     across = min(len(losses) + 1, 4)
     bands = -(-(len(losses) + 1) // across)
-    figure, axes = _panels(2 * bands, across, height=2.9 * bands + 0.4)
+    figure, axes = new_panels(2 * bands, across, height=2.9 * bands + 0.4)
     pairs = [
         (axes[2 * (i // across), i % across], axes[2 * (i // across) + 1, i % across]) for i in range(bands * across)
     ]
+    ours, theirs = [pairs[0], *pairs[2 : len(losses) + 1]], pairs[1]
     colour = colours(view)
-    for (above, below), (row, (key, logs)) in zip(pairs, losses.items(), strict=False):
+    for (above, below), (row, (key, logs)) in zip(ours, losses.items(), strict=True):
         for x, y in logs:
             above.plot(x, y, color=colour[row], linewidth=0.6, alpha=0.4 if len(logs) > 1 else 1)
         _mean_loss(above, logs, colour[row])
-        above.set_title(f"{_label(row)}\n{visible(key)}")
+        above.set_title(f"{short(row)}{' (DP)' if row == dp else ''}\n{visible(key)}")
         for decoding in view.decodings:
             curve = _curve(view, row, decoding, "reward")
             if curve is not None:
                 _dev_reward(below, curve, colour[row], decoding)
     published = figure3_curve()
     steps = [point.step for point in published]
-    above, below = pairs[len(losses)]
-    above.plot(steps, [point.loss_relative for point in published], "o-", color="black", markersize=2.5)
-    above.set_title("paper, Figure 3\nloss (relative height)")
-    below.plot(steps, [point.reward for point in published], "o-", color="black", markersize=2.5)
+    theirs[0].plot(steps, [point.loss_relative for point in published], "o-", color="black", markersize=2.5)
+    theirs[0].set_title("paper, Figure 3 (DP)\nloss (relative height)")
+    theirs[1].plot(steps, [point.reward for point in published], "o-", color="black", markersize=2.5)
     for ax in (ax for pair in pairs[len(losses) + 1 :] for ax in pair):
         ax.set_visible(False)
     for i, (above, below) in enumerate(pairs[: len(losses) + 1]):
@@ -466,24 +486,27 @@ def training_curves(view: View) -> tuple[Drawn, Figure] | None:
         above.tick_params(labelbottom=False)
         below.set_xlabel("optimiser steps")
         below.set_xlim(left=0)
-        below.xaxis.set_major_formatter(FuncFormatter(_thousands))
+        below.xaxis.set_major_formatter(FuncFormatter(thousands))
         for ax in (above, below):
             ax.xaxis.set_major_locator(MaxNLocator(4, integer=True))
             ax.yaxis.set_major_locator(MaxNLocator(4))
         if i % across == 0:
             above.set_ylabel("loss")
             below.set_ylabel("dev reward (proxy)")
-    heights = [below.get_ylim() for _, below in pairs[: len(losses)]]
-    for _, below in pairs[: len(losses)]:  # one scale, so that methods compare
+    heights = [below.get_ylim() for _, below in ours]
+    for _, below in ours:  # one scale, so that methods compare
         below.set_ylim(min(low for low, _ in heights), max(high for _, high in heights))
     styles = {"greedy": "-", "sample": (0, (3, 1.5))}
-    _legend(figure, [Line2D([], [], color=GREY, linestyle=styles[d], label=DECODING_WORDS[d]) for d in view.decodings])
+    keys = [Line2D([], [], color=GREY, linestyle=styles[d], label=DECODING_WORDS[d]) for d in view.decodings]
+    legend_above(figure, keys)
+    left = [row for row in view.methods if row not in losses and _losses(view, row)]
     caption = (
         "Above: each method's own training loss, thin per seed, bold the mean over seeds as a running mean; losses "
         "of different methods are on different scales. Below: proxy reward on the dev prompts at fixed fractions, "
-        "mean over seeds. Last: Figure 3 of 2304.05302v2, read from the plot; its loss axis has no labels."
+        "mean over seeds. Second: Figure 3 of 2304.05302v2 (Alpaca, DP), read from the plot; its loss axis has no "
+        "labels." + (f" Not shown: {', '.join(left)}." if left else "")
     )
-    return Drawn("training", "Loss and reward while training", caption), figure
+    yield Drawn("training", "Loss and reward while training (Figure 3 of the RRHF paper)", caption), figure
 
 
 _Log = tuple[Floats, Floats]  # steps, values
@@ -494,7 +517,7 @@ def _losses(view: View, row: str) -> tuple[str, list[_Log]] | None:
     logs = [log for (name, _), log in sorted(view.records.training.items()) if name == row and log]
     if not logs:
         return None
-    keys = list(logs[0][0])
+    keys = list(dict.fromkeys(key for line in logs[0] for key in line))  # lines of different events differ
     key = next((k for k in ("loss", "loss/total", "loss/policy_avg", *keys) if k in keys and "loss" in k), None)
     if key is None:
         return None
@@ -527,39 +550,3 @@ def _dev_reward(ax: Axes, curve: _Curve, colour: str, decoding: Decoding) -> Non
         band = curve.y_SF.min(axis=0), curve.y_SF.max(axis=0)
         ax.fill_between(x_F, *band, color=colour, alpha=0.15, linewidth=0)
     ax.plot(x_F, y_F, color=colour, linestyle=style)
-
-
-# --- panels, legends, labels ----------------------------------------------------------------------------------
-
-
-def _panels(rows: int, columns: int, *, height: float, width: float = WIDTH, **share: Any) -> tuple[Figure, Any]:
-    figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.subplots(rows, columns, squeeze=False, **share)
-
-
-def _legend(figure: Figure, handles: Sequence[Line2D]) -> None:
-    """Above the panels, where it covers nothing, in as many columns as the figure is wide."""
-    widths = [0.45 + 0.06 * len(str(handle.get_label())) for handle in handles]  # inches, on the safe side
-
-    def total(columns: int) -> float:  # matplotlib fills column by column, the first ones deeper
-        return sum(float(column.max()) for column in np.array_split(widths, columns))
-
-    columns = max((k for k in range(1, len(handles) + 1) if total(k) <= figure.get_figwidth()), default=1)
-    figure.legend(handles=list(handles), loc="outside upper center", ncols=columns)
-
-
-def _handle(label: str, colour: str = GREY, marker: str = "", filled: bool = True) -> Line2D:
-    face = colour if filled else "white"
-    line = "" if marker else "-"
-    return Line2D([], [], color=colour, marker=marker, markerfacecolor=face, linestyle=line, label=_label(label))
-
-
-def _label(text: str) -> str:
-    """A name as a figure shows it; matplotlib would leave one that begins with an underscore out of a legend."""
-    text = visible(text)
-    text = text if len(text) <= 22 else text[:21] + "…"
-    return f" {text}" if text.startswith("_") else text
-
-
-def _thousands(value: float, _position: object = None) -> str:
-    return f"{value / 1000:g}k" if abs(value) >= 1000 else f"{value:g}"

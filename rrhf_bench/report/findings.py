@@ -10,9 +10,11 @@ from rrhf_bench.evaluation.statistics import Estimate
 from rrhf_bench.records import Decoding
 from rrhf_bench.report.compare import BestOfNLearner, Comparison, best_of_n_learners, comparisons
 from rrhf_bench.report.table import Cell, Column, Missing, Table, interval, markdown, number
-from rrhf_bench.report.tables import accuracy
-from rrhf_bench.report.view import BASE, DECODING_WORDS, MEASURE_WORDS, View
-from rrhf_bench.settings import CandidateSettings, MethodSettings
+from rrhf_bench.report.tables import accuracy, samples_as
+from rrhf_bench.report.view import DECODING_WORDS, MEASURE_WORDS, View, changed
+from rrhf_bench.settings import ONLINE_KL, CandidateSettings, MethodSettings
+
+MANY = 8  # rows beyond which a sentence names the first and the last only
 
 
 def standing(experiment: Experiment) -> str:
@@ -22,6 +24,12 @@ def standing(experiment: Experiment) -> str:
             "These are numbers of the embedded world: a small model trained from scratch on generated dialogues, a "
             "reward model trained on noisy labels, and a gold reward that knows the truth. They are not comparable "
             "with the paper's, which are of 7B models on HH; only the order of methods and the shape of curves are."
+        )
+    if experiment.data.source == "toy-reviews":
+        return (
+            "These are numbers of the embedded film reviews: a small model trained from scratch on generated text, and "
+            "a sentiment classifier as its reward. They are not comparable with the paper's on IMDB; only the order of "
+            "methods is."
         )
     scratch = [
         words
@@ -46,15 +54,14 @@ def findings(view: View) -> list[str]:
     compared = comparisons(view)
     learners = best_of_n_learners(view)
     return [
-        *_against(view, compared, view.first("rrhf")),
-        *_against(view, compared, BASE),
+        *(sentence for b in dict.fromkeys(c.b for c in compared) for sentence in _against(view, compared, b)),
         *_trades(compared),
-        *map(_learner, (learner for learner in learners if isinstance(learner.paired_gap, Estimate))),
+        *_learners(view, learners),
         *_accuracies(view),
     ]
 
 
-def _against(view: View, compared: Sequence[Comparison], b: str | None) -> Iterator[str]:
+def _against(view: View, compared: Sequence[Comparison], b: str) -> Iterator[str]:
     """One sentence a decoding and measure: which rows are higher than ``b``, which lower, which inside noise."""
     for decoding in view.decodings:
         for measure in view.measures:
@@ -62,10 +69,15 @@ def _against(view: View, compared: Sequence[Comparison], b: str | None) -> Itera
             parts = []
             for verdict in ("higher", "lower", "inside noise"):
                 some = sorted((c for c in family if c.verdict == verdict), key=lambda c: -_value(c))
-                parts += [f"{verdict}: {', '.join(map(_difference, some))}"] if some else []
-            if parts and b is not None:
+                parts += [f"{verdict}: {_list(list(map(_difference, some)))}"] if some else []
+            if parts:
                 where = f"{MEASURE_WORDS[measure]}, {DECODING_WORDS[decoding]}"
                 yield f"Against **{markdown(b)}** on the {where}, {'; '.join(parts)}."
+
+
+def _list(parts: Sequence[str]) -> str:
+    """All of them, or of many, which are in order, their number and the first and the last."""
+    return ", ".join(parts) if len(parts) <= MANY else f"{len(parts)} rows, from {parts[0]} to {parts[-1]}"
 
 
 def _difference(c: Comparison) -> str:
@@ -90,6 +102,29 @@ def _trades(compared: Sequence[Comparison]) -> Iterator[str]:
         )
 
 
+def _learners(view: View, learners: Sequence[BestOfNLearner]) -> Iterator[str]:
+    """A sentence each, or of many, one a decoding."""
+    found = [learner for learner in learners if isinstance(learner.paired_gap, Estimate)]
+    if len({learner.row for learner in found}) <= MANY:
+        yield from map(_learner, found)
+        return
+    for decoding in view.decodings:
+        words: dict[str, list[str]] = {"fall short of": [], "exceed": [], "cannot be told from": []}
+        for learner in found:
+            gap = learner.paired_gap
+            if learner.decoding == decoding and isinstance(gap, Estimate):
+                verdict = (
+                    "cannot be told from" if not gap.significant else "fall short of" if gap.value > 0 else "exceed"
+                )
+                words[verdict].append(markdown(learner.row))
+        parts = [f"{len(rows)} {verdict} it ({', '.join(rows)})" for verdict, rows in words.items() if rows]
+        if parts:
+            yield (
+                f"Eq. 7 ({DECODING_WORDS[decoding]}), each row against the best of its candidates on the same "
+                f"evaluation prompts: {'; '.join(parts)}. These p are not adjusted for their number."
+            )
+
+
 def _learner(learner: BestOfNLearner) -> str:
     gap, way = learner.paired_gap, learner.way
     assert isinstance(gap, Estimate)
@@ -104,14 +139,15 @@ def _learner(learner: BestOfNLearner) -> str:
 
 
 def _accuracies(view: View) -> Iterator[str]:
-    found = [(row, accuracy(view, row)) for row in view.rows]
+    shares = {row: share for row in view.rows if isinstance(share := accuracy(view, row), Estimate)}
+    if len(shares) > MANY:
+        shares = dict(sorted(shares.items(), key=lambda item: -item[1].value))
     parts = [
         f"{markdown(row)} {100 * share.value:.1f}% {interval(100 * share.low, 100 * share.high, 1)}"
-        for row, share in found
-        if isinstance(share, Estimate)
+        for row, share in shares.items()
     ]
     if parts:
-        yield f"As a reward model, p_i orders held-out pairs as their labels do in: {', '.join(parts)}."
+        yield f"As a reward model, p_i orders held-out pairs as their labels do in: {_list(parts)}."
 
 
 def _value(c: Comparison) -> float:
@@ -123,14 +159,51 @@ def _signed(value: float) -> str:
     return text if text.startswith("-") or float(text.replace(",", "")) == 0 else f"+{text}"
 
 
+def rows_table(view: View) -> Table:
+    """What each row is: where it starts, what it is trained on, and what its method does otherwise than by default."""
+    columns = (
+        Column("row"),
+        Column("method"),
+        Column("starts from"),
+        Column("in the part of"),
+        Column("samples as"),
+        Column("k", 0),
+        Column("settings beside the defaults"),
+    )
+    rows = []
+    for row in view.rows:
+        settings = view.methods.get(row)
+        kind = Cell(view.kind(row)) if settings else Cell("initial policy")
+        part = Cell.of(view.part(row) or Missing("its initial policy is in no part of the paper's"))
+        if settings is None:
+            none = Cell.of(Missing("an initial policy is not trained here"))
+            rows.append((Cell(row), kind, Cell(_source(view.experiment, row)), part, none, none, none))
+            continue
+        k = view.experiment.responses(settings) if "candidates" in settings.requires else None
+        words = ", ".join(f"{key} {_plain(value)}" for key, value in changed(settings).items())
+        counted = Cell.of(Missing("it is not trained on candidates") if k is None else k)
+        rows.append(
+            (Cell(row), kind, Cell(view.initial(row)), part, samples_as(view, row), counted, Cell(words or "none"))
+        )
+    notes = (
+        "In the part of: the initial policy of the paper whose published rows stand beside. Samples as: the paper's "
+        "name for where the candidates come from. k: candidates a prompt.",
+    )
+    return Table("rows", "The rows", columns, tuple(rows), notes, view.records.arena)
+
+
 def departures_table(view: View) -> Table:
     """Where the experiment file differs from the paper's settings, option by option."""
     columns = (Column("option"), Column("the paper"), Column("this run"), Column("rows"))
     rows: dict[_Setting, list[str]] = defaultdict(list)
     for setting in _shared_settings(view.experiment):
         rows[setting].append("all")
+    for initial in view.policies:
+        part, source = view.part(initial), _source(view.experiment, initial)
+        paper = _PARTS[part] if part else "none"
+        rows[f"initial policy: {initial}", paper, source] += view.rows_from(initial) or [initial]
     for row, settings in view.methods.items():
-        for setting in _method_settings(settings):
+        for setting in _method_settings(settings, view.sampling_policy(row)):
             rows[setting].append(row)
     differing = tuple(
         (Cell(option), Cell(paper), Cell(here), Cell(", ".join(names)))
@@ -151,7 +224,6 @@ def _shared_settings(experiment: Experiment) -> Iterator[_Setting]:
     data, sampling, evaluation = experiment.data, experiment.sampling, experiment.evaluation
     yield "data.source", "hub:Dahoas/rm-static", data.source
     yield "data.train_prompts", "76256", str(data.train_prompts)
-    yield "policy.source", "Alpaca 7B", experiment.policy.source
     yield "reward_model.source", "Dahoas/gptj-rm-static", experiment.reward_model.source
     yield "perplexity_model.source", "gpt2-medium", experiment.perplexity_model.source
     yield "sampling.max_new_tokens", "128", str(sampling.max_new_tokens)
@@ -164,15 +236,44 @@ def _truth(cut: bool) -> str:
     return "true" if cut else "false: training replies were not cut at fake turns"
 
 
-def _method_settings(settings: MethodSettings) -> Iterator[_Setting]:
+_PARTS = {
+    "LLaMA": "LLaMA 7B",
+    "Alpaca": "Alpaca 7B",
+    "Alpaca-sft": "Alpaca 7B, tuned on the chosen replies of Dahoas/full-hh-rlhf",
+}
+
+
+def _source(experiment: Experiment, initial: str) -> str:
+    policy = experiment.policies.get(initial, experiment.policy)
+    if policy.trained_by is not None:
+        return f"what the row {policy.trained_by} trained, first seed"
+    return policy.source
+
+
+def _method_settings(settings: MethodSettings, policy: str | None) -> Iterator[_Setting]:
+    """``policy``: the sampling policy of the paper that the row follows."""
     samples = "model" in (settings.sources or ())
     for key, paper in _PAPER.get(settings.kind, {}).items():
         here = getattr(settings, key)
-        if (settings.kind, key) != ("rrhf", "n") or samples:
-            yield f"{settings.kind}: {key}", paper, ", ".join(here) if isinstance(here, tuple) else _plain(here)
+        if settings.kind == "rrhf" and ((key == "n" and not samples) or (key == "sources" and policy is not None)):
+            continue  # P and D are the paper's as well
+        yield f"{settings.kind}: {key}", paper, ", ".join(here) if isinstance(here, tuple) else _plain(here)
     if settings.kind == "rrhf" and samples:
         # The paper's temperature of 0.8 has no effect on beams (sampling/beam.py), so it is no departure.
-        yield "rrhf: candidates", _search_words(4, 4, 1.0), _candidates_words(settings)
+        online = " while training (OP-k)" if settings.refresh is not None else ""
+        yield f"rrhf: candidates{online}", _search_words(4, 4, 1.0), _candidates_words(settings)
+    if settings.refresh is not None:
+        yield "rrhf: refresh (k of OP-k)", "every 32 of about 3575 steps", f"every {settings.refresh} steps"
+        yield "rrhf: reward_kl (of OP-k)", "none, or 0.01", _reward_kl(settings.reward_kl)
+    if settings.rounds is not None:
+        paper = f"{settings.rounds}" if settings.rounds <= 3 else "at most 3"
+        yield "rrhf: rounds (n of IP-n)", paper, str(settings.rounds)
+    if settings.scored_by not in (None, "reward model"):
+        yield f"{settings.kind}: scored_by", "reward model", str(settings.scored_by)
+
+
+def _reward_kl(value: float | None) -> str:
+    return "none, or 0.01" if value in (None, 0.0, ONLINE_KL) else _plain(value)
 
 
 def _candidates_words(settings: CandidateSettings) -> str:

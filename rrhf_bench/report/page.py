@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -13,11 +13,23 @@ from rrhf_bench.errors import StoreError
 from rrhf_bench.pipeline.results import RunRecords
 from rrhf_bench.records import Evaluated, Prompt
 from rrhf_bench.report.claims import claim_results, claim_sentences, claims_table, power_words
-from rrhf_bench.report.figures import Drawn, write_figures
-from rrhf_bench.report.findings import departures_table, findings, standing
+from rrhf_bench.report.drawing import Drawn
+from rrhf_bench.report.figures import write_figures
+from rrhf_bench.report.findings import departures_table, findings, rows_table, standing
+from rrhf_bench.report.published import published_tables
 from rrhf_bench.report.table import Table, fenced, markdown, number, to_csv, to_markdown, visible, write_table
-from rrhf_bench.report.tables import FEATURES, compared_tables, cost_tables
-from rrhf_bench.report.view import BASE, DECODING_WORDS, GIVEN, View
+from rrhf_bench.report.tables import (
+    FEATURES,
+    candidates_table,
+    cost_tables,
+    counts_table,
+    differences_table,
+    features_table,
+    main_table,
+    seeds_table,
+)
+from rrhf_bench.report.variants import variant_sentences, variants_table
+from rrhf_bench.report.view import DECODING_WORDS, GIVEN, View
 
 DIALOGUES = 5
 _LONGEST = 1200  # characters of a text in the page; the records hold all of it
@@ -67,18 +79,38 @@ def _write(view: View, folder: Path) -> None:
     page = _render(
         "report.md.j2",
         records=view.records,
-        methods=list(view.methods),
+        question=_methods_words(view),
         standing=standing(view.experiment),
         findings=findings(view),
         claims=claim_sentences(claims),
         power=power_words(claims),
+        variants=variant_sentences(view),
         tables=tables,
         figures=figures,
+        curves=_family(figures, "reward_curves"),
+        frontiers=_family(figures, "frontier"),
+        replies_of="every method's" if set(view.main_rows) == set(view.methods) else "the main rows'",
         dialogues=list(_dialogues(view)),
         cost=cost,
     )
     (folder / "cost.md").write_text(f"# Cost\n\n{cost}", encoding="utf-8", newline="\n")
     (folder / "report.md").write_text(page, encoding="utf-8", newline="\n")
+
+
+def compared_tables(view: View) -> list[Table]:
+    """All tables that the records alone decide, byte for byte. Those that the run has nothing for are left out."""
+    made = (
+        rows_table(view),
+        main_table(view),
+        differences_table(view),
+        seeds_table(view),
+        *published_tables(view),
+        variants_table(view),
+        candidates_table(view),
+        features_table(view),
+        counts_table(view),
+    )
+    return [table for table in made if table is not None and table.rows]
 
 
 def _render(template: str, **values: object) -> str:
@@ -93,6 +125,16 @@ def _render(template: str, **values: object) -> str:
     )
     environment.filters.update(md=markdown, fenced=fenced, table=_table, figure=_figure)
     return environment.get_template(template).render(values)
+
+
+def _methods_words(view: View) -> str:
+    rows = list(view.methods)
+    return ", ".join(rows) if len(rows) <= 12 else f"{len(rows)} rows, of {len(set(map(view.kind, rows)))} kinds"
+
+
+def _family(figures: Mapping[str, Drawn], name: str) -> list[Drawn]:
+    """The figures of that name, one an initial policy."""
+    return [figure for key, figure in figures.items() if key == name or key.startswith(f"{name}_")]
 
 
 def _table(table: Table | None, reason: str = "The run holds no records for this table.") -> str:
@@ -116,13 +158,15 @@ def _dialogues(view: View) -> Iterable[str]:
     prompts = list(dict.fromkeys(prompt for row, prompt in replies if row in view.rows))[:DIALOGUES]
     for prompt in prompts:
         lines = [_indented(prompt.text)]
-        for row in (*view.rows, *GIVEN):
+        for row in (*view.policies, *view.main_rows, *GIVEN):
             found = replies.get((row, prompt))
-            lines += ["", _heading(row, found)] + ([_indented(found.response)] if found else [])
+            lines += ["", _heading(row, found, (*view.policies, *GIVEN))] + (
+                [_indented(found.response)] if found else []
+            )
         yield "\n".join(lines)
 
 
-def _heading(row: str, reply: Evaluated | None) -> str:
+def _heading(row: str, reply: Evaluated | None, one_model: Sequence[str]) -> str:
     name = visible(row)
     if reply is None:
         return f"[{name}] — no reply in the records"
@@ -131,7 +175,7 @@ def _heading(row: str, reply: Evaluated | None) -> str:
         parts.append(f"gold {number(reply.gold, 2)}")
     counts = {name: (reply.features or {}).get(name, 0) for name in FEATURES}
     parts += [f"{name.replace('_', ' ')} {count}" for name, count in counts.items() if count]
-    seed = "" if row in (BASE, *GIVEN) else f", seed {reply.seed}"
+    seed = "" if row in one_model else f", seed {reply.seed}"
     return f"[{name}, {DECODING_WORDS[reply.decoding]}{seed}] {', '.join(parts)}"
 
 

@@ -8,19 +8,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from rrhf_bench.evaluation import metrics
-from rrhf_bench.evaluation.statistics import Estimate
-from rrhf_bench.paper import Table2Row, table2, table5, table6
 from rrhf_bench.pipeline.results import Timing
 from rrhf_bench.records import CurvePoint, Decoding, Evaluated, PairScored
-from rrhf_bench.report.compare import best_of_n_learners, candidate_maximum, candidate_mean, comparisons
+from rrhf_bench.report.compare import comparison_words, comparisons
 from rrhf_bench.report.table import Cell, Column, Missing, Table
 from rrhf_bench.report.view import (
     ABSENT,
-    BASE,
     DECODING_WORDS,
     GIVEN,
     MEASURE_WORDS,
-    PAPER_FIRST,
     REWARDS,
     Block,
     Found,
@@ -39,23 +35,6 @@ _INTERVALS = (
     "about five seeds they are too short where the spread between seeds dominates, and with one they leave it out: "
     "see the values of each seed."
 )
-
-
-def compared_tables(view: View) -> list[Table]:
-    """All tables that the records alone decide, byte for byte. Those that the run has nothing for are left out."""
-    made = (
-        main_table(view),
-        differences_table(view),
-        seeds_table(view),
-        published_table(view),
-        candidates_table(view),
-        eq7_table(view),
-        published_candidates_table(view),
-        accuracy_table(view),
-        features_table(view),
-        counts_table(view),
-    )
-    return [table for table in made if table is not None and table.rows]
 
 
 def main_table(view: View) -> Table:
@@ -79,17 +58,21 @@ def main_table(view: View) -> Table:
         Column("seeds", 0),
     )
     rows = tuple(_main_row(view, row, decoding) for row, decoding in view.blocks_in_order)
-    models = "; ".join(f"{row}: {', '.join(settings.models_in_memory())}" for row, settings in view.methods.items())
+    models: dict[str, list[str]] = defaultdict(list)
+    for row, settings in view.methods.items():
+        models[", ".join(settings.models_in_memory())].append(row)
+    in_memory = "; ".join(f"{names} ({', '.join(rows)})" for names, rows in models.items())
     notes = [
         "Proxy: the reward model that methods optimise. Gold: the world's true reward, seen by no method.",
         _INTERVALS,
         "PPL: exp(total NLL / total tokens) of the replies given their prompts, under the perplexity model; PPL per "
         "text: mean of each text's own; NLL per token: mean over texts of each text's mean NLL, in nats.",
-        "KL: to the initial policy, nats a reply, mean of the summed log-ratios of sampled replies (k1). Length: mean "
-        "tokens, end-of-text included. distinct-2: distinct word pairs over all, mean over seeds.",
+        "KL: to the initial policy that the row started from, nats a reply, mean of the summed log-ratios of sampled "
+        "replies (k1). Length: mean tokens, end-of-text included. distinct-2: distinct word pairs over all, mean over "
+        "seeds.",
         "Fake turn, at cap: share of replies cut where they began another turn, or at the length cap.",
         "p_i accuracy: share of held-out pairs whose chosen reply has the higher length-normalised log-probability.",
-        f"Models in memory while training: {models or 'no methods'}.",
+        f"Models in memory while training: {in_memory or 'no methods'}.",
         *_dropped(view),
     ]
     return Table("main", "Main comparison", columns, rows, tuple(notes), view.records.arena, group=1)
@@ -106,7 +89,7 @@ def _main_row(view: View, row: str, decoding: Decoding) -> tuple[Cell, ...]:
         *head,
         Cell.of(view.mean(row, decoding, "reward")),
         Cell.of(view.mean(row, decoding, "gold")),
-        *_likelihood_cells(block, row, decoding),
+        *likelihood_cells(block, row, decoding),
         _kl_cell(view, row, decoding),
         Cell.of(view.mean(row, decoding, "tokens")),
         _distinct(block),
@@ -125,7 +108,8 @@ def _absent(view: View, row: str, decoding: Decoding) -> Missing:
     return ABSENT
 
 
-def _likelihood_cells(block: Block[Evaluated], row: str, decoding: Decoding) -> tuple[Cell, Cell, Cell]:
+def likelihood_cells(block: Block[Evaluated], row: str, decoding: Decoding) -> tuple[Cell, Cell, Cell]:
+    """PPL, PPL per text and NLL per token."""
     reason = unmeasured("nll", block.items) or unmeasured("nll_tokens", block.items)
     perplexity = None if reason else metrics.perplexity(block.items)
     if perplexity is None:
@@ -209,6 +193,7 @@ def differences_table(view: View) -> Table:
         sizes = (Cell(c.estimate.n), Cell(c.estimate.seeds))
         rows.append((*head, Cell.of(c.estimate), *p, Cell(c.verdict), Cell(c.detectable), *sizes))
     notes = (
+        comparison_words(view),
         "Difference: mean over the prompts and seeds that both have. p: sign-flip permutation test over prompts; "
         "Holm: adjusted over the comparisons of the same decoding and reward. p takes the trained models as given; "
         "that another training run would differ too shows in the interval.",
@@ -241,210 +226,40 @@ def seeds_table(view: View) -> Table:
     return Table("seeds", "Rewards of each seed", columns, tuple(rows), (), view.records.arena, group=1)
 
 
-def published_table(view: View) -> Table:
-    """Table 2 of the paper, our nearest row beside each of its own."""
-    columns = (
-        Column("paper: model"),
-        Column("setting"),
-        Column("version"),
-        Column("paper: PPL", 2),
-        Column("paper: reward", 2),
-        Column("this run"),
-        Column("PPL, greedy", 2),
-        Column("reward, greedy", 2, interval=True),
-        Column("reward, sampled", 2, interval=True),
-        Column("source"),
-    )
-    rows = []
-    for published, versions in _merged_versions():
-        row = _our_row(view, published)
-        ppl = Cell(published.ppl) if published.ppl is not None else Cell.of(Missing("not given in the paper"))
-        ours = [Cell.of(row)] * 4 if isinstance(row, Missing) else _published_cells(view, row)
-        theirs = (Cell(published.rho), Cell(published.setting), Cell(versions), ppl, Cell(published.reward))
-        rows.append((*theirs, *ours, Cell(published.source)))
-    notes = (
-        "The published numbers are of 7B models under Dahoas/gptj-rm-static and gpt2-medium; ours are of other "
-        "models under another reward model. The two scales have no common zero or unit: compare the order of rows, "
-        "never the values.",
-        "RRHF DP (diverse beam search) and SP (top-p sampling) stand beside our first RRHF row; how it drew its "
-        "candidates is under the departures from the paper.",
-    )
-    return Table("published", "Table 2 of the RRHF paper", columns, tuple(rows), notes, view.records.arena)
-
-
-def _merged_versions() -> list[tuple[Table2Row, str]]:
-    """The rows of v3, and those of v2 that differ, with the versions that print them; v2 was read at first hand."""
-    merged: dict[tuple[str, str, float | None, float], list[Table2Row]] = defaultdict(list)
-    for published in (*table2("v3"), *table2("v2")):
-        merged[published.rho, published.setting, published.ppl, published.reward].append(published)
-    return [(rows[-1], ", ".join(sorted(row.version for row in rows))) for rows in merged.values()]
-
-
-def _our_row(view: View, published: Table2Row) -> str | Missing:
-    given = {"Good responses": "chosen", "Bad responses": "rejected"}
-    if published.rho in given:
-        return given[published.rho]
-    if published.rho != "Alpaca":
-        return Missing("this run has one initial policy, which stands beside Alpaca")
-    if published.setting == "none":
-        return BASE
-    kind = {"PPO": "ppo", "RRHF_DP": "rrhf", "RRHF_SP": "rrhf", "Best-of-4": "best_of_n"}.get(published.setting, "")
-    return view.first(kind) or Missing(f"this run has no row for {published.setting}")
-
-
-def _published_cells(view: View, row: str) -> list[Cell]:
-    decodings: tuple[Decoding, Decoding] = ("given", "given") if row in GIVEN else ("greedy", "sample")
-    block = view.block(row, decodings[0])
-    ppl = Cell.of(ABSENT) if block is None else _likelihood_cells(block, row, decodings[0])[0]
-    rewards = [Cell.of(view.mean(row, decoding, "reward")) for decoding in decodings]
-    if row in GIVEN:
-        rewards[1] = Cell.of(Missing("a reply of the data set is not decoded; its reward is in the column before"))
-    return [Cell(row), ppl, *rewards]
-
-
 def candidates_table(view: View) -> Table:
-    """What each method had to learn from (Table 6), with the test rewards it came to."""
+    """How much of what each row had to learn from carried a ranking."""
     columns = (
         Column("method"),
-        Column("mean", 2, interval=True),
-        Column("max", 2, interval=True),
-        Column("std", 2),
-        Column("std within prompt", 2),
+        Column("samples as"),
         Column("k", 1),
-        Column("duplicates", 0),
         Column("responses", 0),
+        Column("duplicates", 0),
         Column("ties", 0),
         Column("pairs", 0),
         Column("all equal", 0),
-        Column("test, greedy", 2, interval=True),
-        Column("test, sampled", 2, interval=True),
         Column("prompts", 0),
         Column("seeds", 0),
     )
-    rows = [_candidates_row(view, row) for row in view.candidates]
+    rows = []
+    for row, block in view.candidates.items():
+        found = metrics.candidate_statistics(block.items)
+        counts = (found.responses, found.duplicates, found.ties, found.pairs, found.all_equal)
+        sizes = (len(block.prompts), len(block.seeds))
+        k = Cell(found.responses / found.prompts)
+        rows.append((Cell(row), samples_as(view, row), k, *map(Cell, counts), *map(Cell, sizes)))
     notes = (
-        "Scores of the training candidates: mean, mean over prompts of the best (max), standard deviation of all "
-        "pooled and within a prompt. k: candidates a prompt.",
-        "Duplicates: texts that repeat an earlier one to the same prompt. Ties: pairs of candidates with equal "
-        "scores, which a ranking loss skips; all equal: prompts that teach no ranking. Counts are over all seeds.",
+        "k: candidates a prompt. Duplicates: texts that repeat an earlier one to the same prompt. Ties: pairs of "
+        "candidates with equal scores, which a ranking loss skips; all equal: prompts that teach no ranking. Counts "
+        "are over all seeds; where a row samples while it trains, a prompt counts each time that it comes.",
     )
     return Table("candidates", "Training candidates", columns, tuple(rows), notes, view.records.arena)
 
 
-def _candidates_row(view: View, row: str) -> tuple[Cell, ...]:
-    block = view.candidates[row]
-    found = metrics.candidate_statistics(block.items)
-    tests = [view.mean(row, decoding, "reward") for decoding in PAPER_FIRST]
-    return (
-        Cell(row),
-        Cell.of(candidate_mean(view, row)),
-        Cell.of(candidate_maximum(view, row)),
-        Cell(found.std),
-        Cell(found.within_std),
-        Cell(found.responses / found.prompts),
-        Cell(found.duplicates),
-        Cell(found.responses),
-        Cell(found.ties),
-        Cell(found.pairs),
-        Cell(found.all_equal),
-        *map(Cell.of, tests),
-        Cell(len(block.prompts)),
-        Cell(len(block.seeds)),
-    )
-
-
-def eq7_table(view: View) -> Table:
-    """Is a trained model as good as the best of its candidates? (Eq. 7)"""
-    columns = (
-        Column("method"),
-        Column("decoding"),
-        Column("candidates: mean", 2),
-        Column("candidates: max", 2, interval=True),
-        Column("test reward", 2, interval=True),
-        Column("way from mean to max", 2),
-        Column("gap, unpaired", 2),
-        Column("gap, paired", 2, interval=True),
-        Column("p", 4),
-        Column("prompts", 0),
-        Column("seeds", 0),
-    )
-    rows = []
-    for learner in best_of_n_learners(view):
-        gap = learner.paired_gap
-        sizes: tuple[Found | float, ...] = (gap, gap, gap)
-        if isinstance(gap, Estimate):
-            sizes = (gap.p if gap.p is not None else Missing("no test"), gap.n, gap.seeds)
-        numbers = (learner.mean, learner.maximum, learner.test, learner.way, learner.gap, gap, *sizes)
-        rows.append((Cell(learner.row), Cell(DECODING_WORDS[learner.decoding]), *map(Cell.of, numbers)))
-    notes = (
-        "Eq. 7 of arXiv 2304.05302 says that the test reward comes to the mean over prompts of the candidates' "
-        "maximum.",
-        "Gap: maximum minus test reward. Unpaired: the maximum is of the training prompts. Paired: the same "
-        "candidate policy was drawn on the evaluation prompts, and the model's reward is subtracted on each; above "
-        "0 the model falls short.",
-    )
-    return Table("eq7", "Test reward against the best candidate", columns, tuple(rows), notes, view.records.arena)
-
-
-def published_candidates_table(view: View) -> Table | None:
-    """Table 6 of the paper, with the two numbers of Eq. 7 worked out from its cells."""
-    if not view.candidates:
-        return None
-    names = ("candidates: mean", "candidates: std", "candidates: max", "test reward", "way from mean to max", "gap")
-    columns = (Column("paper: model"), Column("setting"), *(Column(name, 2) for name in names), Column("source"))
-    rows = []
-    for row in table6():
-        if row.train_mean is None or row.train_max is None or row.train_std is None:
-            continue
-        way = (row.test_reward - row.train_mean) / (row.train_max - row.train_mean)
-        numbers = (row.train_mean, row.train_std, row.train_max, row.test_reward, way, row.train_max - row.test_reward)
-        rows.append((Cell(row.rho), Cell(row.setting), *map(Cell, numbers), Cell(row.source)))
-    notes = (
-        "On another reward scale than the tables of this run. The std is over all training responses pooled. Policies "
-        "that sample while they train (OP) have no fixed candidates and no row here.",
-    )
-    title = "Table 6 of the RRHF paper"
-    return Table("published_candidates", title, columns, tuple(rows), notes, view.records.arena)
-
-
-def accuracy_table(view: View) -> Table | None:
-    """Table 5: the policy's length-normalised log-probability as a reward model."""
-    if not view.pairs:
-        return None
-    columns = (
-        Column("scorer"),
-        Column("accuracy, %", 1, interval=True),
-        Column("ties", 0),
-        Column("pairs", 0),
-        Column("seeds", 0),
-        Column("paper: scorer"),
-        Column("paper: accuracy, %", 2),
-    )
-    published = {row.scorer: row.accuracy_percent for row in table5()}
-    theirs = {
-        REWARD_MODEL: "Dahoas/gptj-rm-static",
-        BASE: "Alpaca",
-        view.first("ppo"): "Alpaca-PPO",
-        view.first("rrhf"): "Alpaca-RRHF_DP",
-    }
-    rows = []
-    for row in (REWARD_MODEL, *view.rows):
-        block = view.pairs.get(row)
-        found = accuracy(view, row)
-        sizes: list[Cell] = [Cell.of(found)] * 3 if isinstance(found, Missing) else []
-        if block is not None and not isinstance(found, Missing):
-            ties = metrics.pair_accuracy(block.items).ties
-            sizes = [Cell(ties), Cell(len(block.prompts)), Cell(len(block.seeds))]
-        none = Cell.of(Missing("the paper has no such row"))
-        scorer = theirs.get(row)
-        paper = (Cell(scorer), Cell(published[scorer])) if scorer else (none, none)
-        rows.append((Cell(row), _percent(found), *sizes, *paper))
-    notes = (
-        "Share of held-out pairs whose chosen reply scores higher: p_i is the log-probability of a reply divided by "
-        "its own number of tokens. A tie counts one half; ties are counted over all seeds.",
-        "Published: Table 5 of arXiv 2304.05302v2 (unchanged in v3), other models on other pairs.",
-    )
-    return Table("accuracy", "Accuracy of p_i as a reward model", columns, tuple(rows), notes, view.records.arena)
+def samples_as(view: View, row: str) -> Cell:
+    """The paper's name for where a row's candidates come from."""
+    if row not in view.methods or "candidates" not in view.methods[row].requires:
+        return Cell.of(Missing("it is not trained on candidates"))
+    return Cell.of(view.sampling_policy(row) or Missing("none of the paper's sampling policies"))
 
 
 def accuracy(view: View, row: str) -> Found:
@@ -466,12 +281,6 @@ def right(pair: PairScored) -> float:
 
 def _accuracy_cell(view: View, row: str) -> Cell:
     return Cell.of(accuracy(view, row))
-
-
-def _percent(found: Found) -> Cell:
-    if isinstance(found, Missing):
-        return Cell.of(found)
-    return Cell(100 * found.value, 100 * found.low, 100 * found.high, found.n, found.seeds)
 
 
 def features_table(view: View) -> Table | None:

@@ -5,6 +5,7 @@ Letters: S seeds, P prompts. Prompts are sorted by id, so nothing here depends o
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,16 +16,17 @@ import numpy as np
 
 from rrhf_bench.evaluation.statistics import Estimate, Floats, bootstrap_mean, paired_difference
 from rrhf_bench.pipeline.results import RunRecords
-from rrhf_bench.records import Candidates, Decoding, Evaluated, PairScored, PoolScored, Prompt
+from rrhf_bench.records import Candidates, CurvePoint, Decoding, Evaluated, PairScored, PoolScored, Prompt
 from rrhf_bench.report.table import Missing
 from rrhf_bench.seeding import generator
-from rrhf_bench.settings import MethodSettings
+from rrhf_bench.settings import CandidateSettings, MethodSettings, sampling_policy
 
 Measure = Literal["reward", "gold", "kl", "tokens"]
 Found: TypeAlias = Estimate | Missing
 
 BASE = "base"
 GIVEN = ("chosen", "rejected")
+OWN_PART = "Alpaca"  # the part of [policy] in a run whose policies name none
 PAPER_FIRST: tuple[Decoding, ...] = ("greedy", "sample")
 REWARDS: tuple[Measure, ...] = ("reward", "gold")
 ABSENT = Missing("the run holds no such records of this row")
@@ -146,8 +148,69 @@ class View:
 
     @property
     def rows(self) -> tuple[str, ...]:
-        """base and the methods, as in the experiment file."""
-        return (BASE, *self.methods)
+        """base, the other initial policies and the methods, as in the experiment file."""
+        return (*self.policies, *self.methods)
+
+    @property
+    def policies(self) -> tuple[str, ...]:
+        """The initial policies: base, which is [policy], and the tables of [policies]."""
+        return (BASE, *self.experiment.policies)
+
+    def initial(self, row: str) -> str:
+        """The initial policy that a row starts from; an initial policy's is itself."""
+        return self.methods[row].initial or BASE if row in self.methods else row
+
+    def rows_from(self, initial: str, kind: str | None = None) -> list[str]:
+        """The methods that start from an initial policy, in the file's order; of one kind, if it is given."""
+        rows = [row for row in self.methods if self.initial(row) == initial]
+        return [row for row in rows if kind in (None, self.kind(row))]
+
+    def part(self, row: str) -> str | None:
+        """Whose published rows stand beside a row's: that of its initial policy."""
+        settings = {BASE: self.experiment.policy, **self.experiment.policies}
+        named = any(policy.part for policy in settings.values())
+        initial = self.initial(row)
+        if initial not in settings:
+            return None
+        return settings[initial].part or (OWN_PART if initial == BASE and not named else None)
+
+    def sampling_policy(self, row: str) -> str | None:
+        """The paper's name for where a row's candidates come from, where it has one."""
+        return sampling_policy(self.methods[row]) if row in self.methods else None
+
+    def plain_row(self, rows: Iterable[str]) -> str | None:
+        """The row with the fewest settings that differ from their defaults; of equals, the first."""
+        return min(rows, key=lambda row: len(changed(self.methods[row])) if row in self.methods else 0, default=None)
+
+    @cached_property
+    def main_rows(self) -> tuple[str, ...]:
+        """The methods that figures show where all would be too many: of each initial policy, kind and way to come to
+        candidates, the plain one."""
+        groups: dict[object, list[str]] = defaultdict(list)
+        for row, settings in self.methods.items():
+            candidates = settings.model_dump(include=_HOW) if "candidates" in settings.requires else None
+            groups[repr((self.initial(row), self.kind(row), candidates))].append(row)
+        plain = {self.plain_row(rows) for rows in groups.values()}
+        return tuple(row for row in self.methods if row in plain)
+
+    def alike(self, *but: str) -> list[list[str]]:
+        """The RRHF rows that differ in no setting except ``but``, in groups, each in the file's order."""
+        groups: dict[str, list[str]] = defaultdict(list)
+        for row, settings in self.methods.items():
+            if self.kind(row) == "rrhf":
+                groups[repr(settings.model_dump(exclude=set(but)))].append(row)
+        return [rows for rows in groups.values() if len(rows) > 1]
+
+    def dev_reward(self, row: str, decoding: Decoding) -> float | None:
+        """Mean over seeds of the reward on the dev prompts at the end of training: what rows are picked by."""
+        last: dict[int, CurvePoint] = {}
+        for point in self.records.curves:
+            if (point.method, point.decoding) == (row, decoding) and (
+                point.seed not in last or point.fraction > last[point.seed].fraction
+            ):
+                last[point.seed] = point
+        means = [math.fsum(last[seed].rewards) / len(last[seed].rewards) for seed in sorted(last)]
+        return math.fsum(means) / len(means) if means else None
 
     @property
     def decodings(self) -> tuple[Decoding, ...]:
@@ -180,6 +243,10 @@ class View:
     def first(self, kind: str) -> str | None:
         """The first method of this kind in the experiment file."""
         return next((row for row in self.methods if self.kind(row) == kind), None)
+
+    def one_model(self, row: str) -> bool:
+        """An initial policy is one model whatever the training seed: a single row of it stands against all of them."""
+        return row in self.policies
 
     def block(self, row: str, decoding: Decoding) -> Block[Evaluated] | None:
         return self.blocks.get((row, decoding))
@@ -216,8 +283,7 @@ class View:
         def value(reply: Evaluated) -> float:
             return float(getattr(reply, measure))
 
-        # The base model is one model whatever the training seed; its single row stands against all of them.
-        alone = (a == BASE and len(first.seeds) == 1) or (b == BASE and len(second.seeds) == 1)
+        alone = (self.one_model(a) and len(first.seeds) == 1) or (self.one_model(b) and len(second.seeds) == 1)
         return paired(first, value, second, value, (a, b, decoding, measure), every_seed=alone)
 
     def once(self, key: tuple[str, ...], make: Callable[[], Found]) -> Found:
@@ -225,6 +291,17 @@ class View:
         if key not in self._found:
             self._found[key] = make()
         return self._found[key]
+
+
+# Where a row comes from and how it comes to its candidates, which is not what its method does with them.
+_HOW = {*CandidateSettings.model_fields, "initial", "rounds", "refresh", "reward_kl", "scored_by"}
+
+
+def changed(settings: MethodSettings) -> dict[str, object]:
+    """The settings of a row's method, candidates aside, that differ from their defaults."""
+    fields = {key: field for key, field in type(settings).model_fields.items() if key not in {*_HOW, "kind"}}
+    found = {key: getattr(settings, key) for key in fields}
+    return {key: value for key, value in found.items() if value != fields[key].default}
 
 
 A = TypeVar("A", bound=_Prompted)

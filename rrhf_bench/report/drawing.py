@@ -1,0 +1,111 @@
+"""How the figures of a report look: style, colours, panels, legends. A method has one colour in all of them.
+
+Colours are Okabe and Ito's, then Tol's, which people with any of the common colour-blindnesses can tell apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from rrhf_bench.report.table import visible
+from rrhf_bench.report.view import GIVEN, View
+
+GREY = "#6b6b6b"
+LIGHT = "#d9d9d9"
+# The kinds that most experiments have keep their colour from report to report; the others take what is left, in order.
+KIND_COLOURS = {"rrhf": "#0072B2", "ppo": "#D55E00", "sft": "#009E73", "best_of_n": "#CC79A7"}
+FREE_COLOURS = ("#E69F00", "#56B4E9", "#882255", "#999933", "#332288", "#44AA99", "#AA4499", *KIND_COLOURS.values())
+STYLE: Mapping[str, Any] = {
+    "font.family": "DejaVu Sans",
+    "font.size": 8,
+    "axes.titlesize": 8.5,
+    "axes.labelsize": 8,
+    "xtick.labelsize": 7.5,
+    "ytick.labelsize": 7.5,
+    "legend.fontsize": 7.5,
+    "legend.frameon": False,
+    "legend.handlelength": 1.6,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.6,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e6e6e6",
+    "grid.linewidth": 0.5,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "lines.linewidth": 1.6,
+    "lines.markersize": 5,
+    "text.parse_math": False,  # a method's name may hold a dollar sign
+    "savefig.dpi": 200,
+    "svg.hashsalt": "rrhf-bench",
+}
+WIDTH = 7.2  # inches: the text width of a two-column paper
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """A figure's file name without a suffix, and what its caption says."""
+
+    name: str
+    title: str
+    caption: str
+
+
+def colours(view: View) -> dict[str, str]:
+    """The colour of every row. Among the rows of one initial policy kinds keep theirs for their first row, and further
+    rows take the free ones in turn, those that most figures show first."""
+    found = {**dict.fromkeys(view.policies, GREY), **dict.fromkeys(GIVEN, "#a0a0a0")}
+    for initial in view.policies:
+        rows = sorted(view.rows_from(initial), key=lambda row: row not in view.main_rows)  # stable
+        first = {
+            view.rows_from(initial, kind)[0]: KIND_COLOURS[kind]
+            for kind in map(view.kind, rows)
+            if kind in KIND_COLOURS
+        }
+        free = [colour for colour in FREE_COLOURS if colour not in first.values()] or list(FREE_COLOURS)
+        others = [row for row in rows if row not in first]
+        found |= first | {row: free[i % len(free)] for i, row in enumerate(others)}
+    return found
+
+
+def new_panels(rows: int, columns: int, *, height: float, width: float = WIDTH, **share: Any) -> tuple[Figure, Any]:
+    """A figure of that size in inches and its (rows, columns) array of axes."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False, **share)
+
+
+def legend_above(figure: Figure, handles: Sequence[Line2D]) -> None:
+    """Above the panels, where it covers nothing, in as many columns as the figure is wide."""
+    widths = [0.45 + 0.06 * len(str(handle.get_label())) for handle in handles]  # inches, on the safe side
+
+    def total(columns: int) -> float:  # matplotlib fills column by column, the first ones deeper
+        return sum(float(column.max()) for column in np.array_split(widths, columns))
+
+    columns = max((k for k in range(1, len(handles) + 1) if total(k) <= figure.get_figwidth()), default=1)
+    figure.legend(handles=list(handles), loc="outside upper center", ncols=columns)
+
+
+def legend_key(words: str, colour: str = GREY, marker: str = "", filled: bool = True) -> Line2D:
+    """An entry of a legend: a line, or a marker where one is given."""
+    face = colour if filled else "white"
+    line = "" if marker else "-"
+    return Line2D([], [], color=colour, marker=marker, markerfacecolor=face, linestyle=line, label=short(words))
+
+
+def short(text: str) -> str:
+    """A name as a figure shows it; matplotlib would leave one that begins with an underscore out of a legend."""
+    text = visible(text)
+    text = text if len(text) <= 22 else text[:21] + "…"
+    return f" {text}" if text.startswith("_") else text
+
+
+def thousands(value: float, _position: object = None) -> str:
+    """A number on an axis."""
+    return f"{value / 1000:g}k" if abs(value) >= 1000 else f"{value:g}"
