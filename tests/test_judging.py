@@ -320,6 +320,8 @@ def test_a_run_ends_with_one_line_and_goes_on_when_the_judge_is_there(run_tiny, 
     trained = next(stage for stage in stages.values() if stage["name"] == "train wombat, seed 0")
     rows = read_jsonl(store.folder(trained["inputs"]["judged"]) / "candidates.jsonl", Candidates)
     assert [response.source for response in rows[0].responses] == ["other", "model", "chosen"]
+    counts = (tmp_path / "runs" / "tiny" / "report" / "tables" / "counts.csv").read_text()
+    assert '"wombat, seed 0, judge",judged,8' in counts
     assert all(row.scores == tuple(3.0 + min(len(r.text.strip()), 5) for r in row.responses) for row in rows)
 
 

@@ -144,6 +144,11 @@ def load_run(folder: Path, store: Store | None = None) -> RunRecords:
         counts={
             "data": about["counts"],
             **{f"{row}, seed {seed}": run.read(key, "about.json")["counts"] for (row, seed), key in trained.items()},
+            **{
+                f"{row}, seed {seed}, judge": run.read(judged, "counts.json")
+                for (row, seed), key in trained.items()
+                if (judged := run.stage(key)["inputs"].get("judged"))
+            },
         },
         timings=tuple(_timings(run)),
         curve_seconds={row: _curve_seconds(run, key) for row, key in trained.items()},
