@@ -156,9 +156,11 @@ class SourceSettings(CandidateSettings):
             return table
         if "sources" in table:
             raise ValueError(f"sources: found {table['sources']!r}; a source is one; remove the key")
-        if table.get("policy") in POLICIES and "strategy" not in POLICIES[table["policy"]]:
-            names = ", ".join(name for name, policy in POLICIES.items() if "strategy" in policy)
-            raise ValueError(f"policy: found {table['policy']!r}, which takes no samples; allowed are {names}")
+        names = [name for name, policy in POLICIES.items() if "strategy" in policy]
+        if table.get("policy") in [name for name in POLICIES if name not in names]:
+            raise ValueError(
+                f"policy: found {table['policy']!r}, which takes no samples; allowed are {', '.join(names)}"
+            )
         return table
 
     @field_validator("sources")
@@ -657,6 +659,9 @@ def _candidate_faults(
             'use kind = "sft"'
         )
     single = experiment.data.rows == "texts" or experiment.data.source == "toy-reviews"
+    twice = [source for i, source in enumerate(sources) if source in sources[:i]]
+    if twice:
+        yield f".sources: found {twice[0]!r} twice; a source may stand once only"
     if "reply" in sources and not single:
         yield '.sources: "reply" is a data set\'s single reply to a prompt; this one has pairs: "chosen", "rejected"'
     if experiment.data.rows == "texts" and {"chosen", "rejected"} & set(sources):

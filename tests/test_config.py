@@ -586,6 +586,14 @@ KNOWN = "BP, DP, SP, D, P, B, IP-n, OP-k, OP-k+KL (n rounds, k optimiser steps)"
             f'{RAW}{ROW}[sources.s]\nmodel = "raw"\npolicy = "DP"\nbeams = 6',
             ["sources.s: 6 beams do not divide into 4 groups of equal size; change beams or groups"],
         ),
+        (
+            "[methods.rrhf]\nsources = ['model', 'chosen', 'model']",
+            ["methods.rrhf.sources: found 'model' twice; a source may stand once only"],
+        ),
+        (
+            f'{RAW}{ROW}[sources.s]\nmodel = "raw"\npolicy = ["DP"]',
+            ["sources.s.policy: found ['DP']; input should be a valid string"],
+        ),
         ("[methods.rrhf]\nsources = ['mine']", [UNKNOWN := "methods.rrhf.sources: found 'mine'; allowed are model, "]),
         ("[judge]\nsource = 'endpoint'", [ENDPOINT := "judge.endpoint: the table goes with source = "]),
         (
@@ -1130,3 +1138,13 @@ def test_how_candidates_are_scored_while_training_is_no_part_of_offline_rows(wri
     assert models["a"].key != models["b"].key
     assert set(found.test_scores) == {(row, 0) for row in "abc"}
     assert [found.test_scores[row, 0].keys() for row in "abc"] == [set(), set(), {"model"}]
+
+
+def test_a_long_chain_of_rows_is_planned_row_by_row(write: Write) -> None:
+    """Each row is used three times by the next: planned anew each time, 24 rows would never come to an end."""
+    text = "[methods.r0]\nkind = 'sft'\n"
+    for i in range(1, 24):
+        text += f"[policies.p{i}]\nsource = 'methods.r{i - 1}'\n[sources.s{i}]\nmodel = 'r{i - 1}'\n"
+        text += rrhf(f"r{i}", initial=f'"p{i}"', policy='"IP-2"', sources=f'["model", "s{i}"]')
+    found = rows_plan(write, text)
+    assert sum(stage.kind == "train" for stage in found.stages) == 1 + 23 * 2

@@ -116,6 +116,7 @@ def _ordered(stages: Iterable[Stage]) -> Iterator[Stage]:
 class _Builder:
     experiment: Experiment
     backend: Backend
+    trained: dict[tuple[str, int | None, int], Stage] = field(default_factory=dict)  # by row, rounds, seed
 
     def all(self, test_scores: Mapping[tuple[str, int], Mapping[str, Stage]]) -> Iterator[Stage]:
         e = self.experiment
@@ -377,7 +378,13 @@ class _Builder:
         }
 
     def train(self, row: str, method: MethodSettings, seed: int) -> Stage:
-        """The row trained; of one with several rounds, its last."""
+        """The row trained; of one with several rounds, its last. Made once: what rows are made of may share it."""
+        made = (row, method.rounds, seed)
+        if made not in self.trained:
+            self.trained[made] = self._train(row, method, seed)
+        return self.trained[made]
+
+    def _train(self, row: str, method: MethodSettings, seed: int) -> Stage:
         e = self.experiment
         initial = self.initial(method.initial)
         inputs = {"prompts": self.prompts, "policy": initial, "reward model": self.reward_model}
