@@ -32,6 +32,7 @@ from rrhf_bench.settings import (
 Dtype = Literal["float32", "bfloat16", "float16"]
 Positive = Annotated[int, Field(ge=1)]
 RESERVED_ROWS = ("base", "chosen", "rejected")  # rows that every table has without being asked
+NAME = "[A-Za-z0-9][A-Za-z0-9_-]*"  # of experiments, policies and sources
 OWN_SOURCES = ("model", "chosen", "rejected", "reply")  # candidate sources that need no table of their own
 BY_METHOD = "methods."  # how the source of a policy names the row that trained it
 TRAINED_WITH = ("rounds", "refresh", "reward_kl")  # what a sampling policy may say beyond the candidates themselves
@@ -252,7 +253,7 @@ class RuntimeSettings(Settings):
 class Experiment(Settings):
     """One experiment, complete: every default filled in, every method's inheritance resolved."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
+    name: Annotated[str, Field(pattern=f"^{NAME}$")]
     seeds: Annotated[tuple[int, ...], Field(strict=False, min_length=1)] = (0,)
     data: DataSettings = DataSettings()
     policy: PolicySettings = PolicySettings()
@@ -562,6 +563,8 @@ def _model_faults(experiment: Experiment, unread: Collection[str]) -> Iterator[s
     if experiment.policy.trained_by is not None:
         yield f"policy.source: found {experiment.policy.source!r}; only a table of [policies] may be a row's result"
     for name, policy in experiment.policies.items():
+        if not re.fullmatch(NAME, name):
+            yield f"policies.{name}: a name is letters, digits, - and _; choose another"
         if name in RESERVED_ROWS or name in experiment.methods or name == "policy":
             yield f"policies.{name}: the name is taken; it would be a row of the tables beside the one of that name"
         template = experiment.policy.template
@@ -628,6 +631,8 @@ def _source_faults(
 ) -> Iterator[str]:
     if name in OWN_SOURCES:
         yield f": the name is taken; {', '.join(OWN_SOURCES)} need no table"
+    if not re.fullmatch(NAME, name):
+        yield ": a name is letters, digits, - and _; choose another"
     if source.file is not None:
         for key in source.said:
             yield f".{key}: has no effect on the responses of a file; remove the key"

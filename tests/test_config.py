@@ -176,6 +176,14 @@ def test_the_resolved_file_gives_the_same_experiment(published: Experiment, writ
     assert resolved.to_toml() == text
 
 
+@pytest.mark.parametrize("table", ["policies", "sources"])
+def test_a_name_is_a_word(write: Write, table: str) -> None:
+    content = {"policies": 'source = "scratch"', "sources": 'model = "rrhf"\nn = 1'}[table]
+    with pytest.raises(ConfigError, match=rf"{table}\.my own: a name is letters, digits, - and _; choose another"):
+        load_experiment(write(f'[methods.rrhf]\n[{table}."my own"]\n{content}'))
+
+
+
 def test_every_experiment_of_the_repository_passes_plan(published: Experiment) -> None:
     stages = make_plan(published).stages
     kinds = {stage.kind for stage in stages}
