@@ -21,9 +21,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from rrhf_bench.config import RuntimeSettings, load_experiment, parse_method
+from rrhf_bench.config import load_experiment, parse_method
 from rrhf_bench.data.dialogue import STOP_STRINGS, TemplateKind
 from rrhf_bench.errors import BenchError, ConfigError
+from rrhf_bench.experiment import RuntimeSettings
 from rrhf_bench.pipeline.plan import Plan, make_plan
 from rrhf_bench.pipeline.store import Store
 from rrhf_bench.registry import METHODS

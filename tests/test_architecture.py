@@ -16,7 +16,7 @@ ROOMS = {
     "nouns": ("errors", "records", "seeding", "jsonl", "settings", "*_settings", "registry"),
     "paper": ("paper",),
     "data": ("data",),
-    "config": ("config",),
+    "config": ("experiment", "contradictions", "config"),
     "policy": ("policy",),
     "sampling": ("sampling",),
     "rewards": ("rewards",),

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from rrhf_bench.config import RuntimeSettings
 from rrhf_bench.errors import DataError
+from rrhf_bench.experiment import RuntimeSettings
 from rrhf_bench.jsonl import read_jsonl, write_jsonl
 from rrhf_bench.pipeline.candidates import assemble, pair_candidates
 from rrhf_bench.pipeline.services import Services

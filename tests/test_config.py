@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from rrhf_bench.config import TRAINED_WITH, Experiment, load_experiment, parse_method
+from rrhf_bench.config import TRAINED_WITH, load_experiment, parse_method
 from rrhf_bench.errors import ConfigError
+from rrhf_bench.experiment import Experiment
 from rrhf_bench.pipeline.plan import Plan, Stage, make_plan
 from rrhf_bench.registry import METHODS
 from rrhf_bench.sampling.backend import choose_backend
@@ -181,7 +182,6 @@ def test_a_name_is_a_word(write: Write, table: str) -> None:
     content = {"policies": 'source = "scratch"', "sources": 'model = "rrhf"\nn = 1'}[table]
     with pytest.raises(ConfigError, match=rf"{table}\.my own: a name is letters, digits, - and _; choose another"):
         load_experiment(write(f'[methods.rrhf]\n[{table}."my own"]\n{content}'))
-
 
 
 def test_every_experiment_of_the_repository_passes_plan(published: Experiment) -> None:

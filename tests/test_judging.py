@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from rrhf_bench import cli
-from rrhf_bench.config import JudgeTable, RuntimeSettings
 from rrhf_bench.errors import ConfigError, DataError, StageError, StoreError
+from rrhf_bench.experiment import JudgeTable, RuntimeSettings
 from rrhf_bench.jsonl import read_jsonl, write_jsonl
 from rrhf_bench.pipeline import runner
 from rrhf_bench.pipeline.judging import JOURNALS, judge_candidates, judge_identity

@@ -21,8 +21,9 @@ import torch
 from safetensors.torch import load_file
 
 from rrhf_bench import cli
-from rrhf_bench.config import RuntimeSettings, load_experiment
+from rrhf_bench.config import load_experiment
 from rrhf_bench.data.sources import load_candidates
+from rrhf_bench.experiment import RuntimeSettings
 from rrhf_bench.jsonl import read_jsonl
 from rrhf_bench.pipeline.run import load_run
 from rrhf_bench.pipeline.services import ModelRef, Services

@@ -19,9 +19,9 @@ import pytest
 from baselines.best_of_n_settings import BestOfNSettings
 from baselines.ppo_settings import PPOSettings
 from baselines.sft_settings import SFTSettings
-from rrhf_bench.config import Experiment, SamplingSettings
 from rrhf_bench.errors import StoreError
 from rrhf_bench.evaluation.statistics import Estimate
+from rrhf_bench.experiment import Experiment, SamplingSettings
 from rrhf_bench.pipeline.results import RunRecords, Timing
 from rrhf_bench.records import Candidates, CurvePoint, Evaluated, PairScored, PoolScored, Prompt, Response
 from rrhf_bench.report.findings import standing

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from baselines.sft_settings import SFTSettings
-from rrhf_bench.config import RuntimeSettings
 from rrhf_bench.data.dialogue import Template
 from rrhf_bench.errors import DataError
+from rrhf_bench.experiment import RuntimeSettings
 from rrhf_bench.pipeline import steps
 from rrhf_bench.pipeline.services import ModelRef, Services
 from rrhf_bench.policy.policy import Tokenization, TransformersPolicy

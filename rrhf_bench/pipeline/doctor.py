@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from rrhf_bench.config import RuntimeSettings, ScratchSettings
 from rrhf_bench.data.toy.world import build_world
 from rrhf_bench.errors import BenchError
+from rrhf_bench.experiment import RuntimeSettings, ScratchSettings
 from rrhf_bench.pipeline.run import environment
 from rrhf_bench.pipeline.services import ModelRef, Services
 from rrhf_bench.policy.batching import ResponseBatch

@@ -8,8 +8,8 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rrhf_bench.config import JudgeTable
 from rrhf_bench.errors import DataError, StoreError
+from rrhf_bench.experiment import JudgeTable
 from rrhf_bench.jsonl import read_jsonl, write_jsonl
 from rrhf_bench.pipeline.candidates import assemble, pair_candidates
 from rrhf_bench.pipeline.store import content_key

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rrhf_bench.config import RuntimeSettings
 from rrhf_bench.data.sources import load_candidates, load_pairs, load_prompts, write_rrhf
 from rrhf_bench.errors import DataError
+from rrhf_bench.experiment import RuntimeSettings
 from rrhf_bench.jsonl import read_objects, write_jsonl
 from rrhf_bench.pipeline import steps
 from rrhf_bench.pipeline.candidates import assemble, pair_candidates

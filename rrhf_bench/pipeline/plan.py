@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from rrhf_bench.config import (
+from rrhf_bench.experiment import (
     TOY_MODELS,
     WORLDS,
     Experiment,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rrhf_bench.config import Experiment
+from rrhf_bench.experiment import Experiment
 from rrhf_bench.records import Candidates, CurvePoint, Evaluated, PairScored, PoolScored
 
 Row = tuple[str, int]  # (row of the tables: a method's name, "base", "chosen" or "rejected"; seed)

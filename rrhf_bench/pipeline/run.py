@@ -10,8 +10,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
-from rrhf_bench.config import Experiment, load_experiment
+from rrhf_bench.config import load_experiment
 from rrhf_bench.errors import StoreError
+from rrhf_bench.experiment import Experiment
 from rrhf_bench.jsonl import read_jsonl, write_jsonl
 from rrhf_bench.pipeline.candidates import assemble
 from rrhf_bench.pipeline.plan import PAIR_ROWS, Plan

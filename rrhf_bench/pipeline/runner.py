@@ -17,8 +17,8 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any, Protocol
 
-from rrhf_bench.config import RuntimeSettings
 from rrhf_bench.errors import BenchError, StageError
+from rrhf_bench.experiment import RuntimeSettings
 from rrhf_bench.pipeline.plan import Plan, Stage
 from rrhf_bench.pipeline.store import TIMING, Store
 from rrhf_bench.sampling.backend import BackendName

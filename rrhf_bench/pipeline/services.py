@@ -10,8 +10,8 @@ from typing import Any, Literal
 
 import torch
 
-from rrhf_bench.config import Dtype, RuntimeSettings
 from rrhf_bench.data.dialogue import Template, TemplateKind
+from rrhf_bench.experiment import Dtype, RuntimeSettings
 from rrhf_bench.policy.policy import TransformersPolicy
 from rrhf_bench.rewards.reward import RewardModel
 from rrhf_bench.sampling.backend import BackendName

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from rrhf_bench import registry
-from rrhf_bench.config import ScratchSettings
 from rrhf_bench.data.sources import (
     fit_context,
     load_candidates,
@@ -23,6 +22,7 @@ from rrhf_bench.data.sources import (
 from rrhf_bench.data.toy.reviews import build_reviews, own_reply
 from rrhf_bench.data.toy.world import build_world
 from rrhf_bench.errors import DataError, StageError
+from rrhf_bench.experiment import ScratchSettings
 from rrhf_bench.jsonl import read_jsonl, write_jsonl
 from rrhf_bench.pipeline import steps
 from rrhf_bench.pipeline.candidates import assemble, pair_candidates

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
 
-from rrhf_bench.config import ScratchSettings
 from rrhf_bench.errors import StageError
+from rrhf_bench.experiment import ScratchSettings
 from rrhf_bench.seeding import generator, torch_seed
 
 PAD, EOS = "<|pad|>", "<|end|>"

@@ -1,0 +1,270 @@
+"""The tables of an experiment file: names, types, defaults and what a single table may not say. Frozen."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, SerializeAsAny, field_validator, model_validator
+
+from rrhf_bench.data.dialogue import STOP_STRINGS
+from rrhf_bench.evaluation.claims_settings import ClaimSettings
+from rrhf_bench.rewards.judge_settings import JudgeSettings
+from rrhf_bench.rewards.reward_settings import RewardTrainingSettings
+from rrhf_bench.settings import POLICIES, CandidateSettings, MethodSettings, Names, Settings, Strategy
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+Positive = Annotated[int, Field(ge=1)]
+NAME = "[A-Za-z0-9][A-Za-z0-9_-]*"  # of experiments, policies and sources
+BY_METHOD = "methods."  # how the source of a policy names the row that trained it
+TOY_MODELS = ("toy", "toy-raw")
+WORLDS = ("toy", "toy-reviews")  # what ships inside: dialogues; film reviews
+
+
+class ToySettings(Settings):
+    """Sizes of the embedded world, in dialogues and labelled pairs."""
+
+    raw_corpus: Positive = 8000
+    corpus: Positive = 8000
+    perplexity_corpus: Positive = 6000
+    preferences: Positive = 8000
+
+
+class DataSettings(Settings):
+    source: str = "toy"  # "toy", "toy-reviews", "files" (with path), or "hub:OWNER/NAME"
+    path: str | None = None
+    subset: str | None = None  # a folder of a hub data set, such as "harmless-base"
+    split: str = "train"
+    revision: str | None = None
+    seed: int = 0
+    train_prompts: Positive = 500  # prompts that policies are trained on
+    toy: ToySettings = ToySettings()
+    rows: Literal["pairs", "texts"] = "pairs"  # of files and the hub; a text is a prompt and the reply that follows it
+    prompt_words: Positive = 48  # of a text: some 64 tokens of GPT-2
+    reply_words: Positive | None = None  # of a text; none: all the rest
+    diverging: Literal["drop", "common-prefix"] = "drop"  # pairs that part before the last turn
+    faulty_rows: Literal["error", "drop"] = "error"  # texts that are no transcript, or that end with the Human
+    long_prompts: Literal["error", "drop"] = "drop"  # prompts that leave no room for a reply in the context
+
+    @model_validator(mode="after")
+    def _readable(self) -> Self:
+        if self.source not in (*WORLDS, "files") and not self.source.startswith("hub:"):
+            raise ValueError(
+                f'source: found {self.source!r}; allowed are "toy", "toy-reviews", "files" and "hub:OWNER/NAME"'
+            )
+        if self.source == "files" and self.path is None:
+            raise ValueError(
+                'path: missing; source = "files" reads .jsonl, .jsonl.gz or .parquet: --set data.path=FILE names one'
+            )
+        if self.source == "files" and self.path is not None and not _exists(self.path):
+            raise ValueError(f"path: found {self.path!r}, which does not exist; expected a file, a folder or a pattern")
+        return self
+
+
+class ScratchSettings(Settings):
+    """A small Llama trained from nothing on the data's own text, where no checkpoint is given."""
+
+    vocabulary: Annotated[int, Field(ge=300)] = 1024
+    hidden: Positive = 128
+    layers: Positive = 2
+    heads: Positive = 4
+    ffn: Positive = 256
+    context: Annotated[int, Field(ge=64)] = 512
+    epochs: Positive = 3
+    raw_epochs: Positive = 2  # of the raw model that "toy" goes on from
+    batch: Positive = 16
+    lr: Annotated[float, Field(gt=0)] = 6e-3
+    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    grad_clip: Annotated[float, Field(gt=0)] = 1.0
+
+
+class ModelSettings(Settings):
+    source: str = "toy"  # "toy", "toy-raw", "scratch", a hub id or a folder
+    revision: str | None = None
+    template: Literal["hh", "chat", "raw"] = "hh"
+    dtype: Dtype = "float32"
+    pad_token: str | None = None
+    max_length: Annotated[int, Field(ge=16)] | None = None  # prompt + reply tokens; none: the model's own context
+    scratch: ScratchSettings = ScratchSettings()
+
+    @property
+    def from_scratch(self) -> bool:
+        return self.source in (*TOY_MODELS, "scratch")
+
+
+class PolicySettings(ModelSettings):
+    """An initial policy. Beyond [policy], each table of [policies] is one, and a row of the tables."""
+
+    # [policies] only: "methods.ROW" is the model that this row trained with the first seed.
+    part: Literal["LLaMA", "Alpaca", "Alpaca-sft"] | None = (
+        None  # whose published rows stand beside it; decides nothing
+    )
+
+    @property
+    def trained_by(self) -> str | None:
+        """The row whose result it is."""
+        return self.source.removeprefix(BY_METHOD) if self.source.startswith(BY_METHOD) else None
+
+
+class RewardModelSettings(Settings):
+    source: str = "toy"  # "toy" or "scratch": trained on the data's pairs from the initial policy; a hub id or a folder
+    layout: Literal["classifier", "value-head"] = "classifier"
+    revision: str | None = None
+    template: Literal["hh", "chat", "raw"] = "hh"
+    dtype: Dtype = "float32"
+    pad_token: str | None = None
+    label: str | None = None  # of a classifier of several labels: the score is this one's softmax probability
+    training: RewardTrainingSettings = RewardTrainingSettings()
+
+    @property
+    def from_scratch(self) -> bool:
+        return self.source in ("toy", "scratch")
+
+
+class SourceSettings(CandidateSettings):
+    """A further candidate source: samples of another model, or responses from a file. Keys that it does not say are
+    taken from [sampling]."""
+
+    model: str | None = None  # a table of [policies], or a row of [methods]: the model that it trained
+    file: str | None = None  # JSON lines of {"query", "responses", "scores"}, as RRHF's train.py reads them
+
+    @model_validator(mode="before")
+    @classmethod
+    def _samples(cls, table: Any) -> Any:
+        """What is said, before a sampling policy is put in what it stands for."""
+        if not isinstance(table, dict):
+            return table
+        if "sources" in table:
+            raise ValueError(f"sources: found {table['sources']!r}; a source is one; remove the key")
+        names = [name for name, policy in POLICIES.items() if "strategy" in policy]
+        if table.get("policy") in [name for name in POLICIES if name not in names]:
+            raise ValueError(
+                f"policy: found {table['policy']!r}, which takes no samples; allowed are {', '.join(names)}"
+            )
+        return table
+
+    @field_validator("sources")
+    @classmethod
+    def _left_out(cls, value: object) -> None:
+        """What a sampling policy takes beside the samples is the method's to say."""
+
+    @model_validator(mode="after")
+    def _from_somewhere(self) -> Self:
+        if (self.model is None) == (self.file is None):
+            raise ValueError(
+                "model: a source has either model = a policy or row, or file = a path; give one of the two"
+            )
+        if self.file is not None and not Path(self.file).is_file():
+            raise ValueError(f"file: found {self.file!r}, which does not exist; expected a JSON-lines file")
+        return self
+
+    @property
+    def said(self) -> tuple[str, ...]:
+        """The keys of sampling that are said."""
+        keys = CandidateSettings.model_fields
+        return tuple(key for key in keys if getattr(self, key) is not None)
+
+
+class JudgeTable(Settings):
+    """Who rates the candidates of rows with scored_by = "judge"."""
+
+    source: Literal["toy", "endpoint"] = "toy"  # the embedded world's own; an OpenAI-compatible server
+    endpoint: JudgeSettings | None = None
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        if (self.source == "endpoint") != (self.endpoint is not None):
+            raise ValueError('endpoint: the table goes with source = "endpoint", which needs its base_url and model')
+        return self
+
+
+class SamplingSettings(CandidateSettings):
+    """The candidates of every method that does not say otherwise."""
+
+    backend: Literal["vllm", "transformers"] = "vllm"
+    sources: Names = ("model", "chosen", "rejected")
+    n: Annotated[int, Field(ge=1, le=1024)] = 4
+    strategy: Strategy = "sample"
+    beams: Annotated[int, Field(ge=1, le=1024)] = 4
+    groups: Annotated[int, Field(ge=1)] = 4
+    diversity_penalty: Annotated[float, Field(ge=0.0)] = 1.0
+    temperature: Annotated[float, Field(ge=0.0, le=10.0)] = 1.0
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    top_k: Annotated[int, Field(ge=0)] = 0
+    max_new_tokens: Positive = 64
+    stop: Names = STOP_STRINGS
+    cut_at_stop: bool = True  # training replies too; the paper did not cut them
+
+    @property
+    def training_stop(self) -> tuple[str, ...]:
+        """The stop strings that training samples are cut at."""
+        return self.stop if self.cut_at_stop else ()
+
+
+class EvaluationSettings(Settings):
+    """The arena's own part: what is asked of every method, and how it is decoded."""
+
+    prompts: Positive = 300
+    pairs: Positive = 1000  # held-out pairs for p_i as a reward model; their first `prompts` are the evaluation prompts
+    dev_prompts: Positive = 100  # for curves and tuning; disjoint from training and evaluation
+    decoding: Annotated[tuple[Literal["greedy", "sample"], ...], Field(strict=False, min_length=1)] = (
+        "greedy",
+        "sample",
+    )
+    temperature: Annotated[float, Field(gt=0.0, le=10.0)] = 1.0  # of "sample", like the next
+    top_k: Annotated[int, Field(ge=0)] = 0
+    max_new_tokens: Positive = 64
+    curve_points: Positive = 8
+    pool_prompts: Positive = 100  # the best-of-n curve: prompts, and samples a prompt
+    pool_samples: Positive = 32
+
+
+class RuntimeSettings(Settings):
+    """Recorded, never part of a key: none of these changes a result beyond rounding."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    score_batch: Positive = 64  # texts a pass of the reward and perplexity models
+    gpu_memory: Annotated[float, Field(gt=0, lt=1)] = 0.4  # share that the sampler's engine may take on a GPU
+    kv_cache_mib: Positive = 96  # of the sampler's engine on a CPU
+    workers: Positive | None = None  # processes that share the stages; none: one on a GPU, one a core (at most 4) else
+
+
+class Experiment(Settings):
+    """One experiment, complete: every default filled in, every method's inheritance resolved."""
+
+    name: Annotated[str, Field(pattern=f"^{NAME}$")]
+    seeds: Annotated[tuple[int, ...], Field(strict=False, min_length=1)] = (0,)
+    data: DataSettings = DataSettings()
+    policy: PolicySettings = PolicySettings()
+    policies: Mapping[str, PolicySettings] = Field(default_factory=dict)
+    reward_model: RewardModelSettings = RewardModelSettings()
+    perplexity_model: ModelSettings = ModelSettings()
+    judge: JudgeTable | None = None
+    sampling: SamplingSettings = SamplingSettings()
+    sources: Mapping[str, SourceSettings] = Field(default_factory=dict)
+    methods: Mapping[str, SerializeAsAny[MethodSettings]] = Field(default_factory=dict)
+    evaluation: EvaluationSettings = EvaluationSettings()
+    claims: Mapping[str, SerializeAsAny[ClaimSettings]] = Field(default_factory=dict)
+    runtime: RuntimeSettings = RuntimeSettings()
+
+    def initial(self, method: MethodSettings | None) -> PolicySettings:
+        """The policy that a row starts from."""
+        return self.policy if method is None or method.initial is None else self.policies[method.initial]
+
+    def responses(self, method: MethodSettings) -> int:
+        """k of a row. A file's responses count as one a prompt: how many it holds is not known before it is read."""
+        return method.responses({name: 1 if source.n is None else source.n for name, source in self.sources.items()})
+
+    def to_toml(self) -> str:
+        """The resolved file: loading it gives this Experiment again."""
+        import tomli_w
+
+        return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))
+
+
+def _exists(path: str) -> bool:
+    if any(mark in path for mark in "*?["):
+        return any(Path().glob(path)) if not Path(path).is_absolute() else any(Path("/").glob(path[1:]))
+    return Path(path).exists()
