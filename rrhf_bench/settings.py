@@ -53,6 +53,7 @@ POLICIES: Mapping[str, Mapping[str, Any]] = {
 }
 POLICY_NAMES = (*POLICIES, "IP-n", "OP-k", "OP-k+KL")
 ONLINE_KL = 0.01  # of OP-k+KL, per nat of the summed log-ratio (2304.05302 section 5)
+REVIEWS_KL = 0.1  # the same on IMDB (Table 10)
 
 
 def expand_policy(name: str) -> dict[str, Any] | None:
@@ -166,22 +167,20 @@ def sampling_policy(settings: MethodSettings) -> str | None:
     """The sampling policy of 2304.05302 that a row's candidates follow, such as "DP", "IP-2" or "OP-8+KL"; None where
     they follow none. The inverse of ``expand_policy``, for a row that has inherited what it does not say.
 
-    OP-k is called so whether its samples are drawn or, as the paper has it, diverse beams.
+    How OP-k samples is left open: the paper searches for diverse beams on HH and draws on IMDB. "reply", a data set's
+    single one, takes the place of the two of a pair.
     """
+    pair = {"reply": ("chosen", "rejected")}
+    sources = tuple(name for source in settings.sources or () for name in pair.get(source, (source,)))
     if settings.refresh is not None:
-        names = [f"OP-{settings.refresh}" + ("+KL" if settings.reward_kl else "")]
-    else:
-        names = [*POLICIES] if settings.rounds is None else [f"IP-{settings.rounds}"]
-    for name in names:
-        policy = {"rounds": None, "refresh": None, **(expand_policy(name) or {})}
-        if settings.refresh is not None and settings.strategy == "diverse-beam":
-            policy |= _DIVERSE
-        keys = ["sources", "rounds", "refresh"]
-        if "model" in policy["sources"]:
-            keys += ["strategy", *READ[policy["strategy"]]]
-        if policy.get("reward_kl"):
-            keys.append("reward_kl")
-        if all(getattr(settings, key) == policy[key] for key in keys):
+        same = (sources, settings.n) == (POLICIES["SP"]["sources"], POLICIES["SP"]["n"])
+        published = not settings.reward_kl or settings.reward_kl in (ONLINE_KL, REVIEWS_KL)
+        return f"OP-{settings.refresh}" + ("+KL" if settings.reward_kl else "") if same and published else None
+    for name in POLICIES if settings.rounds is None else (f"IP-{settings.rounds}",):
+        policy = {"rounds": None, **(expand_policy(name) or {})}
+        read = ("strategy", *READ[policy["strategy"]]) if "strategy" in policy else ()
+        found = {"sources": sources, **{key: getattr(settings, key) for key in ("rounds", *read)}}
+        if all(policy[key] == value for key, value in found.items()):
             return name
     return None
 

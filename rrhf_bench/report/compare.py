@@ -85,18 +85,20 @@ def comparison_words(view: View) -> str:
         words += ", and with the first RRHF row that started there"
     if many:
         words += (
-            f"; where more than {MANY} rows start from one policy ({', '.join(many)}), only the RRHF and the PPO row "
-            f"with the highest {DECODING_WORDS[view.decodings[0]]} reward on the dev prompts are compared with each "
-            "other"
+            f"; where more than {MANY} rows start from one policy ({', '.join(many)}), only one RRHF and one PPO row "
+            "are compared with each other: of the plain row and those that differ from it in hyper-parameters alone, that "
+            f"with the highest {DECODING_WORDS[view.decodings[0]]} reward on the dev prompts"
         )
     return words + "."
 
 
 def _best(view: View, initial: str, kind: str) -> str | None:
-    """Of the rows of a kind, the one with the most reward on the dev prompts; where it was not measured, the plain."""
-    rows = view.rows_from(initial, kind)
+    """Of a kind's plain row and those that differ from it in hyper-parameters alone, the one with the most reward on
+    the dev prompts; the plain one where that was not measured."""
+    plain = view.plain_row(view.rows_from(initial, kind))
+    rows = [] if plain is None else view.same_way(plain)
     found = {row: reward for row in rows if (reward := view.dev_reward(row, view.decodings[0])) is not None}
-    return max(found, key=lambda row: found[row]) if found else view.plain_row(rows)
+    return max(found, key=lambda row: found[row]) if found else plain
 
 
 @dataclass(frozen=True, slots=True)

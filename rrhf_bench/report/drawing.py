@@ -20,7 +20,10 @@ GREY = "#6b6b6b"
 LIGHT = "#d9d9d9"
 # The kinds that most experiments have keep their colour from report to report; the others take what is left, in order.
 KIND_COLOURS = {"rrhf": "#0072B2", "ppo": "#D55E00", "sft": "#009E73", "best_of_n": "#CC79A7"}
-FREE_COLOURS = ("#E69F00", "#56B4E9", "#882255", "#999933", "#332288", "#44AA99", "#AA4499", *KIND_COLOURS.values())
+FREE_COLOURS = (
+    "#E69F00", "#56B4E9", "#882255", "#999933", "#332288", "#44AA99", "#AA4499", "#661100", "#DDCC77", "#202020",
+    *KIND_COLOURS.values(),
+)  # fmt: skip
 STYLE: Mapping[str, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 8,

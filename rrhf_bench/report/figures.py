@@ -245,20 +245,15 @@ def sampling_quality(view: View) -> Iterator[Made]:
     rows = list(dict.fromkeys(row for found in points.values() for row, *_ in found))
     many = len(rows) > MANY
     colour = _policy_colours(view) if many else colours(view)
-    figure, axes = new_panels(1, len(points) + 1, height=3.5, width=2.4 * (len(points) + 1))
+    width = 3.1 if many else 2.4  # of a panel; names stand beside many points
+    figure, axes = new_panels(1, len(points) + 1, height=3.5, width=width * (len(points) + 1))
     for ax, (decoding, found) in zip(axes[0], points.items(), strict=False):
         for row, mean, maximum, test in found:
             _quality_point(ax, mean, maximum, test, colour[row])
         mean_N, maximum_N, test_N = (np.array([point[i] for point in found]) for i in (1, 2, 3))
         _finish_quality(ax, f"this run, {DECODING_WORDS[decoding]}", mean_N, maximum_N, test_N, decoding)
-        for row in rows if many else ():
-            own = [(maximum, test) for name, _, maximum, test in found if name == row]
-            if own:
-                at = np.mean(own, axis=0)
-                words = view.sampling_policy(row) or row
-                ax.annotate(
-                    short(words), at, (4, 0), textcoords="offset points", fontsize=5, va="center", color=colour[row]
-                )
+        if many:
+            _name_points(ax, view, found, colour)
     published = [row for row in table6() if row.train_mean is not None and row.setting != "IP-1"]  # IP-1 repeats DP
     numbers = [(row.train_mean or 0.0, row.train_max or 0.0, row.test_reward) for row in published]
     for theirs, (mean, maximum, test) in zip(published, numbers, strict=True):
@@ -283,6 +278,29 @@ def sampling_quality(view: View) -> Iterator[Made]:
         + _left_out(view, candidates, rows)
     )
     yield Drawn("sampling_quality", "Test reward against sampling quality", caption), figure
+
+
+def _name_points(
+    ax: Axes, view: View, found: Sequence[tuple[str, float, float, float]], colour: Mapping[str, str]
+) -> None:
+    """Name each row's maximum, mean over seeds, to the right of the panel, evenly spaced where rows lie close."""
+    own: dict[str, list[tuple[float, float]]] = {}
+    for row, _, maximum, test in found:
+        own.setdefault(row, []).append((maximum, test))
+    at = sorted(((row, *np.mean(points, axis=0).tolist()) for row, points in own.items()), key=lambda point: point[2])
+    low, high = ax.get_ylim()
+    gap = min(0.052, 1 / len(at))  # of the panel's height
+    heights = [(y - low) / (high - low) for _, _, y in at]
+    for i in range(1, len(at)):
+        heights[i] = max(heights[i], heights[i - 1] + gap)
+    over = max(heights[-1] - 1, 0.0)
+    for i in reversed(range(len(at))):  # back into the panel
+        heights[i] = min(heights[i], 1 - gap * (len(at) - 1 - i)) if over else heights[i]
+    for (row, x, y), height in zip(at, heights, strict=True):
+        line = {"arrowstyle": "-", "color": colour[row], "linewidth": 0.4, "alpha": 0.6, "shrinkA": 0, "shrinkB": 3}
+        style: dict[str, Any] = {"fontsize": 6, "va": "center", "color": colour[row], "arrowprops": line}
+        words = short(view.sampling_policy(row) or row)
+        ax.annotate(words, (x, y), (1.06, height), textcoords="axes fraction", **style)
 
 
 def _policy_colours(view: View) -> dict[str, str]:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from rrhf_bench.config import Experiment
 from rrhf_bench.evaluation.statistics import Estimate
+from rrhf_bench.experiment import Experiment
 from rrhf_bench.records import Decoding
 from rrhf_bench.report.compare import BestOfNLearner, Comparison, best_of_n_learners, comparisons
 from rrhf_bench.report.table import Cell, Column, Missing, Table, interval, markdown, number
 from rrhf_bench.report.tables import accuracy, samples_as
 from rrhf_bench.report.view import DECODING_WORDS, MEASURE_WORDS, View, changed
-from rrhf_bench.settings import ONLINE_KL, CandidateSettings, MethodSettings
+from rrhf_bench.settings import ONLINE_KL, REVIEWS_KL, CandidateSettings, MethodSettings
 
 MANY = 8  # rows beyond which a sentence names the first and the last only
 
@@ -196,14 +196,15 @@ def departures_table(view: View) -> Table:
     """Where the experiment file differs from the paper's settings, option by option."""
     columns = (Column("option"), Column("the paper"), Column("this run"), Column("rows"))
     rows: dict[_Setting, list[str]] = defaultdict(list)
-    for setting in _shared_settings(view.experiment):
+    for setting in _shared_settings(view):
         rows[setting].append("all")
     for initial in view.policies:
         part, source = view.part(initial), _source(view.experiment, initial)
-        paper = _PARTS[part] if part else "none"
+        paper = _PARTS[part] if part else "a model tuned on reviews" if view.reviews else "none"
         rows[f"initial policy: {initial}", paper, source] += view.rows_from(initial) or [initial]
     for row, settings in view.methods.items():
-        for setting in _method_settings(settings, view.sampling_policy(row)):
+        kept = _method_settings(settings, view.sampling_policy(row))
+        for setting in _of_reviews(kept) if view.reviews else kept:
             rows[setting].append(row)
     differing = tuple(
         (Cell(option), Cell(paper), Cell(here), Cell(", ".join(names)))
@@ -211,8 +212,14 @@ def departures_table(view: View) -> Table:
         if paper != here
     )
     notes = (
-        "The paper's settings: arXiv 2304.05302v2 sections 4.1 and 4.2, and where it is silent its released code "
-        "and the trlX example that it names for PPO. Options that agree are left out.",
+        "The paper's settings: arXiv 2304.05302v2 "
+        + (
+            "Appendix D, as far as it goes; the PPO of Table 10 is not described there. "
+            if view.reviews
+            else "sections 4.1 and 4.2, and where it is silent its released code and the trlX example that it names "
+            "for PPO. "
+        )
+        + "Options that agree are left out.",
     )
     return Table("departures", "Departures from the paper", columns, differing, notes, view.records.arena)
 
@@ -220,16 +227,21 @@ def departures_table(view: View) -> Table:
 _Setting = tuple[str, str, str]  # option, the paper, this run
 
 
-def _shared_settings(experiment: Experiment) -> Iterator[_Setting]:
+def _shared_settings(view: View) -> Iterator[_Setting]:
+    experiment = view.experiment
     data, sampling, evaluation = experiment.data, experiment.sampling, experiment.evaluation
-    yield "data.source", "hub:Dahoas/rm-static", data.source
-    yield "data.train_prompts", "76256", str(data.train_prompts)
-    yield "reward_model.source", "Dahoas/gptj-rm-static", experiment.reward_model.source
-    yield "perplexity_model.source", "gpt2-medium", experiment.perplexity_model.source
-    yield "sampling.max_new_tokens", "128", str(sampling.max_new_tokens)
-    yield "sampling.cut_at_stop", "false: training replies were not cut at fake turns", _truth(sampling.cut_at_stop)
-    yield "evaluation.decoding", "greedy", ", ".join(evaluation.decoding)
-    yield "evaluation.max_new_tokens", "128", str(evaluation.max_new_tokens)
+    length = "48" if view.reviews else "128"
+    if view.reviews:
+        yield "data.source", "IMDB", data.source
+    else:
+        yield "data.source", "hub:Dahoas/rm-static", data.source
+        yield "data.train_prompts", "76256", str(data.train_prompts)
+        yield "reward_model.source", "Dahoas/gptj-rm-static", experiment.reward_model.source
+        yield "perplexity_model.source", "gpt2-medium", experiment.perplexity_model.source
+        yield "sampling.cut_at_stop", "false: training replies were not cut at fake turns", _truth(sampling.cut_at_stop)
+        yield "evaluation.decoding", "greedy", ", ".join(evaluation.decoding)
+    yield "sampling.max_new_tokens", length, str(sampling.max_new_tokens)
+    yield "evaluation.max_new_tokens", length, str(evaluation.max_new_tokens)
 
 
 def _truth(cut: bool) -> str:
@@ -241,6 +253,21 @@ _PARTS = {
     "Alpaca": "Alpaca 7B",
     "Alpaca-sft": "Alpaca 7B, tuned on the chosen replies of Dahoas/full-hh-rlhf",
 }
+
+
+def _of_reviews(settings: Iterable[_Setting]) -> Iterator[_Setting]:
+    """The settings that Appendix D gives for IMDB, or Eqs. 1 to 5 for all data."""
+    same = ("variant", "rank_weight", "sft_weight", "margin", "batch_prompts", "weight_decay")
+    for option, paper, here in settings:
+        if option == "rrhf: epochs":
+            yield option, "5", here
+        elif option.startswith("rrhf: refresh"):
+            yield option, "every 128 steps", here
+        elif option.startswith("rrhf: reward_kl"):
+            of_reviews = f"none, or {REVIEWS_KL:g}"
+            yield option, of_reviews, of_reviews if here in (paper, f"{REVIEWS_KL:g}") else here
+        elif option.removeprefix("rrhf: ") in same:
+            yield option, paper, here
 
 
 def _source(experiment: Experiment, initial: str) -> str:

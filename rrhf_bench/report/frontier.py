@@ -20,7 +20,7 @@ from rrhf_bench.report.view import BASE, MEASURE_WORDS, Measure, View, changed
 from rrhf_bench.training.rrhf_settings import RRHFSettings
 
 LEAST = 3  # rows of one method that make a frontier
-_MARKERS = "os^DvP*X"  # by weight of the ranking term
+_MARKERS = "os^Dv*X"  # by weight of the ranking term
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def _draw(view: View, frontier: _Frontier) -> tuple[Drawn, Figure]:
         "ppo": _shades(KIND_COLOURS["ppo"], sorted({s.lr for s in ppo.values()})),
     }
     for ax, measure in zip(axes[0], measures, strict=True):
-        for lr, colour in shades["ppo"].items():
+        for place, (lr, colour) in enumerate(shades["ppo"].items()):
             rows = sorted((row for row in ppo if ppo[row].lr == lr), key=lambda row: ppo[row].kl_coefficient)
             means = [_points(ax, view, row, measure, colour, "o") for row in rows]
             known = [mean for mean in means if mean is not None]
@@ -81,7 +81,10 @@ def _draw(view: View, frontier: _Frontier) -> tuple[Drawn, Figure]:
             for row, mean in zip(rows, means, strict=True):
                 if mean is not None:
                     words = f"{ppo[row].kl_coefficient:g}"
-                    ax.annotate(words, mean, (4, 3), textcoords="offset points", fontsize=6, color=colour)
+                    below = -9 if place % 2 else 4  # points; lines lie close to each other
+                    style = {"fontsize": 6, "color": "#303030", "zorder": 5}
+                    box = {"pad": 0.3, "facecolor": "white", "edgecolor": "none", "alpha": 0.6}
+                    ax.annotate(words, mean, (4, below), textcoords="offset points", bbox=box, **style)
         for row, settings in rrhf.items():
             marker = _MARKERS[weights.index(settings.rank_weight) % len(_MARKERS)]
             _points(ax, view, row, measure, shades["rrhf"][settings.lr], marker)
@@ -91,7 +94,7 @@ def _draw(view: View, frontier: _Frontier) -> tuple[Drawn, Figure]:
                 ax.plot([best_of_n_kl(view.methods[row].n or 1)], [reward.value], "D", color=KIND_COLOURS["best_of_n"])
         start = view.mean(frontier.initial, "sample", measure)
         if not isinstance(start, Missing):
-            ax.plot([0], [start.value], "s", color=GREY, zorder=3)
+            ax.plot([0], [start.value], "P", color="black", markersize=6, zorder=3)
         ax.set_xlabel("KL to the initial policy (nats a reply)")
         ax.set_ylabel(f"{MEASURE_WORDS[measure]} (sampled)")
     legend_above(figure, _keys(view, frontier, shades, weights))
@@ -135,7 +138,7 @@ def _points(ax: Axes, view: View, row: str, measure: Measure, colour: str, marke
 def _shades(colour: str, values: Sequence[float]) -> dict[float, str]:
     """The colour for each value in turn, darker for the larger ones; the colour itself for a single one."""
     rgb = np.array(to_rgb(colour))
-    whites = np.linspace(0.5, -0.45, len(values)) if len(values) > 1 else [0.0]  # share of white, or of black below 0
+    whites = [0.0] if len(values) == 1 else np.linspace(0.5, -0.45, len(values)).tolist()  # of black, below 0
     mixed = [rgb + (1 - rgb) * w if w > 0 else rgb * (1 + w) for w in whites]
     hexes = ["#" + "".join(f"{round(255 * c):02x}" for c in m.tolist()) for m in mixed]
     return dict(zip(values, hexes, strict=True))
@@ -153,4 +156,4 @@ def _keys(
         keys += [key(f"ranking x {w:g}", GREY, _MARKERS[i % len(_MARKERS)]) for i, w in enumerate(weights)]
     for row in frontier.others:
         keys.append(key(f"best of {view.methods[row].n}", KIND_COLOURS["best_of_n"], "D"))
-    return [*keys, key("initial policy", GREY, "s")]
+    return [*keys, key("initial policy", "black", "P")]

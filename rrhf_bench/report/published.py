@@ -24,12 +24,11 @@ from rrhf_bench.report.compare import (
     compare,
 )
 from rrhf_bench.report.table import Cell, Column, Missing, Table, number
-from rrhf_bench.report.tables import accuracy, likelihood_cells, samples_as
-from rrhf_bench.report.view import ABSENT, BASE, DECODING_WORDS, GIVEN, PAPER_FIRST, Found, View
+from rrhf_bench.report.tables import absent, accuracy, likelihood_cells, samples_as
+from rrhf_bench.report.view import BASE, DECODING_WORDS, GIVEN, Found, View
 from rrhf_bench.training.rrhf_settings import RRHFSettings
 
 REWARD_MODEL = "reward model"
-REVIEWS = "toy-reviews"  # the data source that stands in for IMDB
 
 _SCALES = (
     "The published numbers are of 7B models under Dahoas/gptj-rm-static and gpt2-medium; ours are of other models "
@@ -123,26 +122,48 @@ def _choices(view: View, wanted: Sequence[tuple[str, str]]) -> list[str]:
     ]
 
 
+_Parts = tuple[str, str, tuple[Column, ...], tuple[tuple[Cell, ...], ...]]  # name, title, columns, rows
+
+
 # --- cells that several tables share -------------------------------------------------------------------------------
-
-
-def _decodings(row: str) -> tuple[Decoding, Decoding]:
-    return ("given", "given") if row in GIVEN else ("greedy", "sample")
 
 
 def _ppl(view: View, row: str, decoding: Decoding) -> Cell:
     block = view.block(row, decoding)
-    return Cell.of(ABSENT) if block is None else likelihood_cells(block, row, decoding)[0]
+    return Cell.of(absent(view, row, decoding)) if block is None else likelihood_cells(block, row, decoding)[0]
 
 
 def _ppls(view: View, row: str) -> list[Cell]:
-    """PPL of greedy and of sampled replies."""
-    return [_ppl(view, row, decoding) for decoding in PAPER_FIRST]
+    """PPL under each decoding."""
+    return [_ppl(view, row, decoding) for decoding in view.decodings]
 
 
 def _rewards(view: View, row: str) -> list[Cell]:
-    """Reward of greedy and of sampled replies."""
-    return [Cell.of(view.mean(row, decoding, "reward")) for decoding in PAPER_FIRST]
+    """Reward under each decoding."""
+    return [_reward(view, row, decoding) for decoding in view.decodings]
+
+
+def _ppl_columns(view: View) -> list[Column]:
+    return [Column(f"PPL, {DECODING_WORDS[decoding]}", 2) for decoding in view.decodings]
+
+
+def _reward_columns(view: View, digits: int = 2) -> list[Column]:
+    return [Column(f"reward, {DECODING_WORDS[decoding]}", digits, interval=True) for decoding in view.decodings]
+
+
+def _ours_alone(name: str, title: str, columns: Sequence[Column], rows: Sequence[Sequence[Cell]]) -> _Parts:
+    """The parts of a table without the columns of the paper, where no row has anything in them."""
+    theirs = [c for c, column in enumerate(columns) if column.name.startswith("paper: ")]
+    if any(row[c].value is not None for row in rows for c in theirs):
+        return name, title, tuple(columns), tuple(tuple(row) for row in rows)
+    kept = [c for c in range(len(columns)) if c not in theirs]
+    return name, title, tuple(columns[c] for c in kept), tuple(tuple(row[c] for c in kept) for row in rows)
+
+
+def _reward(view: View, row: str, decoding: Decoding) -> Cell:
+    return Cell.of(
+        view.mean(row, decoding, "reward") if view.block(row, decoding) is not None else absent(view, row, decoding)
+    )
 
 
 def _optional(value: float | None, reason: Missing) -> Cell:
@@ -154,7 +175,7 @@ def _optional(value: float | None, reason: Missing) -> Cell:
 
 def main_results(view: View) -> Table | None:
     """Table 2, our row beside each of its own."""
-    if view.experiment.data.source == REVIEWS:
+    if view.reviews:
         return None
     columns = (
         Column("paper: model"),
@@ -162,22 +183,24 @@ def main_results(view: View) -> Table | None:
         Column("version"),
         Column("this run"),
         Column("paper: PPL", 2),
-        Column("PPL, greedy", 2),
-        Column("PPL, sampled", 2),
+        *_ppl_columns(view),
         Column("paper: reward", 2),
-        Column("reward, greedy", 2, interval=True),
-        Column("reward, sampled", 2, interval=True),
+        *_reward_columns(view),
         Column("source"),
     )
     rows = []
     for published, versions in _merged_versions():
         row = _given(published.rho) or counterpart(view, published.rho, published.setting)
         ppl = _optional(published.ppl, Missing("not given in the paper"))
-        ours = [Cell.of(row)] * 4 if isinstance(row, Missing) else [*_our_ppls(view, row), *_our_rewards(view, row)]
+        none = [Cell.of(row)] * len(view.decodings) if isinstance(row, Missing) else []
+        ppls = none if isinstance(row, Missing) else _our_ppls(view, row)
+        rewards = none if isinstance(row, Missing) else _our_rewards(view, row)
         head = (Cell(published.rho), Cell(published.setting), Cell(versions), Cell.of(row))
-        rows.append((*head, ppl, *ours[:2], Cell(published.reward), *ours[2:], Cell(published.source)))
+        rows.append((*head, ppl, *ppls, Cell(published.reward), *rewards, Cell(published.source)))
     wanted = list(dict.fromkeys((p.rho, p.setting) for p, _ in _merged_versions() if not _given(p.rho)))
-    notes = (_SCALES, *_runs_of_dp(view), *_choices(view, wanted))
+    named = any(policy.part for policy in (view.experiment.policy, *view.experiment.policies.values()))
+    own = "No initial policy of this run says in which part it is (part = ...): base stands beside Alpaca."
+    notes = (_SCALES, *_runs_of_dp(view), *_choices(view, wanted), *([] if named else [own]))
     return Table("table2", "Table 2 of the RRHF paper", columns, tuple(rows), notes, view.records.arena)
 
 
@@ -186,7 +209,9 @@ def _merged_versions() -> list[tuple[Table2Row, str]]:
     merged: dict[tuple[str, str, float | None, float], list[Table2Row]] = defaultdict(list)
     for published in (*table2("v3"), *table2("v2")):
         merged[published.rho, published.setting, published.ppl, published.reward].append(published)
-    return [(rows[-1], ", ".join(sorted(row.version for row in rows))) for rows in merged.values()]
+    order = list(dict.fromkeys((row.rho, row.setting) for rows in merged.values() for row in rows))
+    by_setting = sorted(merged.values(), key=lambda rows: order.index((rows[0].rho, rows[0].setting)))
+    return [(rows[-1], ", ".join(sorted(row.version for row in rows))) for rows in by_setting]
 
 
 def _given(rho: str) -> str | None:
@@ -196,16 +221,16 @@ def _given(rho: str) -> str | None:
 def _our_ppls(view: View, row: str) -> list[Cell]:
     if row not in GIVEN:
         return _ppls(view, row)
-    return [_ppl(view, row, "given"), Cell.of(_UNDECODED)]
+    return [_ppl(view, row, "given"), *[Cell.of(_UNDECODED)] * (len(view.decodings) - 1)]
 
 
 def _our_rewards(view: View, row: str) -> list[Cell]:
     if row not in GIVEN:
         return _rewards(view, row)
-    return [Cell.of(view.mean(row, "given", "reward")), Cell.of(_UNDECODED)]
+    return [_reward(view, row, "given"), *[Cell.of(_UNDECODED)] * (len(view.decodings) - 1)]
 
 
-_UNDECODED = Missing("a reply of the data set is not decoded; its numbers are in the columns of greedy replies")
+_UNDECODED = Missing("a reply of the data set is not decoded; its numbers are in the first column")
 
 
 def _runs_of_dp(view: View) -> list[str]:
@@ -246,7 +271,7 @@ def accuracies(view: View) -> Table | None:
         Column("seeds", 0),
     )
     published = {row.scorer: row.accuracy_percent for row in table5()}
-    theirs = {REWARD_MODEL: "Dahoas/gptj-rm-static"} if view.experiment.data.source != REVIEWS else {}
+    theirs = {REWARD_MODEL: "Dahoas/gptj-rm-static"} if not view.reviews else {}
     for scorer in published:
         part, _, how = scorer.partition("-")
         setting = {"": "none", "PPO": "PPO", "RRHF_DP": "RRHF_DP"}.get(how)
@@ -260,17 +285,25 @@ def accuracies(view: View) -> Table | None:
         if block is not None and not isinstance(found, Missing):
             ties = metrics.pair_accuracy(block.items).ties
             sizes = [Cell(ties), Cell(len(block.prompts)), Cell(len(block.seeds))]
-        start = Cell(view.initial(row)) if row in view.methods else Cell.of(Missing("it is no method of this run"))
+        start = (
+            Cell(view.initial(row))
+            if row in view.methods
+            else Cell.of(Missing("it was not trained by a row of this run"))
+        )
         paper = [Cell(theirs[row]), Cell(published[theirs[row]])] if row in theirs else [Cell.of(_UNPUBLISHED)] * 2
         rows.append((Cell(row), start, *paper, _percent(found), *sizes))
     notes = (
         "Share of held-out pairs whose chosen reply scores higher: p_i is the log-probability of a reply divided by "
         "its own number of tokens. A tie counts one half; ties are counted over all seeds.",
-        "Published: Table 5 of arXiv 2304.05302v2 (unchanged in v3), other models on other pairs.",
+        *(
+            ["Published: Table 5 of arXiv 2304.05302v2 (unchanged in v3), other models on other pairs."]
+            if theirs
+            else []
+        ),
         *_choices(view, [("Alpaca", "PPO"), ("Alpaca", "RRHF_DP")]),
     )
     title = "Accuracy of p_i as a reward model (Table 5 of the RRHF paper)"
-    return Table("table5", title, columns, tuple(rows), notes, view.records.arena)
+    return Table(*_ours_alone("table5", title, columns, rows), notes, view.records.arena)
 
 
 def _percent(found: Found) -> Cell:
@@ -290,11 +323,9 @@ def sampling_quality(view: View) -> Table:
         Column("starts from"),
         Column("samples as"),
         Column("paper: PPL", 2),
-        Column("PPL, greedy", 2),
-        Column("PPL, sampled", 2),
+        *_ppl_columns(view),
         Column("paper: reward", 2),
-        Column("reward, greedy", 2, interval=True),
-        Column("reward, sampled", 2, interval=True),
+        *_reward_columns(view),
         Column("paper: mean", 2),
         Column("mean", 2, interval=True),
         Column("paper: std", 2),
@@ -308,20 +339,20 @@ def sampling_quality(view: View) -> Table:
     taken = {row for _, row in beside}
     rows = [_sampling_row(view, published, row) for published, row in beside]
     rows += [_sampling_row(view, None, row) for row in view.candidates if row not in taken]
-    absent = [f"{published.rho} {published.setting}" for published, row in pairs if (published, row) not in beside]
+    alone = [f"{published.rho} {published.setting}" for published, row in pairs if (published, row) not in beside]
     notes = [
-        _SCALES,
+        *([_SCALES] if beside else []),
         "PPL and reward: of the replies to the test prompts. Mean, std, max: of the rewards of the training "
         "candidates, the std over all of them pooled (as the paper's must be), max the mean over prompts of the best. "
         "The std within a prompt is not in the paper. IP-n: the candidates of its last round.",
         "OP-k: all candidates that were sampled while it trained, with their rewards before any KL penalty; the paper "
         "prints no candidates of these.",
         *_choices(view, [(row.rho, row.setting) for row in table6()]),
-        *([f"Published rows without a counterpart here: {', '.join(absent)}."] if absent and beside else []),
-        "Published: Table 6 of arXiv 2304.05302v2, the same in v3.",
+        *([f"Published rows without a counterpart here: {', '.join(alone)}."] if alone and beside else []),
+        *(["Published: Table 6 of arXiv 2304.05302v2, the same in v3."] if beside else []),
     ]
     title = "Sampling quality (Table 6 of the RRHF paper)"
-    return Table("table6", title, columns, tuple(rows), tuple(notes), view.records.arena)
+    return Table(*_ours_alone("table6", title, columns, rows), tuple(notes), view.records.arena)
 
 
 def _sampling_row(view: View, published: Table6Row | None, row: str) -> tuple[Cell, ...]:
@@ -384,7 +415,8 @@ def best_of_n_learning(view: View) -> Table:
         "0 the model falls short.",
         "The paper's are worked out from the cells of its Table 6, on another reward scale; their decoding is greedy.",
     )
-    return Table("eq7", "Test reward against the best candidate", columns, tuple(rows), notes, view.records.arena)
+    title = "Test reward against the best candidate"
+    return Table(*_ours_alone("eq7", title, columns, rows), notes, view.records.arena)
 
 
 def _learner_row(view: View, learner: BestOfNLearner, published: Table6Row | None) -> tuple[Cell, ...]:
@@ -416,22 +448,18 @@ def _learner_row(view: View, learner: BestOfNLearner, published: Table6Row | Non
 def rank_ablation(view: View) -> Table | None:
     """Table 7: rows that differ in the weight of the ranking term alone, one of them without it."""
     groups = [rows for rows in view.alike("rank_weight") if any(_rank_weight(view, row) == 0 for row in rows)]
-    columns = (
+    columns = [
         Column("paper: row"),
         Column("this run"),
         Column("samples as"),
         Column("weight of ranking", 0),
         Column("paper: PPL", 2),
-        Column("PPL, greedy", 2),
-        Column("PPL, sampled", 2),
+        *_ppl_columns(view),
         Column("paper: reward", 2),
-        Column("reward, greedy", 2, interval=True),
-        Column("less full, greedy", 2, interval=True),
-        Column("p (Holm), greedy", 4),
-        Column("reward, sampled", 2, interval=True),
-        Column("less full, sampled", 2, interval=True),
-        Column("p (Holm), sampled", 4),
-    )
+    ]
+    for decoding, column in zip(view.decodings, _reward_columns(view), strict=True):
+        words = DECODING_WORDS[decoding]
+        columns += [column, Column(f"less full, {words}", 2, interval=True), Column(f"p (Holm), {words}", 4)]
     rows = []
     for group in groups:
         weights = {row: _rank_weight(view, row) for row in group}
@@ -450,7 +478,7 @@ def rank_ablation(view: View) -> Table | None:
     if not groups:
         return None
     title = "Without the ranking term (Table 7 of the RRHF paper)"
-    return Table("table7", title, columns, tuple(rows), notes, view.records.arena)
+    return Table(*_ours_alone("table7", title, columns, rows), notes, view.records.arena)
 
 
 def _rank_weight(view: View, row: str) -> float:
@@ -471,7 +499,7 @@ def _ablation_row(
     cells = [paper, Cell(row), samples_as(view, row), Cell(weight)]
     cells += [Cell.of(_UNPUBLISHED) if published is None else Cell(published.ppl), *ppls]
     cells += [Cell.of(_UNPUBLISHED) if published is None else Cell(published.reward)]
-    for reward, decoding in zip(rewards, PAPER_FIRST, strict=True):
+    for reward, decoding in zip(rewards, view.decodings, strict=True):
         c = found.get((row, decoding))
         reason = Missing("this is the full objective" if row == full else "no row has weight 1, or no such replies")
         difference = Cell.of(reason if c is None else c.estimate)
@@ -558,7 +586,7 @@ def _samples_row(view: View, row: str) -> tuple[Cell, ...]:
 
 def reviews(view: View) -> Table | None:
     """Table 10, where the run writes film reviews."""
-    if view.experiment.data.source != REVIEWS:
+    if not view.reviews:
         return None
     columns = (
         Column("paper: method"),
@@ -566,30 +594,26 @@ def reviews(view: View) -> Table | None:
         Column("this run"),
         Column("samples as"),
         Column("paper: reward", 3),
-        Column("reward, greedy", 3, interval=True),
-        Column("reward, sampled", 3, interval=True),
+        *_reward_columns(view, 3),
         Column("paper: PPL", 2),
-        Column("PPL, greedy", 2),
-        Column("PPL, sampled", 2),
+        *_ppl_columns(view),
     )
     rows: list[tuple[Cell, ...]] = []
     taken = set()
     for published in table10():
         row = _review_row(view, published.method, published.setting)
-        theirs = (Cell(published.method), Cell(published.setting or "none"))
-        numbers = (Cell(published.reward), Cell(published.ppl))
-        if isinstance(row, Missing):
-            none = Cell.of(row)
-            rows.append((*theirs, none, none, numbers[0], none, none, numbers[1], none, none))
-            continue
+        none = [Cell.of(row)] * len(view.decodings) if isinstance(row, Missing) else []
+        ours = [Cell.of(row)] * 2 if isinstance(row, Missing) else [Cell(row), samples_as(view, row)]
+        rewards = none if isinstance(row, Missing) else _rewards(view, row)
+        ppls = none if isinstance(row, Missing) else _ppls(view, row)
+        head = (Cell(published.method), Cell(published.setting or "none"), *ours)
+        rows.append((*head, Cell(published.reward), *rewards, Cell(published.ppl), *ppls))
         taken.add(row)
-        ours = (Cell(row), samples_as(view, row))
-        rows.append((*theirs, *ours, numbers[0], *_rewards(view, row), numbers[1], *_ppls(view, row)))
-    none = Cell.of(_UNPUBLISHED)
+    none = [Cell.of(_UNPUBLISHED)]
     for row in view.rows:
-        if row not in taken and view.kind(row) != "best_of_n":
-            ours = (Cell(row), samples_as(view, row))
-            rows.append((none, none, *ours, none, *_rewards(view, row), none, *_ppls(view, row)))
+        if row not in taken:
+            ours = [Cell(row), samples_as(view, row)]
+            rows.append((*none, *none, *ours, *none, *_rewards(view, row), *none, *_ppls(view, row)))
     notes = (
         "Published: Table 10 of arXiv 2304.05302v2, the same in v3: IMDB, with the rewards of a sentiment "
         "classifier. Ours: a small model on generated reviews; compare the order of rows.",
@@ -605,20 +629,19 @@ def reviews(view: View) -> Table | None:
 def _review_row(view: View, method: str, setting: str) -> str | Missing:
     """Our row beside a published one; all start from one model, as the paper's do from SFT."""
     rows = view.rows_from(BASE)
+    free = setting.startswith("w/o")
     if method == "SFT":
         return BASE
     if method == "PPO":
-        free = setting.startswith("w/o")
-        found = [row for row in rows if view.kind(row) == "ppo" and _penalty(view, row) == (not free)]
+        found = [row for row in rows if view.kind(row) == "ppo" and _penalty(view, row) != free]
     elif method == "RRHF":
         found = [row for row in rows if _as_printed(view, row) and view.sampling_policy(row) == setting]
     elif method.startswith("RRHF-OP"):
-        name = "OP-1" + ("" if setting.startswith("w/o") else "+KL")
-        found = [row for row in rows if _as_printed(view, row) and _alike(view.sampling_policy(row), name)]
+        online = [row for row in rows if _as_printed(view, row) and view.methods[row].refresh is not None]
+        found = [row for row in online if bool(view.methods[row].reward_kl) != free]
     else:
         return Missing(f"{method} is no method of this project; the published number only")
-    what = f"{method} {setting}".strip()
-    return view.plain_row(found) or Missing(f"no row of this run is {what}")
+    return view.plain_row(found) or Missing(f"no row of this run is {method} {setting}")
 
 
 def _penalty(view: View, row: str) -> bool:

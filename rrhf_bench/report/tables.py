@@ -83,8 +83,8 @@ def _main_row(view: View, row: str, decoding: Decoding) -> tuple[Cell, ...]:
     head = (Cell(row), Cell(DECODING_WORDS[decoding]))
     models = Cell.of(_NO_MODEL) if row in GIVEN else Cell(_models(view, row))
     if block is None:
-        absent = Cell.of(_absent(view, row, decoding))
-        return (*head, *[absent] * 10, _accuracy_cell(view, row), models, *[absent] * 2)
+        none = Cell.of(absent(view, row, decoding))
+        return (*head, *[none] * 10, _accuracy_cell(view, row), models, *[none] * 2)
     return (
         *head,
         Cell.of(view.mean(row, decoding, "reward")),
@@ -102,7 +102,8 @@ def _main_row(view: View, row: str, decoding: Decoding) -> tuple[Cell, ...]:
     )
 
 
-def _absent(view: View, row: str, decoding: Decoding) -> Missing:
+def absent(view: View, row: str, decoding: Decoding) -> Missing:
+    """Why a row has no replies under a decoding."""
     if decoding == "greedy" and view.kind(row) == "best_of_n":
         return Missing("greedy decoding leaves best-of-n nothing to choose from")
     return ABSENT
@@ -293,10 +294,10 @@ def features_table(view: View) -> Table | None:
     rows = []
     for row, decoding in view.blocks_in_order:
         block = view.block(row, decoding)
-        reason = _absent(view, row, decoding) if block is None else unmeasured("features", block.items)
+        reason = absent(view, row, decoding) if block is None else unmeasured("features", block.items)
         means: Mapping[str, float] = {} if block is None or reason else metrics.feature_means(block.items)
-        absent = reason or Missing("the world does not count it")
-        cells = [Cell(means[name]) if name in means else Cell.of(absent) for name in names]
+        uncounted = reason or Missing("the world does not count it")
+        cells = [Cell(means[name]) if name in means else Cell.of(uncounted) for name in names]
         rows.append((Cell(row), Cell(DECODING_WORDS[decoding]), *cells))
     notes = (
         "Mean count a reply: sentences that are details of the topic, details of another topic, vague, polite, "

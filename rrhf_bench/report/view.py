@@ -165,8 +165,16 @@ class View:
         rows = [row for row in self.methods if self.initial(row) == initial]
         return [row for row in rows if kind in (None, self.kind(row))]
 
+    @property
+    def reviews(self) -> bool:
+        """Whether the run writes film reviews, which the paper's Table 10 is about and its other tables are not."""
+        data = self.experiment.data
+        return data.source == "toy-reviews" or "imdb" in data.source.lower()
+
     def part(self, row: str) -> str | None:
-        """Whose published rows stand beside a row's: that of its initial policy."""
+        """Whose published rows on HH stand beside a row's: that of its initial policy."""
+        if self.reviews:
+            return None
         settings = {BASE: self.experiment.policy, **self.experiment.policies}
         named = any(policy.part for policy in settings.values())
         initial = self.initial(row)
@@ -183,14 +191,27 @@ class View:
         return min(rows, key=lambda row: len(changed(self.methods[row])) if row in self.methods else 0, default=None)
 
     @cached_property
+    def _ways(self) -> dict[str, list[str]]:
+        """The methods by initial policy, kind and way to come to candidates."""
+        groups: dict[str, list[str]] = defaultdict(list)
+        for row in self.methods:
+            groups[self._way(row)].append(row)
+        return groups
+
+    def _way(self, row: str) -> str:
+        settings = self.methods[row]
+        candidates = settings.model_dump(include=_HOW) if "candidates" in settings.requires else None
+        return repr((self.initial(row), self.kind(row), candidates))
+
+    def same_way(self, row: str) -> list[str]:
+        """The rows that differ from this one in hyper-parameters alone, itself among them."""
+        return self._ways[self._way(row)]
+
+    @cached_property
     def main_rows(self) -> tuple[str, ...]:
-        """The methods that figures show where all would be too many: of each initial policy, kind and way to come to
-        candidates, the plain one."""
-        groups: dict[object, list[str]] = defaultdict(list)
-        for row, settings in self.methods.items():
-            candidates = settings.model_dump(include=_HOW) if "candidates" in settings.requires else None
-            groups[repr((self.initial(row), self.kind(row), candidates))].append(row)
-        plain = {self.plain_row(rows) for rows in groups.values()}
+        """The methods that figures show where all would be too many: the plain one of those that differ in
+        hyper-parameters alone."""
+        plain = {self.plain_row(rows) for rows in self._ways.values()}
         return tuple(row for row in self.methods if row in plain)
 
     def alike(self, *but: str) -> list[list[str]]:

@@ -1,0 +1,555 @@
+"""The report beside the paper: runs of several initial policies and many rows, from synthetic records."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rrhf_bench.config import load_experiment
+from rrhf_bench.evaluation.statistics import Estimate
+from rrhf_bench.experiment import Experiment
+from rrhf_bench.paper import table6
+from rrhf_bench.pipeline.results import RunRecords
+from rrhf_bench.records import Candidates, CurvePoint, Evaluated, PairScored, PoolScored, Prompt, Response
+from rrhf_bench.report.compare import comparison_pairs, comparison_words
+from rrhf_bench.report.figures import reward_curves, training_curves
+from rrhf_bench.report.figures import test_reward as forest
+from rrhf_bench.report.findings import departures_table, findings
+from rrhf_bench.report.frontier import frontiers
+from rrhf_bench.report.page import write_report
+from rrhf_bench.report.published import (
+    accuracies,
+    best_of_n_learning,
+    counterpart,
+    counterparts,
+    main_results,
+    rank_ablation,
+    reviews,
+    samples_a_query,
+    sampling_quality,
+)
+from rrhf_bench.report.table import Missing, Table
+from rrhf_bench.report.variants import variant_groups, variant_sentences, variants_table
+from rrhf_bench.report.view import View
+from rrhf_bench.seeding import generator
+from rrhf_bench.settings import POLICIES, MethodSettings, sampling_policy
+from rrhf_bench.training.rrhf_settings import RRHFSettings
+
+EXPERIMENTS = Path(__file__).parents[1] / "experiments"
+PROMPTS = tuple(Prompt(f"\n\nHuman: How do I do thing {i}?\n\nAssistant:") for i in range(30))
+TRAIN = tuple(Prompt(f"\n\nHuman: training {i}?\n\nAssistant:") for i in range(20))
+STARTS = {None: 0.0, "Alpaca": 0.0, "LLaMA": -1.0, "Alpaca-sft": -0.4}  # by part of the initial policy
+
+
+def many(experiment: Experiment, folder: Path) -> RunRecords:
+    """A run of an experiment file. A reward is the initial policy's start + the row's gain + a prompt's share that all
+    rows have + noise of its own; the gain rises with the KL that a row spends, and gold falls where it spends a lot."""
+    share = dict(zip(PROMPTS, generator("share").normal(0, 0.5, len(PROMPTS)), strict=True))
+    seeds, methods = experiment.seeds, experiment.methods
+    policies = ["base", *experiment.policies]
+    evaluated = [
+        reply(experiment, row, seed, decoding, prompt, share[prompt])
+        for row in (*policies, *methods)
+        for seed in seeds
+        for decoding in ("greedy", "sample")
+        if not (
+            decoding == "greedy"
+            and ((row in policies and seed) or (row in methods and methods[row].kind == "best_of_n"))
+        )
+        for prompt in PROMPTS
+    ]
+    evaluated += [reply(experiment, r, 0, "given", p, share[p]) for r in ("chosen", "rejected") for p in PROMPTS]
+    trained = [row for row, settings in methods.items() if settings.family != "inference"]
+    ranked = [row for row in trained if "candidates" in methods[row].requires]
+    return RunRecords(
+        folder=folder,
+        experiment=experiment,
+        arena="0123456789abcdef",
+        arena_words={"prompts": "30 of the test"},
+        evaluated=tuple(evaluated),
+        pairs=tuple(p for row in (*policies, *trained) for seed in seeds for p in pairs(row, seed)),
+        reward_pairs=tuple(pairs("reward model", 0)),
+        curves=tuple(point for row in trained for seed in seeds for point in curve(experiment, row, seed)),
+        pools={seed: tuple(pool(seed)) for seed in seeds},
+        candidates={(row, seed): candidates(experiment, row, seed, TRAIN) for row in ranked for seed in seeds},
+        test_candidates={(row, seed): candidates(experiment, row, seed, PROMPTS) for row in ranked for seed in seeds},
+        training={(row, seed): tuple(log(methods[row], row, seed)) for row in trained for seed in seeds},
+        counts={
+            f"{row}, seed {seed}": {"rollouts": 2000, "rollouts_without_end": 3}
+            for row in trained
+            for seed in seeds
+            if methods[row].kind == "ppo"
+        },
+        timings=(),
+        curve_seconds={
+            (row, seed): tuple((k / 4, 9.0 + 30 * k) for k in range(5)) for row in trained for seed in seeds
+        },
+        notes=(),
+        command="rrhf-bench run experiments/x.toml",
+        environment={"python": "3.11"},
+    )
+
+
+def spent(settings: MethodSettings | None, row: str) -> float:
+    """The KL of a row, in nats."""
+    if settings is None:
+        return 0.0
+    kl = 2.0 + 1.5 * float(generator("kl", row).random())
+    if settings.kind == "ppo":
+        return float(kl * 2 / (1 + 8 * getattr(settings, "kl_coefficient", 0.0)))
+    return kl * (2.5 if settings.refresh and not settings.reward_kl else 1.0)
+
+
+def start_of(experiment: Experiment, row: str) -> float:
+    """The reward of the initial policy that a row is, or starts from."""
+    settings = experiment.methods.get(row)
+    policy = experiment.policies.get(row, experiment.policy) if settings is None else experiment.initial(settings)
+    return STARTS[policy.part]
+
+
+def gains(experiment: Experiment, row: str) -> tuple[float, float]:
+    """(proxy, gold)"""
+    if row in ("chosen", "rejected"):
+        return (0.3, -0.2) if row == "chosen" else (-0.2, -0.7)
+    start = start_of(experiment, row)
+    if row not in experiment.methods:
+        return start, start - 0.5
+    kl = spent(experiment.methods[row], row)
+    return start + 0.6 * math.sqrt(kl), start - 0.5 + 0.6 * math.sqrt(kl) - 0.02 * kl**2
+
+
+def reply(experiment: Experiment, row: str, seed: int, decoding: Any, prompt: Prompt, share: float) -> Evaluated:
+    rng = generator("reply", row, seed, decoding, prompt.id)
+    settings = experiment.methods.get(row)
+    proxy, gold = gains(experiment, row)
+    up = 0.3 if decoding == "greedy" else 0.0
+    between = float(generator("seed", row, seed).normal(0, 0.05)) if settings else 0.0
+    tokens = int(rng.integers(8, 40))
+    known = decoding == "sample" and (settings is None or settings.family != "inference")
+    return Evaluated(
+        method=row,
+        seed=seed,
+        decoding=decoding,
+        prompt=prompt,
+        response=f" Sure. I can help with {' '.join(f'w{k}' for k in rng.integers(0, 40, 6))}.",
+        finish="given" if decoding == "given" else "eos",
+        tokens=tokens,
+        reward=proxy + up + share + between + float(rng.normal(0, 0.3)),
+        gold=gold + up + share + between + float(rng.normal(0, 0.4)),
+        features={"details": int(rng.integers(4)), "polite": int(rng.integers(2))},
+        nll=tokens * (0.3 + 0.1 * float(rng.random())),
+        nll_tokens=tokens,
+        kl=spent(settings, row) + float(rng.normal(0, 0.5)) if known else None,
+    )
+
+
+def pairs(row: str, seed: int) -> list[PairScored]:
+    rng = generator("pairs", row, seed)
+    scores = rng.normal(0.1, 0.5, (len(PROMPTS), 2)).tolist()
+    scores[3][1] = scores[3][0]  # a tie
+    return [PairScored(row, seed, p, *score) for p, score in zip(PROMPTS, scores, strict=True)]
+
+
+def curve(experiment: Experiment, row: str, seed: int) -> Iterator[CurvePoint]:
+    start = start_of(experiment, row)
+    proxy, gold = gains(experiment, row)
+    for decoding in ("greedy", "sample"):
+        rng = generator("curve", row, seed, decoding)
+        for k in range(5):
+            rewards, golds = (
+                tuple((start + (end - start) * (1 - math.exp(-k)) + rng.normal(0, 0.05, 5)).tolist())
+                for end in (proxy, gold)
+            )
+            yield CurvePoint(
+                row, seed, decoding, k / 4, 24 * k, 60_000 if k == 0 else 60_000 + 9000 * k, rewards, golds
+            )
+
+
+def candidates(experiment: Experiment, row: str, seed: int, prompts: tuple[Prompt, ...]) -> tuple[Candidates, ...]:
+    """Rows that come to their candidates in the same way have the same ones."""
+    settings = experiment.methods[row]
+    how = (
+        settings.initial,
+        settings.sources,
+        settings.strategy,
+        settings.temperature,
+        settings.rounds,
+        settings.refresh,
+    )
+    rng = generator("candidates", repr(how), seed, len(prompts))
+    sources = [s for source in settings.sources or () for s in [source] * (settings.n or 1 if source == "model" else 1)]
+    centre = start_of(experiment, row) + 0.2 * (settings.rounds or 1)
+    groups = []
+    for prompt in prompts:
+        scores = rng.normal(centre, 0.7, len(sources)).tolist()
+        responses = (Response(f" reply {k}", s, score=x) for k, (s, x) in enumerate(zip(sources, scores, strict=True)))
+        groups.append(Candidates(prompt, tuple(responses)))
+    return tuple(groups)
+
+
+def pool(seed: int) -> list[PoolScored]:
+    rng = generator("pool", seed)
+    rewards = [tuple(rng.normal(0.0, 0.8, 16).tolist()) for _ in PROMPTS[:20]]
+    return [PoolScored(p, r, tuple(x / 2 for x in r)) for p, r in zip(PROMPTS, rewards, strict=False)]
+
+
+def log(settings: MethodSettings, row: str, seed: int) -> Iterator[dict[str, float]]:
+    rng = generator("log", row, seed)
+    for step in range(96):
+        if settings.refresh and step % settings.refresh == 0:  # what a refresh logs is no step's
+            yield {"step": step, "refresh": step // settings.refresh + 1, "reward/mean": 0.1}
+        yield {"step": step + 1, "loss": float(40 * math.exp(-step / 30) + 20 + rng.normal(0, 3))}
+
+
+@cache
+def view_of(name: str, *overrides: str) -> View:
+    experiment = load_experiment(EXPERIMENTS / f"{name}.toml", ("seeds=[0, 1]", *overrides))
+    return View(many(experiment, Path()))
+
+
+def rows_of(table: Table | None) -> list[dict[str, Any]]:
+    """The values of a table's cells by column, None where there is none."""
+    assert table is not None
+    names = [column.name for column in table.columns]
+    return [dict(zip(names, (cell.value for cell in row), strict=True)) for row in table.rows]
+
+
+def row_of(table: Table | None, **wanted: object) -> dict[str, Any]:
+    (row,) = (
+        row for row in rows_of(table) if all(row[key.replace("_", " ")] == value for key, value in wanted.items())
+    )
+    return row
+
+
+# --- the names of the sampling policies -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [*POLICIES, "IP-1", "IP-3", "OP-8", "OP-32+KL"])
+def test_a_row_of_a_sampling_policy_is_called_by_it(name: str) -> None:
+    assert sampling_policy(RRHFSettings(policy=name)) == name
+
+
+@pytest.mark.parametrize(
+    ("name", "other", "found"),
+    [
+        ("DP", {"beams": 8, "groups": 8}, None),
+        ("DP", {"diversity_penalty": 0.5}, None),
+        ("DP", {"sources": ("model",)}, "D"),
+        ("BP", {"sources": ("model", "chosen")}, None),
+        ("BP", {"sources": ("model", "reply")}, "BP"),  # a data set of single replies
+        ("SP", {"temperature": 1.0}, None),
+        ("SP", {"n": 8}, None),
+        ("SP", {"top_k": 50}, None),
+        ("P", {"temperature": 0.3, "n": 7}, "P"),  # nothing is sampled
+        ("IP-2", {"beams": 8}, None),
+        ("OP-8", {"strategy": "diverse-beam"}, "OP-8"),
+        ("OP-8", {"temperature": 1.0, "top_k": 50}, "OP-8"),
+        ("OP-8", {"sources": ("model",)}, None),
+        ("OP-8+KL", {"reward_kl": 0.1}, "OP-8+KL"),  # as on IMDB
+        ("OP-8+KL", {"reward_kl": 0.5}, None),
+        ("OP-8+KL", {"reward_kl": 0.0}, "OP-8"),
+    ],
+)
+def test_a_row_that_samples_otherwise_is_not(name: str, other: dict[str, Any], found: str | None) -> None:
+    assert sampling_policy(RRHFSettings.model_validate({"policy": name, **other})) == found
+
+
+# --- which row stands beside which published one --------------------------------------------------------------------
+
+
+def test_every_published_row_of_the_main_table_has_its_counterpart() -> None:
+    view = view_of("main_table")
+    sft = next(name for name, policy in view.experiment.policies.items() if policy.part == "Alpaca-sft")
+    found = {(row["paper: model"], row["setting"]): row["this run"] for row in rows_of(main_results(view))}
+    assert found == {
+        ("Good responses", "none"): "chosen", ("Bad responses", "none"): "rejected",
+        ("LLaMA", "none"): "raw", ("Alpaca", "none"): "base", ("Alpaca-sft", "none"): sft,
+        ("LLaMA", "PPO"): "raw_ppo", ("Alpaca", "PPO"): "ppo", ("Alpaca-sft", "PPO"): "sft_ppo",
+        ("LLaMA", "RRHF_DP"): "raw_dp", ("Alpaca", "RRHF_DP"): "dp", ("Alpaca-sft", "RRHF_DP"): "sft_dp",
+        ("Alpaca", "RRHF_SP"): "sp", ("Alpaca", "Best-of-4"): "best_of_n",
+    }  # fmt: skip
+    table = main_results(view)
+    assert table is not None
+    assert any("-1.01, -1.02, -1.05" in note and "0.04 apart" in note for note in table.footnotes)
+    row = row_of(table, setting="Best-of-4")
+    assert row["reward, greedy"] is None  # there is nothing to choose from
+    assert isinstance(row["reward, sampled"], float)
+
+
+def test_the_plain_row_is_taken_of_several_and_the_choice_is_said() -> None:
+    view = view_of("ppo_frontier")
+    assert len(counterparts(view, "Alpaca", "PPO")) == 9
+    assert counterparts(view, "Alpaca", "RRHF_DP") == ["dp_slow", "dp", "dp_fast"]  # a rank weight of 1 is the paper's
+    assert counterpart(view, "Alpaca", "PPO") == "ppo"
+    assert counterpart(view, "Alpaca", "RRHF_DP") == "dp"  # not dp_slow, which stands before it in the file
+    table = main_results(view)
+    assert table is not None
+    assert any("Alpaca RRHF_DP: dp rather than dp_slow, dp_fast" in note for note in table.footnotes)
+
+
+def test_a_published_row_without_a_counterpart_says_why() -> None:
+    view = view_of("reward_model_accuracy")
+    assert counterpart(view, "Alpaca-sft", "PPO") == Missing(
+        "no initial policy of this run is in the part of Alpaca-sft"
+    )
+    assert counterpart(view, "LLaMA", "PPO") == Missing("no row of this run that starts from raw is trained by PPO")
+    assert counterpart(view, "Alpaca", "SP") == Missing("no row of this run that starts from base samples as SP")
+    (row,) = (r for r in rows_of(main_results(view)) if (r["paper: model"], r["setting"]) == ("LLaMA", "PPO"))
+    assert (row["this run"], row["reward, greedy"], row["paper: reward"]) == (None, None, -1.62)
+
+
+def test_another_objective_or_judge_stands_beside_no_published_row() -> None:
+    view = view_of("rank_ablation")
+    assert counterparts(view, "Alpaca", "BP") == ["bp"]  # of six that sample so
+
+
+# --- Tables 5 to 8 --------------------------------------------------------------------------------------------------
+
+
+def test_table_6_has_a_line_for_each_published_row_with_ours_in_it() -> None:
+    view = view_of("sampling_quality")
+    rows = rows_of(sampling_quality(view))
+    assert [row["paper: row"] for row in rows] == [f"{r.rho} {r.setting}" for r in table6()]  # all have a counterpart
+    by_name = {row["paper: row"]: row for row in rows}
+    assert by_name["Alpaca IP-1"]["this run"] == by_name["Alpaca DP"]["this run"] == "dp"
+    op = by_name["Alpaca OP-32"]
+    assert (op["samples as"], op["paper: reward"], op["paper: std"]) == ("OP-8", 0.34, None)
+    ip3 = by_name["Alpaca IP-3"]
+    assert (ip3["paper: PPL"], ip3["paper: mean"], ip3["paper: max"]) == (14.51, -1.05, -0.65)
+
+    groups = [c.scores for seed in (0, 1) for c in view.records.candidates["ip3", seed]]
+    pooled = [score for scores in groups for score in scores]
+    assert ip3["std"] == pytest.approx(np.std(pooled), abs=1e-12)
+    assert ip3["mean"] == pytest.approx(np.mean(pooled), abs=1e-12)
+    assert ip3["std within prompt"] == pytest.approx(np.mean([np.std(scores) for scores in groups]), abs=1e-12)
+    assert ip3["max"] == pytest.approx(np.mean([max(scores) for scores in groups]), abs=1e-12)
+    greedy = [r.reward for r in view.records.evaluated if (r.method, r.decoding) == ("ip3", "greedy")]
+    assert ip3["reward, greedy"] == pytest.approx(np.mean(greedy), abs=1e-12)
+
+
+def test_table_6_has_our_other_rows_after_the_published_ones() -> None:
+    rows = rows_of(sampling_quality(view_of("online_sampling")))
+    names = [(row["paper: row"], row["this run"]) for row in rows]
+    assert names[:4] == [
+        ("Alpaca DP", "dp"), ("Alpaca IP-1", "dp"), ("Alpaca OP-32", "op32"), ("Alpaca OP-32+KL", "op32_kl")
+    ]  # fmt: skip
+    assert names[4:] == [(None, row) for row in ("sp", "op8", "op8_kl", "op8_beams")]
+
+
+def test_eq7_has_the_papers_way_and_gap_beside_greedy_replies() -> None:
+    rows = [row for row in rows_of(best_of_n_learning(view_of("online_sampling"))) if row["method"] == "dp"]
+    by_decoding = {row["decoding"]: row for row in rows}
+    assert by_decoding["greedy"]["paper: gap"] == pytest.approx(-0.95 + 1.02, abs=1e-12)
+    assert by_decoding["greedy"]["paper: way"] == pytest.approx((-1.02 + 1.30) / (-0.95 + 1.30), abs=1e-12)
+    assert by_decoding["sampled"]["paper: gap"] is None
+
+
+def test_table_5_counts_a_tie_as_half_and_says_how_many() -> None:
+    view = view_of("reward_model_accuracy")
+    published = {row["scorer"]: row["paper: accuracy, %"] for row in rows_of(accuracies(view))}
+    assert published == {"reward model": 68.49, "base": 45.13, "raw": 45.09, "ppo": 46.03, "dp": 61.75}
+    row = row_of(accuracies(view), scorer="dp")
+    scored = [p for p in view.records.pairs if p.method == "dp"]
+    wins, ties = sum(p.chosen > p.rejected for p in scored), sum(p.chosen == p.rejected for p in scored)
+    assert (ties, row["ties"], row["pairs"], row["seeds"]) == (2, 2, 30, 2)
+    assert row["accuracy, %"] == pytest.approx(100 * (wins + ties / 2) / len(scored), abs=1e-12)
+
+
+def test_table_7_compares_each_weight_with_the_full_objective() -> None:
+    view = view_of("rank_ablation")
+    rows = rows_of(rank_ablation(view))
+    assert [(row["paper: row"], row["this run"], row["weight of ranking"]) for row in rows] == [
+        ("Alpaca BP", "bp", 1.0), ("Alpaca BP - L_rank", "bp_no_rank", 0.0), (None, "bp_rank10", 10.0),
+        (None, "bp_rank100", 100.0),
+    ]  # fmt: skip
+    assert [row["paper: reward"] for row in rows[:2]] == [-1.03, -1.14]
+    assert rows[0]["less full, greedy"] is None
+    replies = {(r.method, r.seed, r.prompt): r.reward for r in view.records.evaluated if r.decoding == "sample"}
+    gaps = [x - replies["bp", seed, p] for (row, seed, p), x in replies.items() if row == "bp_no_rank"]
+    assert rows[1]["less full, sampled"] == pytest.approx(np.mean(gaps), abs=1e-12)
+    assert rank_ablation(view_of("main_table")) is None
+
+
+def test_table_8_counts_the_records() -> None:
+    rows = {row["method"]: row for row in rows_of(samples_a_query(view_of("sampling_quality")))}
+    columns = ("paper: training", "trained on", "of these sampled", "sampled in all", "inference")
+    counted = {name: tuple(row[column] for column in columns) for name, row in rows.items()}
+    assert counted["dp"] == ("fixed n", 6.0, 4.0, 4.0, 1)
+    assert counted["p"] == ("fixed n", 2.0, 0.0, 0.0, 1)
+    assert counted["ip3"] == ("fixed n", 6.0, 4.0, 12.0, 1)  # three rounds of four
+    assert counted["op"] == ("n", 6.0, 4.0, 4.0, 1)
+    assert counted["sft"] == ("fixed 1", 1.0, 0.0, 0.0, 1)
+    rows = {row["method"]: row for row in rows_of(samples_a_query(view_of("main_table")))}
+    assert (rows["ppo"]["trained on"], rows["ppo"]["sampled in all"]) == (1.0, 2000 / 500)
+    assert (rows["best_of_n"]["trained on"], rows["best_of_n"]["inference"]) == (None, 4)
+
+
+def test_table_10_stands_where_reviews_are_written_and_table_2_does_not() -> None:
+    view = view_of("imdb_sentiment")
+    assert main_results(view) is None
+    assert reviews(view_of("main_table")) is None
+    table = reviews(view)
+    found = {(row["paper: method"], row["setting"]): row["this run"] for row in rows_of(table)}
+    assert found == {
+        ("SFT", "none"): "base", ("PPO", "w/o KL penalty"): "ppo", ("NLPO", "w/o KL penalty"): None,
+        ("RRHF", "BP"): "bp", ("RRHF", "B"): "b", ("RRHF-OP-128", "w/o KL penalty"): "op",
+        ("PPO", "0.1 KL penalty"): "ppo_kl", ("NLPO", "0.1 KL penalty"): None,
+        ("RRHF-OP-128", "0.1 KL penalty"): "op_kl",
+    }  # fmt: skip
+    row = row_of(table, this_run="op")
+    assert (row["samples as"], row["paper: reward"], row["paper: PPL"]) == ("OP-16", 0.99, 32.081)
+    assert table is not None
+    assert any("PPL column does not compare its rows" in note for note in table.footnotes)
+    columns = {column.name for column in sampling_quality(view).columns}
+    assert not any(name.startswith("paper") for name in columns)  # its Table 6 is of HH
+
+
+# --- what is compared -----------------------------------------------------------------------------------------------
+
+
+def test_each_row_is_compared_with_the_policy_that_it_started_from() -> None:
+    view = view_of("main_table")
+    sft = next(name for name, policy in view.experiment.policies.items() if policy.part == "Alpaca-sft")
+    pairs = comparison_pairs(view)
+    assert {("ppo", "base"), ("raw_dp", "raw"), ("sft_sp", sft)} <= set(pairs)
+    assert {("ppo", "dp"), ("raw_ppo", "raw_dp"), ("sft_sp", "sft_dp")} <= set(pairs)
+    assert not [(a, b) for a, b in pairs if view.initial(a) != view.initial(b)]
+    found = view.difference("raw_dp", "raw", "greedy", "reward")
+    assert isinstance(found, Estimate)
+    assert found.seeds == 2  # though raw, which is one model, was decoded greedily once
+
+
+def test_of_many_rows_the_best_on_the_dev_prompts_are_compared() -> None:
+    view = view_of("ppo_frontier")
+    pairs = comparison_pairs(view)
+    assert len(pairs) == 18 + 1
+    end = {
+        row: np.mean(
+            [p.rewards for p in view.records.curves if (p.method, p.decoding, p.fraction) == (row, "greedy", 1)]
+        )
+        for row in view.methods
+    }
+    best = [max(view.rows_from("base", kind), key=lambda row: end[row]) for kind in ("ppo", "rrhf")]
+    assert pairs[0] == tuple(best)
+    curves = [
+        replace(p, rewards=(99.0,)) if p.method == "dp_fast_rank10" and p.fraction == 1 else p
+        for p in view.records.curves
+    ]
+    other = View(replace(view.records, curves=tuple(curves)))
+    assert comparison_pairs(other)[0] == (best[0], "dp_fast_rank10")
+    assert "hyper-parameters alone" in comparison_words(view)
+    assert "first RRHF row" not in comparison_words(view)
+
+
+def test_many_rows_are_summed_up_in_a_sentence() -> None:
+    sentences = findings(view_of("ppo_frontier"))
+    (against,) = (s for s in sentences if s.startswith("Against **base** on the proxy reward, greedy"))
+    assert "18 rows, from " in against
+    assert sum(s.startswith("Eq. 7") for s in sentences) == 2  # one a decoding
+
+
+# --- what the bug changed -------------------------------------------------------------------------------------------
+
+
+def test_variants_on_the_same_candidates_are_set_side_by_side() -> None:
+    view = view_of("rank_ablation")
+    assert variant_groups(view) == [["bp", "bp_intended", "bp_official"]]
+    rows = rows_of(variants_table(view))
+    assert [row["variant"] for row in rows] == ["paper", "intended", "official"] * 2
+    for measure in ("reward", "gold", "tokens"):
+        values = {
+            (r.method, r.seed, r.prompt): getattr(r, measure) for r in view.records.evaluated if r.decoding == "greedy"
+        }
+        gaps = [x - values["bp", seed, p] for (row, seed, p), x in values.items() if row == "bp_official"]
+        name = {"reward": "proxy reward", "gold": "gold reward", "tokens": "length"}[measure]
+        assert rows[2][f"{name}: less paper"] == pytest.approx(np.mean(gaps), abs=1e-12)
+        assert rows[2][f"{name}: p (Holm)"] > 0
+        assert rows[0][f"{name}: less paper"] is None
+    words = " ".join(variant_sentences(view))
+    assert "padded length" in words
+    assert "**bp\\_official**" in words or "**bp_official**" in words
+
+
+def test_rows_that_sampled_their_own_candidates_are_no_variants_of_each_other() -> None:
+    rows = {
+        name: RRHFSettings.model_validate({"policy": policy, "variant": variant})
+        for policy in ("IP-2", "OP-8")
+        for variant in ("paper", "official")
+        for name in [f"{policy}_{variant}"]
+    }
+    view = view_of("rank_ablation")
+    experiment = view.experiment.model_copy(update={"methods": rows})
+    assert variant_groups(View(replace(view.records, experiment=experiment))) == []
+    assert variants_table(view_of("main_table")) is None
+
+
+# --- departures and figures -----------------------------------------------------------------------------------------
+
+
+def test_departures_name_the_initial_policies_and_online_sampling() -> None:
+    rows = rows_of(departures_table(view_of("sampling_quality")))
+    found = {row["option"]: (row["the paper"], row["this run"], row["rows"]) for row in rows}
+    assert found["initial policy: raw"] == ("LLaMA 7B", "toy-raw", "raw_dp, raw_bp, raw_p")
+    assert found["rrhf: refresh (k of OP-k)"][1:] == ("every 8 steps", "op, op_kl")
+    assert found["rrhf: candidates while training (OP-k)"] == (
+        "diverse beam search, 4 beams in 4 groups, penalty 1", "sampling, temperature 0.8, top-p 1", "op, op_kl",
+    )  # fmt: skip
+    assert "rrhf: sources" not in found  # P and D are the paper's
+    assert "rrhf: reward_kl (of OP-k)" not in found
+
+
+def test_a_frontier_joins_the_ppo_rows_of_a_learning_rate_in_order_of_their_penalty() -> None:
+    view = view_of("ppo_frontier")
+    ((drawn, figure),) = frontiers(view)
+    assert drawn.name == "frontier"
+    slow = ["ppo_slow_kl0", "ppo_slow_kl003", "ppo_slow", "ppo_slow_kl03"]
+    wanted = [
+        tuple(
+            np.mean([getattr(r, m) for r in view.records.evaluated if (r.method, r.decoding) == (row, "sample")])
+            for m in ("kl", "reward")
+        )
+        for row in slow
+    ]
+    lines = [np.array(line.get_xydata()) for line in figure.axes[0].lines if line.get_linestyle() == "-"]
+    assert any(len(line) == 4 and np.allclose(line, wanted, rtol=1e-9) for line in lines)
+    texts = [text.get_text() for text in figure.axes[0].texts]
+    assert sorted(texts) == sorted(["0", "0.03", "0.1", "0.3"] * 2 + ["0.1"])
+    assert len(list(frontiers(view_of("rank_ablation")))) == 1  # three and more rank weights
+    assert list(frontiers(view_of("main_table"))) == []
+
+
+def test_figures_of_many_rows_grow_or_leave_out() -> None:
+    def height(name: str) -> float:
+        ((_, figure),) = forest(view_of(name))
+        return float(figure.get_figheight())
+
+    assert height("ppo_frontier") > height("online_sampling") > height("reward_model_accuracy")
+    ((drawn, _),) = reward_curves(view_of("ppo_frontier"), "base")
+    assert "in hyper-parameters alone" in drawn.caption
+    ((_, figure),) = training_curves(view_of("sampling_quality"))
+    titles = [ax.get_title().split("\n")[0] for ax in figure.axes if ax.get_title()]
+    assert titles[:2] == ["dp (DP)", "paper, Figure 3 (DP)"]
+    assert len(titles) == 8
+    ((_, figure),) = training_curves(view_of("online_sampling"))
+    titles = [ax.get_title() for ax in figure.axes if ax.get_title()]
+    assert "op8\nloss" in titles  # though its first log line is a refresh's
+
+
+def test_the_page_has_a_section_where_the_run_has_something_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda *_, **__: None)  # the page names its figures only
+    page = write_report(view_of("rank_ablation").records, tmp_path / "report").read_text(encoding="utf-8")
+    for heading in ("What the bug changed", "The ranking term", "Reward against distance", "Sampling quality"):
+        assert f"\n## {heading}\n" in page
+    page = write_report(view_of("imdb_sentiment").records, tmp_path / "reviews").read_text(encoding="utf-8")
+    for heading in ("What the bug changed", "The ranking term", "Reward against distance"):
+        assert f"\n## {heading}\n" not in page
+    assert "Film reviews" in page
