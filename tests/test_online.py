@@ -21,7 +21,7 @@ from rrhf_bench.pipeline import steps
 from rrhf_bench.policy.policy import TransformersPolicy
 from rrhf_bench.records import Candidates, Prompt, Response
 from rrhf_bench.sampling.backend import choose_backend
-from rrhf_bench.sampling.sampler import Sampler, SamplingSpec
+from rrhf_bench.sampling.sampler import Sampler, SamplingSpec, to_response
 from rrhf_bench.sampling.transformers import TransformersSampler
 from rrhf_bench.training.loop import OfflineTrainer, batches
 from rrhf_bench.training.method import Progress, TrainContext, TrainInputs, TrainResult
@@ -368,6 +368,82 @@ def test_ties_stop_a_run_that_begins_with_nothing_else(policy):
     assert 10 <= result.counts["groups_all_equal"] <= result.counts["groups_with_ties"] <= 16
     losses = [line for line in later.log if "loss" in line]
     assert losses[0]["loss/rank"] > 0.0 == losses[2]["loss/rank"] < losses[2]["loss/sft"]
+
+
+class Muted:
+    """A real sampler, of which some samples are pad tokens up to the length cap: ``silent(prompt, index)`` of them."""
+
+    def __init__(self, run: Run, silent: Callable[[Prompt, int], bool]) -> None:
+        self.sampler = run.sampler.sampler
+        self.tokenization = run.sampler.tokenization
+        self.identity = run.sampler.identity
+        self.silent = silent
+
+    def sync(self, policy) -> None:
+        self.sampler.sync(policy)
+
+    def sample(self, prompts: Sequence[Prompt], spec: SamplingSpec) -> list[Candidates]:
+        nothing = to_response(self.tokenization, spec, (self.tokenization.pad_id,) * spec.max_new_tokens, None)
+        assert (nothing.text, nothing.finish) == ("", "length")
+        return [
+            replace(
+                row, responses=tuple(nothing if self.silent(row.prompt, i) else r for i, r in enumerate(row.responses))
+            )
+            for row in self.sampler.sample(prompts, spec)
+        ]
+
+
+def test_samples_without_text_are_scored_and_kept_but_in_no_example(policy, other):
+    """The second of three samples of every prompt, and all of one prompt that has no given candidates."""
+    run = Run(policy, reference=other.frozen_copy())
+    run.sampler.sampler = Muted(run, lambda prompt, i: i == 1 or prompt == PROMPTS[0])
+    settings = online(refresh=3, epochs=1, reward_kl=0.25)
+    supply = run.supply(settings, TrainInputs(candidates=[UNGIVEN[0], *GIVEN[1:]]))
+    drawn = list(supply)
+    assert sorted(map(len, drawn)) in ([1, 3, 3], [2, 2, 3])  # 8 prompts less one, by where that one stands
+    examples = {example.prompt: example for step in drawn for example in step}
+    assert set(examples) == set(PROMPTS[1:])
+    kept = {group.prompt: group for group in run.kept[0]}
+    assert len(kept) == 8
+    for prompt, example in examples.items():
+        samples = kept[prompt].responses
+        assert [r.text for r in example.responses] == [r.text for i, r in enumerate(samples) if i != 1]
+        assert (samples[1].text, samples[1].score, len(samples)) == ("", 0.0, 5)
+        assert len(example.rewards) == 4
+    assert supply.counts["responses_empty"] == 7 + 3
+    assert (supply.counts["groups"], supply.counts["examples"]) == (8, 8)
+    assert run.log[0]["completions/mean_length"] * 24 == supply.sampled_tokens
+    of_samples = [
+        (reply.score - reward) / 0.25
+        for prompt, example in examples.items()
+        for reply, reward in zip([r for r in kept[prompt].responses if r.text], example.rewards, strict=True)
+        if reply.source == "model"
+    ]
+    assert len(of_samples) == 14
+    assert run.log[0]["objective/kl"] == pytest.approx(np.mean(of_samples), abs=1e-9)  # float64 on both sides
+
+    trained = Run(policy, reference=other.frozen_copy())
+    trained.sampler.sampler = Muted(trained, lambda prompt, i: i == 1 or prompt == PROMPTS[0])
+    assert trained.fit(settings, TrainInputs(candidates=[UNGIVEN[0], *GIVEN[1:]])).steps == 3
+
+
+@pytest.mark.parametrize("loud", [0, 1])
+@pytest.mark.parametrize("reward_kl", [None, 0.25])
+def test_a_policy_that_says_nothing_stops_where_nothing_else_is_given(policy, loud, reward_kl):
+    """From the first refresh or the second on. With given candidates it goes on with these."""
+    runs = [Run(policy, reference=policy.frozen_copy()) for _ in range(2)]
+    for run in runs:
+        run.sampler.sampler = Muted(run, lambda prompt, i, run=run: len(run.kept) >= loud)
+    alone, beside = runs
+    with pytest.raises(StageError, match=rf"refresh {loud + 1}, step {2 * loud + 1} of 6: no candidate has a token"):
+        alone.fit(online(reward_kl=reward_kl), TrainInputs(candidates=UNGIVEN))
+    assert len(alone.kept) == loud + 1
+
+    result = beside.fit(online(reward_kl=reward_kl))
+    assert result.steps == 6
+    first = 3 * len(beside.kept[0]) if loud else 0
+    assert result.counts["responses_empty"] == 16 * 3 - first
+    assert ["objective/kl" in line for line in beside.refreshes] == [loud > i and bool(reward_kl) for i in range(3)]
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from rrhf_bench.policy.batching import ResponseBatch
 from rrhf_bench.policy.logprobs import kl_k1, kl_k3, sequence_score
 from rrhf_bench.policy.policy import Tokenization, TransformersPolicy
 from rrhf_bench.records import Candidates, Preference, Prompt, Response
+from rrhf_bench.sampling.sampler import SamplingSpec, to_response
 from rrhf_bench.training.loop import OfflineTrainer, batches
 from rrhf_bench.training.method import LossOutput, MethodBatch, Progress, TrainContext, TrainInputs
 from rrhf_bench.training.optimiser import lr_factor
@@ -183,6 +185,7 @@ def test_rrhf_trains_towards_the_better_replies(policy, tmp_path):
     assert result.counts == {
         "examples": 8,
         "prompts_too_long": 0,
+        "responses_empty": 0,
         "responses_truncated": 0,
         "groups_with_ties": 8,  # the third reply scores as the first or the second in every group
         "groups_all_equal": 0,
@@ -229,6 +232,37 @@ def test_max_length_drops_and_counts(policy, tmp_path):
     nothing = SFTSettings(max_length=3)
     with pytest.raises(DataError, match="none of 8 prompts leaves room"):
         OfflineTrainer(SFT(nothing), nothing).fit(policy, TrainInputs(preferences=PAIRS), context(tmp_path))
+
+
+def test_responses_cut_before_any_text_are_left_out_and_counted(policy, tmp_path):
+    """A policy that says nothing but pad tokens up to the length cap leaves no token to train on; one that ends at once
+    has its end."""
+    pad = policy.tokenization.pad_id
+    spec = SamplingSpec(1, 1.0, 4, 0, "test")
+    nothing = replace(to_response(policy.tokenization, spec, (pad,) * 4, None), score=2.0)
+    assert (nothing.text, nothing.finish) == ("", "length")
+    ended = replace(to_response(policy.tokenization, spec, (policy.tokenization.eos_id,), None), score=-1.0)
+    assert (ended.text, ended.finish) == ("", "eos")
+
+    plain = [replace(row, responses=(*row.responses, ended)) for row in CANDIDATES[:6]]
+    mixed = [replace(row, responses=(nothing, *row.responses, nothing)) for row in plain]
+    mixed.insert(3, Candidates(PROMPTS[6], (nothing,)))
+    settings = RRHFSettings(epochs=2, batch_prompts=4)
+    weights, counts = [], []
+    for candidates in (plain, mixed):
+        copied = TransformersPolicy(copy.deepcopy(policy.model), policy.tokenization)
+        result = OfflineTrainer(RRHF(settings), settings).fit(
+            copied, TrainInputs(candidates=candidates), context(tmp_path)
+        )
+        weights.append(torch.cat([p.detach().flatten() for p in copied.parameters()]))
+        counts.append(result.counts)
+    assert torch.equal(*weights)
+    assert counts[1] == {**counts[0], "responses_empty": 13}
+    assert (counts[0]["examples"], counts[0]["responses_empty"]) == (6, 0)
+
+    silent = TrainInputs(candidates=[Candidates(prompt, (nothing, nothing)) for prompt in PROMPTS])
+    with pytest.raises(DataError, match="none of 16 responses has a token to train on"):
+        OfflineTrainer(RRHF(settings), settings).fit(policy, silent, context(tmp_path))
 
 
 def test_nothing_to_rank_is_refused():

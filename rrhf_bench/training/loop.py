@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Protocol, TypeVar
 
 import torch
@@ -58,7 +59,10 @@ Supplier = Callable[[LossMethod, OfflineSettings, Policy, TrainInputs, TrainCont
 
 
 class FixedExamples:
-    """The Supply of offline methods: the method's examples of what it was given, the same in every epoch."""
+    """The Supply of offline methods: the method's examples of what it was given, the same in every epoch.
+
+    Raises DataError where no candidate has a token to train on, or no prompt leaves room for one.
+    """
 
     sampled_tokens = 0
 
@@ -70,12 +74,20 @@ class FixedExamples:
         inputs: TrainInputs,
         context: TrainContext,
     ) -> None:
-        made = method.examples(inputs)
+        groups, empty = with_tokens(inputs.candidates, policy.tokenization)
+        groups = [group for group in groups if group.responses]
+        if inputs.candidates and not groups:
+            raise DataError(
+                f"candidates: none of {empty} responses has a token to train on, each was cut before any text; "
+                "sample longer ones, or look at the policy that they come from"
+            )
+        made = method.examples(replace(inputs, candidates=groups))
         examples = fitting(made, policy.tokenization, settings.max_length)
         self.steps = step_count(len(examples), settings)
         self.counts = {
             "examples": len(examples),
             "prompts_too_long": len(made) - len(examples),
+            "responses_empty": empty,
             **tally(examples, policy.tokenization, settings.max_length),
         }
         self._batches = batches(examples, settings, context.seed)
@@ -146,6 +158,19 @@ def fitting(rows: Sequence[Row], tokenization: Tokenization, max_length: int | N
             f"(the shortest has {min(lengths, default=0)} tokens); raise max_length"
         )
     return kept
+
+
+def with_tokens(groups: Sequence[Candidates], tokenization: Tokenization) -> tuple[list[Candidates], int]:
+    """The groups without the responses that have no token to train on, and how many these were: the length cap cut them
+    before there was any text, as where a policy says nothing but pad tokens. A group may be left with none."""
+    kept = [
+        replace(
+            group,
+            responses=tuple(r for r in group.responses if r.ended or tokenization.response_ids(r.text, ended=False)),
+        )
+        for group in groups
+    ]
+    return kept, sum(len(group.responses) for group in groups) - sum(len(group.responses) for group in kept)
 
 
 def tally(examples: Sequence[Example], tokenization: Tokenization, max_length: int | None) -> dict[str, int]:

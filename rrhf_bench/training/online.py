@@ -22,7 +22,7 @@ from rrhf_bench.records import Candidates, Prompt, Response
 from rrhf_bench.rewards.reward import RewardModel
 from rrhf_bench.sampling.sampler import SamplingSpec
 from rrhf_bench.settings import READ, OfflineSettings
-from rrhf_bench.training.loop import batches, fitting, step_count, tally
+from rrhf_bench.training.loop import batches, fitting, step_count, tally, with_tokens
 from rrhf_bench.training.method import Example, LossMethod, TrainContext, TrainInputs
 
 Score = Callable[[RewardModel, Sequence[Candidates]], list[Candidates]]
@@ -38,8 +38,11 @@ class OnlineExamples:
     log-probs are summed over the tokens that y is trained on. The scores that ``context.keep`` is told stay the reward
     model's.
 
+    A response without a token to train on is sampled, scored and kept like any other, but is in no example.
+
     The method's examples must be one a group, in order. Raises DataError where no prompt fits, or where the method
-    could learn nothing from the first refresh; StageError, with its place, where a reward is not finite.
+    could learn nothing from the first refresh; StageError, with its place, where a reward is not finite, or where no
+    response of a step has a token to train on.
     """
 
     def __init__(
@@ -72,11 +75,17 @@ class OnlineExamples:
         for number in range(math.ceil(self.steps / self.refresh)):
             part = list(islice(steps, self.refresh))
             examples = iter(self._refreshed(number, [row for step in part for row in step]))
-            for step in part:
-                yield list(islice(examples, len(step)))
+            for at, step in enumerate(part, number * self.refresh + 1):
+                batch = [example for example in islice(examples, len(step)) if example is not None]
+                if not batch:
+                    raise StageError(
+                        f"refresh {number + 1}, step {at} of {self.steps}: no candidate has a token to train on, the "
+                        f"policy says nothing in {self.context.max_new_tokens} tokens; lower lr ({self.settings.lr})"
+                    )
+                yield batch
 
-    def _refreshed(self, number: int, given: Sequence[Candidates]) -> Sequence[Example]:
-        """The examples of one refresh (from 0), one for each given group."""
+    def _refreshed(self, number: int, given: Sequence[Candidates]) -> list[Example | None]:
+        """The examples of one refresh (from 0), one for each given group; None where nothing can be trained on."""
         done = number * self.refresh
         place = f"refresh {number + 1}, step {done + 1} of {self.steps}"
         assert self.context.reward is not None
@@ -84,6 +93,7 @@ class OnlineExamples:
         _check_finite(drawn, place)
         groups = [Candidates(row.prompt, row.responses + own.responses) for row, own in zip(drawn, given, strict=True)]
         self.context.keep(groups)
+        groups, empty = with_tokens(groups, self.policy.tokenization)
 
         replies = [reply for row in drawn for reply in row.responses]
         tokens = sum(len(reply.token_ids or ()) for reply in replies)
@@ -97,14 +107,18 @@ class OnlineExamples:
         if self.settings.reward_kl:
             log_ratio = self._log_ratios(groups)
             # Of the samples: only they are draws from the policy.
-            metrics["objective/kl"] = _mean([log_ratio[_key(r.prompt, reply)] for r in drawn for reply in r.responses])
+            samples = [_key(row.prompt, reply) for row in drawn for reply in row.responses]
+            ratios = [log_ratio[key] for key in samples if key in log_ratio]
+            if ratios:
+                metrics["objective/kl"] = _mean(ratios)
             groups = _shaped(groups, log_ratio, self.settings.reward_kl)
             _check_finite(groups, f"{place}, less reward_kl x log-ratio")
-        examples = self._examples(groups)
+        examples = self._examples([group for group in groups if group.responses])
         counts = tally(examples, self.policy.tokenization, self.settings.max_length)
-        self.counts.update({"refreshes": 1, "groups": len(groups), **counts})
+        self.counts.update({"refreshes": 1, "groups": len(groups), "responses_empty": empty, **counts})
         self.context.log({"step": done, "refresh": number + 1, "sampled_tokens": self.sampled_tokens, **metrics})
-        return examples
+        made = iter(examples)
+        return [next(made) if group.responses else None for group in groups]
 
     def _sample(self, number: int, prompts: Sequence[Prompt]) -> list[Candidates]:
         """n responses to each prompt, from the policy's present weights."""
@@ -139,11 +153,13 @@ class OnlineExamples:
         The first refresh must have something to learn from, as offline candidates must. A later one need not: when a
         policy has collapsed all its samples tie, which is a result. So the first vouches for it.
         """
+        if not groups:
+            return []
         self._first = self._first or groups
         judged = groups if groups is self._first else [*self._first, *groups]
         examples = self.method.examples(replace(self.inputs, candidates=judged))
         assert len(examples) == len(judged), "online candidates are for methods with one example a group"
-        return examples[-len(groups) :]
+        return examples[len(judged) - len(groups) :]
 
     @torch.no_grad()
     def _log_ratios(self, groups: Sequence[Candidates]) -> dict[_Key, float]:
@@ -155,7 +171,7 @@ class OnlineExamples:
         assert reference is not None
         rows = {_key(group.prompt, reply): (group.prompt, reply) for group in groups for reply in group.responses}
         values: list[float] = []
-        size = (settings.micro_batch_prompts or settings.batch_prompts) * max(len(g.responses) for g in groups)
+        size = (settings.micro_batch_prompts or settings.batch_prompts) * max(1, *(len(g.responses) for g in groups))
         for start in range(0, len(rows), size):
             batch = self.policy.tokenization.batch(list(rows.values())[start : start + size], settings.max_length)
             logp_BT = self.policy.token_logprobs(batch)
