@@ -70,12 +70,21 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     return _merged(merged, table)
 
 
-def _merged(below: Any, above: Any) -> Any:
+def _merged(below: Any, above: Any, *where: str) -> Any:
+    """``where``: the keys of the tables."""
     if not (isinstance(below, dict) and isinstance(above, dict)):
         return above
-    if isinstance(above.get("policy"), str):  # a sampling policy: nothing that was said below of candidates is left
+    if _of_candidates(*where) and isinstance(above.get("policy"), str):  # nothing that was said below of them is left
         below = _without_candidates(below)
-    return below | {key: _merged(below[key], value) if key in below else value for key, value in above.items()}
+    return below | {
+        key: _merged(below[key], value, *where, key) if key in below else value for key, value in above.items()
+    }
+
+
+def _of_candidates(*where: str) -> bool:
+    """Whether a table's ``policy`` is a sampling policy; at the top level, where [sources] lie, it is the initial one.
+    ``method`` is the table of words alone."""
+    return where in (("sampling",), ("method",)) or (len(where) == 2 and where[0] in ("defaults", "methods", "sources"))
 
 
 def _without_candidates(table: Mapping[str, Any]) -> dict[str, Any]:
@@ -97,7 +106,7 @@ def _override(table: dict[str, Any], override: str) -> str | None:
         table = table.setdefault(parent, {})
         if not isinstance(table, dict):
             return f"--set {override}: {parent} is a value, not a table"
-    if last == "policy" and isinstance(value, str):  # as in a file that extends another
+    if last == "policy" and _of_candidates(*parents) and isinstance(value, str):  # as in a file that extends another
         kept = _without_candidates(table)
         table.clear()
         table.update(kept)
@@ -114,7 +123,7 @@ def _validate(table: dict[str, Any], faults: list[str]) -> Experiment | None:
     methods: dict[str, MethodSettings] = {}
     for name, of_row in _tables(table.get("methods", {}), "methods", "[methods.rrhf]", faults).items():
         if isinstance(of_row, dict):
-            of_row = _merged(defaults.get(str(of_row.get("kind", name)), {}), of_row)
+            of_row = _merged(defaults.get(str(of_row.get("kind", name)), {}), of_row, "methods", name)
         method = _method(f"methods.{name}", of_row, faults)
         if method is not None:
             methods[name] = method

@@ -404,6 +404,49 @@ def test_a_sampling_policy_of_all_methods_is_that_of_each(write: Write, name: st
     assert of_all.methods == of_one.methods
 
 
+def test_a_word_for_the_table_of_the_initial_policy_is_no_sampling_policy(write: Write) -> None:
+    """One fault, its own: the file's [sources] are not dropped as a sampling policy's would be."""
+    text = """
+[policies.raw]
+source = "toy-raw"
+[sources.old]
+model = "raw"
+[methods.rrhf]
+sources = ["model", "old"]
+"""
+    expected = "policy: found 'DP'; input should be a valid dictionary or instance of PolicySettings"
+    below = write(text, "below.toml")
+    assert faults(below, "policy=DP") == [expected]
+    assert faults(write('policy = "DP"\nextends = "below.toml"', "above.toml")) == [expected]
+
+    # The tables of candidates, each by one word: what was said before of candidates is gone.
+    written = write(
+        """
+[defaults.rrhf]
+n = 7
+[sources.old]
+model = "raw"
+top_p = 0.5
+[policies.raw]
+source = "toy-raw"
+[sampling]
+n = 5
+[methods.x]
+kind = "rrhf"
+temperature = 0.3
+""",
+        "written.toml",
+    )
+    words = ["defaults.rrhf.policy=D", "sources.old.policy=B", "sampling.policy=SP", "methods.x.policy=DP"]
+    found = load_experiment(written, words)
+    assert (found.sampling.n, found.sampling.strategy) == (4, "sample")
+    assert (found.methods["x"].n, found.methods["x"].temperature) == (4, None)
+    assert (found.sources["old"].beams, found.sources["old"].top_p) == (4, None)
+    by_default = load_experiment(written, ["defaults.rrhf.policy=SP"]).methods["x"]
+    assert (by_default.n, by_default.temperature) == (4, 0.3)
+    assert parse_method("rrhf", ["n=9", "policy=DP"]) == parse_method("rrhf", ["policy=DP"])
+
+
 def test_keys_beside_a_policy_override_their_parts(write: Write) -> None:
     text = '[methods.rrhf]\npolicy = "DP"\nbeams = 8\ngroups = 2\n[methods.hot]\nkind = "rrhf"\npolicy = "SP"\nn = 2'
     experiment = load_experiment(write(f"[sampling]\ntemperature = 0.3\n{text}\ntemperature = 1.5"))
