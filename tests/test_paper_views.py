@@ -21,7 +21,7 @@ from rrhf_bench.records import Candidates, CurvePoint, Evaluated, PairScored, Po
 from rrhf_bench.report.compare import comparison_pairs, comparison_words
 from rrhf_bench.report.figures import reward_curves, training_curves
 from rrhf_bench.report.figures import test_reward as forest
-from rrhf_bench.report.findings import departures_table, findings
+from rrhf_bench.report.findings import departures_table, findings, rows_table
 from rrhf_bench.report.frontier import frontiers
 from rrhf_bench.report.page import write_report
 from rrhf_bench.report.published import (
@@ -490,7 +490,18 @@ def test_rows_that_sampled_their_own_candidates_are_no_variants_of_each_other() 
     assert variants_table(view_of("main_table")) is None
 
 
-# --- departures and figures -----------------------------------------------------------------------------------------
+# --- rows, departures and figures -----------------------------------------------------------------------------------
+
+
+def test_the_table_of_rows_tells_them_apart() -> None:
+    rows = rows_of(rows_table(view_of("online_sampling")))
+    by_name = {row["row"]: row for row in rows}
+    assert by_name["op8"]["samples as"] == by_name["op8_beams"]["samples as"] == "OP-8"
+    assert by_name["op8"]["candidates"] == "model (sampling, temperature 0.8, top-p 1), chosen, rejected"
+    assert by_name["op8_beams"]["candidates"].startswith("model (diverse beam search, 4 beams in 4 groups")
+    by_name = {row["row"]: row for row in rows_of(rows_table(view_of("ppo_frontier")))}
+    assert by_name["dp_fast_rank10"]["settings beside the defaults"] == "lr 0.003, rank_weight 10"
+    assert by_name["base"]["in the part of"] == "Alpaca"
 
 
 def test_departures_name_the_initial_policies_and_online_sampling() -> None:

@@ -86,8 +86,8 @@ def comparison_words(view: View) -> str:
     if many:
         words += (
             f"; where more than {MANY} rows start from one policy ({', '.join(many)}), only one RRHF and one PPO row "
-            "are compared with each other: of the plain row and those that differ from it in hyper-parameters alone, that "
-            f"with the highest {DECODING_WORDS[view.decodings[0]]} reward on the dev prompts"
+            "are compared with each other: of the plain row and those that differ from it in hyper-parameters alone, "
+            f"that with the highest {DECODING_WORDS[view.decodings[0]]} reward on the dev prompts"
         )
     return words + "."
 

@@ -167,6 +167,7 @@ def rows_table(view: View) -> Table:
         Column("starts from"),
         Column("in the part of"),
         Column("samples as"),
+        Column("candidates"),
         Column("k", 0),
         Column("settings beside the defaults"),
     )
@@ -177,13 +178,24 @@ def rows_table(view: View) -> Table:
         part = Cell.of(view.part(row) or Missing("its initial policy is in no part of the paper's"))
         if settings is None:
             none = Cell.of(Missing("an initial policy is not trained here"))
-            rows.append((Cell(row), kind, Cell(_source(view.experiment, row)), part, none, none, none))
+            rows.append((Cell(row), kind, Cell(_source(view.experiment, row)), part, *[none] * 4))
             continue
         k = view.experiment.responses(settings) if "candidates" in settings.requires else None
         words = ", ".join(f"{key} {_plain(value)}" for key, value in changed(settings).items())
-        counted = Cell.of(Missing("it is not trained on candidates") if k is None else k)
+        untrained = Missing("it is not trained on candidates")
+        sources = Cell.of(untrained if k is None else _sources_words(settings))
+        counted = Cell.of(untrained if k is None else k)
         rows.append(
-            (Cell(row), kind, Cell(view.initial(row)), part, samples_as(view, row), counted, Cell(words or "none"))
+            (
+                Cell(row),
+                kind,
+                Cell(view.initial(row)),
+                part,
+                samples_as(view, row),
+                sources,
+                counted,
+                Cell(words or "none"),
+            )
         )
     notes = (
         "In the part of: the initial policy of the paper whose published rows stand beside. Samples as: the paper's "
@@ -301,6 +313,12 @@ def _method_settings(settings: MethodSettings, policy: str | None) -> Iterator[_
 
 def _reward_kl(value: float | None) -> str:
     return "none, or 0.01" if value in (None, 0.0, ONLINE_KL) else _plain(value)
+
+
+def _sources_words(settings: CandidateSettings) -> str:
+    """Where a row's candidates come from, such as "model (beam search, 4 beams), chosen, rejected"."""
+    names = settings.sources or ()
+    return ", ".join(f"model ({_candidates_words(settings)})" if name == "model" else name for name in names)
 
 
 def _candidates_words(settings: CandidateSettings) -> str:

@@ -83,8 +83,7 @@ def _draw(view: View, frontier: _Frontier) -> tuple[Drawn, Figure]:
                     words = f"{ppo[row].kl_coefficient:g}"
                     below = -9 if place % 2 else 4  # points; lines lie close to each other
                     style = {"fontsize": 6, "color": "#303030", "zorder": 5}
-                    box = {"pad": 0.3, "facecolor": "white", "edgecolor": "none", "alpha": 0.6}
-                    ax.annotate(words, mean, (4, below), textcoords="offset points", bbox=box, **style)
+                    ax.annotate(words, mean, (4, below), textcoords="offset points", **style)
         for row, settings in rrhf.items():
             marker = _MARKERS[weights.index(settings.rank_weight) % len(_MARKERS)]
             _points(ax, view, row, measure, shades["rrhf"][settings.lr], marker)
@@ -104,7 +103,8 @@ def _draw(view: View, frontier: _Frontier) -> tuple[Drawn, Figure]:
         "which stands beside each, one line a learning rate. "
         + ("RRHF: shape by weight of the ranking term, darker for a higher learning rate. " if len(rrhf) > 1 else "")
         + ("Best-of-n stands at its KL bound log n - (n - 1) / n. " if frontier.others else "")
-        + "All rows were trained; none was picked by what is shown here."
+        + (f"RRHF's rows train on the same candidates: {', '.join(rrhf)}. " if len(rrhf) > 1 else "")
+        + "Every row is one that the experiment file names; none was picked by what is shown here."
     )
     name = "frontier" if frontier.initial == BASE else f"frontier_{1 + view.policies.index(frontier.initial)}"
     return Drawn(name, "Reward against distance from the initial policy", caption), figure
