@@ -84,6 +84,13 @@ def test_judging_shortens_the_prompt_and_keeps_the_reply(gpt2):
     assert all(pair.chosen < 0 and pair.rejected < 0 for pair in scored)
 
 
+def test_a_reply_that_was_cut_before_it_said_anything_has_no_likelihood(gpt2):
+    said = (QUESTION, Response(" Then let it rest.", "model", "length"))
+    found = steps.reply_nll(gpt2, [(QUESTION, Response("", "model", "length")), said], batch=8)
+    assert found == [(0.0, 0), *steps.reply_nll(gpt2, [said], batch=8)]
+    assert found[1][0] > 0
+
+
 def test_policies_of_one_shape_with_other_tokenizers_do_not_share_an_engine(llama_folder, tmp_path: Path) -> None:
     """An engine decodes with the tokenizer that it was started with: sharing it would garble the other's text."""
     shutil.copytree(llama_folder(0), tmp_path / "other")

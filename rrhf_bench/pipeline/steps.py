@@ -161,13 +161,15 @@ def score_pairs_by_likelihood(
 
 
 def reply_nll(policy: TransformersPolicy, rows: Sequence[Row], batch: int) -> list[tuple[float, int]]:
-    """(summed negative log-likelihood in nats, tokens) of each reply given its prompt, EOS included where it ended."""
+    """(summed negative log-likelihood in nats, tokens) of each reply given its prompt, EOS included where it ended.
+    (0.0, 0) for a reply that was cut before it said anything."""
     pairs = _ids_within_context(policy, rows)
 
     def nll(batch: ResponseBatch) -> Tensor:
         return -policy.token_logprobs(batch).sum(-1)
 
-    return [(value, len(reply)) for value, (_, reply) in zip(by_length(nll, pairs, batch), pairs, strict=True)]
+    said = iter(by_length(nll, [(prompt, reply) for prompt, reply in pairs if reply], batch))
+    return [(next(said), len(reply)) if reply else (0.0, 0) for _, reply in pairs]
 
 
 def log_ratios(policy: Policy, initial: Policy, rows: Sequence[Row], temperature: float, batch: int) -> list[float]:
