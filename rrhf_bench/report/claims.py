@@ -6,11 +6,9 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 
-import numpy as np
-
 from rrhf_bench.evaluation.claims import ClaimResult, Grid, Measure, Scores, evaluate_claims
 from rrhf_bench.evaluation.statistics import Floats
-from rrhf_bench.records import CurvePoint, Decoding, Evaluated
+from rrhf_bench.records import Decoding, Evaluated
 from rrhf_bench.report.table import Cell, Column, Missing, Table, markdown, number
 from rrhf_bench.report.tables import accuracy, right
 from rrhf_bench.report.view import ABSENT, DECODING_WORDS, Block, T, View, unmeasured
@@ -54,15 +52,10 @@ class RunEvidence:
 
     def dev_reward(self, row: str, decoding: Decoding) -> float | str:
         """Mean over seeds of the last point of the row's curve."""
-        last: dict[int, CurvePoint] = {}
-        for point in self.view.records.curves:
-            if (point.method, point.decoding) == (row, decoding) and (
-                point.seed not in last or point.fraction > last[point.seed].fraction
-            ):
-                last[point.seed] = point
-        if not last:
+        found = self.view.dev_reward(row, decoding)
+        if found is None:
             return f"it has no {DECODING_WORDS[decoding]} reward on the dev prompts, by which it would be picked"
-        return math.fsum(float(np.mean(last[seed].rewards)) for seed in sorted(last)) / len(last)
+        return found
 
     def models(self, row: str) -> tuple[str, ...] | str:
         if row not in self.view.methods:

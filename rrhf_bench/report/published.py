@@ -355,6 +355,13 @@ def sampling_quality(view: View) -> Table:
     return Table(*_ours_alone("table6", title, columns, rows), tuple(notes), view.records.arena)
 
 
+_ROUNDS = "IP-n: the candidates of its last round."
+_ONLINE = (
+    "OP-k: all candidates that were sampled while it trained, with their rewards before any KL penalty; the paper "
+    "prints no candidates of these."
+)
+
+
 def _sampling_row(view: View, published: Table6Row | None, row: str) -> tuple[Cell, ...]:
     found = metrics.candidate_statistics(view.candidates[row].items)
     paper = [Cell.of(_UNPUBLISHED)] * 6
@@ -407,13 +414,14 @@ def best_of_n_learning(view: View) -> Table:
         if isinstance(row, str):
             published.setdefault(row, theirs)
     rows = [_learner_row(view, learner, published.get(learner.row)) for learner in best_of_n_learners(view)]
+    theirs_words = "The paper's are worked out from the cells of its Table 6: greedy replies, another reward scale."
     notes = (
         "Eq. 7 of arXiv 2304.05302 says that the test reward comes to the mean over prompts of the candidates' "
         "maximum.",
         "Gap: maximum minus test reward. Unpaired: the maximum is of the training prompts. Paired: the same "
         "candidate policy was drawn on the evaluation prompts, and the model's reward is subtracted on each; above "
         "0 the model falls short.",
-        "The paper's are worked out from the cells of its Table 6, on another reward scale; their decoding is greedy.",
+        *([theirs_words] if published else []),
     )
     title = "Test reward against the best candidate"
     return Table(*_ours_alone("eq7", title, columns, rows), notes, view.records.arena)
