@@ -18,7 +18,7 @@ from rrhf_bench.experiment import Experiment
 from rrhf_bench.paper import table6
 from rrhf_bench.pipeline.results import RunRecords
 from rrhf_bench.records import Candidates, CurvePoint, Evaluated, PairScored, PoolScored, Prompt, Response
-from rrhf_bench.report.compare import comparison_pairs, comparison_words
+from rrhf_bench.report.compare import best_of_n_learners, comparison_pairs, comparison_words
 from rrhf_bench.report.figures import reward_curves, training_curves
 from rrhf_bench.report.figures import test_reward as forest
 from rrhf_bench.report.findings import departures_table, findings, rows_table
@@ -456,6 +456,22 @@ def test_many_rows_are_summed_up_in_a_sentence() -> None:
 
 
 # --- what the bug changed -------------------------------------------------------------------------------------------
+
+
+def test_many_rows_have_sentences_about_what_each_gained_and_no_more() -> None:
+    told = [sentence for sentence in findings(view_of("sampling_quality")) if sentence.startswith("Against")]
+    starts = [f"Against **{start}** on the proxy reward, " for start in ("base", "raw", "chosen\\_sft", "chosen_sft")]
+    assert len(told) == 6
+    assert all(sentence.startswith(tuple(starts)) for sentence in told)
+
+
+def test_candidates_that_a_judge_scored_are_set_beside_no_reward() -> None:
+    view = view_of("wombat")
+    judged = {row for row, settings in view.methods.items() if settings.scored_by == "judge"}
+    assert judged < set(view.candidates)
+    assert judged & set(view.rewarded) == set()
+    assert not judged & {row["this run"] for row in rows_of(sampling_quality(view))}
+    assert not judged & {learner.row for learner in best_of_n_learners(view)}
 
 
 def test_variants_on_the_same_candidates_are_set_side_by_side() -> None:

@@ -35,6 +35,8 @@ class RunEvidence:
         block = self.view.candidates.get(row)
         if block is None:
             return "the run holds no training candidates of this row"
+        if row not in self.view.rewarded:
+            return "its candidates were not scored by the reward model, and other scores are on another scale"
         scores_SP = tuple(tuple(group.scores for group in groups_P) for groups_P in block.items_SP)
         return Scores(block.seeds, block.prompts, scores_SP)
 

@@ -139,7 +139,7 @@ class BestOfNLearner:
 def best_of_n_learners(view: View) -> list[BestOfNLearner]:
     """One a decoding for each row that was trained on candidates."""
     found = []
-    for row in view.candidates:
+    for row in view.rewarded:
         mean, maximum = candidate_mean(view, row), candidate_maximum(view, row)
         for decoding in view.decodings:
             test = view.mean(row, decoding, "reward")

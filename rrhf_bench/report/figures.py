@@ -6,6 +6,7 @@ ids. Where a run has many rows, a figure shows those that differ in more than hy
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator
+from PIL import Image
 
 from baselines.best_of_n import best_of_n_kl, expected_best_of_n
 from rrhf_bench.evaluation.statistics import Estimate, Floats, rank_correlation
@@ -54,11 +56,21 @@ def write_figures(view: View, folder: Path) -> list[Drawn]:
     drawn = []
     with matplotlib.style.context(["default", dict(STYLE)]):
         for text, figure in _made(view):
-            figure.savefig(folder / f"{text.name}.png", metadata={"Software": None})
+            _save_png(figure, folder / f"{text.name}.png")
             figure.set_layout_engine("none")  # it stays as laid out for the PNG, and is not worked out twice
             figure.savefig(folder / f"{text.name}.svg", metadata={"Date": None, "Creator": None})
             drawn.append(text)
     return drawn
+
+
+def _save_png(figure: Figure, path: Path) -> None:
+    """With a palette of 256 colours, a third of the size: published reports hold many figures."""
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png")
+    drawn.seek(0)
+    with Image.open(drawn) as image:
+        flat = image.convert("RGB").quantize(256, dither=Image.Dither.NONE)
+        flat.save(path, dpi=image.info["dpi"], optimize=True)
 
 
 def _made(view: View) -> Iterator[Made]:
@@ -269,7 +281,7 @@ def sampling_quality(view: View) -> Iterator[Made]:
     legend_above(figure, handles)
     shade_handles = [legend_key(rho, shade, marker="s") for rho, shade in _SHADES.items()]
     axes[0][-1].legend(handles=shade_handles, loc="lower right", handletextpad=0.2, labelspacing=0.2)
-    candidates = [row for row in view.methods if row in view.candidates]
+    candidates = [row for row in view.methods if row in view.rewarded]
     caption = (
         "Test reward against the quality of the training candidates: open circles at the candidates' mean reward, "
         "triangles at the mean over prompts of their maximum, a line joining the two of one seed. On the line y = x "
@@ -311,7 +323,7 @@ def _policy_colours(view: View) -> dict[str, str]:
 
 def _quality_points(view: View, decoding: Decoding) -> Iterator[tuple[str, float, float, float]]:
     """(row, mean, maximum, test reward) of each seed."""
-    for row, block in view.candidates.items():
+    for row, block in view.rewarded.items():
         if row not in view.main_rows:
             continue
         replies, values = view.block(row, decoding), view.values(row, decoding, "reward")

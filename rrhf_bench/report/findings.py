@@ -53,8 +53,11 @@ def findings(view: View) -> list[str]:
     """What holds and what is inside noise, as Markdown sentences."""
     compared = comparisons(view)
     learners = best_of_n_learners(view)
+    told = compared
+    if len(view.methods) > MANY:  # what each row gained in reward; the table of differences has the rest
+        told = [c for c in compared if c.measure == "reward" and c.b in view.policies]
     return [
-        *(sentence for b in dict.fromkeys(c.b for c in compared) for sentence in _against(view, compared, b)),
+        *(sentence for b in dict.fromkeys(c.b for c in told) for sentence in _against(view, told, b)),
         *_trades(compared),
         *_learners(view, learners),
         *_accuracies(view),

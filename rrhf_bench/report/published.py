@@ -335,10 +335,10 @@ def sampling_quality(view: View) -> Table:
         Column("max", 2, interval=True),
     )
     pairs = [(row, counterpart(view, row.rho, row.setting)) for row in table6()]
-    beside = [(published, row) for published, row in pairs if isinstance(row, str) and row in view.candidates]
+    beside = [(published, row) for published, row in pairs if isinstance(row, str) and row in view.rewarded]
     taken = {row for _, row in beside}
     rows = [_sampling_row(view, published, row) for published, row in beside]
-    rows += [_sampling_row(view, None, row) for row in view.candidates if row not in taken]
+    rows += [_sampling_row(view, None, row) for row in view.rewarded if row not in taken]
     alone = [f"{published.rho} {published.setting}" for published, row in pairs if (published, row) not in beside]
     notes = [
         *([_SCALES] if beside else []),

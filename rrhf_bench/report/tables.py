@@ -307,12 +307,13 @@ def features_table(view: View) -> Table | None:
 
 
 def counts_table(view: View) -> Table:
-    """Everything dropped, truncated or tied on the way."""
+    """Everything dropped, truncated or tied on the way; what never happened is not listed."""
     columns = (Column("where"), Column("what"), Column("count", 0))
     rows = [
         (Cell(where), Cell(what.replace("_", " ")), Cell(count))
         for where, counts in view.records.counts.items()
         for what, count in counts.items()
+        if count
     ]
     return Table("counts", "Counts", columns, tuple(rows), (), view.records.arena)
 

@@ -129,6 +129,11 @@ class View:
         return self._candidates(self.records.candidates)
 
     @cached_property
+    def rewarded(self) -> dict[str, Block[Candidates]]:
+        """The candidates that the reward model scored: other scores are on another scale than rewards."""
+        return {row: block for row, block in self.candidates.items() if self.methods[row].scored_by is None}
+
+    @cached_property
     def test_candidates(self) -> dict[str, Block[Candidates]]:
         """The same candidate policy on the evaluation prompts."""
         return self._candidates(self.records.test_candidates)
