@@ -572,7 +572,7 @@ def test_figures_of_many_rows_grow_or_leave_out() -> None:
 def test_the_page_has_a_section_where_the_run_has_something_for_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda *_, **__: None)  # the page names its figures only
+    monkeypatch.setattr("rrhf_bench.report.figures._save", lambda *_: None)  # the page names its figures only
     page = write_report(view_of("rank_ablation").records, tmp_path / "report").read_text(encoding="utf-8")
     for heading in ("What the bug changed", "The ranking term", "Reward against distance", "Sampling quality"):
         assert f"\n## {heading}\n" in page

@@ -56,21 +56,20 @@ def write_figures(view: View, folder: Path) -> list[Drawn]:
     drawn = []
     with matplotlib.style.context(["default", dict(STYLE)]):
         for text, figure in _made(view):
-            _save_png(figure, folder / f"{text.name}.png")
-            figure.set_layout_engine("none")  # it stays as laid out for the PNG, and is not worked out twice
-            figure.savefig(folder / f"{text.name}.svg", metadata={"Date": None, "Creator": None})
+            _save(figure, folder / text.name)
             drawn.append(text)
     return drawn
 
 
-def _save_png(figure: Figure, path: Path) -> None:
-    """With a palette of 256 colours, a third of the size: published reports hold many figures."""
+def _save(figure: Figure, path: Path) -> None:
+    """As PNG and SVG; the PNG with a palette of 256 colours, a third of the size: published reports hold many."""
     drawn = io.BytesIO()
     figure.savefig(drawn, format="png")
-    drawn.seek(0)
     with Image.open(drawn) as image:
         flat = image.convert("RGB").quantize(256, dither=Image.Dither.NONE)
-        flat.save(path, dpi=image.info["dpi"], optimize=True)
+        flat.save(path.with_suffix(".png"), dpi=image.info["dpi"], optimize=True)
+    figure.set_layout_engine("none")  # it stays as laid out for the PNG, and is not worked out twice
+    figure.savefig(path.with_suffix(".svg"), metadata={"Date": None, "Creator": None})
 
 
 def _made(view: View) -> Iterator[Made]:
