@@ -14,6 +14,7 @@ from typing import Generic, Literal, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 
+from rrhf_bench.evaluation.claims import DECODING_WORDS
 from rrhf_bench.evaluation.statistics import Estimate, Floats, bootstrap_mean, paired_difference
 from rrhf_bench.pipeline.results import RunRecords
 from rrhf_bench.records import Candidates, CurvePoint, Decoding, Evaluated, PairScored, PoolScored, Prompt
@@ -30,7 +31,6 @@ OWN_PART = "Alpaca"  # the part of [policy] in a run whose policies name none
 PAPER_FIRST: tuple[Decoding, ...] = ("greedy", "sample")
 REWARDS: tuple[Measure, ...] = ("reward", "gold")
 ABSENT = Missing("the run holds no such records of this row")
-DECODING_WORDS: Mapping[Decoding, str] = {"greedy": "greedy", "sample": "sampled", "given": "data set"}
 MEASURE_WORDS: Mapping[str, str] = {
     "reward": "proxy reward",
     "gold": "gold reward",
