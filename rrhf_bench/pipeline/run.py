@@ -135,7 +135,9 @@ def load_run(folder: Path, store: Store | None = None) -> RunRecords:
         evaluated=tuple(evaluated),
         pairs=tuple(pairs),
         reward_pairs=tuple(
-            PairScored("reward model", 0, row.prompt, row.scores[0], row.scores[1]) for row in run.pair_scores["test"]
+            PairScored("reward model", 0, row.prompt, row.scores[0], row.scores[1])
+            for row in run.pair_scores["test"]
+            if row.scores[1:]  # a data set of texts has single replies
         ),
         pools=_pools(run),
         curves=tuple(point for row, key in trained.items() for point in _curve(run, row, key)),
