@@ -501,7 +501,10 @@ def _fewer_models(test: _Test, claim: FewerModelsSettings) -> _Finding:
     estimate = Estimate(value, value, value, len(models), 1, None, "counted")
     lean: Lean = "supported" if most <= 2 and value > claim.margin else "refuted"
     counts = [f"{row} {len(names)} ({', '.join(names)})" for row, names in models.items()]
-    paper = "the paper counts 1 to 2 for RRHF and 4 for PPO, a separate value model among them"
+    paper = (
+        "the paper counts 1 to 2 for RRHF, and for PPO 4, with a value model of its own; a value head on the policy "
+        "makes PPO's 3, and low-rank adapters, whose base is the reference, 2"
+    )
     words = "models in memory of the leanest PPO row minus the largest RRHF row"
     where = f"RRHF has {most} at most and PPO {least} at least"
     return _Finding(
