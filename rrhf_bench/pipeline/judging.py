@@ -18,7 +18,7 @@ from rrhf_bench.rewards.judge import EndpointJudge, Judge, JudgeResult, endpoint
 from rrhf_bench.rewards.toy_judge import ToyJudge
 
 if TYPE_CHECKING:
-    from rrhf_bench.pipeline.stages import Job
+    from rrhf_bench.pipeline.job import Job
 
 SAMPLED = "candidates "  # + the name of a source: the role of its samples among a stage's inputs
 JOURNALS = "journals"  # a folder beside the artifacts of a store

@@ -79,7 +79,8 @@ def _cuda() -> bool:
 
 def make(stage: Stage, store: Store, runtime: RuntimeSettings, backend: BackendName, progress: Any) -> float:
     """Make one artifact in this process; the seconds it took. Any BenchError names the stage."""
-    from rrhf_bench.pipeline.stages import BODIES, Job
+    from rrhf_bench.pipeline.job import Job
+    from rrhf_bench.pipeline.stages import BODIES
 
     started = time.monotonic()
     about = {

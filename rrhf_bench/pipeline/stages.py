@@ -6,7 +6,7 @@ import json
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,55 +26,21 @@ from rrhf_bench.experiment import ScratchSettings
 from rrhf_bench.jsonl import read_jsonl, write_jsonl
 from rrhf_bench.pipeline import steps
 from rrhf_bench.pipeline.candidates import assemble, pair_candidates
+from rrhf_bench.pipeline.job import Job
 from rrhf_bench.pipeline.judging import judge
-from rrhf_bench.pipeline.services import ModelRef, Services, context_of
+from rrhf_bench.pipeline.services import ModelRef, context_of
 from rrhf_bench.policy.policy import Policy, TransformersPolicy
 from rrhf_bench.policy.scratch import train_language_model
 from rrhf_bench.records import Candidates, CurvePoint, Decoding, Preference, Prompt, Response
 from rrhf_bench.rewards.bradley_terry import train_reward_model
-from rrhf_bench.rewards.gold import Gold, GoldReward, ReviewsGold
+from rrhf_bench.rewards.gold import Gold, ReviewsGold
 from rrhf_bench.rewards.reward_settings import RewardTrainingSettings
 from rrhf_bench.rewards.sentiment import POSITIVE, train_classifier
-from rrhf_bench.sampling.backend import BackendName, choose_backend
+from rrhf_bench.sampling.backend import choose_backend
 from rrhf_bench.sampling.sampler import SamplingSpec
 from rrhf_bench.seeding import derive_seed
 from rrhf_bench.settings import READ, MethodSettings
 from rrhf_bench.training.method import Progress, TrainContext, TrainInputs
-
-
-@dataclass(frozen=True)
-class Job:
-    """One stage at work: its settings, the folders of its inputs, the folder to fill."""
-
-    kind: str
-    settings: Mapping[str, Any]
-    inputs: Mapping[str, Path]
-    out: Path
-    services: Services
-    backend: BackendName
-    progress: Callable[[int, int], None]
-    row: str | None = None
-    seconds: dict[str, Any] = field(default_factory=dict)  # wall-clock notes, kept beside the artifact's content
-
-    def write_json(self, name: str, value: Any) -> None:
-        (self.out / name).write_text(json.dumps(value, indent=1, ensure_ascii=False))
-
-    def read_json(self, role: str, name: str) -> Any:
-        return json.loads((self.inputs[role] / name).read_text())
-
-    def pairs(self, split: str) -> list[Preference]:
-        return read_jsonl(self.inputs["prompts"] / f"{split}.jsonl", Preference)
-
-    def ref(self, role: str = "policy") -> ModelRef:
-        return ModelRef.read(self.inputs[role])
-
-    @property
-    def gold(self) -> Gold | None:
-        """The true reward of an embedded world."""
-        name = self.read_json("prompts", "about.json")["gold"]
-        if name is None:
-            return None
-        return ReviewsGold() if name == "toy-reviews" else GoldReward()
 
 
 def data(job: Job) -> None:

@@ -1,0 +1,50 @@
+"""What the body of a stage is given."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rrhf_bench.jsonl import read_jsonl
+from rrhf_bench.pipeline.services import ModelRef, Services
+from rrhf_bench.records import Preference
+from rrhf_bench.rewards.gold import Gold, GoldReward, ReviewsGold
+from rrhf_bench.sampling.backend import BackendName
+
+
+@dataclass(frozen=True)
+class Job:
+    """One stage at work: its settings, the folders of its inputs, the folder to fill."""
+
+    kind: str
+    settings: Mapping[str, Any]
+    inputs: Mapping[str, Path]
+    out: Path
+    services: Services
+    backend: BackendName
+    progress: Callable[[int, int], None]
+    row: str | None = None
+    seconds: dict[str, Any] = field(default_factory=dict)  # wall-clock notes, kept beside the artifact's content
+
+    def write_json(self, name: str, value: Any) -> None:
+        (self.out / name).write_text(json.dumps(value, indent=1, ensure_ascii=False))
+
+    def read_json(self, role: str, name: str) -> Any:
+        return json.loads((self.inputs[role] / name).read_text())
+
+    def pairs(self, split: str) -> list[Preference]:
+        return read_jsonl(self.inputs["prompts"] / f"{split}.jsonl", Preference)
+
+    def ref(self, role: str = "policy") -> ModelRef:
+        return ModelRef.read(self.inputs[role])
+
+    @property
+    def gold(self) -> Gold | None:
+        """The true reward of an embedded world."""
+        name = self.read_json("prompts", "about.json")["gold"]
+        if name is None:
+            return None
+        return ReviewsGold() if name == "toy-reviews" else GoldReward()
