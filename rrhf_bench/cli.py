@@ -210,7 +210,8 @@ def report(
         if published.is_dir() and (published / "report.md").is_file():
             shutil.rmtree(published)  # an earlier report of the same name
         with replacing(published) as copy:
-            shutil.copytree(page.parent, copy)
+            # The page shows the PNGs; SVG and LaTeX are for a paper's author, who has the run.
+            shutil.copytree(page.parent, copy, ignore=shutil.ignore_patterns("*.svg", "*.tex"))
     if as_json:
         _print_json({"report": str(page), "published": None if published is None else str(published)})
         return

@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import FixedLocator, FuncFormatter
 
 from rrhf_bench.report.table import visible
 from rrhf_bench.report.view import GIVEN, View
@@ -112,3 +114,15 @@ def short(text: str) -> str:
 def thousands(value: float, _position: object = None) -> str:
     """A number on an axis."""
     return f"{value / 1000:g}k" if abs(value) >= 1000 else f"{value:g}"
+
+
+def kl_axis(ax: Axes) -> None:
+    """KL from 0 on a square-root axis, on which the rewards that it buys lie nearly on a line at first (2210.10760)."""
+    ax.set_xscale("function", functions=(lambda x: np.sqrt(np.maximum(x, 0)), np.square))
+    ax.set_xlim(left=0)
+    limit = ax.get_xlim()[1]
+    step = next((step for step in (0.5, 1.0, 2.0, 4.0) if limit <= (8 * step) ** 2), 8.0)
+    ticks = [(k * step) ** 2 for k in range(int(limit**0.5 / step) + 1)]  # at even distances
+    ax.xaxis.set_major_locator(FixedLocator(ticks))
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    ax.set_xlabel("KL to the initial policy (nats, square-root axis)")

@@ -17,7 +17,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 from PIL import Image
 
 from baselines.best_of_n import best_of_n_kl, expected_best_of_n
@@ -33,6 +33,7 @@ from rrhf_bench.report.drawing import (
     WIDTH,
     Drawn,
     colours,
+    kl_axis,
     legend_above,
     legend_key,
     new_panels,
@@ -385,11 +386,7 @@ def best_of_n_curve(view: View) -> Iterator[Made]:
     for ax, measure in zip(axes[0], measures, strict=True):
         _draw_best_of_n(ax, pool, measure, ns, samples)
         shown = [row for row in rows if _method_point(ax, view, row, measure, pool)]
-        ax.set_xscale("function", functions=(lambda x: np.sqrt(np.maximum(x, 0)), np.square))
-        ax.set_xlim(left=0)
-        ax.xaxis.set_major_locator(FixedLocator(_squares(ax.get_xlim()[1])))
-        ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
-        ax.set_xlabel("KL to the initial policy (nats, square-root axis)")
+        kl_axis(ax)
         ax.set_ylabel(f"{MEASURE_WORDS[measure]} (sampled)")
     colour = colours(view)
     handles = [Line2D([], [], color="black", label="best of n (n at the points)")]
@@ -405,12 +402,6 @@ def best_of_n_curve(view: View) -> Iterator[Made]:
         "footing: read the points as a map, not a race." + _left_out(view, view.rows_from(BASE), rows)
     )
     yield Drawn("best_of_n", "Best-of-n and the trained methods", caption), figure
-
-
-def _squares(limit: float) -> list[float]:
-    """Ticks at even distances on a square-root axis."""
-    step = next((step for step in (0.5, 1.0, 2.0, 4.0) if limit <= (8 * step) ** 2), 8.0)
-    return [(k * step) ** 2 for k in range(int(limit**0.5 / step) + 1)]
 
 
 def _draw_best_of_n(ax: Axes, pool: Block[Any], measure: Measure, ns: Sequence[int], samples: int) -> None:

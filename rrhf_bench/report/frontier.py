@@ -14,7 +14,7 @@ from matplotlib.lines import Line2D
 from baselines.best_of_n import best_of_n_kl
 from baselines.ppo_settings import PPOSettings
 from rrhf_bench.evaluation.statistics import Floats
-from rrhf_bench.report.drawing import GREY, KIND_COLOURS, WIDTH, Drawn, legend_above, new_panels
+from rrhf_bench.report.drawing import GREY, KIND_COLOURS, WIDTH, Drawn, kl_axis, legend_above, new_panels
 from rrhf_bench.report.table import Missing
 from rrhf_bench.report.view import BASE, MEASURE_WORDS, Measure, View, changed
 from rrhf_bench.training.rrhf_settings import RRHFSettings
@@ -94,7 +94,7 @@ def _draw(view: View, frontier: _Frontier) -> tuple[Drawn, Figure]:
         start = view.mean(frontier.initial, "sample", measure)
         if not isinstance(start, Missing):
             ax.plot([0], [start.value], "P", color="black", markersize=6, zorder=3)
-        ax.set_xlabel("KL to the initial policy (nats a reply)")
+        kl_axis(ax)
         ax.set_ylabel(f"{MEASURE_WORDS[measure]} (sampled)")
     legend_above(figure, _keys(view, frontier, shades, weights))
     caption = (
