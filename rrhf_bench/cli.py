@@ -57,6 +57,7 @@ Seed = Annotated[int, typer.Option(help="names the random draws")]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="length cap of a reply")]
 RewardSource = Annotated[str, typer.Option("--reward-model", help="hub id or folder of a reward model")]
 Layout = Annotated[Literal["classifier", "value-head"], typer.Option(help="of the reward model")]
+Label = Annotated[str | None, typer.Option(help="of a classifier of several labels: its probability is the reward")]
 Out = Annotated[Path, typer.Option(help="what to write")]
 Cut = Annotated[bool, typer.Option("--cut/--no-cut", help="cut replies at a fake turn")]
 
@@ -254,6 +255,7 @@ def doctor(
     model: Annotated[str | None, typer.Option(help="a policy to check; none: a small one made on the spot")] = None,
     reward_model: Annotated[str | None, typer.Option(help="a reward model to check")] = None,
     layout: Layout = "classifier",
+    label: Label = None,
     template: TemplateName = "hh",
     pad_token: PadToken = None,
     backend: Backend = "vllm",
@@ -266,7 +268,9 @@ def doctor(
     from rrhf_bench.pipeline.runner import quiet
 
     policy, judge = (
-        None if source is None else model_ref(source, template=template, pad_token=pad_token, layout=layout)
+        None
+        if source is None
+        else model_ref(source, template=template, pad_token=pad_token, layout=layout, label=label)
         for source in (model, reward_model)
     )
     with quiet():
@@ -357,6 +361,7 @@ def score(
     candidates: Annotated[Path, typer.Option(help='JSONL of {"query", "responses"}')],
     out: Out,
     layout: Layout = "classifier",
+    label: Label = None,
     template: TemplateName = "hh",
     dtype: DtypeName = "float32",
     pad_token: PadToken = None,
@@ -366,7 +371,7 @@ def score(
     """Score responses with a reward model and write them as {"query", "responses", "scores"}."""
     from rrhf_bench.pipeline.plain import model_ref
 
-    ref = model_ref(reward_model, template=template, dtype=dtype, pad_token=pad_token, layout=layout)
+    ref = model_ref(reward_model, template=template, dtype=dtype, pad_token=pad_token, layout=layout, label=label)
     with _steps(device, "transformers", "scoring", as_json) as steps:
         counts = steps.score(ref, candidates, out)
     _done(as_json, f"{_words(counts)}: {out}", {"counts": counts, "out": str(out)})
@@ -383,6 +388,7 @@ def train(
     ] = None,
     reward_model: Annotated[str | None, typer.Option(help="for ppo: hub id or folder of a reward model")] = None,
     layout: Layout = "classifier",
+    label: Label = None,
     max_new_tokens: MaxNewTokens = 64,
     cut: Cut = True,
     seed: Seed = 0,
@@ -402,7 +408,7 @@ def train(
     ref = model_ref(model, template=template, dtype=dtype, pad_token=pad_token)
     reward = None
     if reward_model is not None:
-        reward = model_ref(reward_model, template=template, pad_token=pad_token, layout=layout)
+        reward = model_ref(reward_model, template=template, pad_token=pad_token, layout=layout, label=label)
     with _steps(device, backend, f"training {method}", as_json) as steps:
         result = steps.train(
             settings,
@@ -432,6 +438,7 @@ def evaluate(
     temperature: Annotated[float, typer.Option(min=0.01, help="of sample")] = 1.0,
     max_new_tokens: MaxNewTokens = 64,
     layout: Layout = "classifier",
+    label: Label = None,
     seed: Seed = 0,
     template: TemplateName = "hh",
     dtype: DtypeName = "float32",
@@ -451,13 +458,14 @@ def evaluate(
     arena = {
         "decoding": names,
         "temperature": temperature,
+        "top_k": 0,
         "max_new_tokens": max_new_tokens,
         "stop": STOP_STRINGS,
     }
     policy, judge, base, fluency = (
         None
         if source is None
-        else model_ref(source, template=template, dtype=dtype, pad_token=pad_token, layout=layout)
+        else model_ref(source, template=template, dtype=dtype, pad_token=pad_token, layout=layout, label=label)
         for source in (model, reward_model, initial, perplexity_model)
     )
     assert policy is not None

@@ -392,7 +392,13 @@ def test_a_tokenizer_without_an_end_token(refused: Any, rows: Any, model: Path, 
 def test_a_reward_model_with_two_labels(refused: Any, rows: Any, reward: Any, out: Path) -> None:
     folder = reward(labels=2)
     (line,) = refused(*score(folder, rows(SCORED), out))
-    assert line == f"{folder}: has 2 labels; a reward model has 1: choose a model trained to score"
+    assert line == (
+        f"{folder}: has 2 labels (LABEL_0, LABEL_1); name the one whose probability is the reward: reward_model.label, "
+        "--label"
+    )
+    assert refused(*score(folder, rows(SCORED), out), "--label", "POSITIVE") == [
+        f"{folder}: has 2 labels (LABEL_0, LABEL_1); found the label 'POSITIVE'; expected one of them"
+    ]
 
 
 def test_a_language_model_in_the_place_of_a_reward_model(refused: Any, rows: Any, model: Path, out: Path) -> None:

@@ -18,10 +18,10 @@ from rrhf_bench.experiment import Experiment
 from rrhf_bench.paper import table6
 from rrhf_bench.pipeline.results import RunRecords
 from rrhf_bench.records import Candidates, CurvePoint, Evaluated, PairScored, PoolScored, Prompt, Response
-from rrhf_bench.report.compare import best_of_n_learners, comparison_pairs, comparison_words
+from rrhf_bench.report.compare import Comparison, best_of_n_learners, comparison_pairs, comparison_words
 from rrhf_bench.report.figures import reward_curves, training_curves
 from rrhf_bench.report.figures import test_reward as forest
-from rrhf_bench.report.findings import departures_table, findings, rows_table
+from rrhf_bench.report.findings import departures_table, findings, rows_table, trades
 from rrhf_bench.report.frontier import frontiers
 from rrhf_bench.report.page import write_report
 from rrhf_bench.report.published import (
@@ -463,6 +463,22 @@ def test_many_rows_have_sentences_about_what_each_gained_and_no_more() -> None:
     starts = [f"Against **{start}** on the proxy reward, " for start in ("base", "raw", "chosen\\_sft", "chosen_sft")]
     assert len(told) == 6
     assert all(sentence.startswith(tuple(starts)) for sentence in told)
+
+
+def test_many_trades_are_told_in_a_sentence_a_decoding() -> None:
+    def trade(row: str, decoding: Any) -> Iterator[Comparison]:
+        for measure, sign in (("reward", 1), ("gold", -1)):
+            estimate = Estimate(0.5 * sign, 0.5 * sign - 0.1, 0.5 * sign + 0.1, 30, 2, 0.001, "bootstrap")
+            yield Comparison(row, "base", decoding, measure, estimate, 0.001)
+
+    rows = [f"row{i}" for i in range(9)]
+    many = [c for decoding in ("greedy", "sample") for row in rows for c in trade(row, decoding)]
+    assert [sentence.split(":")[0] for sentence in trades(many)] == [
+        f"**9 rows buy proxy reward with gold reward** ({way}), higher than another row on the proxy and lower on gold"
+        for way in ("greedy", "sampled")
+    ]
+    assert all(sentence.endswith(f": {', '.join(rows)}.") for sentence in trades(many))
+    assert [s.split(" buys ")[0] for s in trades(many[:4])] == ["**row0", "**row1"]
 
 
 def test_candidates_that_a_judge_scored_are_set_beside_no_reward() -> None:

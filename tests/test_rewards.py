@@ -173,13 +173,13 @@ def test_label_faults(make_reward: MakeReward) -> None:
     shown = r"reward: has 2 labels \(LABEL_0, LABEL_1\)"
     with pytest.raises(DataError, match=f"{shown}; name the one whose probability is the reward: reward_model.label"):
         ClassifierReward.load(folder)
-    with pytest.raises(DataError, match=f"{shown}; found reward_model.label = 'POSITIVE'; expected one of them"):
+    with pytest.raises(DataError, match=f"{shown}; found the label 'POSITIVE'; expected one of them"):
         ClassifierReward.load(folder, label="POSITIVE")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"problem_type": "multi_label_classification"}))
     with pytest.raises(DataError, match=r"several of which may hold at once; expected labels that exclude one another"):
         ClassifierReward.load(folder, label="LABEL_1")
-    with pytest.raises(DataError, match=r"one: has 1 label, so its score is the reward; remove reward_model.label"):
+    with pytest.raises(DataError, match=r"one: has 1 label, so its score is the reward; remove the label"):
         ClassifierReward.load(make_reward("one"), label="LABEL_0")
 
 

@@ -157,10 +157,11 @@ def model_ref(
     pad_token: str | None = None,
     max_length: int | None = None,
     layout: Any = "classifier",
+    label: str | None = None,
 ) -> ModelRef:
     """A model named on the command line; the folder of an artifact stands for the model in it."""
     folder = Path(source)
     if (folder / "model.json").is_file():
         return ModelRef.read(folder)
-    ref = ModelRef(source, revision, template, dtype, pad_token, max_length, layout)
+    ref = ModelRef(source, revision, template, dtype, pad_token, max_length, layout, label)
     return replace(ref, source=str(folder.resolve())) if folder.is_dir() else ref

@@ -71,7 +71,7 @@ class Plan:
     backend: Backend
     wanted: tuple[Stage, ...]  # what the report reads, row by row; two rows of equal settings share a key
     # By row and seed: scored samples of each of its sources on the evaluation prompts.
-    test_scores: Mapping[tuple[str, int], Mapping[str, Stage]]
+    test_scores: Mapping[tuple[str, int], Mapping[str, Stage]] = field(default_factory=dict)
 
     @cached_property
     def stages(self) -> tuple[Stage, ...]:

@@ -58,7 +58,7 @@ def findings(view: View) -> list[str]:
         told = [c for c in compared if c.measure == "reward" and c.b in view.policies]
     return [
         *(sentence for b in dict.fromkeys(c.b for c in told) for sentence in _against(view, told, b)),
-        *_trades(compared),
+        *trades(compared),
         *_learners(view, learners),
         *_accuracies(view),
     ]
@@ -91,13 +91,21 @@ def _difference(c: Comparison) -> str:
     return text
 
 
-def _trades(compared: Sequence[Comparison]) -> Iterator[str]:
+def trades(compared: Sequence[Comparison]) -> Iterator[str]:
     """Rows that beat another on the proxy and lose to it on the gold reward: the proxy was over-optimised."""
     gold = {(c.a, c.b, c.decoding): c.verdict for c in compared if c.measure == "gold"}
     beaten: dict[tuple[str, Decoding], list[str]] = defaultdict(list)
     for c in compared:
         if c.measure == "reward" and c.verdict == "higher" and gold.get((c.a, c.b, c.decoding)) == "lower":
             beaten[c.a, c.decoding].append(c.b)
+    if len(beaten) > MANY:
+        for decoding in dict.fromkeys(decoding for _, decoding in beaten):
+            some = [markdown(a) for a, where in beaten if where == decoding]
+            yield (
+                f"**{len(some)} rows buy proxy reward with gold reward** ({DECODING_WORDS[decoding]}), higher than "
+                f"another row on the proxy and lower on gold: {', '.join(some)}."
+            )
+        return
     for (a, decoding), rows in beaten.items():
         yield (
             f"**{markdown(a)} buys proxy reward with gold reward** ({DECODING_WORDS[decoding]}): higher than "

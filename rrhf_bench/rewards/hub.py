@@ -159,13 +159,13 @@ def _label_index(config: Any, label: str | None, where: str) -> int | None:
     names = [str(config.id2label[i]) for i in range(config.num_labels)]
     if len(names) == 1:
         if label is not None:
-            raise DataError(f"{where}: has 1 label, so its score is the reward; remove reward_model.label = {label!r}")
+            raise DataError(f"{where}: has 1 label, so its score is the reward; remove the label {label!r}")
         return None
     shown = f"has {len(names)} labels ({', '.join(names[:8])}{', ...' if len(names) > 8 else ''})"
     if label is None:
-        raise DataError(f"{where}: {shown}; name the one whose probability is the reward: reward_model.label")
+        raise DataError(f"{where}: {shown}; name the one whose probability is the reward: reward_model.label, --label")
     if names.count(label) != 1:
-        raise DataError(f"{where}: {shown}; found reward_model.label = {label!r}; expected one of them")
+        raise DataError(f"{where}: {shown}; found the label {label!r}; expected one of them")
     if config.problem_type == "multi_label_classification":
         raise DataError(
             f"{where}: {shown}, several of which may hold at once; expected labels that exclude one another"

@@ -76,7 +76,7 @@ class FixedExamples:
     ) -> None:
         groups, empty = with_tokens(inputs.candidates, policy.tokenization)
         groups = [group for group in groups if group.responses]
-        if inputs.candidates and not groups:
+        if empty and not groups:
             raise DataError(
                 f"candidates: none of {empty} responses has a token to train on, each was cut before any text; "
                 "sample longer ones, or look at the policy that they come from"
