@@ -1,0 +1,1 @@
+"""Speed and memory, both sides in one run: ``python -m benchmarks.step`` and its neighbours."""

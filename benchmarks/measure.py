@@ -1,0 +1,280 @@
+"""What every benchmark shares: rounds in which the sides take turns, medians with their spread, peak memory in a
+process of its own, the peak of matrix products, and the record of a run."""
+
+from __future__ import annotations
+
+import gc
+import json
+import multiprocessing
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import psutil
+import torch
+import typer
+
+from rrhf_bench.errors import BenchError, StageError, StoreError
+from rrhf_bench.pipeline.run import environment as versions
+
+T = TypeVar("T")
+ROOT = Path(__file__).parents[1]
+
+# glibc in a process whose memory is measured: one arena, and every tensor of 64 KiB or more mapped on its own, so that
+# what is freed goes back to the system at once and the resident set is what is alive. It costs time: such a process is
+# never timed.
+MEMORY_ENVIRONMENT = {
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_THRESHOLD_": "65536",
+    "MALLOC_TRIM_THRESHOLD_": "65536",
+    "MALLOC_MMAP_MAX_": "1000000",
+}
+
+
+# --- time -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Side:
+    """One way to do the work. ``prepare`` is called before every ``run`` and is not timed."""
+
+    run: Callable[[], object]
+    prepare: Callable[[], object] = lambda: None
+
+
+class Spread(NamedTuple):
+    """The median of some rounds with the quartiles around it."""
+
+    median: float
+    low: float
+    high: float
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """Median and quartiles (linear interpolation). Raises ValueError for no values."""
+    if not values:
+        raise ValueError("no rounds were measured")
+    low, high = np.quantile(values, (0.25, 0.75))
+    return Spread(statistics.median(values), float(low), float(high))
+
+
+def ratios(numerator: Sequence[float], denominator: Sequence[float]) -> Spread:
+    """Round by round, one side over another: what slows a whole round down slows both and cancels."""
+    return spread([a / b for a, b in zip(numerator, denominator, strict=True)])
+
+
+def order(sides: Sequence[T], round_: int) -> list[T]:
+    """The sides in the order of a round: each begins in its turn, and every other round runs backwards, so that no side
+    always comes after the same neighbour, whose freed memory and warm caches it would inherit."""
+    start = round_ % len(sides)
+    turned = [*sides[start:], *sides[:start]]
+    return turned[::-1] if round_ % 2 else turned
+
+
+def measure_rounds(
+    sides: Mapping[str, Side], rounds: int, *, warm_up: int = 1, progress: Callable[[str], None] = lambda words: None
+) -> dict[str, list[float]]:
+    """Seconds of every side, one number a round, after rounds that do not count."""
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for round_ in range(-warm_up, rounds):
+        progress("warm-up" if round_ < 0 else f"round {round_ + 1} of {rounds}")
+        for name in order(list(sides), round_):
+            sides[name].prepare()
+            took = timed(sides[name].run)
+            if round_ >= 0:
+                seconds[name].append(took)
+    return seconds
+
+
+def timed(run: Callable[[], object]) -> float:
+    """Seconds of one call, the garbage of earlier ones collected before it and a GPU's queue empty at both ends."""
+    gc.collect()
+    _synchronise()
+    start = time.perf_counter()
+    run()
+    _synchronise()
+    return time.perf_counter() - start
+
+
+def _synchronise() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+# --- the peak of the machine ----------------------------------------------------------------------------------
+
+
+def product_rate(dtype: torch.dtype, device: torch.device, *, onednn: bool = False, size: int = 2048) -> float:
+    """FLOP/s of one square matrix product (2 size^3 operations), the better of two: what no training step can exceed.
+
+    ``onednn`` sends it to oneDNN by name; float32 products on a CPU otherwise go to the BLAS of PyTorch's build.
+    """
+    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+
+    def product() -> None:
+        if onednn:
+            torch.ops.mkldnn._linear_pointwise(left, right, None, "none", [], "")
+        else:
+            torch.nn.functional.linear(left, right)
+
+    with torch.no_grad():
+        product()
+        return 2 * size**3 / min(timed(product) for _ in range(2))
+
+
+def has_onednn(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a product can be sent to oneDNN by name here."""
+    return device.type == "cpu" and dtype == torch.float32 and torch.backends.mkldnn.is_available()
+
+
+# --- memory ---------------------------------------------------------------------------------------------------
+
+
+def peak_above(run: Callable[[], object], device: torch.device) -> int | None:
+    """Bytes by which memory in use during the call exceeds, at its peak, what was in use before it; None where the
+    system does not say (no Linux, no GPU). For a process under MEMORY_ENVIRONMENT: else freed memory counts as used."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        return torch.cuda.max_memory_allocated(device) - before
+    if not _reset_peak():
+        return None
+    resident = psutil.Process().memory_info().rss
+    run()
+    return peak_resident() - resident
+
+
+def peak_resident() -> int:
+    """Bytes of this process's largest resident set so far, or since `peak_above` put the mark back; on Linux."""
+    found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found, "Linux reports VmHWM for every process"
+    return int(found[1]) * 1024
+
+
+def _reset_peak() -> bool:
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # 5: the peak of the resident set is what is resident now
+    except OSError:
+        return False
+    return True
+
+
+def in_own_process(
+    function: Callable[..., T], *arguments: Any, environment: Mapping[str, str] = MEMORY_ENVIRONMENT
+) -> T:
+    """Call a function of a module in a new process with these environment variables on top.
+
+    The function is found by its name, so it may not be a lambda, and a module run with ``-m`` should not hold it.
+    Raises StageError where the process dies, as it does when the machine's memory ends.
+    """
+    with (
+        _environment(environment),
+        ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool,
+    ):
+        try:
+            return pool.submit(function, *arguments).result()
+        except BrokenProcessPool as error:
+            raise StageError(
+                f"{function.__module__}.{function.__name__}{arguments}: its process died, most likely for want of "
+                "memory; leave this workload out with --rows"
+            ) from error
+
+
+@contextmanager
+def _environment(values: Mapping[str, str]) -> Iterator[None]:
+    """The variables while a child is started: the C library reads them before Python runs."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+# --- the record -----------------------------------------------------------------------------------------------
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """Versions and hardware under which numbers were taken, and how busy the machine was when the run began."""
+    found: dict[str, Any] = {
+        **versions(),
+        "commit": _commit(),
+        "processor": _processor(),
+        "cores": len(psutil.Process().cpu_affinity()) if hasattr(psutil.Process, "cpu_affinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "vector_instructions": torch.backends.cpu.get_cpu_capability(),
+        "blas": "MKL" if torch.backends.mkl.is_available() else "other",
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "load_at_start": round(psutil.getloadavg()[0], 2),
+    }
+    if device.type == "cuda":
+        found["gpu"] = torch.cuda.get_device_name(device)
+    return found
+
+
+def _processor() -> str:
+    try:
+        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+    except OSError:
+        found = None
+    return found[1].strip() if found else platform.processor() or platform.machine()
+
+
+def _commit() -> str:
+    """The commit of the tree, with a plus where files differ from it."""
+    try:
+        said = subprocess.run(
+            ["git", "describe", "--always", "--exclude=*", "--dirty=+"], cwd=ROOT, capture_output=True, text=True
+        )
+    except OSError:
+        return "unknown"
+    return said.stdout.strip() or "unknown"
+
+
+def write_json(path: Path, record: Mapping[str, Any]) -> None:
+    """Raises StoreError where the file cannot be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise StoreError(f"{path}: cannot be written ({error.strerror}); choose another file") from error
+
+
+def read_json(path: Path, benchmark: str) -> dict[str, Any]:
+    """The record that a benchmark wrote. Raises StoreError for a file that is none of its own."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise StoreError(f"{path}: is no record of a benchmark ({error}); give a file written with --out") from error
+    found = record.get("benchmark") if isinstance(record, dict) else None
+    if found != benchmark:
+        raise StoreError(f"{path}: holds {found!r}; expected a record of {benchmark!r}, as written with --out")
+    return record
+
+
+def main(app: typer.Typer) -> None:
+    """Run a benchmark's command line: a BenchError is one line and exit code 2."""
+    try:
+        app()
+    except BenchError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
