@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import random
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +14,8 @@ import torch
 
 from rrhf_bench.data.dialogue import Template
 from rrhf_bench.errors import DataError
+from rrhf_bench.experiment import RuntimeSettings
+from rrhf_bench.pipeline.services import DistinctTexts, ModelRef, Services, engine_key
 from rrhf_bench.policy.batching import ResponseBatch
 from rrhf_bench.policy.policy import TransformersPolicy
 from rrhf_bench.records import Prompt
@@ -44,10 +49,10 @@ def sampler(request, policy):
     return sampler
 
 
-def disagreement(sampler, policy, temperature: float) -> float:
+def disagreement(sampler, policy, temperature: float, prompts=PROMPTS) -> float:
     """The largest difference between the sampler's log-probs and the trainer's, over sampled tokens."""
     worst = 0.0
-    for row in sampler.sample(PROMPTS, replace(SPEC, temperature=temperature)):
+    for row in sampler.sample(prompts, replace(SPEC, temperature=temperature)):
         pairs = [(policy.tokenization.prompt_ids(row.prompt), reply.token_ids) for reply in row.responses]
         with torch.no_grad():
             logp_BT = policy.token_logprobs(ResponseBatch.of_pairs(pairs, temperature))
@@ -172,3 +177,71 @@ def test_a_stop_string_ends_generation(sampler, policy):
     assert cut.finish == "stop"
     assert stop not in cut.text
     assert cut.token_ids == replies[index].token_ids[:3]
+
+
+def altered(source: Path, folder: Path, **config: object) -> Path:
+    """A copy of a model's folder whose config.json says something else."""
+    shutil.copytree(source, folder)
+    said = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps({**said, **config}), encoding="utf-8")
+    return folder
+
+
+@needs_vllm
+def test_one_engine_serves_every_policy_that_computes_alike(llama_folder, tmp_path):
+    """Another folder, another note in the config, another template, another length, a trained model saved again: the
+    same engine, each time with the weights, the words and the limit of the policy that is asked for."""
+    services = Services(RuntimeSettings(device="cpu", kv_cache_mib=32))
+    noted = {"initializer_range": 0.5, "transformers_version": "4.28.1", "dtype": "bfloat16", "use_cache": False}
+    other = altered(llama_folder(1), tmp_path / "other", **noted)
+    TransformersPolicy.load(other, template=Template()).save(tmp_path / "trained")
+    first = ModelRef(str(llama_folder(0)), max_length=128)
+    refs = [first, ModelRef(str(other), max_length=96, template="raw"), ModelRef(str(tmp_path / "trained"))]
+    engines = []
+    for ref in [*refs, first]:
+        policy = services.policy(ref)
+        sampler = services.sampler(policy, ref, "vllm")
+        engines.append(sampler.llm)
+        limit = ref.max_length or 512
+        assert (sampler.tokenization, sampler.max_model_len) == (policy.tokenization, limit)
+        assert disagreement(sampler, policy, 0.7, PROMPTS[1:2]) < 1e-5
+        with pytest.raises(DataError, match=f"exceed the context of {limit}"):
+            sampler.sample([Prompt("\n\nHuman: " + "Why? " * 300 + "\n\nAssistant:")], SPEC)
+    assert engines[0] is engines[1]
+    # 512 tokens do not fit an engine of 128: a longer one takes its place, for good.
+    assert engines[2] is engines[3] is not engines[1]
+
+
+def test_policies_that_compute_otherwise_have_engines_of_their_own(llama_folder, tmp_path):
+    def key(folder: Path, **ref: object) -> str:
+        policy = TransformersPolicy.load(folder, template=Template())
+        return engine_key(policy, ModelRef(str(folder), **ref), "vllm")
+
+    own = key(llama_folder(0))
+    assert own == key(llama_folder(1), max_length=64)
+    ropes = {"rope_parameters": {"rope_theta": 500000.0, "rope_type": "default"}}
+    assert own != key(altered(llama_folder(0), tmp_path / "ropes", **ropes))
+    assert own != key(altered(llama_folder(0), tmp_path / "norm", rms_norm_eps=1e-5))
+    assert own != key(llama_folder(0), dtype="bfloat16")
+    ending = altered(llama_folder(0), tmp_path / "ending")
+    said = json.loads((ending / "tokenizer_config.json").read_text(encoding="utf-8"))
+    (ending / "tokenizer_config.json").write_text(json.dumps({**said, "eos_token": "<pad>"}), encoding="utf-8")
+    assert own != key(ending)
+
+
+def test_no_text_of_a_call_is_scored_twice():
+    """Best-of-n, PPO and the curves hand over what was sampled, repetitions and all."""
+    asked = []
+
+    class Lengths:
+        identity = "lengths"
+
+        def score(self, prompts, responses):
+            asked.extend(responses)
+            return np.array([float(len(p.text) + len(r)) for p, r in zip(prompts, responses, strict=True)])
+
+    one, other = Prompt("one"), Prompt("other")
+    scores = DistinctTexts(Lengths()).score([one, one, other, one], ["a", "a", "a", "bcd"])
+    assert scores.tolist() == [4.0, 4.0, 6.0, 6.0]
+    assert asked == ["a", "a", "bcd"]
+    assert DistinctTexts(Lengths()).score([], []).shape == (0,)

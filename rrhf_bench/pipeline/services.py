@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from rrhf_bench.data.dialogue import Template, TemplateKind
 from rrhf_bench.experiment import Dtype, RuntimeSettings
 from rrhf_bench.policy.policy import TransformersPolicy
+from rrhf_bench.records import Prompt
 from rrhf_bench.rewards.reward import RewardModel
 from rrhf_bench.sampling.backend import BackendName
 from rrhf_bench.sampling.sampler import Sampler
@@ -77,8 +81,9 @@ class Services:
         return self._kept[ref]
 
     def reward(self, ref: ModelRef) -> RewardModel:
+        """A reward model that reads no text of a call twice. Loaded once."""
         if ref not in self._kept:
-            self._kept[ref] = load_reward(ref, self.device, self.runtime.score_batch)
+            self._kept[ref] = DistinctTexts(load_reward(ref, self.device, self.runtime.score_batch))
         return self._kept[ref]
 
     def sampler(
@@ -90,14 +95,14 @@ class Services:
     ) -> Sampler:
         """A sampler that holds the policy's weights. ``ref`` names a folder or hub id of its architecture.
 
-        Policies share an engine only where architecture, tokenizer and context are one: an engine decodes with the
-        tokenizer that it was started with.
+        One engine serves all policies that compute alike (``engine_key``), whatever they are called, however they are
+        prompted and to whatever length: two would hold two caches and pay two starts.
         """
-        config = policy.model.config.to_json_string()
-        architecture = " ".join((backend, str(context_of(policy, ref)), policy.tokenization.identity, config))
-        if architecture not in self._samplers:
-            self._samplers[architecture] = self._start(policy, ref, backend)
-        sampler: Any = self._samplers[architecture]
+        key = engine_key(policy, ref, backend)
+        if key not in self._samplers:
+            self._samplers[key] = self._start(policy, ref, backend)
+        sampler: Any = self._samplers[key]
+        sampler.resize(context_of(policy, ref))
         sampler.sync(policy)
         sampler.progress = progress
         return sampler
@@ -121,10 +126,51 @@ class Services:
         )
 
 
+# What a model's configuration says that no forward pass reads: where it came from, how it was made, how it is trained.
+UNREAD = {"_name_or_path", "_commit_hash", "transformers_version", "initializer_range", "use_cache", "problem_type"}
+UNREAD |= {"dtype", "torch_dtype", "id2label", "label2id", "return_dict", "output_attentions", "output_hidden_states"}
+
+
+def engine_key(policy: TransformersPolicy, ref: ModelRef, backend: BackendName) -> str:
+    """What an engine is started for and cannot change: the architecture, the dtype that it computes in, and the
+    vocabulary and end-of-text token by which it knows where a reply ends."""
+    tokenization = policy.tokenization
+    vocabulary = hashlib.sha256(json.dumps(sorted(tokenization.tokenizer.get_vocab().items())).encode()).hexdigest()
+    architecture = _read(policy.model.config.to_dict())
+    return json.dumps([backend, ref.dtype, vocabulary, tokenization.eos_id, architecture], sort_keys=True, default=str)
+
+
+def _read(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration without what no forward pass reads, those within it alike."""
+    return {
+        name: _read(value) if isinstance(value, Mapping) else value
+        for name, value in config.items()
+        if name not in UNREAD and not name.endswith(("dropout", "pdrop"))
+    }
+
+
 def context_of(policy: TransformersPolicy, ref: ModelRef) -> int:
     """Prompt + reply tokens at most: the model's context, or less where the reference says so."""
     own = getattr(policy.model.config.get_text_config(), "max_position_embeddings", None)
     return min(x for x in (own, ref.max_length, 1 << 20) if x is not None)
+
+
+class DistinctTexts:
+    """A RewardModel in front of another that gives it each text of a call once.
+
+    It remembers nothing from call to call: a score from another batch may differ in its last bits, and which calls went
+    before depends on the number of workers.
+    """
+
+    def __init__(self, reward: RewardModel) -> None:
+        self.reward = reward
+        self.identity = reward.identity
+
+    def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> NDArray[np.float64]:
+        pairs = list(zip(prompts, responses, strict=True))
+        place = {pair: i for i, pair in enumerate(dict.fromkeys(pairs))}
+        scores = self.reward.score([prompt for prompt, _ in place], [text for _, text in place])
+        return scores[[place[pair] for pair in pairs]]
 
 
 def load_reward(ref: ModelRef, device: str, batch_size: int) -> RewardModel:

@@ -71,7 +71,8 @@ class Sampler(Protocol):
         ...
 
     def sync(self, policy: Policy) -> None:
-        """Take the policy's weights and forget everything computed under the old ones."""
+        """Take the policy's weights and tokenization, and forget everything computed under the old ones. The policy
+        must be one of the same architecture and vocabulary."""
         ...
 
 

@@ -49,8 +49,13 @@ class TransformersSampler:
         self.progress = progress
         self.identity = f"{choose_backend('transformers').identity} {policy.model.dtype}".replace("torch.", "")
 
+    def resize(self, max_model_len: int) -> None:
+        """From now on this many tokens of prompt + reply at most."""
+        self.max_model_len = max_model_len
+
     def sync(self, policy: Policy) -> None:
         self.policy.model.load_state_dict(dict(policy.state()))
+        self.tokenization = policy.tokenization
 
     def sample(self, prompts: Sequence[Prompt], spec: SamplingSpec) -> list[Candidates]:
         prompt_ids = [

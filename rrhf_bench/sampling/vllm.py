@@ -19,12 +19,14 @@ from rrhf_bench.records import Candidates, Prompt
 from rrhf_bench.sampling.backend import choose_backend
 from rrhf_bench.sampling.sampler import SamplingSpec, fitting_ids, to_response
 
+CPU_BLOCK = 32  # tokens of a block of the KV cache: the CPU's default of 128 would never cache a short prompt
+
 
 class VLLMSampler:
     """A Sampler over one in-process vLLM engine.
 
-    ``folder`` gives architecture, tokenizer and first weights; ``sync`` replaces the weights of any policy of the same
-    architecture. Raises StageError where the engine does not start.
+    ``folder`` gives architecture, vocabulary and first weights; ``sync`` replaces the weights by those of any policy
+    with the same architecture and vocabulary. Raises StageError where the engine does not start.
     """
 
     def __init__(
@@ -44,10 +46,30 @@ class VLLMSampler:
         self.max_model_len = max_model_len
         self.identity = f"{choose_backend('vllm').identity} {dtype}"
         cuda = torch.cuda.is_available()
-        # The engine's default KV cache on a CPU is gigabytes that take seconds to fill.
-        memory = {"gpu_memory_utilization": gpu_memory} if cuda else {"kv_cache_memory_bytes": kv_cache_mib << 20}
+        self._folder = str(folder)
+        self._settings: dict[str, Any] = {
+            "revision": revision,
+            "dtype": dtype,
+            "enforce_eager": True,
+            # Prompts whole, never in pieces: a seeded request whose prompt is cut over two engine steps rewinds its
+            # generator, which vLLM's CPU generators cannot do ("CPU Generator does not use offset").
+            "enable_chunked_prefill": False,
+            "enable_prefix_caching": True,
+            "block_size": None if cuda else CPU_BLOCK,
+            "logprobs_mode": "processed_logprobs",  # raw ones could not show a temperature that was not applied
+            "generation_config": "vllm",  # a model's own sampling defaults have no say here
+            "disable_log_stats": True,
+            "use_tqdm_on_load": False,
+            # The engine's default KV cache on a CPU is gigabytes that take seconds to fill.
+            **({"gpu_memory_utilization": gpu_memory} if cuda else {"kv_cache_memory_bytes": kv_cache_mib << 20}),
+        }
+        self.llm: Any = None
+        self._start()
+
+    def _start(self) -> None:
+        """Start the engine. Raises StageError where it does not."""
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine in this process: weights sync without a copy
-        os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # would override the size above
+        os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # would override the size of the cache
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # binding would pin the trainer's threads as well
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
@@ -56,30 +78,29 @@ class VLLMSampler:
 
             gc.collect()
             gc.freeze()  # what is imported so far is never garbage: spares the engine's many collections a walk over it
+            length = self.max_model_len
             try:
-                self.llm: Any = LLM(
-                    str(folder),
-                    revision=revision,
-                    dtype=dtype,
-                    enforce_eager=True,
-                    max_model_len=max_model_len,
-                    # Prompts whole, never in pieces: a seeded request whose prompt is cut over two engine steps rewinds
-                    # its generator, which vLLM's CPU generators cannot do ("CPU Generator does not use offset").
-                    enable_chunked_prefill=False,
-                    max_num_batched_tokens=max(8192, max_model_len),
-                    enable_prefix_caching=True,
-                    block_size=None if cuda else 32,  # the CPU's default of 128 would never cache a short prompt
-                    logprobs_mode="processed_logprobs",  # raw ones could not show a temperature that was not applied
-                    generation_config="vllm",  # a model's own sampling defaults have no say here
-                    disable_log_stats=True,
-                    use_tqdm_on_load=False,
-                    **memory,
+                self.llm = LLM(
+                    self._folder, max_model_len=length, max_num_batched_tokens=max(8192, length), **self._settings
                 )
             except (RuntimeError, ValueError, OSError) as error:
                 reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
                 raise StageError(
-                    f'{folder}: vLLM could not start ({reason}); set sampling.backend = "transformers"'
+                    f'{self._folder}: vLLM could not start ({reason}); set sampling.backend = "transformers"'
                 ) from error
+        self._started_for = length
+
+    def resize(self, max_model_len: int) -> None:
+        """From now on this many tokens of prompt + reply at most. Beyond what the engine was started for, a longer one
+        takes its place, with the folder's weights until the next sync."""
+        self.max_model_len = max_model_len
+        if max_model_len > self._started_for:
+            self.llm.llm_engine.engine_core.shutdown()
+            self.llm = None
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            self._start()
 
     def sample(self, prompts: Sequence[Prompt], spec: SamplingSpec) -> list[Candidates]:
         from vllm import SamplingParams
@@ -136,11 +157,15 @@ class VLLMSampler:
         return outputs
 
     def sync(self, policy: Policy) -> None:
-        """New weights in, and the prefix cache, which holds states of the old ones, emptied."""
+        """New weights in, and the prefix cache, which holds states of the old ones, emptied.
+
+        Also where the engine may hold these weights already: to know it for sure, they would have to be compared.
+        """
         with _untouched_random_state(), torch.no_grad():
             self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(policy.state().items())})
             if not self.llm.reset_prefix_cache():
                 raise StageError("vLLM did not empty its prefix cache, so it would sample from old weights; run again")
+        self.tokenization = policy.tokenization
 
 
 @contextmanager
