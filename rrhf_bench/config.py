@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,13 +12,14 @@ from typing import Any, TypeVar, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 
 from rrhf_bench.contradictions import contradictions
-from rrhf_bench.errors import ConfigError, nearest
+from rrhf_bench.errors import ConfigError, nearest, visible
 from rrhf_bench.evaluation.claims_settings import CLAIMS, ClaimSettings
-from rrhf_bench.experiment import Experiment, SamplingSettings
+from rrhf_bench.experiment import NAME, Experiment, SamplingSettings
 from rrhf_bench.registry import METHODS, settings_class
 from rrhf_bench.settings import READ, SEARCH_KEYS, CandidateSettings, MethodSettings
 
 TRAINED_WITH = ("rounds", "refresh", "reward_kl")  # what a sampling policy may say beyond the candidates themselves
+DEEPEST = 16  # tables and lists inside each other; an experiment has four
 
 
 def load_experiment(path: Path, overrides: Sequence[str] = ()) -> Experiment:
@@ -32,7 +34,7 @@ def load_experiment(path: Path, overrides: Sequence[str] = ()) -> Experiment:
     # A path in a file is relative to where the command runs, as on the command line: the two can override each other.
     experiment = _validate(table, faults)
     if faults:
-        raise ConfigError("\n".join(f"{path}: {fault}" for fault in faults))
+        raise ConfigError("\n".join(visible(f"{path}: {fault}") for fault in faults))
     assert experiment is not None
     return experiment
 
@@ -43,21 +45,25 @@ def parse_method(kind: str, assignments: Sequence[str]) -> MethodSettings:
     faults = [fault for word in assignments if (fault := _override(table, f"method.{word}"))]
     method = None if faults else _method("method", table["method"], faults)
     if faults or method is None:
-        raise ConfigError("\n".join(faults))
+        raise ConfigError("\n".join(map(visible, faults)))
     return method
 
 
 def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
-    """A file's table merged over the file it extends."""
+    """A file's table merged over the file it extends, which may lie anywhere: it is read, and nothing else."""
     if path.resolve() in seen:
         raise ConfigError(f"{path}: extends: comes back to itself through {seen[-1]}; remove one of the two")
     try:
-        with path.open("rb") as file:
-            table = tomllib.load(file)
+        content = path.read_bytes()
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror}); give the path of an experiment file") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ConfigError(f"{path}: is not TOML: {error}") from error
+        above = f"{seen[-1]}: extends: " if seen else ""
+        raise ConfigError(
+            f"{above}{path}: cannot be read ({error.strerror}); give the path of an experiment file"
+        ) from error
+    table = _parsed(path, content)
+    faults = list(_unusable(table))
+    if faults:
+        raise ConfigError("\n".join(visible(f"{path}: {fault}") for fault in faults))
     bases = table.pop("extends", [])
     bases = [bases] if isinstance(bases, str) else bases
     if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
@@ -68,6 +74,45 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         below.pop("name", None)  # a file that extends another is another experiment: its own name or its file's
         merged = _merged(merged, below)
     return _merged(merged, table)
+
+
+def _parsed(path: Path, content: bytes) -> dict[str, Any]:
+    """The table of a file. Raises ConfigError naming the line."""
+    try:
+        text = content.decode()
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise ConfigError(f"{path}: line {line}: is not UTF-8 text ({error.reason}); save the file as UTF-8") from error
+    if text.startswith("\ufeff"):
+        raise ConfigError(f"{path}: line 1: starts with a byte-order mark; save the file as UTF-8 without one")
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path}: is not TOML: {error}") from error
+    except (RecursionError, ValueError) as error:  # the second: a whole number of thousands of digits
+        deep = isinstance(error, RecursionError)
+        lines = text.split("\n")
+        worst = max(lines, key=lambda line: sum(map(line.count, "[{" if deep else "0123456789")))
+        what = "values nested too deeply" if deep else "a whole number of too many digits"
+        raise ConfigError(f"{path}: is not TOML: {what} (about line {lines.index(worst) + 1})") from error
+
+
+def _unusable(value: Any, where: tuple[str, ...] = ()) -> Iterator[str]:
+    """Faults that no key can mean, whichever it is: numbers that are not finite or too large, text that is no text."""
+    name = ".".join(where)
+    if isinstance(value, dict | list):
+        inside = value.items() if isinstance(value, dict) else enumerate(value)
+        if len(where) >= DEEPEST:
+            yield f"{'.'.join(where[:4])}...: tables or lists inside each other, more than {DEEPEST} deep; remove them"
+            return
+        for key, item in inside:
+            yield from _unusable(item, (*where, str(key)))
+    elif isinstance(value, float) and not math.isfinite(value):
+        yield f"{name}: found {value}; expected a finite number"
+    elif isinstance(value, int) and not -(2**63) <= value < 2**63:
+        yield f"{name}: found a whole number of more than 64 bits; expected one that fits"
+    elif isinstance(value, str) and ("\0" in value or any("\ud800" <= c <= "\udfff" for c in value)):
+        yield f"{name}: found {value[:60]!r}; expected text without NUL and without bytes that are no UTF-8"
 
 
 def _merged(below: Any, above: Any, *where: str) -> Any:
@@ -99,9 +144,11 @@ def _override(table: dict[str, Any], override: str) -> str | None:
         return f"--set {override}: expected KEY=VALUE, such as methods.rrhf.lr=1e-5"
     try:
         value = tomllib.loads(f"value = {text}")["value"]
-    except (tomllib.TOMLDecodeError, RecursionError):
+    except (ValueError, RecursionError):  # TOMLDecodeError is the first kind
         value = text  # a bare word is text: --set policy.source=gpt2
     *parents, last = [part.strip() for part in key.split(".")]
+    for fault in _unusable(value, (*parents, last)):
+        return fault
     for parent in parents:
         table = table.setdefault(parent, {})
         if not isinstance(table, dict):
@@ -124,12 +171,12 @@ def _validate(table: dict[str, Any], faults: list[str]) -> Experiment | None:
     for name, of_row in _tables(table.get("methods", {}), "methods", "[methods.rrhf]", faults).items():
         if isinstance(of_row, dict):
             of_row = _merged(defaults.get(str(of_row.get("kind", name)), {}), of_row, "methods", name)
-        method = _method(f"methods.{name}", of_row, faults)
+        method = _method(f"methods.{name}", of_row, faults) if _nameable("methods", name, faults) else None
         if method is not None:
             methods[name] = method
     claims: dict[str, ClaimSettings] = {}
     for name, of_claim in _tables(table.get("claims", {}), "claims", "[claims.ordered]", faults).items():
-        claim = _claim(f"claims.{name}", of_claim, faults)
+        claim = _claim(f"claims.{name}", of_claim, faults) if _nameable("claims", name, faults) else None
         if claim is not None:
             claims[name] = claim
     written = dict(table)
@@ -174,6 +221,14 @@ def _tables(found: Any, where: str, example: str, faults: list[str]) -> dict[str
     return {}
 
 
+def _nameable(where: str, name: str, faults: list[str]) -> bool:
+    """Whether a table's name can be one of a row: it stands in tables, figures, logs and names of files."""
+    if not re.fullmatch(NAME, name):
+        faults.append(f"{where}.{name}: a name is letters, digits, - and _, at most 100; choose another")
+        return False
+    return True
+
+
 def _default(kind: str, table: Any, faults: list[str]) -> bool:
     """Whether what rows of a kind start from can be used; the faults of one that cannot."""
     before = len(faults)
@@ -193,7 +248,7 @@ def _claim(where: str, table: Any, faults: list[str]) -> ClaimSettings | None:
         faults.append(f"{where}: found {table!r}; expected a table of the claim's rows and margin")
         return None
     kind = table.get("kind", name)
-    if kind not in CLAIMS:
+    if not isinstance(kind, str) or kind not in CLAIMS:
         faults.append(f"{where}.kind: found {kind!r}; allowed are {', '.join(CLAIMS)}{nearest(str(kind), CLAIMS)}")
         return None
     try:
@@ -209,7 +264,7 @@ def _method(where: str, table: Any, faults: list[str]) -> MethodSettings | None:
         faults.append(f"{where}: found {table!r}; expected a table of the method's settings")
         return None
     kind = table.get("kind", name)
-    if kind not in METHODS:
+    if not isinstance(kind, str) or kind not in METHODS:
         faults.append(f"{where}.kind: found {kind!r}; allowed are {', '.join(METHODS)}{nearest(str(kind), METHODS)}")
         return None
     settings = settings_class(kind)
@@ -254,15 +309,17 @@ def _faults(error: ValidationError, model: type[BaseModel], prefix: str) -> Iter
         where = ".".join(filter(None, [prefix, *map(str, fault["loc"])]))
         found = repr(fault["input"])
         found = found if len(found) <= 60 else found[:57] + "..."
+        if where.startswith("judge"):  # a key put into the wrong field must not come back in the message about it
+            found = "what is not shown here"
         if fault["type"] == "extra_forbidden":
             keys = list(_table_at(model, fault["loc"][:-1]).model_fields)
             yield f"{where}: unknown key; allowed are {', '.join(keys)}{nearest(str(fault['loc'][-1]), keys)}"
         elif fault["type"] == "missing":
             yield f"{where}: missing"
         elif fault["type"] == "value_error":
-            # A message of one key starts with what was found there; one of a whole table, with the key at fault.
+            # A message of a whole table starts with the key at fault.
             message = str(fault["ctx"]["error"])
-            yield f"{where}: {message}" if message.startswith("found") else f"{where}.{message}"
+            yield f"{where}.{message}" if re.match(r"\w+: ", message) else f"{where}: {message}"
         else:
             message = fault["msg"]
             yield f"{where}: found {found}; {message[0].lower()}{message[1:]}"

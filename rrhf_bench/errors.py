@@ -1,17 +1,38 @@
-"""Errors a user can mend. Each message says, in one line, where, what was found, what is expected, what to do next."""
+"""Errors a user can mend. Each message says, in one line, where, what was found, what is expected, what to do next.
+
+Messages quote what others wrote: names and values of files, paths, texts of libraries and servers. So every message is
+made inert when it is raised: it cannot break its line, act on a terminal, or hold a secret of this process.
+"""
 
 from __future__ import annotations
 
 import difflib
+import os
+import re
+import unicodedata
 from collections.abc import Iterable
+from typing import ClassVar
+
+# What could end a line, move the cursor, reorder text or fail to encode: controls, formats, surrogates, separators.
+_UNSEEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
+_SHORT = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
+_SECRET = re.compile(r"(TOKEN|KEY|SECRET|PASSWORD)$", re.IGNORECASE)  # variables that hold one, such as HF_TOKEN
+_SHORTEST = 8  # characters of a secret; what is shorter is an ordinary word, and would be blanked out everywhere
 
 
 class BenchError(ValueError):
     """Base of every error that is the input's fault; the command line prints it as one line and exits with 2."""
 
+    keep: ClassVar[str] = ""  # unseen characters that the message may hold
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(visible(redacted(message), self.keep))
+
 
 class ConfigError(BenchError):
     """An experiment file, an override or an option that cannot be used; may hold several faults, one a line."""
+
+    keep = "\n"
 
 
 class DataError(BenchError):
@@ -24,6 +45,28 @@ class StoreError(BenchError):
 
 class StageError(BenchError):
     """A stage that could not finish: a loss that is not finite, a sampler that failed."""
+
+
+def visible(text: str, keep: str = "") -> str:
+    """``text`` with characters that cannot be seen spelled out, such as ``\\x1b``; those in ``keep`` stay."""
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(c if c in keep or unicodedata.category(c) not in _UNSEEN else _spelled(c) for c in text)
+
+
+def _spelled(character: str) -> str:
+    code = ord(character)
+    return _SHORT.get(character) or (
+        f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+    )
+
+
+def redacted(text: str) -> str:
+    """``text`` without the secrets of this process's environment and without user and password of a URL."""
+    for name, value in os.environ.items():
+        if len(value) >= _SHORTEST and _SECRET.search(name):
+            text = text.replace(value, "***")
+    return re.sub(r"(?<=://)[^/\s@'\"]+@", "***@", text)
 
 
 def nearest(word: str, allowed: Iterable[str]) -> str:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, SerializeAsAny, field_validator, model_validator
+from pydantic import AfterValidator, Field, SerializeAsAny, field_validator, model_validator
 
 from rrhf_bench.data.dialogue import STOP_STRINGS
 from rrhf_bench.evaluation.claims_settings import ClaimSettings
@@ -16,10 +17,34 @@ from rrhf_bench.settings import POLICIES, CandidateSettings, MethodSettings, Nam
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Positive = Annotated[int, Field(ge=1)]
-NAME = "[A-Za-z0-9][A-Za-z0-9_-]*"  # of experiments, policies and sources
+# Of experiments, rows, claims, policies and sources: files and folders bear them, so none is a device on Windows.
+NAME = r"(?!(?i:con|prn|aux|nul|com\d|lpt\d)$)[A-Za-z0-9][A-Za-z0-9_-]{0,99}"
 BY_METHOD = "methods."  # how the source of a policy names the row that trained it
 TOY_MODELS = ("toy", "toy-raw")
 WORLDS = ("toy", "toy-reviews")  # what ships inside: dialogues; film reviews
+
+
+def _looked_up(name: str) -> str:
+    """A model's name, of which the file system can say whether it is a folder. Raises ValueError for the rest."""
+    try:
+        Path(name).is_dir()
+    except OSError as error:  # too long, or where nobody may look
+        raise ValueError(f"found {name[:60]!r} ({error.strerror}); expected a hub id or a folder") from error
+    if not name.strip():
+        raise ValueError(f"found {name!r}; expected a hub id or a folder")
+    return name
+
+
+def _borne(name: str) -> str:
+    """A name that a folder can bear. Raises ValueError for the rest."""
+    if not re.fullmatch(NAME, name):
+        raise ValueError(
+            f"found {name[:60]!r}; expected letters, digits, - and _, at most 100 and no device of Windows"
+        )
+    return name
+
+
+ModelName = Annotated[str, AfterValidator(_looked_up)]
 
 
 class ToySettings(Settings):
@@ -49,7 +74,7 @@ class DataSettings(Settings):
 
     @model_validator(mode="after")
     def _readable(self) -> Self:
-        if self.source not in (*WORLDS, "files") and not self.source.startswith("hub:"):
+        if self.source not in (*WORLDS, "files") and not re.fullmatch("hub:.+", self.source):
             raise ValueError(
                 f'source: found {self.source!r}; allowed are "toy", "toy-reviews", "files" and "hub:OWNER/NAME"'
             )
@@ -81,7 +106,7 @@ class ScratchSettings(Settings):
 
 
 class ModelSettings(Settings):
-    source: str = "toy"  # "toy", "toy-raw", "scratch", a hub id or a folder
+    source: ModelName = "toy"  # "toy", "toy-raw", "scratch", a hub id or a folder
     revision: str | None = None
     template: Literal["hh", "chat", "raw"] = "hh"
     dtype: Dtype = "float32"
@@ -109,7 +134,8 @@ class PolicySettings(ModelSettings):
 
 
 class RewardModelSettings(Settings):
-    source: str = "toy"  # "toy" or "scratch": trained on the data's pairs from the initial policy; a hub id or a folder
+    # "toy" or "scratch": trained on the data's pairs from the initial policy; or a hub id, or a folder.
+    source: ModelName = "toy"
     layout: Literal["classifier", "value-head"] = "classifier"
     revision: str | None = None
     template: Literal["hh", "chat", "raw"] = "hh"
@@ -156,7 +182,7 @@ class SourceSettings(CandidateSettings):
             raise ValueError(
                 "model: a source has either model = a policy or row, or file = a path; give one of the two"
             )
-        if self.file is not None and not Path(self.file).is_file():
+        if self.file is not None and not _exists(self.file, Path.is_file):
             raise ValueError(f"file: found {self.file!r}, which does not exist; expected a JSON-lines file")
         return self
 
@@ -194,7 +220,7 @@ class SamplingSettings(CandidateSettings):
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     top_k: Annotated[int, Field(ge=0)] = 0
     max_new_tokens: Positive = 64
-    stop: Names = STOP_STRINGS
+    stop: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(strict=False)] = STOP_STRINGS
     cut_at_stop: bool = True  # training replies too; the paper did not cut them
 
     @property
@@ -234,7 +260,7 @@ class RuntimeSettings(Settings):
 class Experiment(Settings):
     """One experiment, complete: every default filled in, every method's inheritance resolved."""
 
-    name: Annotated[str, Field(pattern=f"^{NAME}$")]
+    name: Annotated[str, AfterValidator(_borne)]
     seeds: Annotated[tuple[int, ...], Field(strict=False, min_length=1)] = (0,)
     data: DataSettings = DataSettings()
     policy: PolicySettings = PolicySettings()
@@ -264,7 +290,11 @@ class Experiment(Settings):
         return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))
 
 
-def _exists(path: str) -> bool:
-    if any(mark in path for mark in "*?["):
-        return any(Path().glob(path)) if not Path(path).is_absolute() else any(Path("/").glob(path[1:]))
-    return Path(path).exists()
+def _exists(path: str, how: Callable[[Path], bool] = Path.exists) -> bool:
+    """``how``: as what a path without a pattern must exist."""
+    try:
+        if how is Path.exists and any(mark in path for mark in "*?["):
+            return any(Path().glob(path)) if not Path(path).is_absolute() else any(Path("/").glob(path[1:]))
+        return path != "" and how(Path(path))
+    except (OSError, ValueError, NotImplementedError):  # too long a name, one that may not be seen, no pattern
+        return False

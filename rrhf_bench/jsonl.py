@@ -44,29 +44,69 @@ def write_jsonl(path: Path, records: Iterable[Any]) -> int:
 def read_objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line number, object) of each non-blank line. Raises DataError naming file and line."""
     try:
-        file = path.open(encoding="utf-8")
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); give the path of a JSONL file") from error
-    with file:
-        try:
+        with path.open("rb") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
-                    yield number, _object(path, number, line)
-        except UnicodeDecodeError as error:
-            raise DataError(
-                f"{path}: is not UTF-8 text ({error.reason} at byte {error.start}); expected one JSON object a line"
-            ) from error
+                    yield number, parse_line(line, f"{path}:{number}")
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); give the path of a JSONL file") from error
 
 
-def _object(path: Path, number: int, line: str) -> dict[str, Any]:
+def parse_line(line: bytes, where: str) -> dict[str, Any]:
+    """The object of a line, which ``where`` names in a message. Lines end at LF alone: JSON's text may hold any other
+    mark that ends one, U+2028 among them. Raises DataError for what is no object in UTF-8, and for what could be read
+    in two ways or written nowhere: a key that is there twice, half of a surrogate pair, a number of endless digits.
+    """
     try:
-        value = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
-        reason = error.msg if isinstance(error, json.JSONDecodeError) else "nested too deeply"
-        raise DataError(f"{path}:{number}: is not JSON ({reason}); expected one JSON object a line") from error
+        value = json.loads(line.decode(), object_pairs_hook=_distinct)
+        if b"\\u" in line:  # the only way to half of a pair
+            json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where}: is not UTF-8 text (byte {error.start} of the line); save it as UTF-8") from error
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{where}: holds {error.object[error.start]!r}, half of a surrogate pair; mend the text"
+        ) from error
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where}: is not JSON ({error.msg}); expected one JSON object a line") from error
+    except RecursionError as error:
+        raise DataError(f"{where}: is not JSON (nested too deeply); expected one JSON object a line") from error
+    except ValueError as error:  # the key of _distinct, or a number that Python will not read
+        reason = error.args[0] if isinstance(error, _Twice) else "a whole number of too many digits"
+        raise DataError(f"{where}: is not JSON ({reason}); expected one JSON object a line") from error
     if not isinstance(value, dict):
-        raise DataError(f"{path}:{number}: found a JSON {type(value).__name__}; expected an object")
+        raise DataError(f"{where}: found {shown(value)}; expected one JSON object a line")
     return value
+
+
+class _Twice(ValueError):
+    """A key that an object has twice."""
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise _Twice(f"the key {next(name for name in names if names.count(name) > 1)!r} is there twice")
+    return value
+
+
+def shown(value: Any) -> str:
+    """How a JSON value begins, for a message."""
+    try:
+        return json.dumps(value)[:60]
+    except (TypeError, ValueError, RecursionError):
+        return f"a {type(value).__name__}"
+
+
+def finite(value: Any) -> float | None:
+    """A JSON number as a float; None for what is no number, not finite or beyond a float."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        return float(value) if math.isfinite(value) else None
+    except OverflowError:
+        return None
 
 
 def read_jsonl(path: Path, kind: type[T]) -> list[T]:
@@ -103,11 +143,14 @@ def _build(kind: Any, value: Any, where: str) -> Any:
         if isinstance(value, dict):
             return _record(kind, value, where)
     elif kind is float:
-        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
-            return float(value)
-    elif isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
+        if (number := finite(value)) is not None:
+            return number
+    elif kind is int:
+        if type(value) is int and -(2**63) <= value < 2**63:
+            return value
+    elif isinstance(value, kind):
         return value
-    raise DataError(f"{where}: found {json.dumps(value)[:60]}; expected {_words(kind)}")
+    raise DataError(f"{where}: found {shown(value)}; expected {_words(kind)}")
 
 
 def _record(kind: Any, value: dict[str, Any], where: str) -> Any:

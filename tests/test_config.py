@@ -303,7 +303,7 @@ def test_an_unknown_key_far_from_all_others_is_given_no_neighbour(write: Write) 
         ("sampling.backend", "'sglang'", "'vllm' or 'transformers'"),
         ("methods.rrhf.variant", "'papers'", "'paper', 'intended' or 'official'"),
         ("data", "3", "dictionary"),
-        ("policy.scratch.lr", "nan", "greater than 0"),
+        ("policy.scratch.lr", "nan", "expected a finite number"),
     ],
 )
 def test_a_wrong_value_names_key_found_and_allowed(write: Write, key: str, value: str, words: str) -> None:

@@ -10,7 +10,6 @@ import glob
 import gzip
 import hashlib
 import json
-import math
 import re
 import zlib
 from collections import Counter
@@ -23,7 +22,7 @@ from typing import Any, Literal, TypeVar, get_args
 
 from rrhf_bench.data.dialogue import ASSISTANT, Turn, as_prompt, as_reply, prompt_of, transcript_of, turns
 from rrhf_bench.errors import DataError
-from rrhf_bench.jsonl import write_jsonl
+from rrhf_bench.jsonl import finite, parse_line, shown, write_jsonl
 from rrhf_bench.records import Candidates, Finish, Preference, Prompt, Response
 from rrhf_bench.seeding import derive_seed
 
@@ -209,7 +208,7 @@ def load_texts(
         counts["rows"] += 1
         text, label = _text(row, "text", where), row.get("label")
         if isinstance(label, bool) or not isinstance(label, int | str):
-            raise DataError(f"{where}: label: found {_found(label)}; expected text or a whole number")
+            raise DataError(f"{where}: label: found {shown(label)}; expected text or a whole number")
         words = list(_WORD.finditer(text))
         if len(words) <= prompt_words:
             counts["too_short"] += 1
@@ -381,30 +380,10 @@ def _json_objects(file: Path, digest: Any = None) -> Iterator[Row]:
                 if digest is not None:
                     digest.update(line)
                 if line.strip():
-                    yield f"{file}:{number}", _json_object(line, f"{file}:{number}")
+                    yield f"{file}:{number}", parse_line(line, f"{file}:{number}")
     except (OSError, EOFError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or _one_line(error)
         raise DataError(f"{file}: cannot be read ({reason}); give the path of a JSONL file") from error
-
-
-def _json_object(line: bytes, where: str) -> dict[str, Any]:
-    try:
-        value = json.loads(line.decode())
-    except UnicodeDecodeError as error:
-        raise DataError(f"{where}: is not UTF-8 text (byte {error.start} of the line); save it as UTF-8") from error
-    except (json.JSONDecodeError, RecursionError) as error:
-        reason = error.msg if isinstance(error, json.JSONDecodeError) else "nested too deeply"
-        raise DataError(f"{where}: is not JSON ({reason}); expected one JSON object a line") from error
-    if not isinstance(value, dict):
-        raise DataError(f"{where}: found {_found(value)}; expected one JSON object a line")
-    return value
-
-
-def _found(value: Any) -> str:
-    try:
-        return json.dumps(value)[:60]
-    except (TypeError, ValueError):
-        return f"{value!r:.60}"
 
 
 def _text(row: Mapping[str, Any], field: str, where: str) -> str:
@@ -413,7 +392,7 @@ def _text(row: Mapping[str, Any], field: str, where: str) -> str:
         return value
     if value is None:
         raise DataError(f"{where}: {field}: is missing; expected text (found the fields {', '.join(row) or 'none'})")
-    raise DataError(f"{where}: {field}: found {_found(value)}; expected text")
+    raise DataError(f"{where}: {field}: found {shown(value)}; expected text")
 
 
 def _read_row(row: Mapping[str, Any], where: str, diverging: Diverging) -> tuple[Preference | None, list[str]]:
@@ -640,7 +619,7 @@ def load_candidates(path: str | Path, *, scored: bool = True) -> CandidateData:
         for i, (text, score) in enumerate(zip(texts, scores, strict=True)):
             ended = _finish(finish[i], f"{where}: finish[{i}]") if finish else "given"
             if not isinstance(text, str) or not (text.strip() or ended != "given"):
-                raise DataError(f"{where}: responses[{i}]: found {_found(text)}; expected text that is not empty")
+                raise DataError(f"{where}: responses[{i}]: found {shown(text)}; expected text that is not empty")
             reply = as_reply(text) if ended == "given" else text
             separators += reply != text
             response = Response(reply, "file", ended)
@@ -650,13 +629,13 @@ def load_candidates(path: str | Path, *, scored: bool = True) -> CandidateData:
                 response = replace(response, source=_text({"": sources[i]}, "", f"{where}: sources[{i}]"))
             if token_ids and token_ids[i] is not None:
                 ids = token_ids[i]
-                if not isinstance(ids, list) or not all(type(token) is int and token >= 0 for token in ids):
-                    raise DataError(f"{where}: token_ids[{i}]: found {_found(ids)}; expected a list of token ids")
+                if not isinstance(ids, list) or not all(type(token) is int and 0 <= token < 2**31 for token in ids):
+                    raise DataError(f"{where}: token_ids[{i}]: found {shown(ids)}; expected a list of token ids")
                 response = replace(response, token_ids=tuple(ids))
             if logprobs and logprobs[i] is not None:
                 values = logprobs[i]
                 if not isinstance(values, list):
-                    raise DataError(f"{where}: logprobs[{i}]: found {_found(values)}; expected a list of numbers")
+                    raise DataError(f"{where}: logprobs[{i}]: found {shown(values)}; expected a list of numbers")
                 response = replace(
                     response, logprobs=tuple(_number(value, f"{where}: logprobs[{i}]") for value in values)
                 )
@@ -712,7 +691,7 @@ def count_candidates(candidates: Iterable[Candidates]) -> dict[str, int]:
 def _listed(row: Mapping[str, Any], field: str, where: str, length: int | None) -> list[Any]:
     value = row.get(field)
     if not isinstance(value, list) or not value:
-        found = "nothing" if field not in row else _found(value)
+        found = "nothing" if field not in row else shown(value)
         raise DataError(f"{where}: {field}: found {found}; expected a list that is not empty")
     if length is not None and len(value) != length:
         raise DataError(f"{where}: {field}: found {len(value)} of them; expected {length}, one for each response")
@@ -720,14 +699,15 @@ def _listed(row: Mapping[str, Any], field: str, where: str, length: int | None) 
 
 
 def _number(value: Any, where: str) -> float:
-    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
-        return float(value)
-    raise DataError(f"{where}: found {_found(value)}; expected a finite number")
+    number = finite(value)
+    if number is None:
+        raise DataError(f"{where}: found {shown(value)}; expected a finite number")
+    return number
 
 
 def _finish(value: Any, where: str) -> Finish:
     if value not in get_args(Finish):
-        raise DataError(f"{where}: found {_found(value)}; expected one of {', '.join(get_args(Finish))}")
+        raise DataError(f"{where}: found {shown(value)}; expected one of {', '.join(get_args(Finish))}")
     return value
 
 

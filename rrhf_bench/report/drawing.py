@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter
 
-from rrhf_bench.report.table import visible
+from rrhf_bench.errors import visible
 from rrhf_bench.report.view import GIVEN, View
 
 GREY = "#6b6b6b"

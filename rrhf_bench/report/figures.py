@@ -21,6 +21,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from PIL import Image
 
 from baselines.best_of_n import best_of_n_kl, expected_best_of_n
+from rrhf_bench.errors import visible
 from rrhf_bench.evaluation.statistics import Estimate, Floats, rank_correlation
 from rrhf_bench.paper import figure3_curve, table6
 from rrhf_bench.records import CurvePoint, Decoding
@@ -42,7 +43,7 @@ from rrhf_bench.report.drawing import (
 )
 from rrhf_bench.report.frontier import frontiers
 from rrhf_bench.report.published import counterpart
-from rrhf_bench.report.table import Missing, visible
+from rrhf_bench.report.table import Missing
 from rrhf_bench.report.view import BASE, DECODING_WORDS, GIVEN, MEASURE_WORDS, Block, Measure, View, mean_of
 from rrhf_bench.seeding import generator
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from rrhf_bench.errors import StoreError
+from rrhf_bench.errors import StoreError, visible
 from rrhf_bench.pipeline.results import RunRecords
 from rrhf_bench.records import Evaluated, Prompt
 from rrhf_bench.report.claims import claim_results, claim_sentences, claims_table, power_words
@@ -17,7 +17,7 @@ from rrhf_bench.report.drawing import Drawn
 from rrhf_bench.report.figures import write_figures
 from rrhf_bench.report.findings import departures_table, findings, rows_table, standing
 from rrhf_bench.report.published import published_tables
-from rrhf_bench.report.table import Table, fenced, markdown, number, to_csv, to_markdown, visible, write_table
+from rrhf_bench.report.table import Table, fenced, markdown, number, to_csv, to_markdown, write_table
 from rrhf_bench.report.tables import (
     FEATURES,
     candidates_table,

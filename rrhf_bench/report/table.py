@@ -10,16 +10,13 @@ import csv
 import io
 import math
 import re
-import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from rrhf_bench.errors import visible
 from rrhf_bench.evaluation.statistics import Estimate
 
-# What could end a line, move the cursor, reorder text or fail to encode: controls, formats, surrogates, separators.
-_UNSEEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
-_SHORT = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
 _LATEX = {
     "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "#": r"\#", "%": r"\%", "_": r"\_",
     "^": r"\textasciicircum{}", "~": r"\textasciitilde{}", "<": r"\textless{}", ">": r"\textgreater{}",
@@ -88,20 +85,6 @@ class Table:
     def reasons(self) -> tuple[str, ...]:
         """Why numbers are missing, each once, in order of appearance: (a), (b), ... in the cells."""
         return tuple(dict.fromkeys(cell.reason for row in self.rows for cell in row if cell.value is None))
-
-
-def visible(text: str, keep: str = "") -> str:
-    """``text`` with characters that cannot be seen spelled out, such as ``\\x1b``; those in ``keep`` stay."""
-    if text.isascii() and text.isprintable():
-        return text
-    return "".join(c if c in keep or unicodedata.category(c) not in _UNSEEN else _spelled(c) for c in text)
-
-
-def _spelled(character: str) -> str:
-    code = ord(character)
-    return _SHORT.get(character) or (
-        f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
-    )
 
 
 def markdown(text: str) -> str:
