@@ -116,27 +116,23 @@ def _synchronise() -> None:
 # --- the peak of the machine ----------------------------------------------------------------------------------
 
 
-def product_rate(dtype: torch.dtype, device: torch.device, *, onednn: bool = False, size: int = 2048) -> float:
-    """FLOP/s of one square matrix product (2 size^3 operations), the better of two: what no training step can exceed.
+PRODUCT = 2048  # rows and columns of the matrices whose product stands for what the machine can do
+
+
+def product(dtype: torch.dtype, device: torch.device, *, onednn: bool = False) -> Side:
+    """One square matrix product as a side of its own, timed in the same rounds: no training step can exceed its rate.
 
     ``onednn`` sends it to oneDNN by name; float32 products on a CPU otherwise go to the BLAS of PyTorch's build.
     """
-    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-
-    def product() -> None:
-        if onednn:
-            torch.ops.mkldnn._linear_pointwise(left, right, None, "none", [], "")
-        else:
-            torch.nn.functional.linear(left, right)
-
-    with torch.no_grad():
-        product()
-        return 2 * size**3 / min(timed(product) for _ in range(2))
+    left, right = (torch.ones(PRODUCT, PRODUCT, device=device, dtype=dtype) for _ in range(2))
+    if onednn:
+        return Side(lambda: torch.ops.mkldnn._linear_pointwise(left, right, None, "none", [], ""))
+    return Side(lambda: torch.nn.functional.linear(left, right))
 
 
-def has_onednn(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether a product can be sent to oneDNN by name here."""
-    return device.type == "cpu" and dtype == torch.float32 and torch.backends.mkldnn.is_available()
+def product_rates(seconds: Sequence[float]) -> list[float]:
+    """FLOP/s of the products, two operations a multiply-add."""
+    return [2 * PRODUCT**3 / took for took in seconds]
 
 
 # --- memory ---------------------------------------------------------------------------------------------------

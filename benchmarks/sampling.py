@@ -1,0 +1,319 @@
+"""Tokens a second of sampling: raw vLLM, the bench's sampler on it, and transformers' ``generate``.
+
+    python -m benchmarks.sampling --out reports/performance/sampling.json
+
+Raw vLLM is ``llm.generate`` on token ids and parameters that lie ready; the bench's sampler starts from prompts as text
+and ends with records, on the same engine and with the same seeds, so both must write the same tokens: that is checked
+before anything is timed. ``generate`` has its cache on and gets what a careful user would give it: batches of rows of
+like length, padded on the left, each prompt's samples as one call's ``num_return_sequences``. It is spared the stop
+strings, which it checks at every token in Python, so its replies are longer; what counts for each side is its own
+tokens a second. The engine's prefix cache is emptied before every run.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from benchmarks.measure import Side, Spread, machine, main, measure_rounds, ratios, spread, timed, write_json
+from rrhf_bench.data.dialogue import STOP_STRINGS, Template
+from rrhf_bench.data.toy.world import build_world
+from rrhf_bench.errors import ConfigError, StageError
+from rrhf_bench.experiment import ScratchSettings
+from rrhf_bench.policy.policy import TransformersPolicy
+from rrhf_bench.policy.scratch import train_language_model
+from rrhf_bench.records import Candidates, Prompt
+from rrhf_bench.sampling.backend import choose_backend
+from rrhf_bench.sampling.sampler import SamplingSpec
+from rrhf_bench.sampling.vllm import VLLMSampler, import_vllm
+
+NAME = "sampling"
+CONTEXT = 512  # of prompt + reply, as in the embedded world
+Ids = tuple[int, ...]
+
+# Small Llamas that are trained here for a moment, so that replies end as they do in a run: a random one never ends.
+SIZES = {
+    "world": ScratchSettings(epochs=1),  # the embedded world's own policy
+    "4M": ScratchSettings(hidden=256, layers=4, heads=8, ffn=768, lr=3e-3, epochs=1),
+}
+TEXTS = 600  # that it is trained on
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What all sides do in one row of the result."""
+
+    n: int
+    logprobs: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"n={self.n}" + (" with log-probs" if self.logprobs else "")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is one for all rows."""
+
+    rounds: int
+    max_new_tokens: int
+    batch: int  # rows of a call of generate
+    say: Callable[[str], None]
+
+
+def small_llama(settings: ScratchSettings, folder: Path) -> None:
+    """Write a Llama that has read some of the embedded world's dialogues once."""
+    world = build_world(seed=0, raw_corpus=1, corpus=TEXTS, perplexity_corpus=1, preferences=1, dev=1, test=1)
+    train_language_model(
+        world.corpus,
+        settings,
+        seed=0,
+        folder=folder,
+        device="cuda" if torch.cuda.is_available() else "cpu",
+        log=lambda metrics: None,
+        progress=lambda done, total: None,
+    )
+
+
+def world_prompts(count: int) -> list[Prompt]:
+    world = build_world(seed=1, raw_corpus=1, corpus=1, perplexity_corpus=1, preferences=count, dev=1, test=1)
+    return list(dict.fromkeys(pair.prompt for pair in world.preferences))[:count]
+
+
+class Ours:
+    """The bench's sampler on vLLM, from prompts to records."""
+
+    def __init__(self, sampler: VLLMSampler, prompts: Sequence[Prompt], spec: SamplingSpec) -> None:
+        self.sampler, self.prompts, self.spec = sampler, prompts, spec
+        self.runs: list[list[Candidates]] = []
+
+    def prepare(self) -> None:
+        empty_cache(self.sampler)
+
+    def run(self) -> None:
+        self.runs.append(self.sampler.sample(self.prompts, self.spec))
+
+    def ids(self, run: int) -> list[Ids]:
+        """The replies of a run."""
+        return [reply.token_ids or () for row in self.runs[run] for reply in row.responses]
+
+
+class Raw:
+    """The engine alone: ids and parameters made beforehand, outputs left as they come."""
+
+    def __init__(self, sampler: VLLMSampler, prompts: Sequence[Prompt], spec: SamplingSpec) -> None:
+        self.sampler, self.spec = sampler, spec
+        self.places = [(prompt, index) for prompt in prompts for index in range(spec.n)]
+        self.requests: list[Any] = []
+        self.params: list[Any] = []
+        self.runs: list[list[Any]] = []
+
+    def prepare(self) -> None:
+        """Requests and parameters anew: the engine may write into them."""
+        from vllm import SamplingParams
+
+        empty_cache(self.sampler)
+        prompt_ids = self.sampler.tokenization.prompt_ids
+        self.requests = [{"prompt_token_ids": list(prompt_ids(prompt))} for prompt, _ in self.places]
+        self.params = [
+            SamplingParams(
+                temperature=self.spec.temperature,
+                max_tokens=self.spec.max_new_tokens,
+                stop=list(self.spec.stop),
+                seed=self.spec.request_seed(prompt, index),
+                logprobs=0 if self.spec.logprobs else None,
+            )
+            for prompt, index in self.places
+        ]
+
+    def run(self) -> None:
+        self.runs.append(self.sampler.llm.generate(self.requests, self.params, use_tqdm=False))
+
+    def ids(self, run: int) -> list[Ids]:
+        return [tuple(output.outputs[0].token_ids) for output in self.runs[run]]
+
+
+class Generate:
+    """transformers' own sampling."""
+
+    def __init__(self, policy: TransformersPolicy, prompts: Sequence[Prompt], spec: SamplingSpec, batch: int) -> None:
+        self.policy, self.spec = policy, spec
+        self.prompt_ids = sorted((policy.tokenization.prompt_ids(prompt) for prompt in prompts), key=len)
+        self.size = max(1, batch // spec.n)  # prompts a call
+        self.runs: list[list[Ids]] = []
+
+    def prepare(self) -> None:
+        pass
+
+    @torch.no_grad()
+    def run(self) -> None:
+        tokenization, device = self.policy.tokenization, self.policy.device
+        found: list[Ids] = []
+        for start in range(0, len(self.prompt_ids), self.size):
+            part = self.prompt_ids[start : start + self.size]
+            width = max(map(len, part))
+            rows = [[tokenization.pad_id] * (width - len(ids)) + list(ids) for ids in part]
+            mask = [[0] * (width - len(ids)) + [1] * len(ids) for ids in part]
+            output = self.policy.model.generate(
+                input_ids=torch.tensor(rows, device=device),
+                attention_mask=torch.tensor(mask, device=device),
+                do_sample=True,
+                temperature=self.spec.temperature,
+                top_k=0,
+                max_new_tokens=self.spec.max_new_tokens,
+                num_return_sequences=self.spec.n,
+                use_cache=True,
+                eos_token_id=tokenization.eos_id,
+                pad_token_id=tokenization.pad_id,
+            )
+            found += (until(row, tokenization.eos_id) for row in output[:, width:].tolist())
+        self.runs.append(found)
+
+    def ids(self, run: int) -> list[Ids]:
+        return self.runs[run]
+
+
+def until(ids: Sequence[int], eos_id: int) -> Ids:
+    """What was generated: the first end-of-text token is the last of it, behind it is padding."""
+    return tuple(ids[: ids.index(eos_id) + 1] if eos_id in ids else ids)
+
+
+def empty_cache(sampler: VLLMSampler) -> None:
+    if not sampler.llm.reset_prefix_cache():
+        raise StageError("vLLM did not empty its prefix cache, so a round would profit from the one before; run again")
+
+
+def measure(
+    sampler: VLLMSampler, policy: TransformersPolicy, prompts: Sequence[Prompt], work: Workload, plan: Plan
+) -> dict[str, Any]:
+    """One row of the result. Raises StageError where our tokens are not those of raw vLLM."""
+    spec = SamplingSpec(
+        n=work.n,
+        temperature=1.0,
+        max_new_tokens=plan.max_new_tokens,
+        seed=0,
+        purpose="benchmark",
+        stop=STOP_STRINGS,
+        logprobs=work.logprobs,
+    )
+    sides: dict[str, Any] = {
+        "raw": Raw(sampler, prompts, spec),
+        "ours": Ours(sampler, prompts, spec),
+        "generate": Generate(policy, prompts, spec, plan.batch),
+    }
+    for name in ("raw", "ours"):
+        sides[name].prepare()
+        sides[name].run()
+    replies = sides["ours"].ids(0)
+    differing = sum(a != b for a, b in zip(sides["raw"].ids(0), replies, strict=True))
+    if differing:
+        raise StageError(
+            f"{work.name}: {differing} of {len(replies)} replies are not those of raw vLLM with the same seeds; expected "
+            "none, so there is nothing to compare"
+        )
+    turns = {name: Side(side.run, side.prepare) for name, side in sides.items()}
+    seconds = measure_rounds(turns, plan.rounds, progress=lambda words: plan.say(f"{work.name}, {words}"))
+    tokens = {name: [sum(map(len, side.ids(r))) for r in range(-plan.rounds, 0)] for name, side in sides.items()}
+    rate = {name: [n / s for n, s in zip(tokens[name], seconds[name], strict=True)] for name in sides}
+    return {
+        "workload": work.name,
+        "replies": len(replies),
+        "share_ended": sum(ids[-1] == policy.tokenization.eos_id for ids in replies) / len(replies),
+        "tokens": {name: spread(counts)._asdict() for name, counts in tokens.items()},
+        "tokens_per_second": {name: spread(rates)._asdict() for name, rates in rate.items()},
+        "ours_over": {other: ratios(rate["ours"], rate[other])._asdict() for other in ("raw", "generate")},
+        "rounds": rate,
+    }
+
+
+def start_engine(folder: Path, policy: TransformersPolicy, kv_cache_mib: int) -> tuple[VLLMSampler, dict[str, Any]]:
+    """A sampler, and what it takes beside sampling: seconds of import, start, and a sync of all weights."""
+    sampler: VLLMSampler | None = None
+
+    def start() -> None:
+        nonlocal sampler
+        sampler = VLLMSampler(folder, policy.tokenization, max_model_len=CONTEXT, kv_cache_mib=kv_cache_mib)
+
+    took = {"import": timed(import_vllm), "start": timed(start)}
+    assert sampler is not None
+    syncs = spread([timed(lambda: sampler.sync(policy)) for _ in range(9)])
+    return sampler, {**took, "sync": syncs._asdict()}
+
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+def sampling(
+    model: Annotated[str, typer.Option(help=f"{', '.join(SIZES)} (trained here for a moment), or a folder")] = "4M",
+    n: Annotated[list[int] | None, typer.Option(help="samples a prompt; may be repeated  [default: 1, 4, 16]")] = None,
+    replies: Annotated[int, typer.Option(help="of a run: this many prompts over n")] = 256,
+    rounds: Annotated[int, typer.Option(help="that count; one before them does not")] = 9,
+    max_new_tokens: int = 64,
+    batch: Annotated[int, typer.Option(help="rows of a call of generate")] = 128,
+    kv_cache_mib: Annotated[int, typer.Option(help="of the engine on a CPU, as runtime.kv_cache_mib")] = 96,
+    out: Annotated[Path | None, typer.Option(help="where the numbers go, as JSON")] = None,
+) -> None:
+    """Tokens a second of raw vLLM, of the bench's sampler on it and of transformers' generate."""
+    if choose_backend("vllm").name != "vllm":
+        raise ConfigError("benchmarks.sampling: vLLM is not installed here; expected it, since it is what is measured")
+    counts = n or [1, 4, 16]
+    plan = Plan(rounds, max_new_tokens, batch, lambda words: print(f"\r{words:<60}", end="", flush=True))
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(model)
+        if model in SIZES:
+            folder = Path(temporary)
+            plan.say("training the small model")
+            small_llama(SIZES[model], folder)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        policy = TransformersPolicy.load(folder, template=Template(), device=device)
+        sampler, costs = start_engine(folder, policy, kv_cache_mib)
+        questions = world_prompts(replies // min(counts))
+        rows = [
+            measure(sampler, policy, questions[: max(1, replies // work.n)], work, plan)
+            for work in (*map(Workload, counts), Workload(counts[0], logprobs=True))
+        ]
+    record = {
+        "benchmark": NAME,
+        "machine": machine(torch.device(device)),
+        "model": {
+            "name": model,
+            "parameters": sum(p.numel() for p in policy.parameters()),
+            "sampler": sampler.identity,
+        },
+        "settings": {"rounds": rounds, "max_new_tokens": max_new_tokens, "batch": batch, "kv_cache_mib": kv_cache_mib},
+        "engine_seconds": costs,
+        "rows": rows,
+    }
+    print("\r" + table(record))
+    if out is not None:
+        write_json(out, record)
+
+
+def table(record: Mapping[str, Any]) -> str:
+    """The medians as lines of text, quartiles behind them."""
+    sync = record["engine_seconds"]["sync"]["median"]
+    lines = [
+        f"{record['model']['name']}: {record['model']['parameters']:,} parameters, {record['model']['sampler']}; engine "
+        f"started in {record['engine_seconds']['start']:.2f} s after import, sync {1000 * sync:.0f} ms",
+        f"{'':<18}{'raw vLLM':>12}{'ours':>12}{'generate':>12}   tokens/s     {'ours / raw':<24}{'ours / generate':<24}",
+    ]
+    for row in record["rows"]:
+        speeds = "".join(f"{row['tokens_per_second'][name]['median']:>12,.0f}" for name in ("raw", "ours", "generate"))
+        over = "".join(f"{_said(Spread(**row['ours_over'][name])):<24}" for name in ("raw", "generate"))
+        lines.append(f"{row['workload']:<18}{speeds}{'':<16}{over}")
+    return "\n".join(lines)
+
+
+def _said(ratio: Spread) -> str:
+    return f"{ratio.median:.3f} ({ratio.low:.3f}-{ratio.high:.3f})"
+
+
+if __name__ == "__main__":
+    main(app)

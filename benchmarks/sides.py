@@ -1,0 +1,150 @@
+"""The sides of a training step by name, how far apart their results are, and what each takes in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from benchmarks.labelled import labelled
+from benchmarks.measure import peak_above
+from benchmarks.released import released
+from benchmarks.workloads import Group, Shape, Workload, make_model, make_tokenization
+from rrhf_bench.errors import StageError
+from rrhf_bench.policy.policy import Computation, TransformersPolicy
+from rrhf_bench.training.rrhf import rrhf_loss
+
+Forward = Callable[[Group], tuple[Tensor, Tensor]]  # a group -> its loss and the (k,) scores p
+
+RELEASED, LABELLED, PACKED, STEERED, CHECKPOINTED = (
+    "released", "labelled rows", "packed", "packed, oneDNN", "packed, checkpointed",
+)  # fmt: skip
+OURS = (PACKED, STEERED, CHECKPOINTED)
+
+
+class Ours:
+    """The forward pass of a step as the package trains; ``policy`` says which layout it took and what it steered."""
+
+    def __init__(self, computation: Computation, model: Any) -> None:
+        self.policy = TransformersPolicy(model, make_tokenization(model.config.vocab_size), computation)
+
+    def __call__(self, group: Group) -> tuple[Tensor, Tensor]:
+        batch, device = group.batch, self.policy.device
+        losses = rrhf_loss(
+            self.policy.token_logprobs(batch)[None],
+            batch.mask_BT.to(device)[None],
+            torch.tensor([group.rewards], device=device),
+            variant="official",
+            padded_length_B=torch.tensor([group.padded_length], device=device),
+        )
+        return losses.total, losses.score_BG[0]
+
+
+SIDES: Mapping[str, Callable[[Any], Forward]] = {
+    RELEASED: released,
+    LABELLED: labelled,
+    PACKED: partial(Ours, Computation(onednn="off")),
+    STEERED: partial(Ours, Computation(onednn="on")),
+    CHECKPOINTED: partial(Ours, Computation(onednn="off", checkpoint_activations=True)),
+}
+
+
+def sides_for(dtype: torch.dtype, device: torch.device) -> list[str]:
+    """The sides that differ there: oneDNN multiplies half precision on a CPU in any case, and nothing on a GPU."""
+    steerable = device.type == "cpu" and dtype == torch.float32 and torch.backends.mkldnn.is_available()
+    return [name for name in SIDES if steerable or name != STEERED]
+
+
+class Results(NamedTuple):
+    """What a step computed, in float64 on the CPU."""
+
+    loss: float
+    score_N: Tensor  # p of all groups, one after another
+    gradients: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Stepper:
+    """A side at work on a model of its own: all sides of one seed start from the same weights."""
+
+    model: Any
+    forward: Forward
+
+    @classmethod
+    def make(cls, side: str, shape: Shape, *, seed: int, dtype: torch.dtype, device: torch.device) -> Stepper:
+        model = make_model(shape, seed=seed, dtype=dtype, device=device)
+        return cls(model, SIDES[side](model))
+
+    @property
+    def layout(self) -> str:
+        """How the model was fed, which for ours the policy decided."""
+        return self.forward.policy.layout if isinstance(self.forward, Ours) else "padded"
+
+    def step(self, groups: Sequence[Group]) -> None:
+        """Forward, loss and backward for each group in turn: a step of one prompt each, gradients added up."""
+        for group in groups:
+            self.forward(group)[0].backward()
+
+    def forget(self) -> None:
+        """No gradients, as before a step."""
+        for parameter in self.model.parameters():
+            parameter.grad = None
+
+    def results(self, groups: Sequence[Group]) -> Results:
+        """A step's loss, scores and gradients; the gradients are not kept on the model."""
+        self.forget()
+        loss, scores = 0.0, []
+        for group in groups:
+            total, score_K = self.forward(group)
+            total.backward()
+            loss += total.item()
+            scores.append(score_K.detach().double().cpu())
+        gradients = {name: p.grad.double().cpu() for name, p in self.model.named_parameters() if p.grad is not None}
+        self.forget()
+        return Results(loss, torch.cat(scores), gradients)
+
+
+class Errors(NamedTuple):
+    """How far a side's results are from another's, each relative to the other."""
+
+    loss: float
+    scores: float  # largest difference over largest score
+    gradients: float  # norm of the difference of all gradients over their norm
+    worst_gradient: float  # the same for the one weight where it is largest
+
+
+def errors(found: Results, expected: Results) -> Errors:
+    """Raises StageError where the two have gradients of different weights."""
+    if found.gradients.keys() != expected.gradients.keys():
+        names = ", ".join(sorted(found.gradients.keys() ^ expected.gradients.keys())[:4])
+        raise StageError(f"gradients: only one of two sides has some for {names}")
+    difference = {name: (gradient - expected.gradients[name]).norm() for name, gradient in found.gradients.items()}
+    norm = {name: gradient.norm() for name, gradient in expected.gradients.items()}
+
+    def overall(norms: Mapping[str, Tensor]) -> float:
+        return torch.stack(list(norms.values())).norm().item()
+
+    return Errors(
+        abs(found.loss - expected.loss) / abs(expected.loss),
+        ((found.score_N - expected.score_N).abs().max() / expected.score_N.abs().max()).item(),
+        overall(difference) / overall(norm),
+        max((difference[name] / norm[name]).item() for name in norm),
+    )
+
+
+def extra_memory(side: str, workload: Workload, *, seed: int, threads: int, device: str) -> int | None:
+    """Bytes that a step takes above weights and gradients at its peak; for a process of its own.
+
+    The step is the second of two whose gradients are added up, as in an accumulated batch: weights and gradients are
+    there before it and after it, and what the libraries set up once is there too. None where the system does not say.
+    """
+    torch.set_num_threads(threads)
+    place = torch.device(device)
+    stepper = Stepper.make(side, workload.shape, seed=seed, dtype=workload.dtype, device=place)
+    groups = workload.groups(seed)
+    stepper.step(groups)
+    return peak_above(lambda: stepper.step(groups), place)

@@ -1,0 +1,365 @@
+"""One training step of RRHF, one prompt with its k candidates: the released computation, padded rows with the head on
+labelled positions, and ours. `python -m benchmarks.step --help`.
+
+Before anything is timed the sides must agree: same loss, same scores p, same gradients from the same weights. A step is
+forward, loss and backward, with no gradients before it and no optimiser after it.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import typer
+from rich.console import Console
+
+from benchmarks.measure import (
+    Side,
+    Spread,
+    in_own_process,
+    machine,
+    main,
+    measure_rounds,
+    product,
+    product_rates,
+    ratios,
+    read_json,
+    spread,
+    write_json,
+)
+from benchmarks.page import Dots, Panel, dots_figure, rich_table, spread_words, write_page
+from benchmarks.sides import (
+    CHECKPOINTED,
+    LABELLED,
+    OURS,
+    PACKED,
+    RELEASED,
+    SIDES,
+    STEERED,
+    Errors,
+    Results,
+    Stepper,
+    errors,
+    extra_memory,
+    sides_for,
+)
+from benchmarks.workloads import Group, Workload, make_model, total_tokens, useful_flops
+from rrhf_bench.errors import ConfigError, StageError, nearest
+from rrhf_bench.policy import onednn
+
+NAME = "step"
+WORKLOADS = {
+    workload.name: workload
+    for workload in (
+        Workload(
+            "15M-cut",
+            "15M, k = 6, one prompt of 64 tokens and one of 128, cut to 192 in all",
+            "15M",
+            6,
+            (64, 128),
+            cut=192,
+        ),
+        Workload("60M", "60M, k = 6, prompt of 128 tokens", "60M", 6, (128,)),
+        Workload("60M-bf16", "60M, k = 6, prompt of 128 tokens, bfloat16", "60M", 6, (128,), dtype=torch.bfloat16),
+        Workload("15M-k32", "15M, k = 32, prompt of 128 tokens", "15M", 32, (128,)),
+        Workload("15M-512", "15M, k = 6, prompt of 512 tokens", "15M", 6, (512,)),
+    )
+}
+PRODUCT, PRODUCT_ONEDNN = "product", "product, oneDNN"  # the machine's peak, timed among the sides
+
+# The same sums in another order: a few units in the last place, times the root of the number of additions.
+FLOAT32 = Errors(1e-5, 1e-5, 1e-5, 1e-5)
+
+
+def bfloat16_bound(layers: int) -> Errors:
+    """How far from the same step in float32 a step in bfloat16 may be.
+
+    A value is rounded to 8 bits about 12 times in each layer (two norms, seven products, rotation, attention, two sums)
+    and three times around the head, and its gradient as often on the way back. Independent roundings add up like a random
+    walk: 2^-8 x sqrt(2 (12 layers + 3)) for gradients. Scores and loss are means over hundreds of tokens, taken in
+    float32: no further off than one rounding to bfloat16 would put them.
+    """
+    walk = 2**-8 * math.sqrt(2 * (12 * layers + 3))
+    return Errors(2**-8, 2**-8, walk, walk)
+
+
+# --- measuring ------------------------------------------------------------------------------------------------
+
+
+def measure(
+    workload: Workload, *, rounds: int, seed: int, threads: int, device: torch.device, memory: bool, console: Console
+) -> dict[str, Any]:
+    """The record of one workload: equality first, then rounds, then each side's memory in a process of its own.
+
+    Raises StageError where a side computes something else.
+    """
+    groups = workload.groups(seed)
+    names = sides_for(workload.dtype, device)
+    with console.status(f"{workload.name}: equality") as status:
+        steppers = {
+            name: Stepper.make(name, workload.shape, seed=seed, dtype=workload.dtype, device=device) for name in names
+        }
+        bound = FLOAT32 if workload.dtype == torch.float32 else bfloat16_bound(workload.shape.layers)
+        found = check_equal(workload, steppers, groups, bound, seed=seed, device=device)
+        sides = {
+            name: Side(lambda s=stepper: s.step(groups), stepper.forget)  # type: ignore[misc]
+            for name, stepper in steppers.items()
+        }
+        sides[PRODUCT] = product(workload.dtype, device)
+        if STEERED in names:
+            sides[PRODUCT_ONEDNN] = product(workload.dtype, device, onednn=True)
+        seconds = measure_rounds(
+            sides, rounds, progress=lambda words: status.update(f"{workload.name}: {words}")
+        )
+        layouts = {name: stepper.layout for name, stepper in steppers.items()}
+        del steppers, sides
+        used: dict[str, int | None] = {}
+        for name in names if memory else ():
+            status.update(f"{workload.name}: memory of {name}")
+            used[name] = in_own_process(_memory, name, workload, seed, threads, str(device))
+    return {
+        "name": workload.name,
+        "words": workload.words,
+        "parameters": workload.shape.parameters,
+        "k": workload.k,
+        "dtype": str(workload.dtype).removeprefix("torch."),
+        "queries": [len(group.query) for group in groups],
+        "responses": [[len(response) for response in group.responses] for group in groups],
+        **total_tokens(groups),
+        "useful_flops": sum(useful_flops(workload.shape, group) for group in groups),
+        "errors": {name: error._asdict() for name, error in found.items()},
+        "bound": bound._asdict(),
+        "layout": layouts,
+        "seconds": seconds,
+        "extra_memory": used,
+    }
+
+
+def _memory(name: str, workload: Workload, seed: int, threads: int, device: str) -> int | None:
+    return extra_memory(name, workload, seed=seed, threads=threads, device=device)
+
+
+def check_equal(
+    workload: Workload,
+    steppers: Mapping[str, Stepper],
+    groups: Sequence[Group],
+    bound: Errors,
+    *,
+    seed: int,
+    device: torch.device,
+) -> dict[str, Errors]:
+    """Each side's errors: in float32 against the released computation, in half precision against that in float32 on
+    the same weights. Raises StageError naming the first number beyond its bound."""
+    expected = _reference(workload, steppers, groups, seed=seed, device=device)
+    found = {name: errors(stepper.results(groups), expected) for name, stepper in steppers.items()}
+    for name, error in found.items():
+        for quantity, value, limit in zip(Errors._fields, error, bound, strict=True):
+            if not value <= limit:  # a number that is none is no agreement
+                raise StageError(
+                    f"{workload.name}: {quantity.replace('_', ' ')} of {name!r} is {value:.2g} from the released "
+                    f"computation, relative to it; at most {limit:.2g} is rounding, so nothing was timed"
+                )
+    return found
+
+
+def _reference(
+    workload: Workload, steppers: Mapping[str, Stepper], groups: Sequence[Group], *, seed: int, device: torch.device
+) -> Results:
+    if workload.dtype == torch.float32:
+        return steppers[RELEASED].results(groups)
+    model = make_model(workload.shape, seed=seed, dtype=workload.dtype, device=device).float()
+    return Stepper(model, SIDES[RELEASED](model)).results(groups)
+
+
+# --- reading --------------------------------------------------------------------------------------------------
+
+
+def summary(row: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """What a row's rounds say of each side: seconds, speed against the two others, share of the product's peak, and the
+    share of the released side's memory. Spreads are (median, lower quartile, upper quartile) over rounds."""
+    seconds, memory = row["seconds"], row["extra_memory"]
+    found = {}
+    for name in (name for name in SIDES if name in seconds):
+        peak = PRODUCT_ONEDNN if name == STEERED else PRODUCT
+        achieved = [row["useful_flops"] / took for took in seconds[name]]
+        found[name] = {
+            "seconds": spread(seconds[name]),
+            "times_released": ratios(seconds[RELEASED], seconds[name]),
+            "times_labelled": ratios(seconds[LABELLED], seconds[name]),
+            "share_of_peak": ratios(achieved, product_rates(seconds[peak])),
+            "memory": memory.get(name),
+            "memory_share": memory[name] / memory[RELEASED] if memory.get(name) is not None else None,
+        }
+    return found
+
+
+COLUMNS = ("workload", "side", "seconds", "x released", "x labelled", "of peak", "extra MB", "of released")
+
+
+def cells(record: Mapping[str, Any]) -> list[list[str]]:
+    """The rows of the table, as words."""
+    found = []
+    for row in record["rows"]:
+        for name, of in summary(row).items():
+            padded = name in OURS and row["layout"][name] != "packed"
+            found.append(
+                [
+                    row["name"],
+                    f"{name} (on padded rows)" if padded else name,
+                    spread_words(of["seconds"], 3),
+                    spread_words(of["times_released"], 2),
+                    spread_words(of["times_labelled"], 2),
+                    f"{of['share_of_peak'].median:.0%}",
+                    "—" if of["memory"] is None else f"{of['memory'] / 1e6:.0f}",
+                    "—" if of["memory_share"] is None else f"{of['memory_share']:.1%}",
+                ]
+            )
+    return found
+
+
+def notes(record: Mapping[str, Any]) -> list[str]:
+    """How the numbers are to be read, and what the run found about itself."""
+    rates = [
+        f"{name} {spread(product_rates(row['seconds'][name])).median / 1e9:.0f} GFLOP/s ({row['dtype']}, {row['name']})"
+        for row in record["rows"]
+        for name in (PRODUCT, PRODUCT_ONEDNN)
+        if name in row["seconds"]
+    ]
+    worst = {row["name"]: max(max(error.values()) for error in row["errors"].values()) for row in record["rows"]}
+    said = [
+        "Speeds are medians of the ratios of each round, with the quartiles over rounds in brackets; higher is faster.",
+        "Extra memory is what a step takes above weights and gradients at its peak, each side in a process of its own.",
+        "Share of peak: the operations that no side can do without, over what a product of two "
+        f"{2048} x {2048} matrices reached in the same rounds; against oneDNN's product for the side that uses it. "
+        + "; ".join(rates)
+        + ".",
+        "Largest relative error of loss, scores and gradients, measured before the timing: "
+        + ", ".join(f"{name} {error:.1g}" for name, error in worst.items())
+        + ".",
+        f"The package as shipped takes {record['shipped']!r} on this machine for float32.",
+    ]
+    if record["quick"]:
+        said.insert(0, "A smoke run of tiny models: the numbers say that everything runs, and nothing about speed.")
+    return said
+
+
+COLOURS = {RELEASED: "#6b6b6b", LABELLED: "#E69F00", PACKED: "#0072B2", STEERED: "#56B4E9", CHECKPOINTED: "#009E73"}
+
+
+def draw(record: Mapping[str, Any], folder: Path) -> None:
+    """The page, its figure and the record itself, from the record alone."""
+    rows = [(row["name"], summary(row)) for row in record["rows"]]
+    names = [name for name in SIDES if any(name in found for _, found in rows)]
+
+    def speed(name: str) -> list[Spread | None]:
+        return [found[name]["times_released"] if name in found else None for _, found in rows]
+
+    def memory(name: str) -> list[Spread | None]:
+        shares = [found[name]["memory_share"] if name in found else None for _, found in rows]
+        return [None if share is None else Spread(share, share, share) for share in shares]
+
+    panels = [
+        Panel("times as fast as the released computation", [Dots(n, COLOURS[n], speed(n)) for n in names], log=2),
+        Panel("extra memory, share of the released one's", [Dots(n, COLOURS[n], memory(n)) for n in names], log=2),
+    ]
+    figure = dots_figure([name for name, _ in rows], panels)
+    write_page(
+        folder,
+        NAME,
+        title="The training step",
+        lead="One prompt with k candidates: forward, loss and backward of RRHF.",
+        record=record,
+        tables=[(COLUMNS, cells(record))],
+        notes=[*(f"{row['name']}: {row['words']}." for row in record["rows"]), *notes(record)],
+        figures={f"{NAME}": (figure, "Speed and extra memory of the sides, medians and quartiles over rounds.")},
+    )
+
+
+# --- the command line -----------------------------------------------------------------------------------------
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+Threads = Annotated[int, typer.Option(min=1, help="threads of a product; 0 is not allowed, the default is PyTorch's")]
+
+
+@app.command(help=__doc__)
+def step(
+    rows: Annotated[list[str] | None, typer.Option(help=f"workloads: {', '.join(WORKLOADS)}")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="measured rounds, after one that warms up")] = 9,
+    threads: Annotated[int | None, typer.Option(min=1, help="of the CPU; PyTorch's own number otherwise")] = None,
+    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="where the models run")] = "auto",
+    seed: Annotated[int, typer.Option(help="names weights, tokens and lengths")] = 0,
+    memory: Annotated[bool, typer.Option(help="measure the peak memory of each side too")] = True,
+    quick: Annotated[bool, typer.Option("--quick", help="tiny models: does everything run?")] = False,
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="write the record, as JSON")] = None,
+    report: Annotated[Path | None, typer.Option(metavar="DIR", help="write a page with figures")] = None,
+    read: Annotated[
+        Path | None, typer.Option("--from", metavar="FILE", help="measure nothing: show the record in this file")
+    ] = None,
+) -> None:
+    console = Console()
+    if read is not None:
+        record = read_json(read, NAME)
+    else:
+        record = run(
+            chosen(rows, WORKLOADS), rounds=rounds, threads=threads, device=device, seed=seed, memory=memory,
+            quick=quick, console=console,
+        )  # fmt: skip
+    if out is not None:
+        write_json(out, record)
+    console.print(rich_table(COLUMNS, cells(record)))
+    for note in notes(record):
+        console.print(note, highlight=False)
+    if report is not None:
+        draw(record, report)
+
+
+def run(
+    workloads: Sequence[Workload],
+    *,
+    rounds: int,
+    threads: int | None,
+    device: str,
+    seed: int,
+    memory: bool,
+    quick: bool,
+    console: Console,
+) -> dict[str, Any]:
+    """Measure the workloads one after another; the record, ready for JSON."""
+    torch.set_num_threads(threads or torch.get_num_threads())
+    place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    record: dict[str, Any] = {
+        "benchmark": NAME,
+        "command": ["python", "-m", "benchmarks.step", *sys.argv[1:]],
+        "machine": machine(place),
+        "device": place.type,
+        "rounds": rounds,
+        "seed": seed,
+        "quick": quick,
+        "shipped": STEERED if place.type == "cpu" and onednn.worth_it() else PACKED,
+    }
+    record["rows"] = [
+        measure(
+            workload.quick() if quick else workload,
+            rounds=rounds, seed=seed, threads=torch.get_num_threads(), device=place, memory=memory, console=console,
+        )
+        for workload in workloads
+    ]  # fmt: skip
+    return record
+
+
+def chosen(names: Sequence[str] | None, known: Mapping[str, Workload]) -> list[Workload]:
+    """The workloads of that name, all where none is named. Raises ConfigError for one that is not known."""
+    for name in names or ():
+        if name not in known:
+            raise ConfigError(
+                f"--rows: found {name!r}; allowed are {', '.join(known)}, one for each --rows{nearest(name, known)}"
+            )
+    return [known[name] for name in names or known]
+
+
+if __name__ == "__main__":
+    main(app)
