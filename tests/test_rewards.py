@@ -252,11 +252,17 @@ def test_a_cut_text_keeps_its_cls(make_encoder: Callable[..., Path]) -> None:
     assert told.truncated == bound.truncated > 0
 
 
-def test_a_class_that_pools_its_last_place_is_refused(make_encoder: Callable[..., Path]) -> None:
-    with pytest.raises(
-        DataError, match="XLNetForSequenceClassification scores a text otherwise with padding behind it"
-    ):
-        ClassifierReward.load(make_encoder("xlnet"), template="raw", label="POSITIVE")
+def test_a_class_that_pools_its_last_place_wants_padding_before_it(make_encoder: Callable[..., Path]) -> None:
+    folder = make_encoder("xlnet")
+    with pytest.raises(DataError, match="where it has padding behind it") as caught:
+        ClassifierReward.load(folder, template="raw", label="POSITIVE")
+    mend = """with padding before it, it does not; add "padding_side": "left" to reward_contract.json in its folder"""
+    assert str(caught.value).endswith(mend)
+    RewardContract(template="raw", append_eos=False, padding_side="left").write(folder)
+    expected = slow_probability(folder, 1)
+    for batch_size in (1, 3, 8):
+        reward = ClassifierReward.load(folder, label="POSITIVE", batch_size=batch_size)
+        np.testing.assert_allclose(reward.score(PROMPTS, REPLIES), expected, rtol=1e-4, atol=1e-6)
 
 
 def test_a_language_model_has_no_head(llama_folder: Callable[[int], Path]) -> None:

@@ -41,6 +41,7 @@ def train_reward_model(
     revision: str | None = None,
     device: str = "cpu",
     log: Log | None = None,
+    trust_remote_code: bool = False,
 ) -> RewardTraining:
     """Train a one-label head and the body below it, and save them to ``folder`` for ``ClassifierReward``; see
     ``train_head``."""
@@ -57,4 +58,5 @@ def train_reward_model(
         revision=revision,
         device=device,
         log=log,
+        trust_remote_code=trust_remote_code,
     )

@@ -2,13 +2,14 @@
 
 A score is only comparable with a published one when every line of the contract is the same, so the contract is data:
 stored beside the models trained here, part of a reward model's identity, and listed for known models of the hub.
+Whether a model keeps its contract is the matter of ``checks.py``.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,11 +25,31 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True, slots=True)
+class RecordedText:
+    """A text as a model was fed it on the day it was trained, and what it said."""
+
+    prompt: Prompt
+    response: str
+    ids: tuple[int, ...]
+    score: float
+    max_length: int | None = None  # tokens that it was cut to; none: the model's own limit
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What a trained model is held to when it is loaded again: ids exactly, scores within rounding."""
+
+    texts: tuple[RecordedText, ...]
+    dtype: Dtype = "float32"  # that the scores were computed in
+    label: str | None = None  # whose probability they are, of a model with several
+
+
+@dataclass(frozen=True, slots=True)
 class RewardContract:
     """How text is put together for a reward model, cut to its length, and where its score is read.
 
-    Padding is not part of it: rows are padded on the right, where no token of a causal model sees the padding, and
-    pooled by their length, so it changes nothing. Raises DataError for a position that the ids may not have.
+    Models that are read here, at a row's own length, are padded on the right, where no token of a causal model sees it:
+    padding is not part of their contract. Raises DataError for a position that the ids may not have.
     """
 
     template: TemplateKind = "hh"  # chat: the whole conversation through the chat template; raw: prompt and response
@@ -40,8 +61,12 @@ class RewardContract:
     max_length: int | None = None  # tokens, EOS included; none: the model's context
     dtype: Dtype = "float32"
     position: Literal["last", "first-eos"] = "last"  # of the token whose hidden state is scored
+    padding_side: Literal["right", "left"] = "right"  # of the batches of a class that pools by itself
+    record: Record | None = field(default=None, compare=False, repr=False)  # decides no score
 
     def __post_init__(self) -> None:
+        if self.max_length is not None and self.max_length < 2:
+            raise DataError(f"reward contract: max_length: found {self.max_length}; expected at least 2 tokens")
         if self.position == "first-eos" and not (self.append_eos and self.truncation_side == "left"):
             raise DataError(
                 "reward contract: position 'first-eos' without a certain EOS; expected append_eos = true and "
@@ -58,7 +83,12 @@ class RewardContract:
     def read(cls, folder: Path) -> RewardContract | None:
         """The contract stored in a model's folder, or None. Raises DataError naming file and field."""
         path = folder / CONTRACT_FILE
-        return read_jsonl(path, cls)[0] if path.is_file() else None
+        if not path.is_file():
+            return None
+        found = read_jsonl(path, cls)
+        if len(found) != 1:
+            raise DataError(f"{path}: found {len(found)} lines; expected the contract, one JSON object on one line")
+        return found[0]
 
     def write(self, folder: Path) -> None:
         write_jsonl(folder / CONTRACT_FILE, [self])
@@ -118,6 +148,8 @@ class KnownLayout:
 
 
 # Dahoas/gptj-rm-static: as trlX's examples/hh/ppo_hh.py loads it, and as RRHF's data_generation scores with it.
+# Skywork: its model card renders the conversation with the chat template, which ends the turn, and adds nothing.
+# distilbert-imdb: a text classifier, fed the text alone, as in RL4LMs (2210.01241) and TRL's sentiment example.
 KNOWN_LAYOUTS = {
     "Dahoas/gptj-rm-static": KnownLayout(
         layout="value-head",
@@ -125,6 +157,12 @@ KNOWN_LAYOUTS = {
         revision="676bfd4d",
         body="EleutherAI/gpt-j-6B",
         tokenizer="openai-community/gpt2",
+    ),
+    "Skywork/Skywork-Reward-V2-Qwen3-0.6B": KnownLayout(
+        layout="classifier", contract=RewardContract(template="chat", append_eos=False, dtype="bfloat16")
+    ),
+    "lvwerra/distilbert-imdb": KnownLayout(
+        layout="classifier", contract=RewardContract(template="raw", append_eos=False)
     ),
 }
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,9 @@ from torch import Tensor
 from rrhf_bench.data.dialogue import TemplateKind
 from rrhf_bench.errors import DataError, StageError
 from rrhf_bench.records import Preference
+from rrhf_bench.rewards.checks import record_of
 from rrhf_bench.rewards.contract import RewardContract
-from rrhf_bench.rewards.hub import length_limit, load_faults, load_tokenizer, pad_right, pooled_logits
+from rrhf_bench.rewards.hub import ClassifierReward, length_limit, load_faults, load_tokenizer, pad, pooled_logits
 from rrhf_bench.rewards.reward_settings import RewardTrainingSettings
 from rrhf_bench.seeding import generator, torch_seed
 
@@ -56,6 +57,7 @@ def train_head(
     revision: str | None,
     device: str,
     log: Log | None,
+    trust_remote_code: bool = False,
 ) -> RewardTraining:
     """Train a linear head and the body below it in float32, and save them to ``folder`` for ``ClassifierReward``.
 
@@ -63,17 +65,18 @@ def train_head(
     score that ``loss`` compares is the log-odds of positive, whose sigmoid ``ClassifierReward`` gives for that label.
 
     The head starts at zero: every pair is a tie at first, and the run depends on the seed only through the order of
-    the pairs. ``log`` gets one line a step (``loss``, ``rewards/accuracies``, ``rewards/margins``, ``lr``). Raises
+    the pairs. ``reward_contract.json`` holds the contract and eight texts with their ids and scores, which every load
+    replays. ``log`` gets one line a step (``loss``, ``rewards/accuracies``, ``rewards/margins``, ``lr``). Raises
     DataError for an initial model that cannot carry such a head and for no pairs, StageError for a loss that is not
     finite.
     """
     if not preferences:
         raise DataError("reward model: found no pairs to train on; expected at least one")
     where = str(initial)
-    tokenizer = load_tokenizer(where, revision, pad_token)
+    tokenizer = load_tokenizer(where, revision, pad_token, trust_remote_code)
     if tokenizer.pad_token_id is None:
         raise DataError(f"{where}: the tokenizer has no pad token; name one of its tokens with pad_token")
-    model = _model(where, revision, labels).to(device)
+    model = _model(where, revision, labels, trust_remote_code).to(device)
     model.config.pad_token_id = tokenizer.pad_token_id
     contract = RewardContract(
         template=template,
@@ -107,7 +110,7 @@ def train_head(
         for group in optimiser.param_groups:
             group["lr"] = lr
         rows = [pairs[i][0] for i in batch] + [pairs[i][1] for i in batch]
-        ids_NL, mask_NL = pad_right(rows, tokenizer.pad_token_id, device)
+        ids_NL, mask_NL = pad(rows, tokenizer.pad_token_id, device)
         logit_NK = pooled_logits(model, ids_NL, mask_NL, [len(row) - 1 for row in rows])
         score_N = logit_NK[:, 0] if labels is None else logit_NK[:, 1] - logit_NK[:, 0]
         chosen_B, rejected_B = score_N.chunk(2)
@@ -129,7 +132,8 @@ def train_head(
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    contract.write(folder)
+    trained = ClassifierReward(model, tokenizer, contract, identity="", where=where, label=labels and labels[1])
+    replace(contract, record=record_of(trained)).write(folder)
     ends = [round(total * (i + 1) / min(CURVE_POINTS, total)) for i in range(min(CURVE_POINTS, total))]
     curve = tuple(
         (end, float(right[start:end].sum() / sizes[start:end].sum()))
@@ -149,7 +153,7 @@ def batch_order(lengths: Sequence[int], batch_size: int, rng: np.random.Generato
     return [batches[i] for i in rng.permutation(len(batches))]
 
 
-def _model(where: str, revision: str | None, labels: tuple[str, str] | None) -> Any:
+def _model(where: str, revision: str | None, labels: tuple[str, str] | None, trust_remote_code: bool) -> Any:
     from transformers import AutoModelForSequenceClassification
 
     head: dict[str, Any] = {"num_labels": 1}
@@ -157,7 +161,13 @@ def _model(where: str, revision: str | None, labels: tuple[str, str] | None) -> 
         head = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
     with load_faults(where, "a sequence classifier"), torch_seed("reward head"):
         model, info = AutoModelForSequenceClassification.from_pretrained(
-            where, revision=revision, dtype=torch.float32, output_loading_info=True, **head
+            where,
+            revision=revision,
+            dtype=torch.float32,
+            output_loading_info=True,
+            trust_remote_code=trust_remote_code,
+            weights_only=True,
+            **head,
         )
     missing = sorted(key for key in info["missing_keys"] if not key.startswith("score."))
     if missing or not isinstance(getattr(model, "score", None), torch.nn.Linear):

@@ -5,11 +5,12 @@ Shape letters: N rows, B rows of one batch, L tokens padded, D hidden, K labels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import copy
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -19,7 +20,16 @@ from torch import Tensor
 from rrhf_bench.data.dialogue import TemplateKind
 from rrhf_bench.errors import DataError
 from rrhf_bench.records import Prompt
-from rrhf_bench.rewards.contract import Dtype, RewardContract, by_length, content_digest
+from rrhf_bench.rewards.checks import Check, verify
+from rrhf_bench.rewards.contract import (
+    CONTRACT_FILE,
+    KNOWN_LAYOUTS,
+    Dtype,
+    Layout,
+    RewardContract,
+    by_length,
+    content_digest,
+)
 from rrhf_bench.rewards.reward import finite
 
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt")
@@ -32,7 +42,7 @@ class ClassifierReward:
 
     For a causal model the score is read at the position of the contract, counted from the row's own length. Its class
     would look for the last token that is not the padding token, which passes over the appended EOS where padding and
-    EOS are one token. ``truncated`` counts the texts cut so far.
+    EOS are one token. ``truncated`` counts the texts cut so far; ``checks`` is what ``verify`` found.
     """
 
     def __init__(
@@ -47,7 +57,8 @@ class ClassifierReward:
         batch_size: int = 16,
     ) -> None:
         """Raises DataError for several labels of which none is named, a label that the model does not have, labels that
-        do not exclude one another, a tokenizer without a pad token or without the contract's EOS."""
+        do not exclude one another, a tokenizer without a pad token or without the contract's EOS, a class that does not
+        score as it is read here, and whatever ``checks.verify`` refuses."""
         self._label = _label_index(model.config, label, where)
         if tokenizer.pad_token_id is None:
             raise DataError(
@@ -60,16 +71,22 @@ class ClassifierReward:
         self.identity = identity
         self.batch_size = batch_size
         self.truncated = 0
-        self._where = where
-        self._eos_id = contract.eos_id(tokenizer, where) if contract.append_eos else tokenizer.eos_token_id
-        self._max_length = length_limit(contract.max_length, model.config)
+        self.where = where
+        self.label = label
+        self.pad_id: int = tokenizer.pad_token_id
+        self.eos_id = contract.eos_id(tokenizer, where) if contract.append_eos else tokenizer.eos_token_id
+        self.max_length = length_limit(contract.max_length, model.config)
         self._head = getattr(model, "score", None)
-        if self._head is None:
+        self.pools_itself = self._head is None
+        if self.pools_itself:
             if contract.position != "last":
                 raise DataError(f"{where}: {type(model).__name__} pools by itself; expected position 'last'")
             # RoBERTa's configuration counts two positions that no token has; its tokenizer knows.
-            self._max_length = min(self._max_length or tokenizer.model_max_length, tokenizer.model_max_length)
-        self._check_pooling()
+            self.max_length = min(self.max_length or tokenizer.model_max_length, tokenizer.model_max_length)
+        else:
+            refuse_left(contract, where)
+            self._check_class()
+        self.checks: tuple[Check, ...] = verify(self)
 
     @classmethod
     def load(
@@ -84,9 +101,12 @@ class ClassifierReward:
         pad_token: str | None = None,
         device: str = "cpu",
         batch_size: int = 16,
+        trust_remote_code: bool = False,
     ) -> ClassifierReward:
-        """From a hub id or a folder. Without ``contract``, the one stored in the folder, else the template's default.
+        """From a hub id or a folder. Without ``contract``, the one stored in the folder, else the one that is known of
+        this model, else the template's default. What a folder has recorded of its model is replayed in any case.
         ``label``: whose probability the reward is, of a model with several (its configuration names them).
+        ``trust_remote_code``: run code that comes with the model; without it, such a model is refused.
 
         Raises DataError naming the source where it cannot be loaded, has no trained head, or cannot be used (see
         ``__init__``).
@@ -94,12 +114,17 @@ class ClassifierReward:
         from transformers import AutoModelForSequenceClassification
 
         where, folder = str(source), Path(source)
-        contract = contract or RewardContract.read(folder) or RewardContract.default(template)
+        contract = contract_of(folder, where, "classifier", contract) or RewardContract.default(template)
         contract = contract if dtype is None else replace(contract, dtype=dtype)
-        tokenizer = load_tokenizer(where, revision, pad_token)
+        tokenizer = load_tokenizer(where, revision, pad_token, trust_remote_code)
         with load_faults(where, "a sequence classifier"):
             model, info = AutoModelForSequenceClassification.from_pretrained(
-                source, revision=revision, dtype=getattr(torch, contract.dtype), output_loading_info=True
+                source,
+                revision=revision,
+                dtype=getattr(torch, contract.dtype),
+                output_loading_info=True,
+                trust_remote_code=trust_remote_code,
+                weights_only=True,
             )
         if info["missing_keys"] or info["mismatched_keys"]:
             missing = sorted(info["missing_keys"]) or sorted(str(key) for key, *_ in info["mismatched_keys"])
@@ -116,42 +141,76 @@ class ClassifierReward:
 
     def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> NDArray[np.float64]:
         """(N,) scores. Raises DataError for one that is not finite."""
-        rows = []
-        for prompt, response in zip(prompts, responses, strict=True):
-            ids, cut = self.contract.encode(prompt, response, self.tokenizer, self._max_length)
-            self.truncated += cut
-            rows.append(ids)
-        return finite(score_rows(rows, self.batch_size, self._score), prompts, self._where)
+        rows, cut = encode_all(self.contract, prompts, responses, self.tokenizer, self.max_length)
+        self.truncated += cut
+        return finite(score_rows(rows, self.batch_size, self.score_batch), prompts, self.where)
 
-    def _score(self, rows: Sequence[Sequence[int]]) -> Tensor:
-        ids_BL, mask_BL = pad_right(rows, self.tokenizer.pad_token_id, self.model.device)
-        if self._head is None:  # an encoder: it pools by itself, and padding is masked
-            logit_BK = self.model(input_ids=ids_BL, attention_mask=mask_BL).logits
-        else:
-            index = [self.contract.index(row, self._eos_id) for row in rows]
-            logit_BK = pooled_logits(self.model, ids_BL, mask_BL, index)
-        if self._label is None:
-            return logit_BK[:, 0]
-        return logit_BK.double().softmax(dim=1)[:, self._label]  # float32 would make 1 of every sure one: ties
+    def encode(self, prompt: Prompt, response: str, max_length: int | None = None) -> list[int]:
+        """The ids that this text is scored as, cut to ``max_length`` where that is less than the model's own limit."""
+        return self.contract.encode(prompt, response, self.tokenizer, least(max_length, self.max_length))[0]
 
     @torch.no_grad()
-    def _check_pooling(self) -> None:
-        """One short row. A causal class cannot go wrong on it: both ways must give one score. An encoder must not mind
-        padding behind it, which it does where it pools the last place."""
-        pad_id = self.model.config.get_text_config().pad_token_id
-        row = [i for i in range(5) if i not in (pad_id, self.tokenizer.pad_token_id)]
-        ids_BL, mask_BL = pad_right([row], 0, self.model.device)
-        theirs = self.model(input_ids=ids_BL, attention_mask=mask_BL).logits
-        if self._head is not None:
-            own = pooled_logits(self.model, ids_BL, mask_BL, [len(row) - 1])
-            fault = "does not score the last hidden state; expected a class whose head is a linear layer on it"
+    def score_batch(self, rows: Sequence[Sequence[int]]) -> NDArray[np.float64]:
+        """(B,) scores of rows of ids, in one pass and in this order."""
+        if self.pools_itself:  # and masks its padding
+            ids_BL, mask_BL = pad(rows, self.pad_id, self.model.device, self.contract.padding_side)
+            logit_BK = self.model(input_ids=ids_BL, attention_mask=mask_BL).logits
         else:
-            longer = [*row, *4 * row[:1]]
-            ids_BL, mask_BL = pad_right([row, longer], self.tokenizer.pad_token_id, self.model.device)
-            own = self.model(input_ids=ids_BL, attention_mask=mask_BL).logits[:1]
-            fault = "scores a text otherwise with padding behind it; expected a class that pools its first token"
+            ids_BL, mask_BL = pad(rows, self.pad_id, self.model.device)
+            index = [self.contract.index(row, self.eos_id) for row in rows]
+            logit_BK = pooled_logits(self.model, ids_BL, mask_BL, index)
+        if self._label is None:
+            return logit_BK[:, 0].double().cpu().numpy()
+        # float32 would make 1 of every sure one: ties
+        return logit_BK.double().softmax(dim=1)[:, self._label].cpu().numpy()
+
+    def named_weights(self) -> Iterable[tuple[str, Tensor]]:
+        return self.model.named_parameters()
+
+    def under(self, contract: RewardContract) -> ClassifierReward:
+        """The same weights under another contract, which nobody checks."""
+        other = copy.copy(self)
+        other.contract = contract
+        other.eos_id = contract.eos_id(self.tokenizer, self.where) if contract.append_eos else self.eos_id
+        return other
+
+    @torch.no_grad()
+    def _check_class(self) -> None:
+        """One short row, on which the class's own pooling cannot go wrong: both ways must give one score."""
+        pad_id = self.model.config.get_text_config().pad_token_id
+        row = [i for i in range(5) if i not in (pad_id, self.pad_id)]
+        ids_BL, mask_BL = pad([row], 0, self.model.device)
+        theirs = self.model(input_ids=ids_BL, attention_mask=mask_BL).logits
+        own = pooled_logits(self.model, ids_BL, mask_BL, [len(row) - 1])
         if not torch.allclose(own.float(), theirs.float(), rtol=1e-2, atol=1e-3, equal_nan=True):
-            raise DataError(f"{self._where}: {type(self.model).__name__} {fault}")
+            raise DataError(
+                f"{self.where}: {type(self.model).__name__} does not score the last hidden state; expected a class "
+                "whose head is a linear layer on it"
+            )
+
+
+def contract_of(folder: Path, where: str, layout: Layout, stated: RewardContract | None) -> RewardContract | None:
+    """The contract that is stated, else the one stored in the folder, else the one known of this hub id, else None; in
+    any case with what the folder has recorded.
+
+    Raises DataError for a hub id that is known to be of another layout.
+    """
+    known = KNOWN_LAYOUTS.get(where)
+    if known is not None and known.layout != layout:
+        raise DataError(f'{where}: is of another layout; set reward_model.layout = "{known.layout}" (--layout)')
+    stored = RewardContract.read(folder)
+    if stated is not None and stored is not None:
+        return replace(stated, record=stored.record)
+    return stated or stored or (None if known is None else known.contract)
+
+
+def refuse_left(contract: RewardContract, where: str) -> None:
+    """Raises DataError where a contract has padding before rows that are read at their own length."""
+    if contract.padding_side == "left":
+        raise DataError(
+            f'{where}: found padding_side = "left", which would move every position; its score is read at the length '
+            f'of its row, behind which padding changes nothing; set "right" in {CONTRACT_FILE}, or remove the key'
+        )
 
 
 def _label_index(config: Any, label: str | None, where: str) -> int | None:
@@ -179,37 +238,61 @@ def pooled_logits(model: Any, ids_BL: Tensor, mask_BL: Tensor, index: Sequence[i
     return model.score(hidden_BLD[torch.arange(len(index)), torch.tensor(index)])
 
 
-def pad_right(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
-    """(ids, attention mask), each (B, L): rows start at 0 and what is beyond their end is padding."""
+def pad(
+    rows: Sequence[Sequence[int]], pad_id: int, device: torch.device | str, side: Literal["right", "left"] = "right"
+) -> tuple[Tensor, Tensor]:
+    """(ids, attention mask), each (B, L): padding behind the rows' ends, or before their starts."""
     length = max(map(len, rows))
-    ids_BL = torch.tensor([[*row, *(length - len(row)) * [pad_id]] for row in rows])
+    step = 1 if side == "right" else -1
+    ids_BL = torch.tensor([[*row, *(length - len(row)) * [pad_id]] for row in (row[::step] for row in rows)])
     mask_BL = torch.tensor([len(row) * [1] + (length - len(row)) * [0] for row in rows])
+    if side == "left":
+        ids_BL, mask_BL = ids_BL.flip(1), mask_BL.flip(1)
     return ids_BL.to(device), mask_BL.to(device)
 
 
-@torch.no_grad()
+def encode_all(
+    contract: RewardContract,
+    prompts: Sequence[Prompt],
+    responses: Sequence[str],
+    tokenizer: Any,
+    max_length: int | None,
+) -> tuple[list[list[int]], int]:
+    """(rows of ids, how many of them were cut)."""
+    encoded = [
+        contract.encode(prompt, response, tokenizer, max_length)
+        for prompt, response in zip(prompts, responses, strict=True)
+    ]
+    return [ids for ids, _ in encoded], sum(cut for _, cut in encoded)
+
+
 def score_rows(
-    rows: Sequence[Sequence[int]], batch_size: int, score: Callable[[Sequence[Sequence[int]]], Tensor]
+    rows: Sequence[Sequence[int]], batch_size: int, score: Callable[[Sequence[Sequence[int]]], NDArray[np.float64]]
 ) -> NDArray[np.float64]:
     """(N,) scores of rows of ids, by batches of like length, in the order of the rows."""
     scores = np.empty(len(rows))
     for batch in by_length(rows, batch_size):
-        scores[batch] = score([rows[i] for i in batch]).double().cpu().numpy()
+        scores[batch] = score([rows[i] for i in batch])
     return scores
+
+
+def least(*lengths: int | None) -> int | None:
+    """The least of those that are said; None where none is."""
+    return min((length for length in lengths if length is not None), default=None)
 
 
 def length_limit(max_length: int | None, config: Any) -> int | None:
     """The lesser of ``max_length`` and the model's context; None where neither says anything."""
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return min((length for length in (max_length, context) if length is not None), default=None)
+    return least(max_length, context if context is not None and context > 0 else None)  # XLNet's, which has none, is -1
 
 
-def load_tokenizer(source: str, revision: str | None, pad_token: str | None) -> Any:
+def load_tokenizer(source: str, revision: str | None, pad_token: str | None, trust_remote_code: bool = False) -> Any:
     """A tokenizer from a hub id or a folder, with ``pad_token`` where one is named. Raises DataError naming it."""
     from transformers import AutoTokenizer
 
     with load_faults(source, "a tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
     if pad_token is not None:
         if pad_token not in tokenizer.get_vocab():
             raise DataError(f"{source}: pad_token {pad_token!r} is not in the tokenizer's vocabulary; name one that is")
@@ -229,6 +312,11 @@ def load_faults(source: str, what: str) -> Iterator[None]:
         yield
     except Exception as error:  # a missing, foreign or damaged file each fails in the way of its own reader
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        if "trust_remote_code" in str(error):
+            raise DataError(
+                f"{source}: comes with code of its own, which is not run; read it, and if you trust it set "
+                "trust_remote_code = true in the model's table"
+            ) from error
         raise DataError(f"{source}: cannot be loaded as {what} ({reason})") from error
     finally:
         logging.set_verbosity(verbosity)

@@ -42,6 +42,7 @@ def train_classifier(
     revision: str | None = None,
     device: str = "cpu",
     log: Log | None = None,
+    trust_remote_code: bool = False,
 ) -> RewardTraining:
     """Train a classifier with the labels NEGATIVE (0) and POSITIVE (1), and save it to ``folder`` for
     ``ClassifierReward`` with ``label=POSITIVE``; see ``train_head``.
@@ -61,4 +62,5 @@ def train_classifier(
         revision=revision,
         device=device,
         log=log,
+        trust_remote_code=trust_remote_code,
     )

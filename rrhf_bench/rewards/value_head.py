@@ -6,7 +6,8 @@ body under ``transformer.``, ``v_head`` without a bias, the score read at the fi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,15 +19,20 @@ from torch import Tensor
 
 from rrhf_bench.errors import DataError
 from rrhf_bench.records import Prompt
+from rrhf_bench.rewards.checks import Check, verify
 from rrhf_bench.rewards.contract import KNOWN_LAYOUTS, Dtype, RewardContract
 from rrhf_bench.rewards.hub import (
     TOKENIZER,
     WEIGHTS,
+    contract_of,
+    encode_all,
     identity_of,
+    least,
     length_limit,
     load_faults,
     load_tokenizer,
-    pad_right,
+    pad,
+    refuse_left,
     score_rows,
 )
 from rrhf_bench.rewards.reward import finite
@@ -39,10 +45,14 @@ BUFFERS = (".attn.bias", ".attn.masked_bias", ".attn.embed_positions")
 
 
 class ValueHeadReward:
-    """A causal body and a ``v_head`` as a RewardModel. ``truncated`` counts the texts cut so far.
+    """A causal body and a ``v_head`` as a RewardModel. ``truncated`` counts the texts cut so far; ``checks`` is what
+    ``verify`` found.
 
     Padding is EOS, as in the original, and cannot matter: it stands behind the first EOS, where the score is read.
     """
+
+    label = None
+    pools_itself = False
 
     def __init__(
         self,
@@ -55,16 +65,20 @@ class ValueHeadReward:
         where: str = "reward model",
         batch_size: int = 16,
     ) -> None:
+        """Raises DataError for whatever ``checks.verify`` refuses."""
+        refuse_left(contract, where)
         self.body = body.eval()
         self.tokenizer = tokenizer
         self.contract = contract
         self.identity = identity
         self.batch_size = batch_size
         self.truncated = 0
+        self.where = where
+        self.eos_id = contract.eos_id(tokenizer, where)
+        self.pad_id = self.eos_id
+        self.max_length = length_limit(contract.max_length, body.config)
         self._head_D = head_D
-        self._where = where
-        self._eos_id = contract.eos_id(tokenizer, where)
-        self._max_length = length_limit(contract.max_length, body.config)
+        self.checks: tuple[Check, ...] = verify(self)
 
     @classmethod
     def load(
@@ -78,19 +92,21 @@ class ValueHeadReward:
         dtype: Dtype | None = None,
         device: str = "cpu",
         batch_size: int = 16,
+        trust_remote_code: bool = False,
     ) -> ValueHeadReward:
         """From a hub id or a folder; ``body`` names the configuration and ``tokenizer`` the tokenizer where the source
         holds only weights. What is not named comes from the folder, else from ``KNOWN_LAYOUTS``.
 
-        Raises DataError naming the source for missing files, weights or configuration that do not fit one another, and
-        a missing ``v_head``. Weights are read without running code from the file.
+        Raises DataError naming the source for missing files, weights or configuration that do not fit one another, a
+        missing ``v_head``, and a contract that is not kept (see ``__init__``). Weights are read without running code
+        from the file. Raises it, too, for a body that comes with code of its own, unless ``trust_remote_code``.
         """
         from transformers import MODEL_MAPPING, AutoConfig
 
         where = str(source)
         known = KNOWN_LAYOUTS.get(where, DEFAULT)
         folder, commit = _fetch(where, revision or (known.revision if where in KNOWN_LAYOUTS else None))
-        contract = contract or RewardContract.read(folder) or known.contract
+        contract = contract_of(folder, where, "value-head", contract) or known.contract
         contract = contract if dtype is None else replace(contract, dtype=dtype)
         body_source = body or (str(folder) if (folder / "config.json").is_file() else known.body)
         holds_tokenizer = any(path for pattern in TOKENIZER for path in folder.glob(pattern))
@@ -105,7 +121,9 @@ class ValueHeadReward:
             raise DataError(f"{where}: v_head.weight: found {found}; expected shape (1, hidden size)")
         torch_dtype = getattr(torch, contract.dtype)
         with load_faults(body_source, "a model configuration"):
-            config = AutoConfig.from_pretrained(body_source)
+            config = AutoConfig.from_pretrained(body_source, trust_remote_code=trust_remote_code)
+            if type(config) not in MODEL_MAPPING:
+                raise DataError(f"{body_source}: is no causal body of transformers; name another with body")
         with load_faults(where, f"the body of {config.model_type}"):
             model, info = MODEL_MAPPING[type(config)].from_pretrained(
                 None, config=config, state_dict=_body(state), dtype=torch_dtype, output_loading_info=True
@@ -125,7 +143,7 @@ class ValueHeadReward:
         return cls(
             model.to(device),
             head[0].to(device, torch_dtype),
-            load_tokenizer(tokenizer_source, None, None),
+            load_tokenizer(tokenizer_source, None, None, trust_remote_code),
             contract,
             identity=identity_of("value-head", where, commit, contract, *others),
             where=where,
@@ -134,18 +152,32 @@ class ValueHeadReward:
 
     def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> NDArray[np.float64]:
         """(N,) scores. Raises DataError for one that is not finite."""
-        rows = []
-        for prompt, response in zip(prompts, responses, strict=True):
-            ids, cut = self.contract.encode(prompt, response, self.tokenizer, self._max_length)
-            self.truncated += cut
-            rows.append(ids)
-        return finite(score_rows(rows, self.batch_size, self._score), prompts, self._where)
+        rows, cut = encode_all(self.contract, prompts, responses, self.tokenizer, self.max_length)
+        self.truncated += cut
+        return finite(score_rows(rows, self.batch_size, self.score_batch), prompts, self.where)
 
-    def _score(self, rows: Sequence[Sequence[int]]) -> Tensor:
-        ids_BL, mask_BL = pad_right(rows, self._eos_id, self.body.device)
+    def encode(self, prompt: Prompt, response: str, max_length: int | None = None) -> list[int]:
+        """The ids that this text is scored as, cut to ``max_length`` where that is less than the model's own limit."""
+        return self.contract.encode(prompt, response, self.tokenizer, least(max_length, self.max_length))[0]
+
+    @torch.no_grad()
+    def score_batch(self, rows: Sequence[Sequence[int]]) -> NDArray[np.float64]:
+        """(B,) scores of rows of ids, in one pass and in this order."""
+        ids_BL, mask_BL = pad(rows, self.pad_id, self.body.device)
         hidden_BLD = self.body(input_ids=ids_BL, attention_mask=mask_BL, use_cache=False).last_hidden_state
-        index = torch.tensor([self.contract.index(row, self._eos_id) for row in rows])
-        return hidden_BLD[torch.arange(len(rows)), index] @ self._head_D
+        index = torch.tensor([self.contract.index(row, self.eos_id) for row in rows])
+        return (hidden_BLD[torch.arange(len(rows)), index] @ self._head_D).double().cpu().numpy()
+
+    def named_weights(self) -> Iterable[tuple[str, Tensor]]:
+        yield "v_head.weight", self._head_D
+        yield from self.body.named_parameters()
+
+    def under(self, contract: RewardContract) -> ValueHeadReward:
+        """The same weights under another contract, which nobody checks."""
+        other = copy.copy(self)
+        other.contract = contract
+        other.eos_id = contract.eos_id(self.tokenizer, self.where) if contract.append_eos else self.eos_id
+        return other
 
 
 def _fetch(source: str, revision: str | None) -> tuple[Path, str | None]:
