@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import pairwise
 
 import numpy as np
 import torch
@@ -30,14 +31,14 @@ from baselines.ppo_math import (
 )
 from baselines.ppo_settings import PPOSettings, RewardScaling
 from rrhf_bench.errors import DataError, StageError
-from rrhf_bench.policy.batching import ResponseBatch
+from rrhf_bench.policy.batching import ResponseBatch, within
 from rrhf_bench.policy.logprobs import kl_k1, masked_mean
 from rrhf_bench.policy.policy import Policy
 from rrhf_bench.records import Prompt, Response
 from rrhf_bench.sampling.sampler import SamplingSpec
 from rrhf_bench.seeding import generator
 from rrhf_bench.training.method import Progress, TrainContext, TrainInputs, TrainResult
-from rrhf_bench.training.optimiser import adamw, lr_factor, set_lr
+from rrhf_bench.training.optimiser import AdamW, lr_factor
 
 Ids = tuple[int, ...]
 
@@ -119,32 +120,53 @@ class RewardScale:
         self.count = total
 
 
+class Clock:
+    """Seconds of an iteration by part, the device's work included."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[str, float] = {}
+        self._began = time.perf_counter()
+
+    @contextmanager
+    def __call__(self, part: str) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self._seconds[part] = self._seconds.get(part, 0.0) + time.perf_counter() - began
+
+    def read(self) -> dict[str, float]:
+        """What the parts took since the last reading, and the whole."""
+        now = time.perf_counter()
+        seconds = {**self._seconds, "iteration": now - self._began}
+        self._seconds, self._began = {}, now
+        return seconds
+
+
 @dataclass
 class PPOState:
     """What changes while PPO trains, the policy's weights apart."""
 
     value: ValueFunction
-    optimiser: torch.optim.AdamW
+    optimiser: AdamW
     kl: AdaptiveKL | FixedKL
     scale: RewardScale
     iteration: int = 0  # finished ones; names every random choice
     step: int = 0  # optimiser steps done
     sampled_tokens: int = 0
     missing_ends: int = 0  # rollouts that the length cap cut
+    clock: Clock = field(default_factory=lambda: Clock())
 
     @classmethod
     def start(cls, policy: Policy, settings: PPOSettings) -> PPOState:
         value = ValueFunction.of(policy, separate=settings.value == "separate")
-        optimiser = adamw([*policy.parameters(), *value.parameters()], settings)
+        optimiser = AdamW([*policy.parameters(), *value.parameters()], settings)
         kl: AdaptiveKL | FixedKL = FixedKL(settings.kl_coefficient)
         if settings.kl == "adaptive":
             assert settings.kl_target is not None
             assert settings.kl_horizon is not None
             kl = AdaptiveKL(settings.kl_coefficient, settings.kl_target, settings.kl_horizon)
         return cls(value, optimiser, kl, RewardScale(settings.reward_scale))
-
-    def parameters(self) -> list[torch.nn.Parameter]:
-        return [p for group in self.optimiser.param_groups for p in group["params"]]
 
     @property
     def place(self) -> str:
@@ -195,13 +217,15 @@ class PPO:
         while state.iteration < settings.iterations:
             coefficient = state.kl.coefficient
             rollouts = roll_out(policy, inputs.prompts, context, state, settings)
-            metrics = {**rollouts.metrics, **self._update(policy, rollouts, context.seed, state)}
+            with state.clock("update"):
+                metrics = {**rollouts.metrics, **self._update(policy, rollouts, context.seed, state)}
             state.kl.update(metrics["objective/kl"], settings.rollouts)
             state.iteration += 1
             counts = {"iteration": state.iteration, "step": state.step, "sampled_tokens": state.sampled_tokens}
             context.log({**counts, "kl_coefficient": coefficient, **metrics})
+            context.took(state.clock.read())
             context.watch(self._progress(state), policy)
-        state.optimiser.zero_grad(set_to_none=True)
+        state.optimiser.close()
         counts = {"rollouts": settings.iterations * settings.rollouts, "rollouts_without_end": state.missing_ends}
         return TrainResult(state.step, state.sampled_tokens, counts)
 
@@ -214,17 +238,14 @@ class PPO:
         steps: list[Mapping[str, float]] = []
         for epoch in range(settings.ppo_epochs):
             order = generator(seed, "ppo", "minibatches", state.iteration, epoch).permutation(len(rollouts.pairs))
-            for rows in _chunks(order.tolist(), settings.minibatch):
+            for start in range(0, len(order), settings.minibatch):
+                rows = order[start : start + settings.minibatch].tolist()
                 lr = settings.lr * lr_factor(state.step, self.steps, settings)
-                set_lr(state.optimiser, lr)
-                state.optimiser.zero_grad(set_to_none=True)
                 steps.append(accumulate_gradient(policy, rollouts, rows, state, settings))
-                norm = torch.nn.utils.clip_grad_norm_(state.parameters(), settings.grad_clip)
-                if not torch.isfinite(norm):
-                    raise StageError(
-                        f"{state.place}: the gradient's norm is {norm.item()}; lower lr, or compute in float32"
-                    )
-                state.optimiser.step()
+                norm = state.optimiser.clip()
+                if not math.isfinite(norm):
+                    raise StageError(f"{state.place}: the gradient's norm is {norm}; lower lr, or compute in float32")
+                state.optimiser.step(lr)
                 state.step += 1
         return {
             "loss/policy_avg": _mean(steps, "loss/policy"),
@@ -256,7 +277,8 @@ def roll_out(
             )
         pairs.append((policy.tokenization.prompt_ids(prompt), response.token_ids))
 
-    raw_N = _rewards(asked, responses, context, state)
+    with state.clock("score"):
+        raw_N = _rewards(asked, responses, context, state)
     ended_N = np.array([response.ended for response in responses])
     score_N = np.clip(state.scale.scale(raw_N), -settings.reward_clip, settings.reward_clip)
     if settings.missing_eos == "penalty":
@@ -268,8 +290,8 @@ def roll_out(
     logp_rows: list[Tensor] = []
     value_rows: list[Tensor] = []
     ref_rows: list[Tensor] = []
-    with torch.no_grad():
-        for rows in _chunks(range(len(pairs)), settings.micro_batch or settings.minibatch):
+    with torch.no_grad(), state.clock("logprobs"):
+        for rows in _passes(policy, pairs, range(len(pairs))):
             batch = ResponseBatch.of_pairs([pairs[row] for row in rows], settings.temperature)
             logp_BT, value_BT, _ = state.value.forward(policy, batch)
             logp_rows.extend(logp_BT)
@@ -312,13 +334,13 @@ def accumulate_gradient(
 ) -> dict[str, float]:
     """Add the gradient of one minibatch's loss, policy + value_coefficient * value, to the parameters'.
 
-    Both terms are means over the minibatch's tokens, so a micro-batch counts by its share of them and the split does
-    not change the gradient. Returns the minibatch's metrics. Raises StageError for a loss that is not finite.
+    Both terms are means over the minibatch's tokens, so a pass counts by its share of them and the split does not
+    change the gradient. Returns the minibatch's metrics. Raises StageError for a loss that is not finite.
     """
     tokens = sum(len(rollouts.pairs[row][1]) for row in rows)
     total: dict[str, float] = dict.fromkeys(("loss/policy", "loss/value", "clip_fraction", "approx_kl", "ratio"), 0.0)
     deviation = 0.0
-    for part in _chunks(rows, settings.micro_batch or settings.minibatch):
+    for part in _passes(policy, rollouts.pairs, rows):
         batch = rollouts.batch(part)
         logp_BT, value_BT, mask_BT = state.value.forward(policy, batch)
         old_logp_BT, old_value_BT, advantage_BT, return_BT = (
@@ -354,7 +376,8 @@ def _sample(
 ) -> list[Response]:
     """One reply to each prompt, from the policy's present weights."""
     assert context.sampler is not None
-    context.sampler.sync(policy)
+    with state.clock("sync"):
+        context.sampler.sync(policy)
     # A prompt that comes twice in one iteration needs a second purpose: its seed would be the same, and so its reply.
     seen: dict[Prompt, int] = {}
     again = []
@@ -373,7 +396,8 @@ def _sample(
             stop=context.stop,
             logprobs=True,
         )
-        sampled = context.sampler.sample([asked[place] for place in places], spec)
+        with state.clock("sample"):
+            sampled = context.sampler.sample([asked[place] for place in places], spec)
         replies |= {place: candidates.responses[0] for place, candidates in zip(places, sampled, strict=True)}
     return [replies[place] for place in range(len(asked))]
 
@@ -411,9 +435,10 @@ def _stack(rows: list[Tensor]) -> Tensor:
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
 
-def _chunks(rows: Sequence[int], size: int) -> list[list[int]]:
-    edges = [*range(0, len(rows), size), len(rows)]
-    return [list(rows[a:b]) for a, b in pairwise(edges)]
+def _passes(policy: Policy, pairs: Sequence[tuple[Ids, Ids]], rows: Sequence[int]) -> list[list[int]]:
+    """Some rows in passes of the policy's pass_tokens."""
+    sizes = [policy.fed_tokens(ResponseBatch.of_pairs([pairs[row]])) for row in rows]
+    return [[rows[i] for i in run] for run in within(sizes, policy.pass_tokens)]
 
 
 def _mean(steps: Sequence[Mapping[str, float]], name: str) -> float:

@@ -39,7 +39,6 @@ class PPOSettings(OptimiserSettings):
     temperature: Annotated[float, Field(gt=0.0, le=10.0)] = 1.0  # of the rollouts and of every log-prob
     ppo_epochs: Count = 4  # passes over an iteration's rollouts
     minibatch: Count = 32  # rollouts an optimiser step
-    micro_batch: Count | None = None  # rollouts a pass; none: the whole minibatch at once
 
     kl: Literal["fixed", "adaptive"] = "fixed"
     kl_coefficient: Annotated[float, Field(ge=0.0)] = 0.1  # adaptive: the first one
@@ -89,8 +88,6 @@ class PPOSettings(OptimiserSettings):
         faults = []
         if self.minibatch > self.rollouts:
             faults.append(f"minibatch: found {self.minibatch}; expected at most rollouts ({self.rollouts})")
-        if self.micro_batch is not None and self.micro_batch > self.minibatch:
-            faults.append(f"micro_batch: found {self.micro_batch}; expected at most minibatch ({self.minibatch})")
         if self.kl == "adaptive" and (self.kl_target is None or self.kl_horizon is None):
             faults.append(
                 'kl: "adaptive" needs kl_target (nats a response) and kl_horizon (rollouts); set them (1909.08593 '
@@ -107,7 +104,7 @@ class PPOSettings(OptimiserSettings):
         return self
 
     def models_in_memory(self) -> tuple[str, ...]:
-        models = ("policy", "reference", "reward model")
+        models = ("policy", *(() if self.lora else ("reference",)), "reward model")
         return (*models, "value model") if self.value == "separate" else models
 
     def budget(self, prompts: int, responses: int) -> str:

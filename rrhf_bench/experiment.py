@@ -251,6 +251,9 @@ class RuntimeSettings(Settings):
     """Recorded, never part of a key: none of these changes a result beyond rounding."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    pass_tokens: Positive | None = None  # fed to a policy at once in training; none: 2048 on a CPU, 16384 on a GPU
+    checkpoint_activations: bool = False  # computed again in the backward pass: a fifth slower, much less memory
+    onednn: Literal["auto", "on", "off"] = "auto"  # float32 products on a CPU; auto: where it is faster
     score_batch: Positive = 64  # texts a pass of the reward and perplexity models
     gpu_memory: Annotated[float, Field(gt=0, lt=1)] = 0.4  # share that the sampler's engine may take on a GPU
     kv_cache_mib: Positive = 96  # of the sampler's engine on a CPU

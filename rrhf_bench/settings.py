@@ -185,8 +185,18 @@ def sampling_policy(settings: MethodSettings) -> str | None:
     return None
 
 
+class LoraSettings(Settings):
+    """Low-rank adapters (2106.09685): W + alpha / rank * B A, where W stays as it is."""
+
+    rank: Annotated[int, Field(ge=1)] = 16
+    alpha: Annotated[float, Field(gt=0.0)] = 32.0
+    targets: Names | Literal["all-linear"] = "all-linear"  # names of layers; all-linear: all but the LM head
+
+
 class OptimiserSettings(MethodSettings):
     """AdamW and its schedule, for methods that change weights."""
+
+    lora: LoraSettings | None = None  # none: all weights train
 
     lr: Annotated[float, Field(gt=0.0)] = 1e-3
     schedule: Schedule = "linear"  # to 0 over the whole budget
@@ -205,10 +215,11 @@ class OfflineSettings(OptimiserSettings):
 
     epochs: Annotated[int, Field(ge=1)] = 3
     batch_prompts: Annotated[int, Field(ge=1)] = 16  # examples (prompts) an optimiser step
-    micro_batch_prompts: Annotated[int, Field(ge=1)] | None = None  # examples a pass; none: the whole batch at once
 
     def models_in_memory(self) -> tuple[str, ...]:
-        others: Mapping[Requirement, str] = {"reference": "reference", "reward": "reward model"}
+        # With adapters the reference is the policy with these off.
+        others: Mapping[Requirement, str] = {} if self.lora else {"reference": "reference"}
+        others = {**others, "reward": "reward model"}
         return ("policy", *(model for need, model in others.items() if need in self.needs))
 
     def budget(self, prompts: int, responses: int) -> str:

@@ -148,9 +148,8 @@ def test_replies_shorten_where_length_is_charged_for() -> None:
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_every_fresh_rollout_starts_at_ratio_1(value: str, temperature: float) -> None:
     run = Run(stop=("ad",))
-    PPO(settings(iterations=3, value=value, temperature=temperature, micro_batch=3)).fit(
-        run.policy, INPUTS, run.context
-    )
+    run.policy.pass_tokens = 60  # three or four rollouts
+    PPO(settings(iterations=3, value=value, temperature=temperature)).fit(run.policy, INPUTS, run.context)
     for row in run.log:
         assert row["val/ratio"] == pytest.approx(1.0, abs=1e-6)
         assert row["val/ratio_deviation"] < 1e-5
@@ -194,17 +193,18 @@ def test_same_seed_same_weights_whatever_the_global_generators_do() -> None:
 def test_micro_batches_do_not_change_the_gradient(value: str) -> None:
     gradients = []
     metrics = []
-    for micro_batch in (None, 1, 3):
+    for tokens in (4096, 1, 60):
         run = Run(stop=("ad",))
-        made = settings(rollouts=8, value=value, micro_batch=micro_batch)
+        run.policy.pass_tokens = tokens
+        made = settings(rollouts=8, value=value)
         state = PPOState.start(run.policy, made)
         rollouts = roll_out(run.policy, PROMPTS, run.context, state, made)
         with torch.no_grad():  # away from the old policy, so that ratios, clipping and values all matter
-            for index, parameter in enumerate(state.parameters()):
+            for index, parameter in enumerate(state.optimiser.parameters):
                 noise = np.random.default_rng(index).normal(scale=0.05, size=tuple(parameter.shape))
                 parameter.add_(torch.as_tensor(noise, dtype=parameter.dtype))
         metrics.append(accumulate_gradient(run.policy, rollouts, range(8), state, made))
-        gradients.append([p.grad for p in state.parameters() if p.grad is not None])
+        gradients.append([p.grad for p in state.optimiser.parameters if p.grad is not None])
     assert len({len(ids) for _, ids in rollouts.pairs}) > 1, "lopsided rows are the point"
     assert metrics[0]["clip_fraction"] > 0.0
     for other, row in zip(gradients[1:], metrics[1:], strict=True):
@@ -225,8 +225,8 @@ def test_a_separate_value_model_leaves_the_value_gradient_out_of_the_policy() ->
     state = PPOState.start(run.policy, made)
     shared = PPOState.start(run.policy, settings())
     count = sum(1 for _ in run.policy.parameters())
-    assert len(state.parameters()) == 2 * count + 2
-    assert len(shared.parameters()) == count + 2
+    assert len(state.optimiser.parameters) == 2 * count + 2
+    assert len(shared.optimiser.parameters) == count + 2
 
 
 class PromptReward:
@@ -387,7 +387,6 @@ def test_a_sampler_without_ids_and_a_run_without_prompts_are_refused() -> None:
         ({"max_length": 64}, "max_new_tokens"),
         ({"temperature": 0.0}, "greater than 0"),
         ({"minibatch": 256}, "at most rollouts"),
-        ({"micro_batch": 33}, "at most minibatch"),
         ({"kl": "adaptive"}, "kl_target"),
         ({"kl": "adaptive", "kl_coefficient": 0.0, "kl_target": 6.0, "kl_horizon": 10}, "never leaves 0"),
         ({"kl_target": 6.0}, "reads no kl_target"),

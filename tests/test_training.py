@@ -158,10 +158,11 @@ METHODS = [
 @pytest.mark.parametrize(("method", "settings", "inputs"), METHODS)
 def test_micro_batches_of_one_give_the_gradient_of_the_whole(policy, method, settings, inputs):
     gradients = []
-    for size in (1, 3, 8):
-        trainer = OfflineTrainer(method(settings), settings.model_copy(update={"micro_batch_prompts": size}))
-        metrics = trainer.accumulate(policy, trainer.method.examples(inputs))
-        gradients.append((metrics["loss"], torch.cat([p.grad.flatten() for p in policy.parameters()])))
+    for tokens in (1, 60, 4096):
+        policy.pass_tokens = tokens
+        trainer = OfflineTrainer(method(settings), settings)
+        metrics, weight = trainer.accumulate(policy, trainer.method.examples(inputs))
+        gradients.append((metrics["loss"], torch.cat([p.grad.flatten() / weight for p in policy.parameters()])))
         for parameter in policy.parameters():
             parameter.grad = None
     for loss, gradient in gradients[1:]:

@@ -74,6 +74,7 @@ class PlainSteps:
             raise DataError(f"{method.kind}: scores its own samples; name a reward model with --reward-model")
         inputs, counts = _train_inputs(method, data)
         policy = services.policy(model)
+        unadapted = steps.adapt(policy, method, seed)
         log: list[Mapping[str, float]] = []
         with replacing(out) as folder:
             folder.mkdir()
@@ -81,7 +82,7 @@ class PlainSteps:
                 seed=seed,
                 sampler=services.sampler(policy, model, self.backend) if "sampler" in method.needs else None,
                 reward=services.reward(reward) if reward is not None else None,
-                reference=services.fixed_policy(model) if "reference" in method.needs else None,
+                reference=(unadapted or services.fixed_policy(model)) if "reference" in method.needs else None,
                 watch=lambda progress, _: self.progress(round(1000 * progress.fraction), 1000),
                 log=log.append,
                 scratch=folder,

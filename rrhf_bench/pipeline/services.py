@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from rrhf_bench.data.dialogue import Template, TemplateKind
 from rrhf_bench.experiment import Dtype, RuntimeSettings
-from rrhf_bench.policy.policy import TransformersPolicy
+from rrhf_bench.policy.policy import Computation, TransformersPolicy
 from rrhf_bench.records import Prompt
 from rrhf_bench.rewards.reward import RewardModel
 from rrhf_bench.sampling.backend import BackendName
@@ -70,6 +70,7 @@ class Services:
             dtype=getattr(torch, ref.dtype),
             revision=ref.revision,
             pad_token=ref.pad_token,
+            computation=Computation(self.runtime.pass_tokens, self.runtime.checkpoint_activations, self.runtime.onednn),
         )
 
     def fixed_policy(self, ref: ModelRef) -> TransformersPolicy:

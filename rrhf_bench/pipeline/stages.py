@@ -298,20 +298,23 @@ def train(job: Job) -> None:
     s = job.settings
     settings = _method(s["method"])
     policy = job.services.policy(job.ref())
+    unadapted = steps.adapt(policy, settings, s["seed"])
     inputs = train_inputs(job, settings)
     curve = _Curve(job, policy)
     log: list[Mapping[str, float]] = []
+    parts: list[Mapping[str, float]] = []  # seconds
     backend = choose_backend(job.backend, settings.strategy or "sample").name
     made: list[Candidates] = []  # while training
     context = TrainContext(
         seed=s["seed"],
         sampler=job.services.sampler(policy, job.ref(), backend) if "sampler" in settings.needs else None,
         reward=job.services.reward(job.ref("reward model")) if "reward" in settings.needs else None,
-        reference=job.services.fixed_policy(job.ref()) if "reference" in settings.needs else None,
+        reference=(unadapted or job.services.fixed_policy(job.ref())) if "reference" in settings.needs else None,
         watch=curve.watch,
         log=log.append,
         scratch=job.out,
         keep=made.extend,
+        took=parts.append,
         max_new_tokens=s.get("sampling", s["evaluation"])["max_new_tokens"],
         stop=tuple(s.get("sampling", s["evaluation"])["stop"]),
     )
@@ -319,6 +322,7 @@ def train(job: Job) -> None:
     started = time.monotonic()
     result = trainer.fit(policy, inputs, context)
     job.seconds.update(train=time.monotonic() - started - curve.watching, curve=curve.seconds)
+    job.seconds.update(layout=policy.layout, onednn_layers=policy.steered_layers, parts=_mean_of(parts))
     policy.save(job.out / "model")
     ModelRef(**{**job.ref().__dict__, "source": "model", "revision": None}).write(job.out)
     write_jsonl(job.out / "metrics.jsonl", log)
@@ -326,7 +330,14 @@ def train(job: Job) -> None:
     if made:
         write_jsonl(job.out / "candidates.jsonl", made)
     about = {"steps": result.steps, "sampled_tokens": result.sampled_tokens, "counts": dict(result.counts)}
+    if policy.layout_reason is not None:
+        about["padded"] = policy.layout_reason
     job.write_json("about.json", about)
+
+
+def _mean_of(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Seconds of an iteration by part, over all iterations."""
+    return {name: sum(line[name] for line in parts) / len(parts) for name in (parts[0] if parts else {})}
 
 
 def train_inputs(job: Job, settings: MethodSettings) -> TrainInputs:

@@ -20,7 +20,8 @@ from rrhf_bench.records import Candidates, Decoding, Evaluated, PairScored, Pref
 from rrhf_bench.rewards.gold import Gold
 from rrhf_bench.rewards.reward import RewardModel
 from rrhf_bench.sampling.sampler import Sampler, SamplingSpec
-from rrhf_bench.settings import MethodSettings, OfflineSettings
+from rrhf_bench.seeding import derive_seed
+from rrhf_bench.settings import MethodSettings, OfflineSettings, OptimiserSettings
 from rrhf_bench.training.loop import FixedExamples, OfflineTrainer, Supplier
 from rrhf_bench.training.method import Trainer
 from rrhf_bench.training.online import OnlineExamples
@@ -67,6 +68,15 @@ def trainer(settings: MethodSettings, context: int) -> Trainer:
     if settings.refresh is not None:
         supply = partial(OnlineExamples, score=score_candidates)
     return OfflineTrainer(method, settings.model_copy(update={"max_length": max_length}), supply)
+
+
+def adapt(policy: TransformersPolicy, settings: MethodSettings, seed: int) -> Policy | None:
+    """Give the policy the adapters that a method asks for; the reference that it then is with these off, or None."""
+    lora = settings.lora if isinstance(settings, OptimiserSettings) else None
+    if lora is None:
+        return None
+    policy.adapt(lora, derive_seed(seed, "lora"))
+    return policy.before_adapting()
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,16 @@
-"""What a policy is asked about: responses to prompts as token ids, and the layout of them that a model is fed.
+"""What a policy is asked about: responses to prompts as token ids, and the two layouts of them that a model is fed.
 
 A ``ResponseBatch`` says which tokens, not how they are laid out: every prompt once, every response with the prompt it
-belongs to. The policy chooses the layout. ``padded`` is the plain one: prompt + response a row, padding on the right.
+belongs to. ``pack`` feeds every prompt once, its responses behind it, each at the positions that follow the prompt;
+``padded`` is the plain layout: prompt + response a row, padding on the right. In both, a response's last token is not
+fed: nothing is predicted from it.
+
+Letters: B responses, T tokens of the longest, L tokens of a pack (or of a padded row), N response tokens in all.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -54,6 +59,140 @@ class ResponseBatch:
         rows = [torch.tensor(ids) for ids in self.response_ids]
         return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
+    @cached_property
+    def first_of(self) -> tuple[int, ...]:
+        """For each row the first one with the same prompt and response: those that are their own first are computed."""
+        first: dict[tuple[int, tuple[int, ...]], int] = {}
+        return tuple(
+            first.setdefault(pair, row) for row, pair in enumerate(zip(self.prompt_of, self.response_ids, strict=True))
+        )
+
+    def fed(self, *, packed: bool) -> int:
+        """Tokens that a model is fed for this batch, padding apart: prompts once, or before every response."""
+        rows = [row for row, first in enumerate(self.first_of) if row == first]
+        prompts = [self.prompt_of[row] for row in rows]
+        fed = sum(len(self.prompt_ids[prompt]) for prompt in (set(prompts) if packed else prompts))
+        return fed + sum(self.lengths[row] - 1 for row in rows)
+
+    @cached_property
+    def longest(self) -> int:
+        """Tokens of the longest prompt and response together."""
+        return max(len(self.prompt_ids[p]) + n for p, n in zip(self.prompt_of, self.lengths, strict=True))
+
+
+def within(sizes: Sequence[int], tokens: int) -> list[list[int]]:
+    """The indices of ``sizes``, in order, in runs of at most ``tokens`` together; one that is larger is a run alone."""
+    runs: list[list[int]] = []
+    room = 0
+    for index, size in enumerate(sizes):
+        if not runs or size > room:
+            runs.append([])
+            room = tokens
+        runs[-1].append(index)
+        room -= size
+    return runs
+
+
+@dataclass(frozen=True)
+class Prefixes:
+    """Who attends to whom in a pack: each segment to itself, causally; some also to all of one earlier segment.
+
+    A prompt with one response is one segment with it. Of a prompt with several, the prompt is one, each response
+    another, and these lie behind one another, so that what attends to the prompt is one slice.
+    """
+
+    segments: tuple[tuple[int, int], ...]  # (start, end); every position of the pack is in one
+    shared: tuple[tuple[int, int, int, int], ...]  # (start, end) of a prompt, (start, end) of its responses
+
+    @cached_property
+    def rectangles(self) -> tuple[tuple[Tensor, Tensor], ...]:
+        """(index_ST, real_ST) for segments of like length together: where their tokens lie, and which are padding.
+
+        Padding stands on the right, where causal attention does not see it, and points to the segment's last token.
+        """
+        by_length: dict[int, list[tuple[int, int]]] = defaultdict(list)
+        for start, end in self.segments:
+            if end > start:
+                by_length[max(32, 1 << (end - start - 1).bit_length())].append((start, end))
+        found = []
+        for group in by_length.values():
+            start_S1 = torch.tensor([start for start, _ in group])[:, None]
+            length_S1 = torch.tensor([end - start for start, end in group])[:, None]
+            step_T = torch.arange(int(length_S1.max()))
+            found.append((start_S1 + torch.minimum(step_T, length_S1 - 1), step_T < length_S1))
+        return tuple(found)
+
+    @cached_property
+    def mask_LL(self) -> Tensor:
+        """(L, L) bool: [q, k], q attends to k. The definition that the fast forms are held to."""
+        length = max(end for _, end in self.segments)
+        mask_LL = torch.zeros(length, length, dtype=torch.bool)
+        for start, end in self.segments:
+            mask_LL[start:end, start:end] = torch.ones(end - start, end - start, dtype=torch.bool).tril()
+        for prompt_start, prompt_end, start, end in self.shared:
+            mask_LL[start:end, prompt_start:prompt_end] = True
+        return mask_LL
+
+
+@dataclass(frozen=True)
+class Pack:
+    """Prompts with their responses in one row for a causal model; tensors on the CPU."""
+
+    rows: tuple[int, ...]  # of the batch, in the order of their tokens in predict_N
+    ids_L: Tensor
+    position_L: Tensor
+    predict_N: Tensor  # the position that predicts each response token
+    prefixes: Prefixes
+
+
+def pack(batch: ResponseBatch, tokens: int) -> list[Pack]:
+    """The different responses of a batch, each prompt fed once, in packs of at most ``tokens`` tokens.
+
+    A prompt whose responses do not fit in one pack is fed once for every part of them. A response is never cut: one
+    that is longer than ``tokens`` makes a longer pack.
+    """
+    responses_of: dict[int, list[int]] = defaultdict(list)
+    for row, first in enumerate(batch.first_of):
+        if row == first:
+            responses_of[batch.prompt_of[row]].append(row)
+    groups: list[tuple[int, list[int]]] = []
+    for prompt, rows in responses_of.items():
+        room = max(1, tokens - len(batch.prompt_ids[prompt]))
+        for run in within([batch.lengths[row] - 1 for row in rows], room):
+            groups.append((prompt, [rows[i] for i in run]))
+    sizes = [len(batch.prompt_ids[p]) + sum(batch.lengths[row] - 1 for row in rows) for p, rows in groups]
+    return [_laid_out(batch, [groups[i] for i in run]) for run in within(sizes, tokens)]
+
+
+def _laid_out(batch: ResponseBatch, groups: Sequence[tuple[int, Sequence[int]]]) -> Pack:
+    ids: list[int] = []
+    positions: list[Tensor] = []
+    predict: list[Tensor] = []
+    segments: list[tuple[int, int]] = []
+    shared: list[tuple[int, int, int, int]] = []
+    for prompt, rows in groups:
+        prompt_ids = batch.prompt_ids[prompt]
+        start, end = len(ids), len(ids) + len(prompt_ids)
+        ids.extend(prompt_ids)
+        positions.append(torch.arange(len(prompt_ids)))
+        behind = []
+        for row in rows:
+            fed = batch.response_ids[row][:-1]
+            behind.append((len(ids), len(ids) + len(fed)))
+            predict.append(torch.tensor([end - 1, *range(*behind[-1])]))
+            positions.append(torch.arange(len(prompt_ids), len(prompt_ids) + len(fed)))
+            ids.extend(fed)
+        if len(rows) == 1:
+            segments.append((start, len(ids)))
+        else:
+            segments += [(start, end), *(segment for segment in behind if segment[1] > segment[0])]
+            if len(ids) > end:
+                shared.append((start, end, end, len(ids)))
+    rows = tuple(row for _, rows in groups for row in rows)
+    return Pack(
+        rows, torch.tensor(ids), torch.cat(positions), torch.cat(predict), Prefixes(tuple(segments), tuple(shared))
+    )
+
 
 @dataclass(frozen=True)
 class PaddedLayout:
@@ -65,7 +204,7 @@ class PaddedLayout:
 
 
 def padded(batch: ResponseBatch, rows: Sequence[int], pad_id: int, device: torch.device) -> PaddedLayout:
-    """The plain layout of some rows of a batch. A response's last token is not fed: nothing is predicted from it."""
+    """The plain layout of some rows of a batch."""
     ids = [batch.prompt_ids[batch.prompt_of[row]] + batch.response_ids[row][:-1] for row in rows]
     end_B = torch.tensor([len(row) for row in ids])
     start_B = end_B - torch.tensor([batch.lengths[row] for row in rows])
@@ -77,23 +216,25 @@ def padded(batch: ResponseBatch, rows: Sequence[int], pad_id: int, device: torch
 
 
 def passes(batch: ResponseBatch, tokens: int) -> list[list[int]]:
-    """The rows of a batch in passes of like length, at most ``tokens`` padded positions each (one row at least).
+    """The different rows of a batch in passes of like length, at most ``tokens`` padded positions each (one row at
+    least), for the padded layout.
 
     Rows of one length need no padding; a batch laid out as one rectangle is often half padding.
     """
     length = [len(batch.prompt_ids[p]) + n - 1 for p, n in zip(batch.prompt_of, batch.lengths, strict=True)]
     parts: list[list[int]] = [[]]
-    for row in sorted(range(len(length)), key=length.__getitem__):
+    for row in sorted((row for row, first in enumerate(batch.first_of) if row == first), key=length.__getitem__):
         if parts[-1] and (len(parts[-1]) + 1) * length[row] > tokens:
             parts.append([])
         parts[-1].append(row)
     return parts
 
 
-def original_order(batch: ResponseBatch, parts: Sequence[Sequence[int]]) -> Tensor:
+def places(batch: ResponseBatch, parts: Sequence[Sequence[int]]) -> Tensor:
     """(N,) where each response token of the batch, row by row, stands in the concatenation of the parts' tokens."""
     start, starts = 0, [0] * len(batch.lengths)
     for row in (row for part in parts for row in part):
         starts[row] = start
         start += batch.lengths[row]
-    return torch.cat([torch.arange(s, s + n) for s, n in zip(starts, batch.lengths, strict=True)])
+    spans = zip((starts[first] for first in batch.first_of), batch.lengths, strict=True)
+    return torch.cat([torch.arange(s, s + n) for s, n in spans])

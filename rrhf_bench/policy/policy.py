@@ -5,23 +5,30 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from rrhf_bench.data.dialogue import Template
 from rrhf_bench.errors import DataError
-from rrhf_bench.policy.batching import PaddedLayout, ResponseBatch, original_order, padded, passes
+from rrhf_bench.policy import attention, onednn
+from rrhf_bench.policy.adapters import adapters_off, add_adapters, merged_state
+from rrhf_bench.policy.batching import Pack, PaddedLayout, ResponseBatch, pack, padded, passes, places
+from rrhf_bench.policy.head import KEPT, token_logprobs
 from rrhf_bench.policy.logprobs import gather_logprobs
 from rrhf_bench.records import Prompt, Response
+from rrhf_bench.settings import LoraSettings
 
-# Positions a pass: enough to keep the device busy, few enough that rows of one pass are of like length.
-PASS_TOKENS = {"cpu": 2048, "cuda": 65536}
+# Tokens fed at once: enough to keep the device busy, few enough for the activations to fit.
+PASS_TOKENS = {"cpu": 2048, "cuda": 16384}
+# How far the log-probs of two layouts may be apart on average, in nats: what a precision leaves, with room.
+ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.1}
 
 
 @dataclass(frozen=True)
@@ -60,6 +67,12 @@ class Tokenization:
         after_colon = tokenizer(": a", add_special_tokens=False)["input_ids"][len(self._colon_ids) :]
         apart = tokenizer(" a", add_special_tokens=False)["input_ids"]
         self._adds_space = template.kind == "hh" and after_colon != apart
+        # Training asks for the same texts in every epoch.
+        self._prompt_ids = lru_cache(1 << 16)(self._encode_prompt)
+        self._text_ids = lru_cache(1 << 18)(self._encode_text)
+
+    def __deepcopy__(self, memo: Any) -> Tokenization:
+        return self  # never changes
 
     @cached_property
     def identity(self) -> str:
@@ -70,6 +83,9 @@ class Tokenization:
     def prompt_ids(self, prompt: Prompt) -> tuple[int, ...]:
         """Ids of the rendered prompt, with the tokenizer's own leading special token if it adds one; of a raw prompt
         ``tokenizer(text)``, whatever that is."""
+        return self._prompt_ids(prompt)
+
+    def _encode_prompt(self, prompt: Prompt) -> tuple[int, ...]:
         text, add_special_tokens = self.template.render_prompt(prompt, self.tokenizer)
         ids = self.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
         # Some tokenizers close every text with EOS; a prompt that has ended cannot be continued.
@@ -78,13 +94,16 @@ class Tokenization:
 
     def response_ids(self, text: str, *, ended: bool) -> tuple[int, ...]:
         """Ids of a response; EOS is its last scored token if it ended, and is absent if the token cap cut it."""
+        return self._text_ids(text) + ((self.eos_id,) if ended else ())
+
+    def _encode_text(self, text: str) -> tuple[int, ...]:
         rendered = self.template.render_response(text)
         ids = self.tokenizer(rendered, add_special_tokens=False)["input_ids"]
         if self._adds_space:
             colon = len(self._colon_ids)
             joined = self.tokenizer(":" + rendered, add_special_tokens=False)["input_ids"]
             ids = joined[colon:] if joined[:colon] == self._colon_ids else ids
-        return tuple(ids) + ((self.eos_id,) if ended else ())
+        return tuple(ids)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of sampled ids, special tokens dropped, spaces as they are."""
@@ -114,6 +133,11 @@ class Policy(Protocol):
     """What every training method is written against, and nothing wider."""
 
     tokenization: Tokenization
+    pass_tokens: int  # that a forward and its backward should be fed at once
+
+    def fed_tokens(self, batch: ResponseBatch) -> int:
+        """Tokens that the model is fed for a batch, which is what it costs."""
+        ...
 
     def token_logprobs(self, batch: ResponseBatch) -> Tensor:
         """(B, T) float32 log-probs of the response tokens given prompt and earlier tokens; 0 beyond each row's end."""
@@ -134,17 +158,42 @@ class Policy(Protocol):
         ...
 
 
-class TransformersPolicy:
-    """A causal language model of transformers as a Policy. Dropout is always off: ratios of probabilities need it."""
+@dataclass(frozen=True)
+class Computation:
+    """How a policy computes; none of it changes a result beyond rounding."""
 
-    def __init__(self, model: Any, tokenization: Tokenization) -> None:
+    pass_tokens: int | None = None  # fed at once where training can choose; none: by device, of PASS_TOKENS
+    checkpoint_activations: bool = False  # computed again in the backward pass instead of kept
+    onednn: Literal["auto", "on", "off"] = "auto"  # float32 products of linear layers on a CPU
+
+
+class TransformersPolicy:
+    """A causal language model of transformers as a Policy. Dropout is always off: ratios of probabilities need it.
+
+    ``layout`` is how responses are fed: "packed", or "padded" where a small group of responses, computed both ways when
+    the policy is made, shows that packing does not hold for this model; ``layout_reason`` then says why. The LM head
+    runs on predicting positions only, in chunks.
+    """
+
+    def __init__(self, model: Any, tokenization: Tokenization, computation: Computation = Computation()) -> None:
         self.model = model.eval()
         self.tokenization = tokenization
-        self._head = model.get_output_embeddings()
+        self.computation = computation
         self._body = model.base_model
         if self._head is None or self._body is model:
             raise DataError(f"{type(model).__name__}: has no language-model head; give a causal language model")
+        self.pass_tokens = computation.pass_tokens or PASS_TOKENS[self.device.type]
+        self._checkpointed = _prepare_checkpoints(model) if computation.checkpoint_activations else []
+        config = model.config.get_text_config()
+        sliding = "sliding_attention" in (getattr(config, "layer_types", None) or ["sliding_attention"])
+        self._window: int | None = getattr(config, "sliding_window", None) if sliding else None
         self._head_is_plain = self._check_head()
+        steered = computation.onednn == "on" or (computation.onednn == "auto" and onednn.worth_it())
+        self.steered_layers = onednn.steer(model) if steered and self.device.type == "cpu" else 0
+        self.layout: Literal["packed", "padded"] = "padded"
+        self.layout_reason = self._unpackable(getattr(config, "attn_logit_softcapping", None))
+        if self.layout_reason is None:
+            self.layout = "packed"
 
     @classmethod
     def load(
@@ -156,14 +205,22 @@ class TransformersPolicy:
         dtype: torch.dtype = torch.float32,
         revision: str | None = None,
         pad_token: str | None = None,
+        trust_remote_code: bool = False,
+        computation: Computation = Computation(),
     ) -> TransformersPolicy:
         """From a hub id or a folder. Raises DataError naming the source if it cannot be loaded."""
-        tokenizer, model = load_causal_lm(source, dtype=dtype, revision=revision, pad_token=pad_token)
-        return cls(model.to(device), Tokenization(tokenizer, template, str(source)))
+        tokenizer, model = load_causal_lm(
+            source, dtype=dtype, revision=revision, pad_token=pad_token, trust_remote_code=trust_remote_code
+        )
+        return cls(model.to(device), Tokenization(tokenizer, template, str(source)), computation)
 
     @property
     def device(self) -> torch.device:
         return self.model.device
+
+    @property
+    def _head(self) -> Any:
+        return self.model.get_output_embeddings()
 
     @torch.no_grad()
     def _check_head(self) -> bool:
@@ -172,53 +229,211 @@ class TransformersPolicy:
         hidden = self._body(input_ids=ids, use_cache=False).last_hidden_state
         return torch.equal(self._head(hidden), self.model(input_ids=ids, use_cache=False).logits)
 
+    @torch.no_grad()
+    def _unpackable(self, soft_cap: float | None) -> str | None:
+        """Why packs would not be what padded rows are, or None; sets the model's attention to what it needs."""
+        if soft_cap is not None:
+            self.model.set_attn_implementation("eager")
+            return "its attention scores are soft-capped, which only eager attention computes"
+        if not self._head_is_plain:
+            return "its logits are not a linear map of the last hidden state"
+        before = self.model.config._attn_implementation
+        if before not in ("sdpa", attention.NAME):
+            return f"its attention is {before}"
+        vocabulary = self.model.config.get_text_config().vocab_size
+        ids = [(11 + 37 * i) % vocabulary for i in range(40)]
+        prompts, replies = (tuple(ids[:7]), tuple(ids[7:10])), [(5, 0), (1, 0), (3, 0), (4, 1)]
+        group = ResponseBatch(
+            prompts, tuple(tuple(ids[12 + i : 12 + i + n]) for i, (n, _) in enumerate(replies)), (0, 0, 0, 1)
+        )
+        expected_BT = self.token_logprobs(group)  # padded, as nothing else has been decided yet
+        seen: list[Any] = []
+        try:
+            self.model.set_attn_implementation(attention.register())
+            hidden_ND = torch.cat([self._packed(part, layers_seen=seen) for part in pack(group, 1 << 10)])
+            packed_BT = self._by_row(group, self._logprobs(hidden_ND, group, range(len(replies))))
+        except (
+            RuntimeError,
+            ValueError,
+            TypeError,
+            AttributeError,
+            IndexError,
+            KeyError,
+            NotImplementedError,
+        ) as error:
+            packed_BT, reason = None, str(error).strip().partition("\n")[0] or type(error).__name__
+        if packed_BT is not None:
+            gap = (packed_BT - expected_BT).abs().sum().item() / sum(group.lengths)
+            if len(seen) >= self.model.config.get_text_config().num_hidden_layers and gap <= ROUNDING[self.model.dtype]:
+                return None
+            reason = f"log-probs differ by {gap:.1g}" if seen else "its layers have an attention of their own"
+        self.model.set_attn_implementation(before)
+        return reason
+
+    def fed_tokens(self, batch: ResponseBatch) -> int:
+        return batch.fed(packed=self.layout == "packed")
+
     def token_logprobs(self, batch: ResponseBatch) -> Tensor:
-        return self._forward(batch)[0]
+        return self._by_row(batch, self._forward(batch)[0])
 
     def response_states(self, batch: ResponseBatch) -> ResponseStates:
-        logp_BT, hidden_ND = self._forward(batch)
-        mask_BT = batch.mask_BT.to(self.device)
-        return ResponseStates(logp_BT, _scatter(hidden_ND, mask_BT))
+        logp_N, hidden_ND = self._forward(batch)
+        return ResponseStates(self._by_row(batch, logp_N), self._by_row(batch, hidden_ND))
 
     def _forward(self, batch: ResponseBatch) -> tuple[Tensor, Tensor]:
-        """((B, T) log-probs, (N, D) hidden states of the N response tokens, row by row)."""
-        parts = passes(batch, PASS_TOKENS[self.device.type])
-        pieces = [self._hidden_and_logits(padded(batch, part, self.tokenization.pad_id, self.device)) for part in parts]
-        order_N = original_order(batch, parts).to(self.device)
-        token_N = batch.token_BT[batch.mask_BT].to(self.device)
-        taken_N = token_N.new_empty(token_N.shape).index_copy(0, order_N, token_N).split([len(h) for h, _ in pieces])
-        logp_N = torch.cat(
-            [
-                gather_logprobs(logits, taken, batch.temperature)
-                for (_, logits), taken in zip(pieces, taken_N, strict=True)
-            ]
-        )[order_N]
-        hidden_ND = torch.cat([hidden for hidden, _ in pieces])[order_N]
-        return _scatter(logp_N, batch.mask_BT.to(self.device)), hidden_ND
+        """((N,) log-probs, (N, D) hidden states) of the N response tokens, row by row."""
+        if self.layout == "packed" and (self._window is None or batch.longest <= self._window):
+            packs = pack(batch, self.pass_tokens)
+            parts = [list(part.rows) for part in packs]
+            hidden_ND = torch.cat([self._packed(part) for part in packs])
+        else:
+            parts = passes(batch, self.pass_tokens)
+            layouts = [padded(batch, part, self.tokenization.pad_id, self.device) for part in parts]
+            if not self._head_is_plain:
+                return self._with_own_logits(batch, parts, layouts)
+            hidden_ND = torch.cat([self._padded(layout) for layout in layouts])
+        order_N = places(batch, parts).to(self.device)
+        logp_N = self._logprobs(hidden_ND, batch, [row for part in parts for row in part])
+        return logp_N[order_N], hidden_ND[order_N]
 
-    def _hidden_and_logits(self, layout: PaddedLayout) -> tuple[Tensor, Tensor]:
-        inputs = {"input_ids": layout.input_ids_BL, "attention_mask": layout.attention_mask_BL, "use_cache": False}
-        if self._head_is_plain:
-            # Only predicting rows go through the head: prompt and padding positions never meet the vocabulary.
-            hidden_ND = self._body(**inputs).last_hidden_state[layout.predict_BL]
-            return hidden_ND, self._head(hidden_ND)
-        output = self.model(**inputs, output_hidden_states=True)
-        return output.hidden_states[-1][layout.predict_BL], output.logits[layout.predict_BL]
+    def _packed(self, part: Pack, **extra: Any) -> Tensor:
+        """(N, D) hidden states that predict the tokens of a pack's responses."""
+        with self._checkpoints():
+            states_1LD = self._body(
+                input_ids=part.ids_L[None].to(self.device),
+                position_ids=part.position_L[None].to(self.device),
+                # A mask of four dimensions is left as it is: who sees whom is in the pack.
+                attention_mask=torch.empty(1, 1, 1, 1, device=self.device),
+                use_cache=False,
+                prefixes=part.prefixes,
+                **extra,
+            ).last_hidden_state
+        return states_1LD[0, part.predict_N.to(self.device)]
+
+    def _padded(self, layout: PaddedLayout) -> Tensor:
+        with self._checkpoints():
+            states_BLD = self._body(
+                input_ids=layout.input_ids_BL, attention_mask=layout.attention_mask_BL, use_cache=False
+            ).last_hidden_state
+        return states_BLD[layout.predict_BL]
+
+    def _with_own_logits(
+        self, batch: ResponseBatch, parts: Sequence[Sequence[int]], layouts: Sequence[PaddedLayout]
+    ) -> tuple[Tensor, Tensor]:
+        logp, hidden = [], []
+        for part, layout in zip(parts, layouts, strict=True):
+            output = self.model(
+                input_ids=layout.input_ids_BL,
+                attention_mask=layout.attention_mask_BL,
+                use_cache=False,
+                output_hidden_states=True,
+            )
+            token_N = _tokens(batch, part).to(self.device)
+            logp.append(gather_logprobs(output.logits[layout.predict_BL], token_N, batch.temperature))
+            hidden.append(output.hidden_states[-1][layout.predict_BL])
+        order_N = places(batch, parts).to(self.device)
+        return torch.cat(logp)[order_N], torch.cat(hidden)[order_N]
+
+    def _logprobs(self, hidden_ND: Tensor, batch: ResponseBatch, rows: Sequence[int]) -> Tensor:
+        """(N,) log-probs of the tokens of some rows, one behind the other, from the states that predict them."""
+        keep = 0 if self._checkpointed else KEPT[self.device.type]
+        return token_logprobs(self._head, hidden_ND, _tokens(batch, rows).to(self.device), batch.temperature, keep)
+
+    def _by_row(self, batch: ResponseBatch, value_N: Tensor) -> Tensor:
+        """(N, ...) values of the response tokens as (B, T, ...), zeros beyond each row's end."""
+        return _scatter(value_N, batch.mask_BT.to(self.device))
+
+    @contextmanager
+    def _checkpoints(self) -> Iterator[None]:
+        """Layers forget their activations in here; elsewhere they sample, with a cache."""
+        for layer in self._checkpointed:
+            layer.training = torch.is_grad_enabled()
+        try:
+            yield
+        finally:
+            for layer in self._checkpointed:
+                layer.training = False
 
     def parameters(self) -> Iterable[torch.nn.Parameter]:
         return self.model.parameters()
 
     def state(self) -> Mapping[str, Tensor]:
-        return self.model.state_dict()
+        return merged_state(self.model)
 
     def save(self, folder: Path) -> None:
-        self.model.save_pretrained(folder, safe_serialization=True)
+        self.model.save_pretrained(folder, state_dict=dict(self.state()), safe_serialization=True)
         self.tokenization.tokenizer.save_pretrained(folder)
+
+    def adapt(self, lora: LoraSettings, seed: int) -> None:
+        """From here on only low-rank adapters train (2106.09685), whose product is zero at first."""
+        add_adapters(self.model, lora, seed)
+        if self.steered_layers:
+            self.steered_layers += onednn.steer(self.model)
+
+    def before_adapting(self) -> Policy:
+        """The policy with its adapters off: a reference that takes no memory. No gradients."""
+        return _WithoutAdapters(self)
 
     def frozen_copy(self) -> TransformersPolicy:
         """A reference model: the same weights, no gradients."""
         model = copy.deepcopy(self.model).requires_grad_(False)
-        return TransformersPolicy(model, self.tokenization)
+        return TransformersPolicy(model, self.tokenization, self.computation)
+
+
+class _WithoutAdapters:
+    """A Policy that is another one with its adapters off."""
+
+    def __init__(self, policy: TransformersPolicy) -> None:
+        self._policy = policy
+        self.tokenization = policy.tokenization
+        self.pass_tokens = policy.pass_tokens
+
+    def fed_tokens(self, batch: ResponseBatch) -> int:
+        return self._policy.fed_tokens(batch)
+
+    @torch.no_grad()
+    def token_logprobs(self, batch: ResponseBatch) -> Tensor:
+        with adapters_off(self._policy.model):
+            return self._policy.token_logprobs(batch)
+
+    @torch.no_grad()
+    def response_states(self, batch: ResponseBatch) -> ResponseStates:
+        with adapters_off(self._policy.model):
+            return self._policy.response_states(batch)
+
+    def parameters(self) -> Iterable[torch.nn.Parameter]:
+        return ()
+
+    def state(self) -> Mapping[str, Tensor]:
+        with adapters_off(self._policy.model):
+            return self._policy.state()
+
+    def save(self, folder: Path) -> None:
+        with adapters_off(self._policy.model):
+            self._policy.save(folder)
+
+
+def _prepare_checkpoints(model: Any) -> list[Any]:
+    """The layers of a model that can compute their activations again, made ready for it. Raises DataError for none."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers:
+        raise DataError(
+            f"{type(model).__name__}: has no layers that can be checkpointed; set checkpoint_activations = false"
+        )
+    model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+    for layer in layers:
+        layer.training = False
+        for name, value in vars(layer).items():
+            if "dropout" in name and isinstance(value, float):  # of the layer itself, which says "training" for a while
+                setattr(layer, name, 0.0)
+    return layers
+
+
+def _tokens(batch: ResponseBatch, rows: Sequence[int]) -> Tensor:
+    """(N,) the response tokens of some rows, one behind the other."""
+    return torch.tensor([token for row in rows for token in batch.response_ids[row]])
 
 
 def _scatter(value_N: Tensor, mask_BT: Tensor) -> Tensor:
@@ -228,7 +443,12 @@ def _scatter(value_N: Tensor, mask_BT: Tensor) -> Tensor:
 
 
 def load_causal_lm(
-    source: str | Path, *, dtype: torch.dtype, revision: str | None = None, pad_token: str | None = None
+    source: str | Path,
+    *,
+    dtype: torch.dtype,
+    revision: str | None = None,
+    pad_token: str | None = None,
+    trust_remote_code: bool = False,
 ) -> tuple[Any, Any]:
     """(tokenizer, model) from a hub id or a folder, or a DataError that names the source and the reason.
 
@@ -238,8 +458,10 @@ def load_causal_lm(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
-        model = AutoModelForCausalLM.from_pretrained(source, revision=revision, dtype=dtype)
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
+        model = AutoModelForCausalLM.from_pretrained(
+            source, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code
+        )
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DataError(f"{source}: cannot be loaded as a causal language model ({reason})") from error

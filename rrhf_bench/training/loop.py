@@ -9,9 +9,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Protocol, TypeVar
 
-import torch
-
 from rrhf_bench.errors import DataError, StageError
+from rrhf_bench.policy.batching import within
 from rrhf_bench.policy.policy import Policy, Tokenization
 from rrhf_bench.records import Candidates
 from rrhf_bench.seeding import generator
@@ -25,7 +24,7 @@ from rrhf_bench.training.method import (
     TrainInputs,
     TrainResult,
 )
-from rrhf_bench.training.optimiser import adamw, lr_factor, set_lr
+from rrhf_bench.training.optimiser import AdamW, lr_factor
 
 T = TypeVar("T")
 Row = TypeVar("Row", Example, Candidates)
@@ -110,42 +109,45 @@ class OfflineTrainer:
         settings = self.settings
         supply = self.supply(self.method, settings, policy, inputs, context)
         total = supply.steps
-        optimiser = adamw(policy.parameters(), settings)
+        optimiser = AdamW(policy.parameters(), settings)
         context.watch(Progress(0.0, 0, 0), policy)
         for step, batch in enumerate(supply):
             lr = settings.lr * lr_factor(step, total, settings)
-            set_lr(optimiser, lr)
-            metrics = self.accumulate(policy, batch)
-            norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), settings.grad_clip)
-            if not (math.isfinite(metrics["loss"]) and torch.isfinite(norm)):
+            metrics, weight = self.accumulate(policy, batch)
+            norm = optimiser.clip(weight)
+            if not (math.isfinite(metrics["loss"]) and math.isfinite(norm)):
                 prompts = ", ".join(example.prompt.id for example in batch[:4])
                 raise StageError(
-                    f"step {step + 1} of {total}: loss {metrics['loss']} with gradient norm {norm.item()}; "
+                    f"step {step + 1} of {total}: loss {metrics['loss']} with gradient norm {norm}; "
                     f"lower lr ({settings.lr}) or look at the prompts of this batch ({prompts}, ...)"
                 )
-            optimiser.step()
-            optimiser.zero_grad(set_to_none=True)
-            context.log({"step": step + 1, **metrics, "lr": lr, "grad_norm": norm.item()})
+            optimiser.step(lr)
+            context.log({"step": step + 1, **metrics, "lr": lr, "grad_norm": norm})
             context.watch(Progress((step + 1) / total, step + 1, supply.sampled_tokens), policy)
+        optimiser.close()
         return TrainResult(total, supply.sampled_tokens, dict(supply.counts))
 
-    def accumulate(self, policy: Policy, batch: Sequence[Example]) -> dict[str, float]:
-        """Gradients of the mean loss over the batch, however it is cut into passes; the metrics' weighted means."""
-        size = self.settings.micro_batch_prompts or len(batch)
-        passes = [batch[i : i + size] for i in range(0, len(batch), size)]
+    def accumulate(self, policy: Policy, batch: Sequence[Example]) -> tuple[dict[str, float], float]:
+        """Gradients of the summed loss over the batch, in passes of the policy's pass_tokens, whole prompts each; the
+        metrics' weighted means, and the weight that the gradients are to be divided by."""
+        max_length = self.settings.max_length
+        sizes = [fed_tokens(policy, example, max_length) for example in batch]
         weight = 0.0
         sums: dict[str, float] = defaultdict(float)
-        for examples in passes:
-            method_batch = MethodBatch.of(examples, policy.tokenization, self.settings.max_length)
+        for run in within(sizes, policy.pass_tokens):
+            method_batch = MethodBatch.of([batch[i] for i in run], policy.tokenization, max_length)
             output = self.method.loss(policy, method_batch)
             (output.loss * output.weight).backward()
             weight += output.weight
             for name, value in {"loss": output.loss.item(), **output.metrics}.items():
                 sums[name] += value * output.weight
-        for parameter in policy.parameters():
-            if parameter.grad is not None:
-                parameter.grad /= weight
-        return {name: value / weight for name, value in sums.items()}
+        return {name: value / weight for name, value in sums.items()}, weight
+
+
+def fed_tokens(policy: Policy, example: Example, max_length: int | None) -> int:
+    """Tokens that the policy is fed for one example."""
+    batch = MethodBatch.of([example], policy.tokenization, max_length).batch
+    return policy.fed_tokens(batch)
 
 
 def fitting(rows: Sequence[Row], tokenization: Tokenization, max_length: int | None) -> list[Row]:

@@ -115,6 +115,7 @@ class TrainContext:
     watch: Callable[[Progress, Policy], None]  # called after every optimiser step, and once before the first
     log: Callable[[Mapping[str, float]], None]  # one line of metrics.jsonl
     scratch: Path  # a folder for checkpoints of an unfinished run
+    took: Callable[[Mapping[str, float]], None] = lambda seconds: None  # an iteration's wall-clock by part
     keep: Callable[[Sequence[Candidates]], None] = lambda candidates: None  # scored candidates made while training
 
 

@@ -171,7 +171,7 @@ class OnlineExamples:
         assert reference is not None
         rows = {_key(group.prompt, reply): (group.prompt, reply) for group in groups for reply in group.responses}
         values: list[float] = []
-        size = (settings.micro_batch_prompts or settings.batch_prompts) * max(1, *(len(g.responses) for g in groups))
+        size = settings.batch_prompts * max(1, *(len(group.responses) for group in groups))
         for start in range(0, len(rows), size):
             batch = self.policy.tokenization.batch(list(rows.values())[start : start + size], settings.max_length)
             logp_BT = self.policy.token_logprobs(batch)

@@ -1,0 +1,214 @@
+"""Attention over packs: a response sees its prompt, once in memory for all of them, and itself.
+
+On a CPU a pack takes two kinds of causal or full pieces, each with the processor's fused kernel, merged by their
+log-sum-exps; on a GPU FlexAttention with a block mask; elsewhere one dense mask. Packs reach the layers as an argument
+of the model's forward, not through a global: so a checkpointed layer that is computed again, or a second forward
+before the first one's backward, sees its own.
+
+Letters: L tokens of a pack, H heads, D size of a head, S segments in one rectangle, T tokens of the longest of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from rrhf_bench.policy.batching import Prefixes
+
+NAME = "rrhf_shared_prefix"  # of the attention, in transformers' registry
+
+# Private operators of the pinned torch: the CPU's fused attention that also returns the log-sum-exp, and its backward.
+_forward: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_backward: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+Piece = tuple[Any, Any, Tensor | None, bool]  # queries at, keys at (slices or (S, T) indices), real_ST, causal
+
+
+class SharedPrefixAttention(torch.autograd.Function):
+    """(L, H, D) attention of a pack on a CPU from (L, H, D) queries and (L, H_kv, D) keys and values.
+
+    A token's output is the merge of at most two pieces: its own segment, and the prompt. With one log-sum-exp over
+    both, each piece's backward is that of the whole restricted to its keys, so the pieces' gradients add up exactly.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q_LHD: Tensor, k_LHD: Tensor, v_LHD: Tensor, prefixes: Prefixes, scale: float) -> Tensor:
+        k_full, v_full = _per_query_head(q_LHD, k_LHD), _per_query_head(q_LHD, v_LHD)
+        out_LHD = torch.empty(q_LHD.shape, dtype=q_LHD.dtype)
+        lse_LH: Tensor | None = None
+        for at, keys, real_ST, causal in _pieces(prefixes):
+            part, lse = _forward(
+                _take(q_LHD, at), _take(k_full, keys), _take(v_full, keys), 0.0, causal, attn_mask=None, scale=scale
+            )
+            part, lse = part.transpose(1, 2), lse.transpose(1, 2)  # (S, T, H, D), (S, T, H)
+            if lse_LH is None:
+                lse_LH = torch.empty(q_LHD.shape[:2], dtype=lse.dtype)
+            if real_ST is not None:
+                out_LHD[at[real_ST]], lse_LH[at[real_ST]] = part[real_ST], lse[real_ST]
+            elif causal:
+                out_LHD[at], lse_LH[at] = part[0], lse[0]
+            else:
+                both = torch.logaddexp(lse_LH[at], lse[0])
+                own_share, share = (lse_LH[at] - both).exp_()[..., None], (lse[0] - both).exp_()[..., None]
+                out_LHD[at] = (out_LHD[at] * own_share).addcmul_(part[0].to(own_share.dtype), share)
+                lse_LH[at] = both
+        assert lse_LH is not None
+        ctx.save_for_backward(q_LHD, k_LHD, v_LHD, out_LHD, lse_LH)
+        ctx.prefixes, ctx.scale = prefixes, scale
+        return out_LHD
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        q_LHD, k_LHD, v_LHD, out_LHD, lse_LH = ctx.saved_tensors
+        grad_LHD = grads[0].contiguous()
+        k_full, v_full = _per_query_head(q_LHD, k_LHD), _per_query_head(q_LHD, v_LHD)
+        dq_LHD, dk_LHD, dv_LHD = torch.empty_like(out_LHD), torch.empty_like(out_LHD), torch.empty_like(out_LHD)
+        for at, keys, real_ST, causal in _pieces(ctx.prefixes):
+            grad, lse = _take(grad_LHD, at), lse_LH[at] if real_ST is not None else lse_LH[at][None]
+            if real_ST is not None:
+                # A padded query would pull at real keys: no gradient comes in from it, and its weights are exp(-inf).
+                grad = grad.masked_fill(~real_ST[:, None, :, None], 0.0)
+                lse = lse.masked_fill(~real_ST[..., None], 1e30)
+            dq, dk, dv = (
+                x.transpose(1, 2)
+                for x in _backward(
+                    grad,
+                    _take(q_LHD, at),
+                    _take(k_full, keys),
+                    _take(v_full, keys),
+                    _take(out_LHD, at),
+                    lse.transpose(1, 2),
+                    0.0,
+                    causal,
+                    attn_mask=None,
+                    scale=ctx.scale,
+                )
+            )
+            if real_ST is not None:
+                index = at[real_ST]
+                dq_LHD[index], dk_LHD[index], dv_LHD[index] = dq[real_ST], dk[real_ST], dv[real_ST]
+            elif causal:
+                dq_LHD[at], dk_LHD[at], dv_LHD[at] = dq[0], dk[0], dv[0]
+            else:
+                dq_LHD[at] += dq[0]
+                dk_LHD[keys] += dk[0]
+                dv_LHD[keys] += dv[0]
+        return dq_LHD, _per_key_head(k_LHD, dk_LHD), _per_key_head(v_LHD, dv_LHD), None, None
+
+
+def _pieces(prefixes: Prefixes) -> Iterator[Piece]:
+    """Every segment on itself first, so that each token has an output; then the responses on their prompts."""
+    for index_ST, real_ST in prefixes.rectangles:
+        if len(index_ST) == 1:
+            at = slice(int(index_ST[0, 0]), int(index_ST[0, -1]) + 1)
+            yield at, at, None, True
+        else:
+            yield index_ST, index_ST, real_ST, True
+    for prompt_start, prompt_end, start, end in prefixes.shared:
+        yield slice(start, end), slice(prompt_start, prompt_end), None, False
+
+
+def _take(x_LHD: Tensor, at: Any) -> Tensor:
+    """(S, H, T, D) of some tokens."""
+    taken = x_LHD[at]
+    return (taken[None] if taken.dim() == 3 else taken).transpose(1, 2)
+
+
+def _per_query_head(q_LHD: Tensor, x_LHD: Tensor) -> Tensor:
+    return x_LHD if x_LHD.shape[1] == q_LHD.shape[1] else x_LHD.repeat_interleave(q_LHD.shape[1] // x_LHD.shape[1], 1)
+
+
+def _per_key_head(x_LHD: Tensor, grad_LHD: Tensor) -> Tensor:
+    """The gradient of ``_per_query_head``."""
+    if x_LHD.shape[1] == grad_LHD.shape[1]:
+        return grad_LHD
+    return grad_LHD.unflatten(1, (x_LHD.shape[1], -1)).sum(2)
+
+
+def flex_attention(q_HLD: Tensor, k_HLD: Tensor, v_HLD: Tensor, prefixes: Prefixes, scale: float) -> Tensor:
+    """The same with FlexAttention, (1, H, L, D) each: compiled on a GPU; eager elsewhere, where it has no backward."""
+    from torch.nn.attention.flex_attention import flex_attention as attend
+
+    attend = cast(Any, _compiled(attend) if q_HLD.is_cuda else attend)
+    mask = _block_mask(prefixes, q_HLD.shape[2], q_HLD.device)
+    return attend(q_HLD, k_HLD, v_HLD, block_mask=mask, scale=scale, enable_gqa=k_HLD.shape[1] != q_HLD.shape[1])
+
+
+@cache
+def _compiled(function: Any) -> Any:
+    return torch.compile(function, dynamic=True)
+
+
+def _block_mask(prefixes: Prefixes, length: int, device: torch.device) -> Any:
+    """Made once a pack, for all layers."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    kept = prefixes.__dict__.setdefault("_block_masks", {})
+    if device not in kept:
+        segment_L = torch.zeros(length, dtype=torch.int32)
+        prompt_L = torch.full((length,), -1, dtype=torch.int32)  # the segment that a token sees beside its own
+        for number, (start, end) in enumerate(prefixes.segments):
+            segment_L[start:end] = number
+        for prompt_start, _, start, end in prefixes.shared:
+            prompt_L[start:end] = segment_L[prompt_start].item()
+        segment_L, prompt_L = segment_L.to(device), prompt_L.to(device)
+
+        def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            own = (segment_L[query] == segment_L[key]) & (query >= key)
+            return own | (prompt_L[query] == segment_L[key])
+
+        kept[device] = create_block_mask(visible, None, None, length, length, device=str(device))
+    return kept[device]
+
+
+def dense_attention(q_HLD: Tensor, k_HLD: Tensor, v_HLD: Tensor, prefixes: Prefixes, scale: float) -> Tensor:
+    """The same with one dense mask, (1, H, L, D) each: the definition, on any device."""
+    mask_LL = prefixes.mask_LL.to(q_HLD.device)
+    gqa = k_HLD.shape[1] != q_HLD.shape[1]
+    return torch.nn.functional.scaled_dot_product_attention(
+        q_HLD, k_HLD, v_HLD, attn_mask=mask_LL, scale=scale, enable_gqa=gqa
+    )
+
+
+def attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    prefixes: Prefixes | None = None,
+    **others: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """An attention function of transformers: of packs where the model's forward was given ``prefixes``, else sdpa."""
+    if prefixes is None:
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **others
+        )
+    seen = others.get("layers_seen")
+    if seen is not None:
+        seen.append(module)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if query.device.type == "cpu":
+        rows = (x[0].transpose(0, 1) for x in (query, key, value))
+        return cast(Tensor, SharedPrefixAttention.apply(*rows, prefixes, scale))[None], None
+    attend = flex_attention if query.is_cuda else dense_attention
+    return attend(query, key, value, prefixes, scale).transpose(1, 2), None
+
+
+@cache
+def register() -> str:
+    """Make the attention known to transformers; its name."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register(NAME, attention)
+    AttentionMaskInterface.register(NAME, sdpa_mask)  # of padded rows and of sampling; packs bring their own
+    return NAME

@@ -1,0 +1,121 @@
+"""Log-probs of given tokens from hidden states, without the logits of a whole batch ever being in memory.
+
+Letters: N predicted tokens, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from rrhf_bench.policy import onednn
+from rrhf_bench.policy.logprobs import gather_logprobs
+
+# Bytes of softmax that may be kept for the backward pass; what is beyond them is computed again.
+KEPT = {"cpu": 128 << 20, "cuda": 1 << 30}
+
+
+def token_logprobs(head: Any, hidden_ND: Tensor, token_N: Tensor, temperature: float, keep: int) -> Tensor:
+    """log softmax(head(hidden) / temperature) at the given tokens: (N,) float32 (float64 of a float64 model).
+
+    The head is a linear layer whose output is the logits. It runs on chunks of rows; ``keep`` bytes of softmax at most
+    are kept for the backward pass, where rows without gradient are left out. Equal to ``gather_logprobs(head(hidden),
+    ...)``, the definition, which an unknown kind of head is computed with.
+    """
+    if not isinstance(head, torch.nn.Linear):
+        return gather_logprobs(head(hidden_ND), token_N, temperature)
+    steered = isinstance(head, onednn.Linear) and hidden_ND.dtype == torch.float32 and not hidden_ND.is_cuda
+    product = onednn.product if steered else torch.mm
+    parts = (hidden_ND, head.weight, head.bias, token_N, temperature, keep, product)
+    return cast(Tensor, _ChunkedLogprobs.apply(*parts))
+
+
+def chunk_rows(vocabulary: int) -> int:
+    """Rows of one chunk: some 32 MB of float32 logits, 64 to 512 rows."""
+    return max(64, min(512, (1 << 23) // vocabulary))
+
+
+class _ChunkedLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_ND: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        token_N: Tensor,
+        temperature: float,
+        keep: int,
+        product: Callable[[Tensor, Tensor], Tensor],
+    ) -> Tensor:
+        wide = torch.promote_types(hidden_ND.dtype, torch.float32)
+        differentiable = any(ctx.needs_input_grad)
+        logp, lse, kept = [], [], []
+        for start in range(0, len(hidden_ND), chunk_rows(len(weight_VD))):
+            end = start + chunk_rows(len(weight_VD))
+            logits_CV = _logits(hidden_ND[start:end], weight_VD, bias_V, temperature, product).to(wide)
+            probability_CV = logits_CV.softmax(-1)
+            largest_C, at_C = logits_CV.max(-1)
+            # The largest probability is at least 1/V: its logarithm loses nothing.
+            lse_C = largest_C - probability_CV.gather(-1, at_C[:, None]).squeeze(-1).log()
+            logp.append(logits_CV.gather(-1, token_N[start:end, None]).squeeze(-1) - lse_C)
+            lse.append(lse_C)
+            keep -= probability_CV.numel() * hidden_ND.element_size()
+            # In the model's own precision: what the gradient is multiplied in.
+            kept.append(probability_CV.to(hidden_ND.dtype) if differentiable and keep >= 0 else None)
+        ctx.save_for_backward(hidden_ND, weight_VD, bias_V, token_N, torch.cat(lse))
+        ctx.temperature, ctx.product, ctx.kept = temperature, product, kept
+        return torch.cat(logp)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        hidden_ND, weight_VD, bias_V, token_N, lse_N = ctx.saved_tensors
+        grad_N = grads[0] / ctx.temperature
+        want_hidden, want_weight, want_bias = ctx.needs_input_grad[:3]
+        d_hidden_ND = torch.zeros_like(hidden_ND) if want_hidden else None
+        d_weight_VD: Tensor | None = None
+        d_bias_V = torch.zeros_like(bias_V) if want_bias else None
+        kept, ctx.kept = ctx.kept, [None] * len(ctx.kept)  # written over below: a second backward computes them again
+        rows = chunk_rows(len(weight_VD))
+        for number, start in enumerate(range(0, len(hidden_ND), rows)):
+            grad_C = grad_N[start : start + rows]
+            live_C = grad_C.nonzero().squeeze(-1)  # the loss of RRHF, for one, leaves many responses alone
+            if not len(live_C):
+                continue
+            some = len(live_C) < len(grad_C)
+            at = start + live_C if some else slice(start, start + rows)
+            grad_C = grad_C[live_C] if some else grad_C
+            hidden_CD, token_C = hidden_ND[at], token_N[at]
+            d_logits_CV = kept[number]
+            if d_logits_CV is None:
+                logits_CV = _logits(hidden_CD, weight_VD, bias_V, ctx.temperature, ctx.product)
+                d_logits_CV = logits_CV.to(lse_N.dtype).sub_(lse_N[at][:, None]).exp_()
+            elif some:
+                d_logits_CV = d_logits_CV[live_C]
+            d_logits_CV = d_logits_CV.mul_(-grad_C[:, None]).to(hidden_ND.dtype)
+            d_logits_CV[torch.arange(len(grad_C), device=grad_C.device), token_C] += grad_C.to(hidden_ND.dtype)
+            if d_hidden_ND is not None:
+                d_hidden_ND[at] = ctx.product(d_logits_CV, weight_VD)
+            if want_weight:
+                if d_weight_VD is None:
+                    d_weight_VD = ctx.product(d_logits_CV.t(), hidden_CD)
+                elif ctx.product is torch.mm:
+                    d_weight_VD.addmm_(d_logits_CV.t(), hidden_CD)
+                else:
+                    d_weight_VD += ctx.product(d_logits_CV.t(), hidden_CD)
+            if d_bias_V is not None:
+                d_bias_V += d_logits_CV.sum(0)
+        if want_weight and d_weight_VD is None:
+            d_weight_VD = torch.zeros_like(weight_VD)
+        return d_hidden_ND, d_weight_VD, d_bias_V, None, None, None, None
+
+
+def _logits(
+    hidden_CD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, temperature: float, product: Callable[..., Tensor]
+) -> Tensor:
+    logits_CV = product(hidden_CD, weight_VD.t())
+    if bias_V is not None:
+        logits_CV += bias_V
+    return logits_CV if temperature == 1.0 else logits_CV / temperature
