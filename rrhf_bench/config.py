@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
@@ -49,34 +50,35 @@ def parse_method(kind: str, assignments: Sequence[str]) -> MethodSettings:
     return method
 
 
-def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+def _read(path: Path, seen: tuple[str, ...]) -> dict[str, Any]:
     """A file's table merged over the file it extends, which may lie anywhere: it is read, and nothing else."""
-    if path.resolve() in seen:
-        raise ConfigError(f"{path}: extends: comes back to itself through {seen[-1]}; remove one of the two")
+    here = os.path.realpath(path)  # unlike Path.resolve it bears links that lead in a circle
+    name, above = visible(str(path)), visible(f"{seen[-1]}: extends: ") if seen else ""
+    if here in seen:
+        raise ConfigError(f"{name}: extends: comes back to itself through {visible(seen[-1])}; remove one of the two")
     try:
         content = path.read_bytes()
     except OSError as error:
-        above = f"{seen[-1]}: extends: " if seen else ""
         raise ConfigError(
-            f"{above}{path}: cannot be read ({error.strerror}); give the path of an experiment file"
+            f"{above}{name}: cannot be read ({error.strerror}); give the path of an experiment file"
         ) from error
-    table = _parsed(path, content)
+    table = _parsed(name, content)
     faults = list(_unusable(table))
     if faults:
-        raise ConfigError("\n".join(visible(f"{path}: {fault}") for fault in faults))
+        raise ConfigError("\n".join(visible(f"{name}: {fault}") for fault in faults))
     bases = table.pop("extends", [])
     bases = [bases] if isinstance(bases, str) else bases
     if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
-        raise ConfigError(f"{path}: extends: found {bases!r}; expected paths of other files, relative to this one")
+        raise ConfigError(f"{name}: extends: found {bases!r}; expected paths of other files, relative to this one")
     merged: dict[str, Any] = {}
     for base in bases:  # each over those before it
-        below = _read(path.parent / base, (*seen, path.resolve()))
+        below = _read(path.parent / base, (*seen, here))
         below.pop("name", None)  # a file that extends another is another experiment: its own name or its file's
         merged = _merged(merged, below)
     return _merged(merged, table)
 
 
-def _parsed(path: Path, content: bytes) -> dict[str, Any]:
+def _parsed(path: str, content: bytes) -> dict[str, Any]:
     """The table of a file. Raises ConfigError naming the line."""
     try:
         text = content.decode()

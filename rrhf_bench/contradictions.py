@@ -189,7 +189,7 @@ def _candidate_faults(
     twice = [source for i, source in enumerate(sources) if source in sources[:i]]
     if twice:
         yield f".sources: found {twice[0]!r} twice; a source may stand once only"
-    if "reply" in sources and not single:
+    if "reply" in sources and not single and "data" not in unread:
         yield '.sources: "reply" is a data set\'s single reply to a prompt; this one has pairs: "chosen", "rejected"'
     if experiment.data.rows == "texts" and {"chosen", "rejected"} & set(sources):
         yield f'.sources: found {list(sources)}, but texts have one reply to a prompt; use "reply"'
