@@ -108,7 +108,8 @@ def verify(model: Fed) -> tuple[Check, ...]:
     rows = _rows(model, texts)
     if record is not None:
         _replay_ids(model, record, rows)
-    ends = (_end(model, texts, rows), _start(model, rows))
+    whole = [row for text, row in zip(texts, rows, strict=True) if text.max_length is None]
+    ends = (_end(model, whole), _start(model, whole))
     _weights(model)
     score_N = _together(model, texts, rows)
     _head(model, rows, score_N)
@@ -239,14 +240,13 @@ def _start(model: Fed, rows: Sequence[Sequence[int]]) -> Check:
     return Check("BOS", True, f"one {_token(model, first)}")
 
 
-def _end(model: Fed, texts: Sequence[Probe | RecordedText], rows: Sequence[Sequence[int]]) -> Check:
-    contract, eos_id = model.contract, model.eos_id
-    whole = max((row for text, row in zip(texts, rows, strict=True) if text.max_length is None), key=len)
-    basis = _basis(model)
-    if eos_id is None or eos_id not in whole[-4:]:
+def _end(model: Fed, rows: Sequence[Sequence[int]]) -> Check:
+    contract, eos_id, basis = model.contract, model.eos_id, _basis(model)
+    end = max(rows, key=len)[-4:]  # of the longest reply: the turn before an empty one may have its own EOS
+    if eos_id is None or eos_id not in end:
         return Check("EOS", True if basis else None, f"none at the end, {basis or 'by its contract'}")
     token = _token(model, eos_id)
-    if contract.append_eos and eos_id in whole[-4:-1]:  # a chat template may end its turn with EOS and a line break
+    if contract.append_eos and eos_id in end[:-1]:  # a chat template may end its turn with EOS and a line break
         raise DataError(
             f"{model.where}: its EOS {token} stands twice at the end: the text ends its turn with it already; set "
             f"append_eos = false in {CONTRACT_FILE}"
@@ -317,9 +317,10 @@ def _one_by_one(model: Fed, rows: Sequence[Sequence[int]], score_N: NDArray[np.f
     if apart <= limit:
         return apart
     i = int(np.argmax(np.abs(alone_N - score_N)))
-    copies_N = model.score_batch([rows[i]] * len(rows))
+    level = [row[-min(map(len, rows)) :] for row in rows]  # of one length: nothing is padded
+    apart_N = np.abs(model.score_batch(level) - np.concatenate([model.score_batch([row]) for row in level]))
     seen = f"{model.where}: scores a text {alone_N[i]:.6g} alone and {score_N[i]:.6g} among {len(rows) - 1} others"
-    if np.abs(copies_N - alone_N[i]).max() > limit or np.abs(alone_N - score_N).max() <= limit:
+    if apart_N.max() > limit or np.abs(alone_N - score_N).max() <= limit:
         raise DataError(
             f"{seen} (rounding explains {limit:.1g}), so that batch size and order decide; expected a class that reads "
             "every row by itself: take out what normalises, routes or drops out across a batch"
@@ -330,7 +331,9 @@ def _one_by_one(model: Fed, rows: Sequence[Sequence[int]], score_N: NDArray[np.f
     if model.pools_itself:
         turned = model.under(replace(model.contract, padding_side=name))
         if np.abs(turned.score_batch(rows) - alone_N).max() <= limit:
-            mend = f'with padding {other} it, it does not; add "padding_side": "{name}" to {CONTRACT_FILE} in its folder'
+            mend = (
+                f'with padding {other} it, it does not; add "padding_side": "{name}" to {CONTRACT_FILE} in its folder'
+            )
     raise DataError(f"{seen}, where it has padding {side} it (rounding explains {limit:.1g}); {mend}")
 
 
@@ -463,7 +466,7 @@ def _other_eos(model: Fed, pairs: Sequence[Preference], right_N: NDArray[np.floa
     if chance >= CERTAIN:
         yield Check("EOS on held-out pairs", True, found)
         return
-    padding = ", whose class may pass over the padding" if now and model.pad_id == model.eos_id else ""
+    padding = " (its EOS is its padding, which its class passes over)" if now and model.pad_id == model.eos_id else ""
     found += (
         f": more than chance explains (p = {chance:.1g}), so it was trained otherwise than it is fed{padding}; set "
         f"append_eos = {str(not now).lower()} in {CONTRACT_FILE}"

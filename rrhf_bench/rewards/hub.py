@@ -302,16 +302,19 @@ def load_tokenizer(source: str, revision: str | None, pad_token: str | None, tru
 
 @contextmanager
 def load_faults(source: str, what: str) -> Iterator[None]:
-    """What transformers raises for a source that it cannot load, as one line; its own report of missing weights is
-    silenced, because every caller checks them."""
+    """What transformers raises for a source that it cannot load, as one line; its bars are silenced, and its own report
+    of missing weights, because every caller checks them."""
     from transformers.utils import logging
 
-    verbosity = logging.get_verbosity()
+    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
         yield
+    except DataError:
+        raise
     except Exception as error:  # a missing, foreign or damaged file each fails in the way of its own reader
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        reason = load_reason(error)
         if "trust_remote_code" in str(error):
             raise DataError(
                 f"{source}: comes with code of its own, which is not run; read it, and if you trust it set "
@@ -320,6 +323,16 @@ def load_faults(source: str, what: str) -> Iterator[None]:
         raise DataError(f"{source}: cannot be loaded as {what} ({reason})") from error
     finally:
         logging.set_verbosity(verbosity)
+        if bar:
+            logging.enable_progress_bar()
+
+
+def load_reason(error: Exception) -> str:
+    """Why a file could not be read, in one line. torch's advice about a pickle that is more than tensors is to run it;
+    ours is not."""
+    if "weights only load failed" in str(error).lower():
+        return "its weights are a pickle of more than tensors, which may run code and is not read; expected safetensors"
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]
 
 
 def identity_of(layout: str, source: str, commit: str | None, contract: RewardContract, *others: str) -> str:

@@ -30,6 +30,7 @@ from rrhf_bench.rewards.hub import (
     least,
     length_limit,
     load_faults,
+    load_reason,
     load_tokenizer,
     pad,
     refuse_left,
@@ -210,8 +211,7 @@ def _weights(folder: Path, where: str) -> dict[str, Tensor]:
             else:
                 state |= torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:  # a damaged or foreign file fails in a different way each time
-            reason = " ".join(str(error).split())[:120]
-            raise DataError(f"{where}: {file.name} cannot be read as weights ({reason})") from error
+            raise DataError(f"{where}: {file.name} cannot be read as weights ({load_reason(error)})") from error
     return state
 
 
