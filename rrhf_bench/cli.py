@@ -23,16 +23,17 @@ from rich.text import Text
 
 from rrhf_bench.config import load_experiment, parse_method
 from rrhf_bench.data.dialogue import STOP_STRINGS, TemplateKind
-from rrhf_bench.errors import BenchError, ConfigError
+from rrhf_bench.errors import BenchError, ConfigError, StoreError
 from rrhf_bench.experiment import RuntimeSettings
 from rrhf_bench.pipeline.plan import Plan, make_plan
-from rrhf_bench.pipeline.store import Store
+from rrhf_bench.pipeline.store import Store, on_disk
 from rrhf_bench.registry import METHODS
 from rrhf_bench.sampling.backend import BackendName
 from rrhf_bench.settings import Strategy
 from rrhf_bench.terminal import TerminalReporter, inert
 
 if TYPE_CHECKING:
+    from rrhf_bench.pipeline.cache import Cache, Item
     from rrhf_bench.pipeline.plain import PlainSteps
     from rrhf_bench.sampling.sampler import SamplingSpec
 
@@ -100,20 +101,21 @@ def run(file: ExperimentFile, override: Overrides = None, runs: Runs = Path("run
     experiment = load_experiment(file, override or [])
     plan = make_plan(experiment)
     console = _errors() if as_json else _out()
-    from rrhf_bench.pipeline.run import load_run, open_run, write_metrics
+    from rrhf_bench.pipeline.run import alone_with, load_run, open_run, write_metrics
     from rrhf_bench.pipeline.runner import run_plan
 
     started = time.monotonic()
     command = shlex.join(["rrhf-bench", "run", str(file), *(w for o in override or [] for w in ("--set", o))])
-    folder = open_run(plan, runs, command)
-    store = Store(runs / "store")
-    if plan.backend.note:
-        console.print(f"note: {plan.backend.note}")
-    with TerminalReporter(console) as reporter:
-        made = run_plan(plan, store, reporter)
-    records = load_run(folder, store)
-    write_metrics(records)
-    report_page = _write_report(records, folder)
+    with alone_with(runs / experiment.name):
+        folder = open_run(plan, runs, command)
+        store = Store(runs / "store")
+        if plan.backend.note:
+            console.print(f"note: {plan.backend.note}")
+        with TerminalReporter(console) as reporter:
+            made = run_plan(plan, store, reporter)
+        records = load_run(folder, store)
+        write_metrics(records)
+        report_page = _write_report(records, folder)
     if as_json:
         _print_json(
             {
@@ -133,7 +135,8 @@ def run(file: ExperimentFile, override: Overrides = None, runs: Runs = Path("run
 def _write_report(records: Any, folder: Path) -> Path:
     from rrhf_bench.report.page import write_report
 
-    return write_report(records, folder / "report")
+    with on_disk(folder):
+        return write_report(records, folder / "report")
 
 
 @app.command()
@@ -198,9 +201,11 @@ def report(
     as_json: Json = False,
 ) -> None:
     """Write a run's report again from its records; no model is loaded."""
-    from rrhf_bench.pipeline.run import load_run
+    from rrhf_bench.pipeline.run import alone_with, load_run, read_run
 
-    page = _write_report(load_run(folder), folder)
+    read_run(folder)  # before anything is written where no run is
+    with alone_with(folder):
+        page = _write_report(load_run(folder), folder)
     published = None
     if publish:
         import shutil
@@ -223,18 +228,26 @@ def report(
 
 @app.command()
 def ls(runs: Runs = Path("runs"), as_json: Json = False) -> None:
-    """List the runs and how much of each is complete."""
+    """List the runs: how much of each is complete, what is half trained, which process is at work."""
+    from rrhf_bench.pipeline.locks import holder
+    from rrhf_bench.pipeline.run import lock_of, read_run
+
     store = Store(runs / "store")
-    found = []
+    found: list[dict[str, Any]] = []
     for path in sorted(runs.glob("*/run.json")):
-        keys = list(json.loads(path.read_text())["stages"])
         folder = path.parent
+        stages = read_run(folder)["stages"]
         page = folder / "report" / "report.md"
+        complete = [key for key in stages if store.has(key)]
+        begun = (key for key in stages if key not in complete and store.scratch(key).is_dir())
+        who = holder(lock_of(folder))
         found.append(
             {
                 "run": folder.name,
-                "stages": len(keys),
-                "complete": sum(store.has(key) for key in keys),
+                "stages": len(stages),
+                "complete": len(complete),
+                "unfinished": [stages[key]["name"] for key in begun],
+                "held": None if who is None else str(who),
                 "report": str(page) if page.is_file() else None,
             }
         )
@@ -244,10 +257,86 @@ def ls(runs: Runs = Path("runs"), as_json: Json = False) -> None:
     if not found:
         _out().print(f"no runs in {runs}; start one with: rrhf-bench run experiments/hh_compare.toml", soft_wrap=True)
         return
-    table = Table("run", "stages complete", "report", box=None, pad_edge=False)
+    table = Table("run", "stages complete", "begun", "at work", "report", box=None, pad_edge=False)
     for row in found:
-        table.add_row(str(row["run"]), f"{row['complete']} of {row['stages']}", str(row["report"] or "-"))
+        words = (", ".join(row["unfinished"]) or "-", row["held"] or "-", row["report"] or "-")
+        progress = f"{row['complete']} of {row['stages']}"
+        table.add_row(*(Text(inert(word)) for word in (row["run"], progress, *words)))
     _out().print(table)
+
+
+@app.command()
+def cache(
+    prune: Annotated[bool, typer.Option("--prune", help="what no run refers to: say what it is")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="with --prune: remove it")] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="read every byte and compare checksums")] = False,
+    runs: Runs = Path("runs"),
+    as_json: Json = False,
+) -> None:
+    """Show what the store holds and for which runs; remove what no run folder refers to."""
+    from rrhf_bench.pipeline import cache as store
+
+    if yes and not prune:
+        raise ConfigError("--yes: says that --prune may remove; add --prune")
+    damaged = store.damages(runs) if verify else {}
+    found = store.look(runs)
+    unused = found.unused
+    removed = store.prune(runs) if yes else ()
+    if as_json:
+        _print_json(
+            {
+                "kinds": {kind: {"items": n, "bytes": size} for kind, (n, size) in found.sizes().items()},
+                "runs": {
+                    run: {"items": n, "bytes": size, "bytes_of_its_own": own}
+                    for run, (n, size, own) in found.by_run().items()
+                },
+                "journals": {"bytes": found.journals},
+                "unused": [_item_json(item) for item in unused],
+                "removed": [_item_json(item) for item in removed],
+                "damaged": dict(damaged),
+            }
+        )
+    else:
+        _print_cache(found)
+        for item in removed if yes else unused if prune else ():
+            words = f"{'removed' if yes else 'unused'}: {item.what} {item.name} ({_size(item.bytes)}, {item.path.name})"
+            _out().print(Text(inert(words)), soft_wrap=True)
+        total = f"{len(unused)} folders, {_size(sum(item.bytes for item in unused))}"
+        if yes:
+            _out().print(f"removed {len(removed)} folders, {_size(sum(item.bytes for item in removed))}")
+        elif unused:
+            _out().print(f"no run refers to {total}; remove them with: rrhf-bench cache --prune --yes", soft_wrap=True)
+    if damaged:
+        lines = (
+            f"{name}: {damage}; run the experiment again, which makes it again" for name, damage in damaged.items()
+        )
+        raise StoreError("\n".join(lines))
+
+
+def _item_json(item: Item) -> dict[str, Any]:
+    return {"id": item.id, "what": item.what, "name": item.name, "bytes": item.bytes}
+
+
+def _print_cache(found: Cache) -> None:
+    kinds = Table("kind of stage", "artifacts", "size", box=None, pad_edge=False)
+    for kind, (number, size) in found.sizes().items():
+        kinds.add_row(Text(inert(kind)), str(number), _size(size))
+    if found.journals:
+        kinds.add_row("journals of judges", "-", _size(found.journals))
+    used = Table("run", "artifacts", "size", "of its own", box=None, pad_edge=False)
+    for run, (number, size, own) in found.by_run().items():
+        used.add_row(Text(inert(run)), str(number), _size(size), _size(own))
+    for table in (kinds, used):
+        _out().print(table)
+        _out().print()
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"
 
 
 @app.command()

@@ -87,6 +87,10 @@ class TerminalReporter:
             self._said[name] = time.monotonic()
             self._print(f"  {name}: {done}/{total}, {rate:.0f}/s, {(total - done) / rate:.0f} s left")
 
-    def finished(self, stage: Stage, seconds: float) -> None:
+    def finished(self, stage: Stage, seconds: float | None) -> None:
         self._bars.remove_task(self._tasks.pop(stage.name)[0])
-        self._print(f"{seconds:7.1f} s  {stage.name}  ({stage.size})")
+        took = "  elsewhere" if seconds is None else f"{seconds:7.1f} s"
+        self._print(f"{took}  {stage.name}  ({stage.size})")
+
+    def note(self, text: str) -> None:
+        self._print(f"note: {text}")

@@ -220,6 +220,8 @@ class Quiet:
 
     def finished(self, stage: Any, seconds: float) -> None: ...
 
+    def note(self, text: str) -> None: ...
+
 
 def experiment_on(path: Path, *overrides: str) -> list[str]:
     """Overrides that put the smoke experiment on a data file, with models from scratch."""

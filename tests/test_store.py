@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Callable
@@ -10,7 +11,20 @@ from pathlib import Path
 import pytest
 
 from rrhf_bench.errors import StoreError
-from rrhf_bench.pipeline.store import MANIFEST, Store, canonical, content_key, folder_identity, replacing
+from rrhf_bench.pipeline import store as store_module
+from rrhf_bench.pipeline.store import (
+    MANIFEST,
+    TIMING,
+    Store,
+    atomically,
+    canonical,
+    content_key,
+    folder_identity,
+    on_disk,
+    replacing,
+    sealed,
+    write_atomically,
+)
 
 KEY = content_key("some artifact")
 
@@ -35,7 +49,11 @@ def test_what_was_written_is_there_with_its_manifest(store: Store) -> None:
     put(store, "hello")
     assert store.has(KEY)
     assert (store.folder(KEY) / "a.txt").read_text() == "hello"
-    assert store.about(KEY) == {"key": KEY, "name": "greeting"}
+    # printf hello | sha256sum
+    sha256 = "2cf24dba5fb0a30e26e83b2ac5b9e29e1b161e5c1fa7425e73043362938b9824"
+    files = {"a.txt": {"size": 5, "sha256": sha256}}
+    assert store.about(KEY) == {"key": KEY, "name": "greeting", "files": files}
+    assert store.intact(KEY)
     assert list(store.root.iterdir()) == [store.folder(KEY)]  # nothing else is left
 
 
@@ -90,11 +108,244 @@ def test_a_manifest_of_another_key_is_no_hit(store: Store) -> None:
     assert not store.has(KEY)
 
 
-def test_a_damaged_manifest_is_said_and_not_guessed(store: Store) -> None:
+# Damage
+
+
+def truncate(folder: Path) -> str:
+    (folder / "a.txt").write_text("hell")
+    return f"{folder}/a.txt has 4 bytes and was written with 5"
+
+
+def edit_one_letter(folder: Path) -> str:
+    (folder / "a.txt").write_text("hallo")
+    return f"{folder}/a.txt has changed since it was written"
+
+
+def remove_a_file(folder: Path) -> str:
+    (folder / "a.txt").unlink()
+    return f"{folder}/a.txt is missing"
+
+
+def add_a_file(folder: Path) -> str:
+    (folder / "golds.jsonl").write_text("")
+    return f"{folder}/golds.jsonl is not part of it"
+
+
+def remove_the_timing(folder: Path) -> str:
+    (folder / TIMING).unlink()
+    return f"{folder}/timing.json is missing"
+
+
+def edit_the_timing(folder: Path) -> str:
+    text = (folder / TIMING).read_text()
+    (folder / TIMING).write_text(text.replace("1.5", "1.6"))
+    return f"{folder}/timing.json has changed since it was written"
+
+
+def truncate_the_timing(folder: Path) -> str:
+    (folder / TIMING).write_text((folder / TIMING).read_text()[:-3])
+    return f"{folder}/timing.json has changed since it was written"
+
+
+def truncate_the_manifest(folder: Path) -> str:
+    (folder / MANIFEST).write_text((folder / MANIFEST).read_text()[:-3])
+    return f"{folder}/manifest.json has changed since it was written"
+
+
+def another_value_in_the_manifest(folder: Path) -> str:
+    (folder / MANIFEST).write_text("[]")
+    return f"{folder}/manifest.json has changed since it was written"
+
+
+def edit_the_list_of_files(folder: Path) -> str:
+    manifest = json.loads((folder / MANIFEST).read_text())
+    (folder / MANIFEST).write_text(json.dumps({**manifest, "files": {"a.txt": 5}}))
+    return f"{folder}/manifest.json has changed since it was written"
+
+
+DAMAGES = [
+    truncate, edit_one_letter, remove_a_file, add_a_file, remove_the_timing, edit_the_timing, truncate_the_timing,
+    truncate_the_manifest, another_value_in_the_manifest, edit_the_list_of_files,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_an_artifact_that_is_not_what_was_written_is_not_read(store: Store, damage: Callable[[Path], str]) -> None:
     put(store, "hello")
-    (store.folder(KEY) / MANIFEST).write_text('{"key"')
-    with pytest.raises(StoreError, match=r"manifest\.json: cannot be read .*; remove that folder"):
-        store.has(KEY)
+    with store.writing(KEY, {"name": "greeting"}) as folder:
+        (folder / "a.txt").write_text("hello")
+        (folder / TIMING).write_text(json.dumps(sealed({"seconds": 1.5})))
+    assert store.intact(KEY)
+    assert store.damage(KEY) is None
+    assert store.need(KEY, "greeting") == store.folder(KEY)
+    words = damage(store.folder(KEY))
+    assert store.damage(KEY) == words
+    assert not store.intact(KEY)
+    with pytest.raises(StoreError) as caught:
+        store.need(KEY, "greeting")
+    assert str(caught.value) == f"greeting: {words}; run the experiment again, which makes it again"
+    put(store, "hello")
+    assert store.intact(KEY)
+    assert list(store.root.iterdir()) == [store.folder(KEY)]
+
+
+def test_what_a_file_manager_adds_does_no_harm(store: Store) -> None:
+    put(store, "hello")
+    (store.folder(KEY) / ".DS_Store").write_text("")
+    assert store.intact(KEY)
+
+
+def test_nothing_is_damaged_where_nothing_is(store: Store) -> None:
+    assert store.damage(KEY) is None
+    assert not store.intact(KEY)
+    with pytest.raises(StoreError, match=r"^greeting is not complete in .*; run the experiment again$"):
+        store.need(KEY, "greeting")
+
+
+def test_large_files_are_read_when_they_were_touched_or_when_all_is_read(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store_module, "SMALL", 4)
+    put(store, "hello")
+    file = store.folder(KEY) / "a.txt"
+    written = file.stat().st_mtime_ns
+    file.write_text("hallo")
+    assert store.damage(KEY) == f"{file} has changed since it was written"
+    assert store.has(KEY)  # which looks at sizes
+    os.utime(file, ns=(written, written))  # as a disk that forgets: no time, no size tells it
+    assert store.damage(KEY) is None
+    assert store.damage(KEY, "all") == f"{file} has changed since it was written"
+    file.write_text("hello")  # touched and the same
+    assert store.damage(KEY) is None
+    file.write_text("hell")
+    assert not store.has(KEY)
+
+
+def test_an_artifact_from_before_there_were_checksums_is_taken_as_it_is_and_sealed(store: Store) -> None:
+    put(store, "hello")
+    manifest = store.folder(KEY) / MANIFEST
+    manifest.write_text(json.dumps({"key": KEY, "name": "greeting"}))
+    assert store.intact(KEY)
+    store.seal(KEY)
+    assert store.about(KEY)["files"]["a.txt"]["size"] == 5
+    before = manifest.stat().st_mtime_ns
+    store.seal(KEY)  # nothing to do
+    assert manifest.stat().st_mtime_ns == before
+    edit_one_letter(store.folder(KEY))
+    assert not store.intact(KEY)
+    assert list(store.root.iterdir()) == [store.folder(KEY)]
+
+
+# What is left over
+
+
+def test_a_sweep_removes_what_dead_processes_left_and_nothing_else(store: Store) -> None:
+    put(store, "hello")
+    dead, alive, other = (content_key(name) for name in ("dead", "alive", "other"))
+    for key in (dead, alive):
+        (store.root / f".{key[:32]}-x1y2").mkdir()
+        (store.root / f".{key[:32]}-x1y2" / "half.txt").write_text("half")
+    (store.root / f".{dead[:32]}-x1y2.old").mkdir()
+    (store.root / f".{dead[:32]}.lock").write_text("{}")
+    (store.root / "journals").mkdir()
+    for key in (KEY, other):
+        write_atomically(store.scratch(key) / "step", "7")
+    with store.alone(alive):
+        store.sweep()
+        assert {path.name for path in store.root.iterdir()} == {
+            KEY[:32], f".{alive[:32]}-x1y2", f".{alive[:32]}.lock", "journals", ".scratch",
+        }  # fmt: skip
+    assert [path.name for path in (store.root / ".scratch").iterdir()] == [other[:32]]  # that artifact is not complete
+    store.sweep()
+    assert {path.name for path in store.root.iterdir()} == {KEY[:32], "journals", ".scratch"}
+
+
+def test_scratch_outlives_a_failure_and_goes_with_the_artifact(store: Store) -> None:
+    checkpoint = store.scratch(KEY) / "step"
+    write_atomically(checkpoint, "7")
+    with pytest.raises(ZeroDivisionError), store.writing(KEY, {}) as folder:
+        write_half(folder / "a.txt")
+    assert checkpoint.read_text() == "7"
+    put(store, "hello")
+    assert not checkpoint.parent.exists()
+
+
+def test_an_artifact_is_on_the_disk_before_it_has_its_name(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[str, str]] = []
+
+    def name_of(descriptor: int) -> str:
+        return Path(os.readlink(f"/proc/self/fd/{descriptor}")).name
+
+    def fsync(descriptor: int, sync: Callable[[int], None] = os.fsync) -> None:
+        calls.append(("sync", name_of(descriptor)))
+        sync(descriptor)
+
+    def replace(source: Path, target: Path, rename: Callable[..., None] = os.replace) -> None:
+        calls.append(("rename", Path(target).name))
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", replace)
+    with store.writing(KEY, {}) as folder:
+        (folder / "model").mkdir()
+        (folder / "model" / "weights").write_text("1")
+    assert set(calls[:4]) == {("sync", name) for name in ("weights", "model", MANIFEST, folder.name)}
+    assert calls[4:] == [("rename", KEY[:32]), ("sync", store.root.name)]
+
+
+# atomically
+
+
+def test_a_file_is_whole_or_as_it_was(tmp_path: Path) -> None:
+    target = tmp_path / "deep" / "step"
+    write_atomically(target, "one")
+    with pytest.raises(ZeroDivisionError), atomically(target) as path:
+        write_half(path)
+    assert target.read_text() == "one"
+    write_atomically(target, b"two")
+    assert target.read_text() == "two"
+    assert list(target.parent.iterdir()) == [target]
+
+
+# Disks
+
+
+FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+RUST = RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+
+@pytest.mark.parametrize("error", [FULL, RUST])
+def test_a_full_disk_is_one_line_and_leaves_nothing(store: Store, error: Exception) -> None:
+    with pytest.raises(StoreError) as caught, on_disk(store.root), store.writing(KEY, {}):
+        raise error
+    assert str(caught.value) == (
+        f"{store.root}: there is no room to write (No space left on device); make room or choose another --runs DIR, "
+        "and repeat the command: it goes on from what is complete"
+    )
+    assert list(store.root.iterdir()) == []
+
+
+def test_what_a_library_says_after_a_full_disk_is_traced_to_it(store: Store) -> None:
+    def save() -> None:
+        try:
+            raise FULL
+        except OSError:
+            raise KeyError("half a file") from None
+
+    with pytest.raises(StoreError, match="there is no room to write"), on_disk(store.root):
+        save()
+
+
+def test_a_file_that_may_not_be_written_is_named_and_other_faults_stay_what_they_are(tmp_path: Path) -> None:
+    denied = PermissionError(errno.EACCES, "Permission denied", str(tmp_path / "a.txt"))
+    expected = r"a\.txt: cannot be written \(Permission denied\); choose another"
+    with pytest.raises(StoreError, match=expected), on_disk(tmp_path):
+        raise denied
+    elsewhere = PermissionError(errno.EACCES, "Permission denied", "/etc/shadow")
+    for error in (elsewhere, ZeroDivisionError(), FileNotFoundError(errno.ENOENT, "No such file", str(tmp_path / "a"))):
+        with pytest.raises(type(error)) as caught, on_disk(tmp_path):
+            raise error
+        assert caught.value is error
 
 
 def test_a_store_that_cannot_be_written(tmp_path: Path) -> None:

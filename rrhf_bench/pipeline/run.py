@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
+import shutil
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,9 +18,19 @@ from rrhf_bench.errors import StoreError
 from rrhf_bench.experiment import Experiment
 from rrhf_bench.jsonl import read_jsonl, write_jsonl
 from rrhf_bench.pipeline.candidates import assemble
+from rrhf_bench.pipeline.locks import alone
 from rrhf_bench.pipeline.plan import PAIR_ROWS, Plan
 from rrhf_bench.pipeline.results import Row, RunRecords, Timing
-from rrhf_bench.pipeline.store import TIMING, Store, content_key
+from rrhf_bench.pipeline.store import (
+    TIMING,
+    Store,
+    atomically,
+    broken_seal,
+    content_key,
+    on_disk,
+    sealed,
+    write_atomically,
+)
 from rrhf_bench.records import Candidates, CurvePoint, Evaluated, PairScored, PoolScored
 from rrhf_bench.sampling.backend import installed
 
@@ -25,16 +38,50 @@ T = TypeVar("T")
 
 
 def open_run(plan: Plan, runs: Path, command: str) -> Path:
-    """Write the run folder of a plan: config.toml (resolved), environment.json, run.json. Raises StoreError."""
+    """Write the run folder of a plan: config.toml (resolved), environment.json, run.json. Raises StoreError.
+
+    From then on nothing that the run may use is pruned from the store. To be called inside ``alone_with``.
+    """
     folder = runs / plan.experiment.name
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.toml").write_text(plan.experiment.to_toml(), encoding="utf-8")
-        (folder / "environment.json").write_text(json.dumps(environment(), indent=1))
-        (folder / "run.json").write_text(json.dumps(_run_json(plan, command), indent=1, ensure_ascii=False))
-    except OSError as error:
-        raise StoreError(f"{folder}: cannot be written ({error.strerror}); choose another --runs DIR") from error
+    config = plan.experiment.to_toml()
+    run = {**_run_json(plan, command), "config": hashlib.sha256(config.encode()).hexdigest()}
+    with on_disk(folder), Store(runs / "store").gate():
+        for left in folder.glob(".report.*"):  # by a process that was killed while it wrote the report
+            shutil.rmtree(left, ignore_errors=True)
+        write_atomically(folder / "config.toml", config)
+        write_atomically(folder / "environment.json", json.dumps(environment(), indent=1))
+        write_atomically(folder / "run.json", json.dumps(sealed(run), indent=1, ensure_ascii=False))
     return folder
+
+
+def lock_of(folder: Path) -> Path:
+    """The lock of a run folder: see ``locks.holder``."""
+    return folder / ".lock"
+
+
+def alone_with(folder: Path) -> AbstractContextManager[None]:
+    """The right to write a run folder. Raises Held, which says who has it, where that is another process."""
+    return alone(lock_of(folder), folder)
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """run.json of a run folder. Raises StoreError where it is missing or is not what was written."""
+    path = folder / "run.json"
+    if not path.is_file():
+        raise StoreError(f"{folder}: holds no run (no run.json); give the folder of a run, such as runs/hh_compare")
+    run = _read_json(path)
+    if fault := broken_seal(run):
+        raise StoreError(f"{path}: {fault}; run the experiment again, which writes it again")
+    return run
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise StoreError(f"{path}: cannot be read ({error.strerror}); run the experiment again") from error
+    except ValueError as error:
+        raise StoreError(f"{path}: is not JSON; run the experiment again, which writes it again") from error
 
 
 def _run_json(plan: Plan, command: str) -> dict[str, Any]:
@@ -69,18 +116,20 @@ class _Run:
     store: Store
     json: Mapping[str, Any]
     read_before: dict[str, list[Candidates]] = field(default_factory=dict)
+    found: dict[str, Path] = field(default_factory=dict)
 
     def artifact(self, key: str) -> Path:
-        if not self.store.has(key):
+        """An artifact that is complete and is what was written, as it was when it was first asked for."""
+        if key not in self.found:
             name = self.json["stages"].get(key, {}).get("name", key[:12])
-            raise StoreError(f"{self.folder}: {name!r} is not complete in {self.store.root}; run the experiment again")
-        return self.store.folder(key)
+            self.found[key] = self.store.need(key, f"{self.folder}: {name!r}")
+        return self.found[key]
 
     def records(self, key: str, name: str, kind: type[T]) -> list[T]:
         return read_jsonl(self.artifact(key) / name, kind)
 
     def read(self, key: str, name: str) -> Any:
-        return json.loads((self.artifact(key) / name).read_text())
+        return _read_json(self.artifact(key) / name)
 
     def stage(self, key: str) -> Mapping[str, Any]:
         return self.json["stages"][key]
@@ -105,10 +154,11 @@ class _Run:
 
 def load_run(folder: Path, store: Store | None = None) -> RunRecords:
     """Everything a report needs, from records alone. Raises StoreError for a folder without a finished run."""
-    if not (folder / "run.json").is_file():
-        raise StoreError(f"{folder}: holds no run (no run.json); give the folder of a run, such as runs/hh_compare")
-    run = _Run(folder, store or Store(folder.parent / "store"), json.loads((folder / "run.json").read_text()))
-    experiment = load_experiment(folder / "config.toml")
+    run = _Run(folder, store or Store(folder.parent / "store"), read_run(folder))
+    config = folder / "config.toml"
+    experiment = load_experiment(config)
+    if run.json.get("config", digest := hashlib.sha256(config.read_bytes()).hexdigest()) != digest:
+        raise StoreError(f"{config}: has changed since the run began; run the experiment again, which writes it again")
     evaluations = list(run.wanted("evaluate", "evaluate pairs"))
     order = ["base", *experiment.policies, *experiment.methods, *PAIR_ROWS, "reply"]
     evaluations.sort(key=lambda stage: order.index(stage["row"]))
@@ -157,19 +207,20 @@ def load_run(folder: Path, store: Store | None = None) -> RunRecords:
         curve_seconds={row: _curve_seconds(run, key) for row, key in trained.items()},
         notes=tuple(run.json["notes"]),
         command=run.json["command"],
-        environment=json.loads((folder / "environment.json").read_text()),
+        environment=_read_json(folder / "environment.json"),
     )
 
 
 def write_metrics(records: RunRecords) -> None:
     """metrics.jsonl and timing.csv of the run folder: every row's training log, every stage's cost."""
     lines = ({"method": row, "seed": seed, **line} for (row, seed), log in records.training.items() for line in log)
-    write_jsonl(records.folder / "metrics.jsonl", lines)
-    with (records.folder / "timing.csv").open("w", encoding="utf-8") as file:
-        file.write("stage,method,seed,seconds,peak_mib\n")
-        for t in records.timings:
-            seed = "" if t.seed is None else t.seed
-            file.write(f'"{t.stage}",{t.row or ""},{seed},{t.seconds:.3f},{t.peak_mib:.1f}\n')
+    with atomically(records.folder / "metrics.jsonl") as path:
+        write_jsonl(path, lines)
+    table = ["stage,method,seed,seconds,peak_mib\n"]
+    for t in records.timings:
+        seed = "" if t.seed is None else t.seed
+        table.append(f'"{t.stage}",{t.row or ""},{seed},{t.seconds:.3f},{t.peak_mib:.1f}\n')
+    write_atomically(records.folder / "timing.csv", "".join(table))
 
 
 def _arena(

@@ -10,7 +10,7 @@ import resource
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -20,7 +20,7 @@ from typing import Any, Protocol
 from rrhf_bench.errors import BenchError, StageError
 from rrhf_bench.experiment import RuntimeSettings
 from rrhf_bench.pipeline.plan import Plan, Stage
-from rrhf_bench.pipeline.store import TIMING, Store
+from rrhf_bench.pipeline.store import TIMING, Store, on_disk, sealed
 from rrhf_bench.sampling.backend import BackendName
 
 
@@ -33,29 +33,41 @@ class Reporter(Protocol):
 
     def progress(self, name: str, done: int, total: int) -> None: ...
 
-    def finished(self, stage: Stage, seconds: float) -> None: ...
+    def finished(self, stage: Stage, seconds: float | None) -> None:
+        """``seconds`` is None where another process made it."""
+
+    def note(self, text: str) -> None: ...
 
 
 def run_plan(plan: Plan, store: Store, reporter: Reporter) -> int:
-    """Make every stage that the store does not hold; how many were made.
+    """Make every stage that the store does not hold intact; how many were made here.
 
-    Raises the BenchError of the first stage that fails, after the ones in flight have ended: what is complete stays.
+    What killed runs left is removed, and an artifact that is no longer what was written is made again, with a note. A
+    stage that another process is making is waited for. Raises the BenchError of the first stage that fails, after the
+    ones in flight have ended: what is complete stays.
     """
-    todo = [stage for stage in plan.stages if not store.has(stage.key)]
-    waiting = {stage.key for stage in todo}
+    store.sweep()
+    todo = []
     for stage in plan.stages:
-        if stage.key not in waiting:
+        if store.intact(stage.key):
+            store.seal(stage.key)
             reporter.reused(stage)
+        else:
+            todo.append(stage)
+            if (damage := store.damage(stage.key)) is not None:
+                reporter.note(f"{stage.name} is made again: {damage}")
     # Fewer than two stages need no second process, nor the look for a GPU, which imports torch.
     workers = min(worker_count(plan.experiment.runtime), len(todo)) if len(todo) > 1 else 1
-    if workers == 1:
-        for stage in todo:
-            reporter.started(stage)
-            progress = partial(reporter.progress, stage.name)
-            reporter.finished(stage, make(stage, store, plan.experiment.runtime, plan.backend.name, progress))
-    else:
-        _run_parallel(todo, plan, store, reporter, workers)
-    return len(todo)
+    if workers > 1:
+        return _run_parallel(todo, plan, store, reporter, workers)
+    made = 0
+    for stage in todo:
+        reporter.started(stage)
+        progress = partial(reporter.progress, stage.name)
+        seconds = make(stage, store, plan.experiment.runtime, plan.backend.name, progress, reporter.note)
+        reporter.finished(stage, seconds)
+        made += seconds is not None
+    return made
 
 
 def worker_count(runtime: RuntimeSettings) -> int:
@@ -77,8 +89,18 @@ def _cuda() -> bool:
     return torch.cuda.is_available()
 
 
-def make(stage: Stage, store: Store, runtime: RuntimeSettings, backend: BackendName, progress: Any) -> float:
-    """Make one artifact in this process; the seconds it took. Any BenchError names the stage."""
+def make(
+    stage: Stage,
+    store: Store,
+    runtime: RuntimeSettings,
+    backend: BackendName,
+    progress: Any,
+    note: Callable[[str], None] = lambda text: None,
+) -> float | None:
+    """Make one artifact in this process; the seconds it took. Any BenchError names the stage.
+
+    Where another process is at it, ``note`` is told who, and the seconds are None once that has made it.
+    """
     from rrhf_bench.pipeline.job import Job
     from rrhf_bench.pipeline.stages import BODIES
 
@@ -89,19 +111,29 @@ def make(stage: Stage, store: Store, runtime: RuntimeSettings, backend: BackendN
         "settings": stage.settings,
         "inputs": {role: needed.key for role, needed in stage.inputs.items()},
     }
-    with store.writing(stage.key, about) as folder:
-        inputs = {role: store.folder(needed.key) for role, needed in stage.inputs.items()}
+    with store.alone(stage.key, stage.name, note):
+        if store.intact(stage.key):
+            return None
+        inputs = {role: store.need(needed.key, needed.name) for role, needed in stage.inputs.items()}
         settings = {**stage.settings, **stage.recorded}
-        job = Job(stage.kind, settings, inputs, folder, _services(runtime), backend, progress, stage.row)
-        try:
+        scratch = store.scratch(stage.key)
+        with _named(stage.name), on_disk(store.root), store.writing(stage.key, about) as folder:
+            services = _services(runtime)
+            job = Job(stage.kind, settings, inputs, folder, services, backend, progress, stage.row, scratch)
             with quiet():
                 BODIES[stage.kind](job)
-        except BenchError as error:
-            raise type(error)(f"{stage.name}: {error}") from error
-        seconds = time.monotonic() - started
-        timing = {"seconds": seconds, "peak_mib": _peak_mib(), **job.seconds}
-        (folder / TIMING).write_text(json.dumps(timing))
+            seconds = time.monotonic() - started
+            timing = {"seconds": seconds, "peak_mib": _peak_mib(), **job.seconds}
+            (folder / TIMING).write_text(json.dumps(sealed(timing)))
     return seconds
+
+
+@contextmanager
+def _named(stage: str) -> Iterator[None]:
+    try:
+        yield
+    except BenchError as error:
+        raise type(error)(f"{stage}: {error}") from error
 
 
 _process: dict[str, Any] = {}  # this process's services, and in a worker the queue that progress goes to
@@ -138,13 +170,14 @@ def quiet() -> Iterator[None]:
         yield
 
 
-def _run_parallel(todo: list[Stage], plan: Plan, store: Store, reporter: Reporter, workers: int) -> None:
+def _run_parallel(todo: list[Stage], plan: Plan, store: Store, reporter: Reporter, workers: int) -> int:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read when torch is first imported
     context = multiprocessing.get_context("spawn")  # a fork would copy a torch whose threads are gone
     queue: Any = context.Queue()
     done = {stage.key for stage in plan.stages} - {stage.key for stage in todo}
-    waiting, running = list(todo), dict[Future[float], Stage]()
+    waiting, running = list(todo), dict[Future[float | None], Stage]()
     threads = max(1, cores() // workers)
+    made = 0
     failure: BaseException | None = None
     with (
         _thread_limit(threads),
@@ -163,7 +196,9 @@ def _run_parallel(todo: list[Stage], plan: Plan, store: Store, reporter: Reporte
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 stage = running.pop(future)
                 try:
-                    reporter.finished(stage, future.result())
+                    seconds = future.result()
+                    reporter.finished(stage, seconds)
+                    made += seconds is not None
                     done.add(stage.key)
                 except BrokenProcessPool:
                     failure = failure or StageError(
@@ -173,25 +208,38 @@ def _run_parallel(todo: list[Stage], plan: Plan, store: Store, reporter: Reporte
                     failure = failure or error
     if failure is not None:
         raise failure
+    return made
 
 
 def _start_worker(queue: Any, threads: int) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     import torch
 
     torch.set_num_threads(threads)
     _process["queue"] = queue
 
 
-def _make_in_worker(stage: Stage, store: Store, runtime: RuntimeSettings, backend: BackendName) -> float:
+def _end_with_parent() -> None:
+    """A worker whose parent was killed would wait for work for ever, or go on with a stage that nobody wants."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _make_in_worker(stage: Stage, store: Store, runtime: RuntimeSettings, backend: BackendName) -> float | None:
     last = 0.0
 
     def progress(done: int, total: int) -> None:
         nonlocal last
         if time.monotonic() - last > 0.2:
             last = time.monotonic()
-            _process["queue"].put((stage.name, done, total))
+            _process["queue"].put(("progress", stage.name, done, total))
 
-    return make(stage, store, runtime, backend, progress)
+    def note(text: str) -> None:
+        _process["queue"].put(("note", text))
+
+    return make(stage, store, runtime, backend, progress, note)
 
 
 @contextmanager
@@ -212,7 +260,8 @@ def _thread_limit(threads: int) -> Iterator[None]:
 def _listening(queue: Any, reporter: Reporter) -> Iterator[None]:
     def listen() -> None:
         while (item := queue.get()) is not None:
-            reporter.progress(*item)
+            name, *words = item
+            getattr(reporter, name)(*words)
 
     thread = threading.Thread(target=listen, daemon=True)
     thread.start()

@@ -1,22 +1,30 @@
-"""The content-addressed store: an artifact is complete or absent. Free of torch."""
+"""The content-addressed store: an artifact is complete or absent, and is what was written. Free of torch."""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from rrhf_bench.errors import StoreError
+from rrhf_bench.errors import BenchError, StoreError
+from rrhf_bench.pipeline.locks import Held, alone
 
 MANIFEST = "manifest.json"
 TIMING = "timing.json"  # wall-clock and memory of a stage: beside its content, never compared
+SMALL = 1 << 24  # bytes: smaller files are always known by content, larger ones by size and time
+SCRATCH = ".scratch"
+
+Read = Literal["sizes", "contents", "all"]
+"""How closely files are looked at: sizes; the content of small ones and of those touched since; every content."""
 
 
 def canonical(value: Any) -> str:
@@ -29,9 +37,25 @@ def content_key(value: Any) -> str:
     return hashlib.sha256(canonical(value).encode()).hexdigest()
 
 
+def sealed(value: Mapping[str, Any]) -> dict[str, Any]:
+    """The same object with a checksum of itself."""
+    return {**value, "sha256": content_key(value)}
+
+
+def broken_seal(value: Any) -> str | None:
+    """What is wrong with an object that ``sealed`` made, in words; None for one that is whole, or has no seal."""
+    if not isinstance(value, dict):
+        return "is no JSON object"
+    rest = {name: item for name, item in value.items() if name != "sha256"}
+    return "has changed since it was written" if "sha256" in value and content_key(rest) != value["sha256"] else None
+
+
 @dataclass(frozen=True)
 class Store:
-    """Folders named by the key of what made them. One store serves every experiment under ``runs/``."""
+    """Folders named by the key of what made them. One store serves every experiment under ``runs/``.
+
+    Beside them, all with a leading dot: temporary folders and locks of artifacts that are being made, and ``.scratch``.
+    """
 
     root: Path
 
@@ -39,35 +63,262 @@ class Store:
         return self.root / key[:32]
 
     def has(self, key: str) -> bool:
-        """Whether the artifact is complete: its manifest, which is written last, is there and names the key."""
-        try:
-            return json.loads((self.folder(key) / MANIFEST).read_text())["key"] == key
-        except FileNotFoundError:
-            return False
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise StoreError(f"{self.folder(key) / MANIFEST}: cannot be read ({error}); remove that folder") from error
+        """Whether the artifact is complete: its manifest, which is written last, names the key and files of that size.
 
-    @contextmanager
-    def writing(self, key: str, about: Mapping[str, Any]) -> Iterator[Path]:
-        """A temporary folder that becomes the artifact when the block ends well, and vanishes when it does not."""
-        try:
-            self.root.mkdir(parents=True, exist_ok=True)
-            temporary = Path(tempfile.mkdtemp(prefix=f".{key[:12]}-", dir=self.root))
-        except OSError as error:
-            raise StoreError(f"{self.root}: cannot be written ({error.strerror}); choose another --runs DIR") from error
-        try:
-            yield temporary
-            (temporary / MANIFEST).write_text(json.dumps({"key": key, **about}, indent=1, ensure_ascii=False))
-            final = self.folder(key)
-            if final.exists():  # an earlier attempt without a manifest
-                shutil.rmtree(final)
-            os.replace(temporary, final)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+        Raises StoreError where the manifest may not be read.
+        """
+        return self._manifest(key) is not None and self.damage(key, "sizes") is None
+
+    def intact(self, key: str) -> bool:
+        """Whether the artifact is complete and is what was written."""
+        return self._manifest(key) is not None and self.damage(key) is None
+
+    def damage(self, key: str, read: Read = "contents") -> str | None:
+        """What is wrong with an artifact that was complete once, in words; None where nothing is, or there is none.
+
+        Small files are compared by content, large ones by size and, where they are newer than the manifest, by content.
+        A manifest without checksums, as once written, promises nothing and breaks nothing.
+        """
+        manifest = self._manifest(key)
+        return None if manifest is None else next(self._faults(key, manifest, read), None)
+
+    def need(self, key: str, name: str) -> Path:
+        """The folder of an intact artifact, to be read. Raises StoreError where there is none."""
+        damage = self.damage(key)
+        if damage is not None:
+            raise StoreError(f"{name}: {damage}; run the experiment again, which makes it again")
+        if not self.has(key):
+            raise StoreError(f"{name} is not complete in {self.root}; run the experiment again")
+        return self.folder(key)
 
     def about(self, key: str) -> dict[str, Any]:
         """The manifest of a complete artifact."""
-        return json.loads((self.folder(key) / MANIFEST).read_text())
+        return json.loads((self.folder(key) / MANIFEST).read_text(encoding="utf-8"))
+
+    def seal(self, key: str) -> None:
+        """Give an artifact from before there were checksums those of its files as they are now."""
+        about = self.about(key)
+        if "files" not in about:
+            content = json.dumps({**about, "files": _checksums(self.folder(key))}, indent=1, ensure_ascii=False)
+            with self.alone(key):
+                write_atomically(self.folder(key) / MANIFEST, content)
+
+    def lock(self, key: str) -> Path:
+        return self.root / f".{key[:32]}.lock"
+
+    def alone(
+        self, key: str, name: str = "", waiting: Callable[[str], None] | None = None, patience: float = 1.0
+    ) -> AbstractContextManager[None]:
+        """The right to make this artifact, which one process has at a time: see ``locks.alone``."""
+        return alone(self.lock(key), name or self.folder(key), waiting, patience)
+
+    def gate(self) -> AbstractContextManager[None]:
+        """Held for a moment by a run that says what it will use, and by whoever removes what nobody uses."""
+        return alone(self.root / ".gate.lock", self.root, lambda _: None)
+
+    @contextmanager
+    def writing(self, key: str, about: Mapping[str, Any]) -> Iterator[Path]:
+        """A temporary folder that becomes the artifact when the block ends well, and vanishes when it does not.
+
+        Where others may make the same artifact or sweep the store, inside ``alone``. Its scratch folder goes with it.
+        """
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            temporary = Path(tempfile.mkdtemp(prefix=f".{key[:32]}-", dir=self.root))
+        except OSError as error:
+            raise StoreError(f"{self.root}: cannot be written ({error.strerror}); choose another --runs DIR") from error
+        replaced = temporary.with_name(f"{temporary.name}.old")
+        try:
+            yield temporary
+            manifest = {"key": key, **about, "files": _checksums(temporary)}
+            (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1, ensure_ascii=False), encoding="utf-8")
+            _sync_all(temporary)
+            final = self.folder(key)
+            if final.exists():  # damaged, or an earlier attempt without a manifest
+                os.replace(final, replaced)
+            os.replace(temporary, final)
+            _sync(self.root)
+            shutil.rmtree(self.scratch(key), ignore_errors=True)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+            shutil.rmtree(replaced, ignore_errors=True)
+
+    def scratch(self, key: str) -> Path:
+        """Where a stage may keep, with ``atomically``, what it must find again after it was killed; not made here.
+
+        The folder goes when the artifact is complete.
+        """
+        return self.root / SCRATCH / key[:32]
+
+    def sweep(self) -> None:
+        """Remove what killed processes left: temporary folders, and scratch folders of artifacts that are complete."""
+        if not self.root.is_dir():
+            return
+        leftovers = [(m[1], path) for path in self.root.iterdir() if (m := _LEFTOVER.fullmatch(path.name))]
+        finished = [path for path in (self.root / SCRATCH).glob("*") if self._complete(path.name)]
+        for key, path in [*leftovers, *((path.name, path) for path in finished)]:
+            with suppress(Held), self.alone(key, patience=0.0):
+                shutil.rmtree(path, ignore_errors=True)
+
+    def _complete(self, name: str) -> bool:
+        return (self.root / name / MANIFEST).is_file()
+
+    def _manifest(self, key: str) -> dict[str, Any] | None:
+        """None where there is none; an empty one where it cannot be understood."""
+        path = self.folder(key) / MANIFEST
+        try:
+            manifest = json.loads(path.read_text(encoding="utf-8"))
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError as error:
+            raise StoreError(f"{path}: cannot be read ({error.strerror}); mend its permissions") from error
+        except (ValueError, RecursionError):
+            return {}
+        return manifest if isinstance(manifest, dict) else {}
+
+    def _faults(self, key: str, manifest: Mapping[str, Any], read: Read) -> Iterator[str]:
+        """In words, cheapest first."""
+        folder = self.folder(key)
+        path = folder / MANIFEST
+        if manifest.get("key") != key:
+            yield f"{path} has changed since it was written"
+            return
+        if "files" not in manifest:
+            return
+        try:
+            written = path.stat().st_mtime_ns
+            expected = {name: (want["size"], want["sha256"]) for name, want in manifest["files"].items() if want}
+            expected |= {name: (None, None) for name, want in manifest["files"].items() if not want}
+        except (AttributeError, KeyError, TypeError):
+            yield f"{path} has changed since it was written"
+            return
+        for name, file in _files(folder):
+            if name not in expected:
+                if not name.startswith("."):  # a file manager's own
+                    yield f"{file} is not part of it"
+                continue
+            size, sha256 = expected.pop(name)
+            status = file.stat()
+            if name == TIMING:
+                if fault := _timing_fault(file):
+                    yield f"{file} {fault}"
+            elif status.st_size != size:
+                yield f"{file} has {status.st_size} bytes and was written with {size}"
+            elif read != "sizes":
+                look = read == "all" or status.st_size < SMALL or status.st_mtime_ns > written
+                if look and _sha256(file) != sha256:
+                    yield f"{file} has changed since it was written"
+        yield from (f"{folder / name} is missing" for name in expected)
+
+
+_LEFTOVER = re.compile(r"\.([0-9a-f]{32})(?:-.*|\.lock)")
+
+
+def _files(folder: Path) -> list[tuple[str, Path]]:
+    """(name within the folder, path) of the files that a manifest speaks of, in a fixed order."""
+    found = ((path.relative_to(folder).as_posix(), path) for path in sorted(folder.rglob("*")) if path.is_file())
+    return [(name, path) for name, path in found if name != MANIFEST]
+
+
+def _checksums(folder: Path) -> dict[str, dict[str, Any] | None]:
+    """Size and sha256 of each file; of wall-clock, which differs between equal artifacts, only that it is there."""
+    return {
+        name: None if name == TIMING else {"size": path.stat().st_size, "sha256": _sha256(path)}
+        for name, path in _files(folder)
+    }
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _timing_fault(path: Path) -> str | None:
+    try:
+        return broken_seal(json.loads(path.read_text(encoding="utf-8")))
+    except ValueError:
+        return "has changed since it was written"
+
+
+def _sync(path: Path) -> None:
+    """To the disk: a file's content, or the names in a folder."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some file systems know it for files only
+            raise
+    finally:
+        os.close(handle)
+
+
+def _sync_all(folder: Path) -> None:
+    for path in sorted(folder.rglob("*"), reverse=True):
+        _sync(path)
+    _sync(folder)
+
+
+@contextmanager
+def atomically(path: Path) -> Iterator[Path]:
+    """A path beside ``path`` to write one file to: when the block ends well it is on the disk and takes the name.
+
+    A file of that name is as it was until then. Two processes must not write to one path at a time; what a killed one
+    left, ``.<name>.part``, is overwritten by the next. Raises StoreError where the disk is full or cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.part")
+    with on_disk(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield temporary
+            _sync(temporary)
+            os.replace(temporary, path)
+            _sync(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def write_atomically(path: Path, content: bytes | str) -> None:
+    """Write a whole file, or leave what was there: see ``atomically``."""
+    with atomically(path) as temporary:
+        temporary.write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_DENIED = {errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EIO}  # of a file of ours
+
+
+@contextmanager
+def on_disk(place: Path, instead: str = "choose another --runs DIR") -> Iterator[None]:
+    """Makes one line, a StoreError, of what a full or read-only disk raises, here or in a library below."""
+    try:
+        yield
+    except BenchError:
+        raise
+    except Exception as error:
+        code, name = _disk_fault(error)
+        where = place if name is None else Path(name)
+        ours = name is not None and (where.is_relative_to(place) or place.is_relative_to(where))
+        if code in _FULL:
+            words = f"{where}: there is no room to write ({os.strerror(code)}); make room or {instead}, and repeat the "
+            raise StoreError(words + "command: it goes on from what is complete") from error
+        if code == errno.EROFS or (code in _DENIED and ours):
+            raise StoreError(f"{where}: cannot be written ({os.strerror(code)}); {instead}") from error
+        raise
+
+
+def _disk_fault(error: BaseException | None) -> tuple[int, str | None]:
+    """(errno, file where it is known) of an error or of what it came from; 0 where it has none.
+
+    safetensors and tokenizers, written in Rust, raise errors of their own that end in "(os error 28)".
+    """
+    while error is not None:
+        if isinstance(error, OSError) and error.errno is not None:
+            return error.errno, os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else None
+        found = re.search(r"\(os error (\d+)\)", str(error))
+        if found:
+            return int(found[1]), None
+        error = error.__cause__ or error.__context__
+    return 0, None
 
 
 @contextmanager
@@ -84,10 +335,13 @@ def replacing(path: Path) -> Iterator[Path]:
     except OSError as error:
         raise StoreError(f"{path}: cannot be written ({error.strerror}); name another place") from error
     try:
-        yield temporary / path.name
-        if path.is_dir():
-            path.rmdir()
-        os.replace(temporary / path.name, path)
+        with on_disk(path.parent, "name another place"):
+            yield temporary / path.name
+            _sync_all(temporary)
+            if path.is_dir():
+                path.rmdir()
+            os.replace(temporary / path.name, path)
+            _sync(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -104,7 +358,7 @@ def folder_identity(folder: Path) -> str:
     digest = hashlib.sha256()
     for path in files:
         status = path.stat()
-        small = status.st_size < 1 << 24
+        small = status.st_size < SMALL
         what = hashlib.sha256(path.read_bytes()).hexdigest() if small else f"{status.st_size} {status.st_mtime_ns}"
         digest.update(f"{path.relative_to(folder)} {what}\n".encode())
     return f"folder:{digest.hexdigest()[:32]}"

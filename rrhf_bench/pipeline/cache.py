@@ -1,0 +1,142 @@
+"""What the store holds, for which runs, and what of it nobody needs. Free of torch."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import stat
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rrhf_bench.pipeline.judging import JOURNALS
+from rrhf_bench.pipeline.locks import Held, holder
+from rrhf_bench.pipeline.run import read_run
+from rrhf_bench.pipeline.store import MANIFEST, SCRATCH, Store, on_disk
+
+_ARTIFACT = re.compile(r"[0-9a-f]{32}")
+_TEMPORARY = re.compile(r"\.([0-9a-f]{32}|[0-9a-f]{12})-.*")  # the shorter ones are from before there were locks
+UNFINISHED, LEFT_OVER = "unfinished", "left over"
+
+
+@dataclass(frozen=True)
+class Item:
+    """A folder of the store."""
+
+    path: Path
+    id: str  # the first 32 digits of the key
+    what: str  # the kind of its stage; UNFINISHED or LEFT_OVER of what is no artifact
+    name: str  # of the stage
+    bytes: int
+    runs: tuple[str, ...]  # that refer to it
+
+
+@dataclass(frozen=True)
+class Cache:
+    items: tuple[Item, ...]
+    journals: int  # bytes of what judges said; never pruned
+
+    @property
+    def unused(self) -> tuple[Item, ...]:
+        """What no run refers to, and what killed processes left."""
+        return tuple(item for item in self.items if not item.runs or item.what == LEFT_OVER)
+
+    def sizes(self) -> Mapping[str, tuple[int, int]]:
+        """(number, bytes) by kind of stage, largest first."""
+        sizes: dict[str, tuple[int, int]] = {}
+        for item in self.items:
+            number, total = sizes.get(item.what, (0, 0))
+            sizes[item.what] = number + 1, total + item.bytes
+        return dict(sorted(sizes.items(), key=lambda entry: (-entry[1][1], entry[0])))
+
+    def by_run(self) -> Mapping[str, tuple[int, int, int]]:
+        """(number, bytes, bytes that no other run refers to) by run."""
+        found: dict[str, tuple[int, int, int]] = {}
+        for item in self.items:
+            for run in item.runs:
+                number, total, own = found.get(run, (0, 0, 0))
+                found[run] = number + 1, total + item.bytes, own + item.bytes * (len(item.runs) == 1)
+        return dict(sorted(found.items()))
+
+
+def look(runs: Path) -> Cache:
+    """The store of a folder of runs. Raises StoreError where a run does not say what it refers to."""
+    store, users = Store(runs / "store"), _users(runs)
+    return Cache(tuple(_items(store, users)), _bytes(store.root / JOURNALS))
+
+
+def prune(runs: Path) -> tuple[Item, ...]:
+    """Remove what no run folder refers to and what killed processes left; what was removed.
+
+    Nothing that a process is making or removing is touched, and no run begins meanwhile. Raises StoreError.
+    """
+    store = Store(runs / "store")
+    if not store.root.is_dir():
+        return ()
+    removed = []
+    with on_disk(store.root), store.gate():
+        for item in look(runs).unused:
+            with suppress(Held), store.alone(item.id, patience=0.0):
+                if item.what in (UNFINISHED, LEFT_OVER):
+                    shutil.rmtree(item.path)
+                else:  # under another name first: nobody ever sees half of it
+                    gone = item.path.rename(item.path.with_name(f".{item.id}-pruned"))
+                    shutil.rmtree(gone)
+                removed.append(item)
+        store.sweep()  # locks of dead processes
+    return tuple(removed)
+
+
+def damages(runs: Path) -> Mapping[str, str]:
+    """By stage, what is wrong with an artifact once every byte of it is read."""
+    store = Store(runs / "store")
+    found = {}
+    for path in sorted(store.root.glob("*")):
+        key = _about(path).get("key")
+        if key is not None and (damage := store.damage(key, "all")) is not None:
+            found[_about(path).get("name", path.name)] = damage
+    return found
+
+
+def _users(runs: Path) -> Mapping[str, Mapping[str, str]]:
+    """By id of an artifact: the runs that refer to it, and what they call it."""
+    users: dict[str, dict[str, str]] = {}
+    for path in sorted(runs.glob("*/run.json")):
+        for key, stage in read_run(path.parent)["stages"].items():
+            users.setdefault(key[:32], {})[path.parent.name] = stage["name"]
+    return users
+
+
+def _items(store: Store, users: Mapping[str, Mapping[str, str]]) -> Iterator[Item]:
+    for path in sorted(store.root.glob("*")):
+        used = tuple(users.get(path.name, ()))
+        if _ARTIFACT.fullmatch(path.name):
+            about = _about(path)
+            kind = about.get("kind", "unknown") if about else LEFT_OVER
+            yield Item(path, path.name, kind, about.get("name", ""), _bytes(path), used)
+        elif (found := _TEMPORARY.fullmatch(path.name)) and holder(store.lock(found[1])) is None:
+            yield Item(path, found[1], LEFT_OVER, "", _bytes(path), ())
+    for path in sorted((store.root / SCRATCH).glob("*")):
+        wanted = users.get(path.name, {})
+        yield Item(path, path.name, UNFINISHED, next(iter(wanted.values()), ""), _bytes(path), tuple(wanted))
+
+
+def _about(artifact: Path) -> dict[str, Any]:
+    """Its manifest; empty where there is none that can be read."""
+    try:
+        about = json.loads((artifact / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return about if isinstance(about, dict) else {}
+
+
+def _bytes(folder: Path) -> int:
+    total = 0
+    for path in folder.rglob("*"):
+        with suppress(OSError):  # it may go while we look
+            status = path.stat()
+            total += status.st_size if stat.S_ISREG(status.st_mode) else 0
+    return total
