@@ -1,5 +1,5 @@
-"""What a careful trainer with padded rows does, TRL's among them: the head on labelled positions only, and their log-probs
-as the label's logit less the log-sum-exp, so that no softmax is kept. Prompts are still repeated and rows still padded."""
+"""What a careful trainer on padded rows does, as TRL's do: the head on labelled positions only, their log-probs as the
+label's logit less the log-sum-exp. Prompts are still repeated and rows still padded."""
 
 from __future__ import annotations
 

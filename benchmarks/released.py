@@ -1,9 +1,9 @@
 """The computation of the released RRHF training script, written from its description; not that script.
 
-The prompt is repeated before each of its k responses, the rows are padded to the longest, the whole model is called, and a
-log-softmax over the vocabulary is kept for every position, prompts and padding included. A score is the sum of a
-response's log-probs over the padded length L, because the marks of positions that do not count are overwritten before the
-length is taken; the loss is the sum of the hinges of all pairs and minus the score of the best (`official` in
+The prompt is repeated before each of its k responses, the rows are padded to the longest, the whole model is called,
+and a log-softmax over the vocabulary is kept for every position, prompts and padding included. A score is the sum of a
+response's log-probs over the padded length L, because the marks of positions that do not count are overwritten before
+the length is taken; the loss is the sum of the hinges of all pairs and minus the score of the best (``official`` in
 ``rrhf_bench.training.rrhf``). One prompt a step is all that the script can do.
 """
 
@@ -19,7 +19,7 @@ from benchmarks.workloads import IGNORE, Group, padded_rows
 
 
 def released_loss(logits_KLV: Tensor, label_KL: Tensor, reward_K: Tensor) -> tuple[Tensor, Tensor]:
-    """(loss, (K,) scores) of one prompt's K rows. ``label_KL[i, t]``: what position t predicts, IGNORE where not scored.
+    """(loss, (K,) scores) of one prompt's K rows. ``label_KL[i, t]``: what position t predicts, IGNORE if not scored.
 
     The log-softmax is in float32, as under the autocast of the script's launchers, whatever the model computes in.
     """

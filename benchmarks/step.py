@@ -31,7 +31,7 @@ from benchmarks.measure import (
     spread,
     write_json,
 )
-from benchmarks.page import Dots, Panel, dots_figure, rich_table, spread_words, write_page
+from benchmarks.page import Panel, Series, dots_figure, rich_table, spread_words, write_page
 from benchmarks.sides import (
     CHECKPOINTED,
     LABELLED,
@@ -79,9 +79,9 @@ def bfloat16_bound(layers: int) -> Errors:
     """How far from the same step in float32 a step in bfloat16 may be.
 
     A value is rounded to 8 bits about 12 times in each layer (two norms, seven products, rotation, attention, two sums)
-    and three times around the head, and its gradient as often on the way back. Independent roundings add up like a random
-    walk: 2^-8 x sqrt(2 (12 layers + 3)) for gradients. Scores and loss are means over hundreds of tokens, taken in
-    float32: no further off than one rounding to bfloat16 would put them.
+    and three times around the head, and its gradient as often on the way back. Independent roundings add up like a
+    random walk: 2^-8 x sqrt(2 (12 layers + 3)) for gradients. Scores and loss are means over hundreds of tokens, taken
+    in float32: no further off than one rounding to bfloat16 would put them.
     """
     walk = 2**-8 * math.sqrt(2 * (12 * layers + 3))
     return Errors(2**-8, 2**-8, walk, walk)
@@ -112,9 +112,7 @@ def measure(
         sides[PRODUCT] = product(workload.dtype, device)
         if STEERED in names:
             sides[PRODUCT_ONEDNN] = product(workload.dtype, device, onednn=True)
-        seconds = measure_rounds(
-            sides, rounds, progress=lambda words: status.update(f"{workload.name}: {words}")
-        )
+        seconds = measure_rounds(sides, rounds, progress=lambda words: status.update(f"{workload.name}: {words}"))
         layouts = {name: stepper.layout for name, stepper in steppers.items()}
         del steppers, sides
         used: dict[str, int | None] = {}
@@ -263,8 +261,8 @@ def draw(record: Mapping[str, Any], folder: Path) -> None:
         return [None if share is None else Spread(share, share, share) for share in shares]
 
     panels = [
-        Panel("times as fast as the released computation", [Dots(n, COLOURS[n], speed(n)) for n in names], log=2),
-        Panel("extra memory, share of the released one's", [Dots(n, COLOURS[n], memory(n)) for n in names], log=2),
+        Panel("times as fast as the released computation", [Series(n, COLOURS[n], speed(n)) for n in names], log=2),
+        Panel("extra memory, share of the released one's", [Series(n, COLOURS[n], memory(n)) for n in names], log=2),
     ]
     figure = dots_figure([name for name, _ in rows], panels)
     write_page(
@@ -275,14 +273,13 @@ def draw(record: Mapping[str, Any], folder: Path) -> None:
         record=record,
         tables=[(COLUMNS, cells(record))],
         notes=[*(f"{row['name']}: {row['words']}." for row in record["rows"]), *notes(record)],
-        figures={f"{NAME}": (figure, "Speed and extra memory of the sides, medians and quartiles over rounds.")},
+        figures={NAME: (figure, "Speed and extra memory of the sides, medians and quartiles over rounds.")},
     )
 
 
 # --- the command line -----------------------------------------------------------------------------------------
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-Threads = Annotated[int, typer.Option(min=1, help="threads of a product; 0 is not allowed, the default is PyTorch's")]
 
 
 @app.command(help=__doc__)

@@ -139,9 +139,9 @@ def useful_flops(shape: Shape, group: Group) -> float:
     """Floating-point operations that one step over a group cannot do without.
 
     6 x trunk weights x fed tokens + 6 x head weights x response tokens + 12 x layers x hidden x (sum over fed tokens of
-    the tokens that each attends to): 2 for each multiply-add, once forward and twice backward; attention has two products
-    of ``hidden`` multiply-adds a pair of tokens. Fed are the query once and every response but for its last token; only
-    positions that predict a response token meet the head. Norms, softmax and rotations are not counted.
+    the tokens that each attends to): 2 for each multiply-add, once forward and twice backward; attention has two
+    products of ``hidden`` multiply-adds a pair of tokens. Fed are the query once and every response but for its last
+    token; only positions that predict a response token meet the head. Norms, softmax, rotations are not counted.
     """
     query = len(group.query)
     fed = [len(response) - 1 for response in group.responses]
@@ -191,7 +191,7 @@ def make_tokenization(vocabulary: int) -> Tokenization:
 def padded_rows(group: Group, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """(ids, attention mask, labels), each (k, L): the prompt repeated before every response, padded on the right.
 
-    ``labels[i, t]`` is the token that position t of row i predicts where that is a response token, and IGNORE elsewhere.
+    ``labels[i, t]`` is the token that position t of row i predicts where that is one of a response, else IGNORE.
     """
     rows = [torch.tensor(group.query + response) for response in group.responses]
     pad = torch.nn.utils.rnn.pad_sequence
