@@ -116,7 +116,7 @@ def _synchronise() -> None:
 # --- the peak of the machine ----------------------------------------------------------------------------------
 
 
-PRODUCT = 2048  # rows and columns of the matrices whose product stands for what the machine can do
+PRODUCT_SIZE = 2048  # rows and columns of the matrices whose product stands for what the machine can do
 
 
 def product(dtype: torch.dtype, device: torch.device, *, onednn: bool = False) -> Side:
@@ -124,7 +124,7 @@ def product(dtype: torch.dtype, device: torch.device, *, onednn: bool = False) -
 
     ``onednn`` sends it to oneDNN by name; float32 products on a CPU otherwise go to the BLAS of PyTorch's build.
     """
-    left, right = (torch.ones(PRODUCT, PRODUCT, device=device, dtype=dtype) for _ in range(2))
+    left, right = (torch.ones(PRODUCT_SIZE, PRODUCT_SIZE, device=device, dtype=dtype) for _ in range(2))
     if onednn:
         return Side(lambda: torch.ops.mkldnn._linear_pointwise(left, right, None, "none", [], ""))
     return Side(lambda: torch.nn.functional.linear(left, right))
@@ -132,7 +132,7 @@ def product(dtype: torch.dtype, device: torch.device, *, onednn: bool = False) -
 
 def product_rates(seconds: Sequence[float]) -> list[float]:
     """FLOP/s of the products, two operations a multiply-add."""
-    return [2 * PRODUCT**3 / took for took in seconds]
+    return [2 * PRODUCT_SIZE**3 / took for took in seconds]
 
 
 # --- memory ---------------------------------------------------------------------------------------------------

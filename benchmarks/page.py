@@ -11,6 +11,7 @@ import matplotlib.style
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from rich.console import Console
 from rich.table import Table
 
 from benchmarks.measure import Spread, write_json
@@ -22,6 +23,11 @@ from rrhf_bench.report.table import markdown
 def spread_words(spread: Spread, digits: int) -> str:
     """A median with its quartiles."""
     return f"{spread.median:.{digits}f} [{spread.low:.{digits}f}, {spread.high:.{digits}f}]"
+
+
+def make_console() -> Console:
+    """The terminal; wide enough for a table where the output is a file."""
+    return Console() if Console().is_terminal else Console(width=140)
 
 
 def rich_table(columns: Sequence[str], cells: Sequence[Sequence[str]]) -> Table:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,7 +14,7 @@ from torch import Tensor
 from benchmarks.labelled import labelled
 from benchmarks.measure import peak_above
 from benchmarks.released import released
-from benchmarks.workloads import Group, Shape, Workload, make_model, make_tokenization
+from benchmarks.workloads import Group, Shape, make_model, make_tokenization
 from rrhf_bench.errors import StageError
 from rrhf_bench.policy.policy import Computation, TransformersPolicy
 from rrhf_bench.training.rrhf import rrhf_loss
@@ -136,15 +137,44 @@ def errors(found: Results, expected: Results) -> Errors:
     )
 
 
-def extra_memory(side: str, workload: Workload, *, seed: int, threads: int, device: str) -> int | None:
+# The same sums in another order: a few units in the last place, times the root of the number of additions.
+FLOAT32 = Errors(1e-5, 1e-5, 1e-5, 1e-5)
+
+
+def bfloat16_bound(layers: int) -> Errors:
+    """How far from the same step in float32 a step in bfloat16 may be.
+
+    A value is rounded to 8 bits about 12 times in each layer (two norms, seven products, rotation, attention, two sums)
+    and three times around the head, and its gradient as often on the way back. Independent roundings add up like a
+    random walk: 2^-8 x sqrt(2 (12 layers + 3)) for gradients. Scores and loss are means over hundreds of tokens, taken
+    in float32: no further off than one rounding to bfloat16 would put them.
+    """
+    walk = 2**-8 * math.sqrt(2 * (12 * layers + 3))
+    return Errors(2**-8, 2**-8, walk, walk)
+
+
+def check_equal(found: Mapping[str, Results], expected: Results, bound: Errors, where: str) -> dict[str, Errors]:
+    """Each side's errors. Raises StageError naming the first number beyond its bound."""
+    compared = {name: errors(result, expected) for name, result in found.items()}
+    for name, error in compared.items():
+        for quantity, value, limit in zip(Errors._fields, error, bound, strict=True):
+            if not value <= limit:  # a number that is none is no agreement
+                raise StageError(
+                    f"{where}: {quantity.replace('_', ' ')} of {name!r} is {value:.2g} from the released computation, "
+                    f"relative to it; at most {limit:.2g} is rounding, so nothing was timed"
+                )
+    return compared
+
+
+def extra_memory(
+    side: str, shape: Shape, groups: Sequence[Group], seed: int, dtype: torch.dtype, device: torch.device, threads: int
+) -> int | None:
     """Bytes that a step takes above weights and gradients at its peak; for a process of its own.
 
     The step is the second of two whose gradients are added up, as in an accumulated batch: weights and gradients are
     there before it and after it, and what the libraries set up once is there too. None where the system does not say.
     """
     torch.set_num_threads(threads)
-    place = torch.device(device)
-    stepper = Stepper.make(side, workload.shape, seed=seed, dtype=workload.dtype, device=place)
-    groups = workload.groups(seed)
+    stepper = Stepper.make(side, shape, seed=seed, dtype=dtype, device=device)
     stepper.step(groups)
-    return peak_above(lambda: stepper.step(groups), place)
+    return peak_above(lambda: stepper.step(groups), device)

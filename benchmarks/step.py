@@ -7,7 +7,6 @@ forward, loss and backward, with no gradients before it and no optimiser after i
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ import typer
 from rich.console import Console
 
 from benchmarks.measure import (
+    PRODUCT_SIZE,
     Side,
     Spread,
     in_own_process,
@@ -31,9 +31,10 @@ from benchmarks.measure import (
     spread,
     write_json,
 )
-from benchmarks.page import Panel, Series, dots_figure, rich_table, spread_words, write_page
+from benchmarks.page import Panel, Series, dots_figure, make_console, rich_table, spread_words, write_page
 from benchmarks.sides import (
     CHECKPOINTED,
+    FLOAT32,
     LABELLED,
     OURS,
     PACKED,
@@ -43,12 +44,13 @@ from benchmarks.sides import (
     Errors,
     Results,
     Stepper,
-    errors,
+    bfloat16_bound,
+    check_equal,
     extra_memory,
     sides_for,
 )
 from benchmarks.workloads import Group, Workload, make_model, total_tokens, useful_flops
-from rrhf_bench.errors import ConfigError, StageError, nearest
+from rrhf_bench.errors import ConfigError, nearest
 from rrhf_bench.policy import onednn
 
 NAME = "step"
@@ -71,22 +73,6 @@ WORKLOADS = {
 }
 PRODUCT, PRODUCT_ONEDNN = "product", "product, oneDNN"  # the machine's peak, timed among the sides
 
-# The same sums in another order: a few units in the last place, times the root of the number of additions.
-FLOAT32 = Errors(1e-5, 1e-5, 1e-5, 1e-5)
-
-
-def bfloat16_bound(layers: int) -> Errors:
-    """How far from the same step in float32 a step in bfloat16 may be.
-
-    A value is rounded to 8 bits about 12 times in each layer (two norms, seven products, rotation, attention, two sums)
-    and three times around the head, and its gradient as often on the way back. Independent roundings add up like a
-    random walk: 2^-8 x sqrt(2 (12 layers + 3)) for gradients. Scores and loss are means over hundreds of tokens, taken
-    in float32: no further off than one rounding to bfloat16 would put them.
-    """
-    walk = 2**-8 * math.sqrt(2 * (12 * layers + 3))
-    return Errors(2**-8, 2**-8, walk, walk)
-
-
 # --- measuring ------------------------------------------------------------------------------------------------
 
 
@@ -103,8 +89,10 @@ def measure(
         steppers = {
             name: Stepper.make(name, workload.shape, seed=seed, dtype=workload.dtype, device=device) for name in names
         }
-        bound = FLOAT32 if workload.dtype == torch.float32 else bfloat16_bound(workload.shape.layers)
-        found = check_equal(workload, steppers, groups, bound, seed=seed, device=device)
+        found = {name: stepper.results(groups) for name, stepper in steppers.items()}
+        expected, bound = _reference(workload, found, groups, seed=seed, device=device)
+        compared = check_equal(found, expected, bound, workload.name)
+        del found, expected
         sides = {
             name: Side(lambda s=stepper: s.step(groups), stepper.forget)  # type: ignore[misc]
             for name, stepper in steppers.items()
@@ -118,8 +106,10 @@ def measure(
         used: dict[str, int | None] = {}
         for name in names if memory else ():
             status.update(f"{workload.name}: memory of {name}")
-            used[name] = in_own_process(_memory, name, workload, seed, threads, str(device))
-    return {
+            used[name] = in_own_process(
+                extra_memory, name, workload.shape, groups, seed, workload.dtype, device, threads
+            )
+    row = {
         "name": workload.name,
         "words": workload.words,
         "parameters": workload.shape.parameters,
@@ -129,48 +119,24 @@ def measure(
         "responses": [[len(response) for response in group.responses] for group in groups],
         **total_tokens(groups),
         "useful_flops": sum(useful_flops(workload.shape, group) for group in groups),
-        "errors": {name: error._asdict() for name, error in found.items()},
+        "errors": {name: error._asdict() for name, error in compared.items()},
         "bound": bound._asdict(),
         "layout": layouts,
         "seconds": seconds,
         "extra_memory": used,
     }
-
-
-def _memory(name: str, workload: Workload, seed: int, threads: int, device: str) -> int | None:
-    return extra_memory(name, workload, seed=seed, threads=threads, device=device)
-
-
-def check_equal(
-    workload: Workload,
-    steppers: Mapping[str, Stepper],
-    groups: Sequence[Group],
-    bound: Errors,
-    *,
-    seed: int,
-    device: torch.device,
-) -> dict[str, Errors]:
-    """Each side's errors: in float32 against the released computation, in half precision against that in float32 on
-    the same weights. Raises StageError naming the first number beyond its bound."""
-    expected = _reference(workload, steppers, groups, seed=seed, device=device)
-    found = {name: errors(stepper.results(groups), expected) for name, stepper in steppers.items()}
-    for name, error in found.items():
-        for quantity, value, limit in zip(Errors._fields, error, bound, strict=True):
-            if not value <= limit:  # a number that is none is no agreement
-                raise StageError(
-                    f"{workload.name}: {quantity.replace('_', ' ')} of {name!r} is {value:.2g} from the released "
-                    f"computation, relative to it; at most {limit:.2g} is rounding, so nothing was timed"
-                )
-    return found
+    return {**row, "summary": summary(row)}
 
 
 def _reference(
-    workload: Workload, steppers: Mapping[str, Stepper], groups: Sequence[Group], *, seed: int, device: torch.device
-) -> Results:
+    workload: Workload, found: Mapping[str, Results], groups: Sequence[Group], *, seed: int, device: torch.device
+) -> tuple[Results, Errors]:
+    """What all sides are held to, and how closely: in float32 the released computation; in half precision the same in
+    float32 on the same weights."""
     if workload.dtype == torch.float32:
-        return steppers[RELEASED].results(groups)
+        return found[RELEASED], FLOAT32
     model = make_model(workload.shape, seed=seed, dtype=workload.dtype, device=device).float()
-    return Stepper(model, SIDES[RELEASED](model)).results(groups)
+    return Stepper(model, SIDES[RELEASED](model)).results(groups), bfloat16_bound(workload.shape.layers)
 
 
 # --- reading --------------------------------------------------------------------------------------------------
@@ -212,7 +178,7 @@ def cells(record: Mapping[str, Any]) -> list[list[str]]:
                     spread_words(of["times_released"], 2),
                     spread_words(of["times_labelled"], 2),
                     f"{of['share_of_peak'].median:.0%}",
-                    "—" if of["memory"] is None else f"{of['memory'] / 1e6:.0f}",
+                    "—" if of["memory"] is None else f"{of['memory'] / 1e6:.1f}",
                     "—" if of["memory_share"] is None else f"{of['memory_share']:.1%}",
                 ]
             )
@@ -232,9 +198,8 @@ def notes(record: Mapping[str, Any]) -> list[str]:
         "Speeds are medians of the ratios of each round, with the quartiles over rounds in brackets; higher is faster.",
         "Extra memory is what a step takes above weights and gradients at its peak, each side in a process of its own.",
         "Share of peak: the operations that no side can do without, over what a product of two "
-        f"{2048} x {2048} matrices reached in the same rounds; against oneDNN's product for the side that uses it. "
-        + "; ".join(rates)
-        + ".",
+        f"{PRODUCT_SIZE} x {PRODUCT_SIZE} matrices reached in the same rounds; "
+        "against oneDNN's product for the side that uses it. " + "; ".join(rates) + ".",
         "Largest relative error of loss, scores and gradients, measured before the timing: "
         + ", ".join(f"{name} {error:.1g}" for name, error in worst.items())
         + ".",
@@ -297,7 +262,7 @@ def step(
         Path | None, typer.Option("--from", metavar="FILE", help="measure nothing: show the record in this file")
     ] = None,
 ) -> None:
-    console = Console()
+    console = make_console()
     if read is not None:
         record = read_json(read, NAME)
     else:
@@ -341,9 +306,10 @@ def run(
     record["rows"] = [
         measure(
             workload.quick() if quick else workload,
-            rounds=rounds, seed=seed, threads=torch.get_num_threads(), device=place, memory=memory, console=console,
+            rounds=rounds, seed=seed, threads=torch.get_num_threads(), device=place, console=console,
+            memory=memory and not (quick and number),  # a smoke run measures the first row's: a process starts slowly
         )
-        for workload in workloads
+        for number, workload in enumerate(workloads)
     ]  # fmt: skip
     return record
 
