@@ -214,8 +214,8 @@ def measure(
     differing = sum(a != b for a, b in zip(sides["raw"].ids(0), replies, strict=True))
     if differing:
         raise StageError(
-            f"{work.name}: {differing} of {len(replies)} replies are not those of raw vLLM with the same seeds; expected "
-            "none, so there is nothing to compare"
+            f"{work.name}: {differing} of {len(replies)} replies are not those of raw vLLM with the same seeds; "
+            "expected none: what writes other tokens cannot be compared by its speed"
         )
     turns = {name: Side(side.run, side.prepare) for name, side in sides.items()}
     seconds = measure_rounds(turns, plan.rounds, progress=lambda words: plan.say(f"{work.name}, {words}"))
@@ -298,16 +298,17 @@ def sampling(
 
 def table(record: Mapping[str, Any]) -> str:
     """The medians as lines of text, quartiles behind them."""
-    sync = record["engine_seconds"]["sync"]["median"]
+    model, costs = record["model"], record["engine_seconds"]
+    heads = "".join(f"{head:>12}" for head in ("raw vLLM", "ours", "generate"))
     lines = [
-        f"{record['model']['name']}: {record['model']['parameters']:,} parameters, {record['model']['sampler']}; engine "
-        f"started in {record['engine_seconds']['start']:.2f} s after import, sync {1000 * sync:.0f} ms",
-        f"{'':<18}{'raw vLLM':>12}{'ours':>12}{'generate':>12}   tokens/s     {'ours / raw':<24}{'ours / generate':<24}",
+        f"{model['name']}: {model['parameters']:,} parameters, {model['sampler']}; the engine started in "
+        f"{costs['start']:.2f} s after its import, a sync takes {1000 * costs['sync']['median']:.0f} ms",
+        f"{'':<18}{heads}   tokens/s   {'ours / raw':<24}ours / generate",
     ]
     for row in record["rows"]:
         speeds = "".join(f"{row['tokens_per_second'][name]['median']:>12,.0f}" for name in ("raw", "ours", "generate"))
         over = "".join(f"{_said(Spread(**row['ours_over'][name])):<24}" for name in ("raw", "generate"))
-        lines.append(f"{row['workload']:<18}{speeds}{'':<16}{over}")
+        lines.append(f"{row['workload']:<18}{speeds}{'':<14}{over}".rstrip())
     return "\n".join(lines)
 
 

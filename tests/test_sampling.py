@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from rrhf_bench.data.dialogue import Template
-from rrhf_bench.errors import DataError
+from rrhf_bench.errors import DataError, StageError
 from rrhf_bench.experiment import RuntimeSettings
 from rrhf_bench.pipeline.services import DistinctTexts, ModelRef, Services, engine_key
 from rrhf_bench.policy.batching import ResponseBatch
@@ -188,9 +188,10 @@ def altered(source: Path, folder: Path, **config: object) -> Path:
 
 
 @needs_vllm
-def test_one_engine_serves_every_policy_that_computes_alike(llama_folder, tmp_path):
+def test_one_engine_serves_every_policy_that_computes_alike(engine, policy, llama_folder, tmp_path):
     """Another folder, another note in the config, another template, another length, a trained model saved again: the
-    same engine, each time with the weights, the words and the limit of the policy that is asked for."""
+    same engine, each time with the weights, the words and the limit of the policy that is asked for. Engines that were
+    there before go on."""
     services = Services(RuntimeSettings(device="cpu", kv_cache_mib=32))
     noted = {"initializer_range": 0.5, "transformers_version": "4.28.1", "dtype": "bfloat16", "use_cache": False}
     other = altered(llama_folder(1), tmp_path / "other", **noted)
@@ -201,15 +202,16 @@ def test_one_engine_serves_every_policy_that_computes_alike(llama_folder, tmp_pa
     for ref in [*refs, first]:
         policy = services.policy(ref)
         sampler = services.sampler(policy, ref, "vllm")
-        engines.append(sampler.llm)
+        engines.append(id(sampler.llm))
         limit = ref.max_length or 512
         assert (sampler.tokenization, sampler.max_model_len) == (policy.tokenization, limit)
         assert disagreement(sampler, policy, 0.7, PROMPTS[1:2]) < 1e-5
         with pytest.raises(DataError, match=f"exceed the context of {limit}"):
             sampler.sample([Prompt("\n\nHuman: " + "Why? " * 300 + "\n\nAssistant:")], SPEC)
-    assert engines[0] is engines[1]
     # 512 tokens do not fit an engine of 128: a longer one takes its place, for good.
-    assert engines[2] is engines[3] is not engines[1]
+    assert engines == [engines[0], engines[0], engines[2], engines[2]]
+    engine.sync(policy)
+    assert disagreement(engine, policy, 0.7) < 1e-5
 
 
 def test_policies_that_compute_otherwise_have_engines_of_their_own(llama_folder, tmp_path):
@@ -245,3 +247,27 @@ def test_no_text_of_a_call_is_scored_twice():
     assert scores.tolist() == [4.0, 4.0, 6.0, 6.0]
     assert asked == ["a", "a", "bcd"]
     assert DistinctTexts(Lengths()).score([], []).shape == (0,)
+
+
+@needs_vllm
+def test_the_benchmark_times_equal_tokens_only(engine, policy):
+    """Tokens and records of both sides agree in the run that is timed; a sampler that draws otherwise is refused."""
+    from benchmarks.sampling import Plan, Workload, measure, until
+
+    assert until([5, 1, 0, 0], eos_id=1) == (5, 1)
+    assert until([5, 7], eos_id=1) == (5, 7)
+    engine.sync(policy)
+    plan = Plan(rounds=2, max_new_tokens=8, batch=4, say=lambda words: None)
+    row = measure(engine, policy, PROMPTS, Workload(n=2, logprobs=True), plan)
+    assert row["replies"] == 6
+    assert row["tokens"]["raw"] == row["tokens"]["ours"]
+    assert all(len(rates) == 2 and min(rates) > 0 for rates in row["rounds"].values())
+
+    class Otherwise:
+        llm, tokenization = engine.llm, engine.tokenization
+
+        def sample(self, prompts, spec):
+            return engine.sample(prompts, replace(spec, seed=spec.seed + 1))
+
+    with pytest.raises(StageError, match=r"n=2: . of 6 replies are not those of raw vLLM"):
+        measure(Otherwise(), policy, PROMPTS, Workload(n=2), plan)

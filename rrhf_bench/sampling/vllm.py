@@ -15,9 +15,13 @@ import torch
 
 from rrhf_bench.errors import StageError
 from rrhf_bench.policy.policy import Policy, Tokenization
-from rrhf_bench.records import Candidates, Prompt
+from rrhf_bench.records import Candidates, Prompt, Response
 from rrhf_bench.sampling.backend import choose_backend
 from rrhf_bench.sampling.sampler import SamplingSpec, fitting_ids, to_response
+
+# Engines are kept until they are replaced, whoever drops the sampler: one that is collected tears down the process groups
+# that all engines of the process share, and the others fail at their next step.
+_ENGINES: list[Any] = []
 
 CPU_BLOCK = 32  # tokens of a block of the KV cache: the CPU's default of 128 would never cache a short prompt
 
@@ -68,19 +72,13 @@ class VLLMSampler:
 
     def _start(self) -> None:
         """Start the engine. Raises StageError where it does not."""
-        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine in this process: weights sync without a copy
-        os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # would override the size of the cache
-        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # binding would pin the trainer's threads as well
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         with _untouched_random_state():
-            from vllm import LLM
-
+            engine = import_vllm()
             gc.collect()
             gc.freeze()  # what is imported so far is never garbage: spares the engine's many collections a walk over it
             length = self.max_model_len
             try:
-                self.llm = LLM(
+                self.llm = engine(
                     self._folder, max_model_len=length, max_num_batched_tokens=max(8192, length), **self._settings
                 )
             except (RuntimeError, ValueError, OSError) as error:
@@ -88,6 +86,7 @@ class VLLMSampler:
                 raise StageError(
                     f'{self._folder}: vLLM could not start ({reason}); set sampling.backend = "transformers"'
                 ) from error
+        _ENGINES.append(self.llm)
         self._started_for = length
 
     def resize(self, max_model_len: int) -> None:
@@ -95,8 +94,9 @@ class VLLMSampler:
         takes its place, with the folder's weights until the next sync."""
         self.max_model_len = max_model_len
         if max_model_len > self._started_for:
-            self.llm.llm_engine.engine_core.shutdown()
+            _ENGINES.remove(self.llm)
             self.llm = None
+            gc.unfreeze()
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
@@ -121,30 +121,23 @@ class VLLMSampler:
                         stop=list(spec.stop),
                         seed=None if spec.greedy else spec.request_seed(prompt, index),
                         logprobs=0 if spec.logprobs else None,
+                        flat_logprobs=True,  # a list of numbers, not an object and a dictionary a token
+                        detokenize=bool(spec.stop),  # to_response decodes; the engine must only where it is to stop
                     )
                 )
         with _untouched_random_state():
-            outputs = self._generate(requests, params)
-        candidates = []
-        for i, prompt in enumerate(prompts):
-            replies = [output.outputs[0] for output in outputs[i * spec.n : (i + 1) * spec.n]]
-            candidates.append(
-                Candidates(
-                    prompt,
-                    tuple(
-                        to_response(
-                            self.tokenization,
-                            spec,
-                            reply.token_ids,
-                            None
-                            if reply.logprobs is None
-                            else [at[t].logprob for at, t in zip(reply.logprobs, reply.token_ids, strict=True)],
-                        )
-                        for reply in replies
-                    ),
-                )
-            )
-        return candidates
+            outputs = iter(self._generate(requests, params))
+        return [
+            Candidates(prompt, tuple(self._response(next(outputs).outputs[0], spec) for _ in range(spec.n)))
+            for prompt in prompts
+        ]
+
+    def _response(self, reply: Any, spec: SamplingSpec) -> Response:
+        logprobs = reply.logprobs.logprobs if spec.logprobs else None
+        assert logprobs is None or len(logprobs) == len(reply.token_ids), (
+            "one log-prob a token: that of the sampled one"
+        )
+        return to_response(self.tokenization, spec, reply.token_ids, logprobs)
 
     def _generate(self, requests: list[dict[str, list[int]]], params: list[Any]) -> list[Any]:
         """All at once; in slices where progress is watched, which changes no result: each request has its own seed."""
@@ -166,6 +159,18 @@ class VLLMSampler:
             if not self.llm.reset_prefix_cache():
                 raise StageError("vLLM did not empty its prefix cache, so it would sample from old weights; run again")
         self.tokenization = policy.tokenization
+
+
+def import_vllm() -> Any:
+    """vLLM's ``LLM``, imported under what it reads from the environment."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine in this process: weights sync without a copy
+    os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # would override the size of the cache
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # binding would pin the trainer's threads as well
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    from vllm import LLM
+
+    return LLM
 
 
 @contextmanager
