@@ -30,8 +30,8 @@ def _looked_up(name: str) -> str:
         Path(name).is_dir()
     except OSError as error:  # too long, or where nobody may look
         raise ValueError(f"found {name[:60]!r} ({error.strerror}); expected a hub id or a folder") from error
-    if not name.strip():
-        raise ValueError(f"found {name!r}; expected a hub id or a folder")
+    if not name.strip() or "://" in name:
+        raise ValueError(f"found {name[:60]!r}; expected a hub id or a folder")
     return name
 
 
@@ -45,6 +45,9 @@ def _borne(name: str) -> str:
 
 
 ModelName = Annotated[str, AfterValidator(_looked_up)]
+
+# Whether code that comes with a model may run. Said of a model only where it may: false is no part of any key.
+Trust = Annotated[bool, Field(exclude_if=lambda trusted: not trusted)]
 
 
 class ToySettings(Settings):
@@ -112,6 +115,7 @@ class ModelSettings(Settings):
     dtype: Dtype = "float32"
     pad_token: str | None = None
     max_length: Annotated[int, Field(ge=16)] | None = None  # prompt + reply tokens; none: the model's own context
+    trust_remote_code: Trust = False  # run code that comes with the model; read it first
     scratch: ScratchSettings = ScratchSettings()
 
     @property
@@ -142,6 +146,7 @@ class RewardModelSettings(Settings):
     dtype: Dtype = "float32"
     pad_token: str | None = None
     label: str | None = None  # of a classifier of several labels: the score is this one's softmax probability
+    trust_remote_code: Trust = False  # run code that comes with the model; read it first
     training: RewardTrainingSettings = RewardTrainingSettings()
 
     @property

@@ -668,3 +668,82 @@ def test_nothing_here_reads_or_writes_a_pickle() -> None:
                 if call.endswith(".from_pretrained") and keywords.get("trust_remote_code") == "True":
                     faults.append(f"{path.name}:{node.lineno}: trusts code that comes with a model")
     assert not faults
+
+
+def test_trust_is_off_unless_the_file_says_so(trained: Path) -> None:
+    """Off, it stands in no key and no resolved file: what was made before there was such a key is found again."""
+    from rrhf_bench.config import load_experiment
+    from rrhf_bench.pipeline.plan import make_plan
+    from rrhf_bench.pipeline.services import ModelRef
+
+    def given(*overrides: str) -> tuple[Any, dict[str, Any]]:
+        words = [f"{table}.source={trained}" for table in ("policy", "reward_model", "perplexity_model")]
+        experiment = load_experiment(ROOT / "experiments" / "smoke.toml", [*words, *overrides])
+        stages = make_plan(experiment).stages
+        return experiment, {stage.name: stage for stage in stages if stage.kind in ("model", "reward model")}
+
+    experiment, plain = given()
+    assert not experiment.policy.trust_remote_code
+    assert "trust_remote_code" not in experiment.to_toml()
+    assert "trust_remote_code" not in json.dumps([dict(stage.settings) for stage in plain.values()])
+    off, same = given("policy.trust_remote_code=false", "reward_model.trust_remote_code=false")
+    assert (off, {name: stage.key for name, stage in same.items()}) == (
+        experiment,
+        {name: stage.key for name, stage in plain.items()},
+    )
+    on, trusted = given("policy.trust_remote_code=true", "reward_model.trust_remote_code=true")
+    assert on.to_toml().count("trust_remote_code = true") == 2
+    for name, expected in {"policy": True, "reward model": True, "perplexity model": False}.items():
+        settings = {key: value for key, value in trusted[name].settings.items() if key != "identity"}
+        assert ModelRef(**settings).trust_remote_code is expected
+        assert (trusted[name].key != plain["policy" if name == "perplexity model" else name].key) is expected
+
+
+# Where people see it
+
+
+def test_held_out_pairs_warn_of_a_setting_that_orders_them_worse(spoilt: Path, tmp_path: Path) -> None:
+    from rrhf_bench.experiment import RuntimeSettings
+    from rrhf_bench.jsonl import write_jsonl
+    from rrhf_bench.pipeline.job import Job
+    from rrhf_bench.pipeline.results import WARNINGS
+    from rrhf_bench.pipeline.services import ModelRef, Services
+    from rrhf_bench.pipeline.stages import score_pairs
+
+    def warnings() -> list[str]:
+        for name in ("prompts", "reward", "out"):
+            (tmp_path / name).mkdir(exist_ok=True)
+        write_jsonl(tmp_path / "prompts" / "test.jsonl", pairs(100, seed=2))
+        (tmp_path / "prompts" / "about.json").write_text('{"gold": null}')
+        ModelRef(str(spoilt)).write(tmp_path / "reward")
+        inputs = {"prompts": tmp_path / "prompts", "reward model": tmp_path / "reward"}
+        services = Services(RuntimeSettings(device="cpu"))
+        score_pairs(
+            Job("score pairs", {"split": "test"}, inputs, tmp_path / "out", services, "transformers", lambda *_: None)
+        )
+        return json.loads((tmp_path / "out" / WARNINGS).read_text())
+
+    assert warnings() == []
+    RewardContract(append_eos=False).write(spoilt)
+    (warning,) = warnings()
+    assert warning.startswith("reward model, EOS on held-out pairs: ")
+    assert warning.endswith(f"set append_eos = true in {CONTRACT_FILE}")
+
+
+def test_doctor_shows_every_check(trained: Path, spoilt: Path) -> None:
+    from rrhf_bench.experiment import RuntimeSettings
+    from rrhf_bench.pipeline.doctor import _guarded, _reward
+    from rrhf_bench.pipeline.services import ModelRef, Services
+
+    services = Services(RuntimeSettings(device="cpu"))
+    findings = _reward(services, ModelRef(str(trained)))
+    assert [finding.check for finding in findings[:-1]] == ["reward model", *(f"its {name}" for name in NAMES)]
+    assert findings[-1].check == "its held-out pairs"
+    assert findings[-1].ok is None  # it knows nothing of this world
+    assert not [finding for finding in findings if finding.ok is False]
+    edit(spoilt, truncation_side="right")
+    (finding,) = _guarded("reward model", lambda: _reward(services, ModelRef(str(spoilt))))
+    assert finding.ok is False
+    assert 'expected truncation_side = "left": set it in' in finding.found
+    half = {f.check: f for f in _reward(services, ModelRef(str(trained), dtype="bfloat16"))}
+    assert half["its dtype"].found.startswith("warning: bfloat16, trained in float32")

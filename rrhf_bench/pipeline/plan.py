@@ -213,7 +213,7 @@ class _Builder:
 
     def _given(self, settings: ModelSettings | RewardModelSettings) -> dict[str, Any]:
         """A model that is used as it is: a folder by its content, a hub model by id and revision."""
-        dump = settings.model_dump(mode="json", exclude={"scratch", "training"})
+        dump = settings.model_dump(mode="json", exclude={"scratch", "training", "part"})
         folder = Path(settings.source)
         return {**dump, "identity": folder_identity(folder)} if folder.is_dir() else dump
 

@@ -11,6 +11,7 @@ from rrhf_bench.experiment import Experiment
 from rrhf_bench.records import Candidates, CurvePoint, Evaluated, PairScored, PoolScored
 
 Row = tuple[str, int]  # (row of the tables: a method's name, "base", "chosen" or "rejected"; seed)
+WARNINGS = "warnings.json"  # of an artifact: what the reader of the report must know of how it was made
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from rrhf_bench.jsonl import read_jsonl, write_jsonl
 from rrhf_bench.pipeline.candidates import assemble
 from rrhf_bench.pipeline.locks import alone
 from rrhf_bench.pipeline.plan import PAIR_ROWS, Plan
-from rrhf_bench.pipeline.results import Row, RunRecords, Timing
+from rrhf_bench.pipeline.results import WARNINGS, Row, RunRecords, Timing
 from rrhf_bench.pipeline.store import (
     TIMING,
     Store,
@@ -145,6 +145,12 @@ class _Run:
             for stage in self.wanted("score pairs")
         }
 
+    @property
+    def warnings(self) -> list[str]:
+        """What held-out pairs showed of the reward model's input; artifacts of before have none."""
+        (key,) = (s["key"] for s in self.wanted("score pairs") if self.stage(s["key"])["settings"]["split"] == "test")
+        return self.read(key, WARNINGS) if (self.artifact(key) / WARNINGS).is_file() else []
+
     def scored(self, key: str) -> list[Candidates]:
         """The candidates of a stage, read once: rows share them."""
         if key not in self.read_before:
@@ -205,7 +211,7 @@ def load_run(folder: Path, store: Store | None = None) -> RunRecords:
         },
         timings=tuple(_timings(run)),
         curve_seconds={row: _curve_seconds(run, key) for row, key in trained.items()},
-        notes=tuple(run.json["notes"]),
+        notes=(*run.json["notes"], *run.warnings),
         command=run.json["command"],
         environment=_read_json(folder / "environment.json"),
     )

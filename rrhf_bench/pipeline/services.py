@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from rrhf_bench.data.dialogue import Template, TemplateKind
 from rrhf_bench.experiment import Dtype, RuntimeSettings
 from rrhf_bench.policy.policy import Computation, TransformersPolicy
-from rrhf_bench.records import Prompt
+from rrhf_bench.records import Preference, Prompt
+from rrhf_bench.rewards.checks import Check, on_pairs
 from rrhf_bench.rewards.reward import RewardModel
 from rrhf_bench.sampling.backend import BackendName
 from rrhf_bench.sampling.sampler import Sampler
@@ -36,6 +37,7 @@ class ModelRef:
     max_length: int | None = None  # of prompt + reply
     layout: Literal["classifier", "value-head"] = "classifier"  # of a reward model
     label: str | None = None  # of a classifier of several labels, whose probability is the score
+    trust_remote_code: bool = False
 
     @classmethod
     def read(cls, artifact: Path) -> ModelRef:
@@ -70,6 +72,7 @@ class Services:
             dtype=getattr(torch, ref.dtype),
             revision=ref.revision,
             pad_token=ref.pad_token,
+            trust_remote_code=ref.trust_remote_code,
             computation=Computation(self.runtime.pass_tokens, self.runtime.checkpoint_activations, self.runtime.onednn),
         )
 
@@ -86,6 +89,11 @@ class Services:
         if ref not in self._kept:
             self._kept[ref] = DistinctTexts(load_reward(ref, self.device, self.runtime.score_batch))
         return self._kept[ref]
+
+    def reward_checks(self, ref: ModelRef, pairs: Sequence[Preference]) -> tuple[Check, ...]:
+        """What was found of a reward model when it was loaded, and what held-out pairs show of it."""
+        model: Any = self.reward(ref)
+        return (*model.reward.checks, *on_pairs(model.reward, pairs))
 
     def sampler(
         self,
@@ -179,7 +187,12 @@ def load_reward(ref: ModelRef, device: str, batch_size: int) -> RewardModel:
         from rrhf_bench.rewards.value_head import ValueHeadReward
 
         return ValueHeadReward.load(
-            ref.source, revision=ref.revision, dtype=ref.dtype, device=device, batch_size=batch_size
+            ref.source,
+            revision=ref.revision,
+            dtype=ref.dtype,
+            device=device,
+            batch_size=batch_size,
+            trust_remote_code=ref.trust_remote_code,
         )
     from rrhf_bench.rewards.hub import ClassifierReward
 
@@ -192,4 +205,5 @@ def load_reward(ref: ModelRef, device: str, batch_size: int) -> RewardModel:
         label=ref.label,
         device=device,
         batch_size=batch_size,
+        trust_remote_code=ref.trust_remote_code,
     )

@@ -28,6 +28,7 @@ from rrhf_bench.pipeline import steps
 from rrhf_bench.pipeline.candidates import assemble, pair_candidates
 from rrhf_bench.pipeline.job import Job
 from rrhf_bench.pipeline.judging import judge
+from rrhf_bench.pipeline.results import WARNINGS
 from rrhf_bench.pipeline.services import ModelRef, context_of
 from rrhf_bench.policy.policy import Policy, TransformersPolicy
 from rrhf_bench.policy.scratch import train_language_model
@@ -164,10 +165,12 @@ def reward_model(job: Job) -> None:
         revision=policy.revision,
         device=job.services.device,
         log=note,
+        trust_remote_code=policy.trust_remote_code,
     )
     write_jsonl(job.out / "metrics.jsonl", log)
     job.write_json("counts.json", {"pairs": len(pairs), **result.counts})
-    ModelRef("model", template=policy.template, label=POSITIVE if classifies else None).write(job.out)
+    label = POSITIVE if classifies else None
+    ModelRef("model", template=policy.template, label=label, trust_remote_code=policy.trust_remote_code).write(job.out)
 
 
 def _commit(ref: ModelRef) -> str | None:
@@ -177,7 +180,9 @@ def _commit(ref: ModelRef) -> str | None:
     try:
         from transformers import AutoConfig
 
-        return getattr(AutoConfig.from_pretrained(ref.source, revision=ref.revision), "_commit_hash", ref.revision)
+        trusted = ref.trust_remote_code
+        config = AutoConfig.from_pretrained(ref.source, revision=ref.revision, trust_remote_code=trusted)
+        return getattr(config, "_commit_hash", ref.revision)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise StageError(f"{ref.source}: neither a folder nor to be had from the hub ({reason})") from error
@@ -274,10 +279,17 @@ def _gold_line(gold: Gold, row: Candidates) -> dict[str, Any]:
 
 
 def score_pairs(job: Job) -> None:
-    """The data set's own replies, scored."""
-    reward = job.services.reward(job.ref("reward model"))
-    pairs = own_replies(job, job.settings["split"])
+    """The data set's own replies, scored; of held-out ones, also what they show of the reward model's input."""
+    reward, split = job.services.reward(job.ref("reward model")), job.settings["split"]
+    pairs = own_replies(job, split)
     write_jsonl(job.out / "candidates.jsonl", steps.score_candidates(reward, pairs, job.progress))
+    if split == "test":
+        checks = job.services.reward_checks(job.ref("reward model"), job.pairs(split)[:CHECKED_PAIRS])
+        warnings = [f"reward model, {check.name}: {check.found}" for check in checks if check.ok is False]
+        job.write_json(WARNINGS, warnings)
+
+
+CHECKED_PAIRS = 200  # enough to see a setting of the input that orders one pair in ten better
 
 
 def own_replies(job: Job, split: str) -> list[Candidates]:

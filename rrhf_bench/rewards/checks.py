@@ -60,7 +60,7 @@ PROBES = (
 
 @dataclass(frozen=True)
 class Check:
-    """``ok``: None where there is nothing to pass or fail. ``found`` says of a failed one how to mend it."""
+    """``ok``: None where there is nothing to pass or fail. One that is not ok is a warning, and says how to mend it."""
 
     name: str
     ok: bool | None
@@ -99,7 +99,7 @@ class Fed(Protocol):
 
 
 def verify(model: Fed) -> tuple[Check, ...]:
-    """What was found where all is well, or nearly so: a Check that is not ok is a warning.
+    """What was found where all is well, or nearly so.
 
     Raises DataError, which says what differs and how to mend it, for a fault that changes scores beyond rounding.
     """
