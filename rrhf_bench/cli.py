@@ -30,7 +30,7 @@ from rrhf_bench.pipeline.store import Store, on_disk
 from rrhf_bench.registry import METHODS
 from rrhf_bench.sampling.backend import BackendName
 from rrhf_bench.settings import Strategy
-from rrhf_bench.terminal import TerminalReporter, inert
+from rrhf_bench.terminal import Screen, TerminalReporter, inert
 
 if TYPE_CHECKING:
     from rrhf_bench.pipeline.cache import Cache, Item
@@ -84,15 +84,15 @@ def main() -> None:
 
 
 def _out() -> Console:
-    return Console()
+    return Screen()
 
 
 def _errors() -> Console:
-    return Console(stderr=True)
+    return Screen(stderr=True)
 
 
 def _print_json(value: Any) -> None:
-    sys.stdout.write(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    sys.stdout.write(json.dumps(value, indent=1) + "\n")  # ASCII: it may end on a terminal
 
 
 @app.command()

@@ -13,7 +13,7 @@ from typing import Any, TypeVar, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 
 from rrhf_bench.contradictions import contradictions
-from rrhf_bench.errors import ConfigError, nearest, visible
+from rrhf_bench.errors import SIGNED_URL, ConfigError, nearest, visible
 from rrhf_bench.evaluation.claims_settings import CLAIMS, ClaimSettings
 from rrhf_bench.experiment import NAME, Experiment, SamplingSettings
 from rrhf_bench.registry import METHODS, settings_class
@@ -115,6 +115,8 @@ def _unusable(value: Any, where: tuple[str, ...] = ()) -> Iterator[str]:
         yield f"{name}: found a whole number of more than 64 bits; expected one that fits"
     elif isinstance(value, str) and ("\0" in value or any("\ud800" <= c <= "\udfff" for c in value)):
         yield f"{name}: found {value[:60]!r}; expected text without NUL and without bytes that are no UTF-8"
+    elif isinstance(value, str) and SIGNED_URL.search(value):
+        yield f"{name}: found a URL with a user or password, which would be written down with the run; remove them"
 
 
 def _merged(below: Any, above: Any, *where: str) -> Any:

@@ -17,6 +17,7 @@ from typing import ClassVar
 _UNSEEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 _SHORT = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
 _SECRET = re.compile(r"(TOKEN|KEY|SECRET|PASSWORD)$", re.IGNORECASE)  # variables that hold one, such as HF_TOKEN
+SIGNED_URL = re.compile(r"(?<=://)[^/\s@'\"]+@")  # user and password of a URL
 _SHORTEST = 8  # characters of a secret; what is shorter is an ordinary word, and would be blanked out everywhere
 
 
@@ -66,7 +67,7 @@ def redacted(text: str) -> str:
     for name, value in os.environ.items():
         if len(value) >= _SHORTEST and _SECRET.search(name):
             text = text.replace(value, "***")
-    return re.sub(r"(?<=://)[^/\s@'\"]+@", "***@", text)
+    return SIGNED_URL.sub("***@", text)
 
 
 def nearest(word: str, allowed: Iterable[str]) -> str:

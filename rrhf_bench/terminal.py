@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import re
 import time
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import (
@@ -19,15 +18,20 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from rrhf_bench.errors import visible
 from rrhf_bench.pipeline.plan import Stage
-
-# Everything that moves a terminal's cursor or changes its state; line feeds and tabs are left.
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def inert(text: str) -> str:
-    """Text that cannot act on a terminal: control characters are shown as escapes."""
-    return _CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", text)
+    """Text that cannot act on a terminal: what cannot be seen is shown as escapes; line feeds and tabs are left."""
+    return visible(text, keep="\n\t")
+
+
+class Screen(Console):
+    """A console on which words are words: no markup, no highlighting, nothing that acts on the terminal."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return Text(inert(text), style=options.get("style", ""))
 
 
 class TerminalReporter:
@@ -38,7 +42,7 @@ class TerminalReporter:
         self._live = console.is_terminal
         self._bars = Progress(
             SpinnerColumn(),
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TextColumn("{task.fields[rate]}"),

@@ -41,7 +41,7 @@ from rrhf_bench.data.dialogue import (
     turns,
 )
 from rrhf_bench.data.sources import load_candidates, load_preferences, load_prompts, load_texts, write_rrhf
-from rrhf_bench.errors import BenchError, ConfigError, DataError
+from rrhf_bench.errors import BenchError, ConfigError, DataError, visible
 from rrhf_bench.jsonl import read_jsonl, to_json, write_jsonl
 from rrhf_bench.records import Candidates, CurvePoint, Evaluated, PairScored, PoolScored, Prompt, Response
 
@@ -608,7 +608,7 @@ def only_bench_errors(path: Path, content: bytes, read: Callable[[Path], Any]) -
     assert lines
     assert isinstance(refused, ConfigError) or len(lines) == 1
     assert all(str(path) in line for line in lines)
-    assert all(line.isprintable() for line in lines)
+    assert all(visible(line) == line for line in lines)
     return refused
 
 

@@ -92,7 +92,14 @@ def markdown(text: str) -> str:
     text = re.sub(r"[\\`*{}\[\]#|~$]", r"\\\g<0>", visible(text))
     text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     text = re.sub(r"(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])", r"\\_", text)  # inside a word it is no emphasis
+    text = re.sub(r"^([-+](?=\s|$)|[-=]+$|[-=]{2}|\d+(?=[.)](\s|$)))", _no_marker, text)
+    text = re.sub(r"^ +| +$", lambda spaces: "&#32;" * len(spaces[0]), text)
     return re.sub(r"(?i)\b(www)\.", r"\1\\.", text).replace("://", ":\\//")  # no links of their own
+
+
+def _no_marker(start: re.Match[str]) -> str:
+    """The start of a text that would be the mark of a list or heading."""
+    return f"{start[0]}\\" if start[0].isdigit() else f"\\{start[0]}"
 
 
 def fenced(text: str) -> str:
