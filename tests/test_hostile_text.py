@@ -1,5 +1,5 @@
-"""What others wrote is shown and never obeyed: by Markdown, LaTeX, spreadsheets, terminals and file systems. And what is
-secret is written nowhere."""
+"""What others wrote is shown and never obeyed: by Markdown, LaTeX, spreadsheets, terminals and file systems. And what
+is secret is written nowhere."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import pickle
 import random
 import re
 import traceback
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from rrhf_bench.records import Prompt, Response
 from rrhf_bench.report.table import Cell, Column, Table, fenced, latex, markdown, to_csv, to_latex, to_markdown
 from rrhf_bench.terminal import TerminalReporter
 from tests.test_fuzz import run
+from tests.test_pipeline import CUTS, SMOKE
 
 SAME = settings(max_examples=300, deadline=None, derandomize=True, database=None)
 MARKS = [
@@ -196,7 +196,7 @@ def test_the_terminal_shows_names_and_obeys_none(live: bool) -> None:
     assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", ours)
     assert "\x1b[2J" not in text
     assert "\x1b]" not in text
-    shown = "\\x1b[2J\\x1b]0;title\\x07[bold]x[/bold] [/x] \\x9b31m \\x0d \\x08 [link=file:///etc]a[/link] :smile:"
+    shown = "\\x1b[2J\\x1b]0;title\\x07[bold]x[/bold] [/x] \\x9b31m \\r \\x08 [link=file:///etc]a[/link] :smile:"
     assert shown in ours
 
 
@@ -268,10 +268,9 @@ KEY = "sk-" + "pLaNtEdJudge0123456789"
 
 
 @pytest.fixture
-def planted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def planted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", SECRET)
     monkeypatch.setenv("JUDGE_KEY", KEY)
-    yield
 
 
 def leaks(folder: Path) -> list[str]:
@@ -385,3 +384,16 @@ def test_records_of_hostile_text_come_back_to_the_letter(tmp_path: Path) -> None
     write_jsonl(tmp_path / "r.jsonl", [Response(text, "model") for text in texts])
     assert [response.text for response in read_jsonl(tmp_path / "r.jsonl", Response)] == texts
     assert Prompt(texts[0]).id
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("planted")
+def test_a_whole_run_writes_no_secret_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every stage of the smoke experiment on less of everything, in one process."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    words = [word for cut in (*CUTS, "runtime.workers=1", "data.toy.raw_corpus=200") for word in ("--set", cut)]
+    result = run("run", SMOKE, *words, "--runs", tmp_path / "runs")
+    assert result.code == 0, result.err
+    assert len(list(tmp_path.rglob("*.json"))) > 20
+    assert not leaks(tmp_path)
+    assert not any(secret in result.out + result.err for secret in (SECRET, KEY))
