@@ -15,7 +15,7 @@ from rrhf_bench.policy import onednn
 from rrhf_bench.policy.logprobs import gather_logprobs
 
 # Bytes of softmax that may be kept for the backward pass; what is beyond them is computed again.
-KEPT = {"cpu": 128 << 20, "cuda": 1 << 30}
+KEPT = {"cpu": 512 << 20, "cuda": 1 << 30}
 
 
 def token_logprobs(head: Any, hidden_ND: Tensor, token_N: Tensor, temperature: float, keep: int) -> Tensor:
@@ -57,9 +57,8 @@ class _ChunkedLogprobs(torch.autograd.Function):
             end = start + chunk_rows(len(weight_VD))
             logits_CV = _logits(hidden_ND[start:end], weight_VD, bias_V, temperature, product).to(wide)
             probability_CV = logits_CV.softmax(-1)
-            largest_C, at_C = logits_CV.max(-1)
-            # The largest probability is at least 1/V: its logarithm loses nothing.
-            lse_C = largest_C - probability_CV.gather(-1, at_C[:, None]).squeeze(-1).log()
+            # The largest probability is at least 1/V: its logarithm loses nothing, and the sum is not taken twice.
+            lse_C = logits_CV.amax(-1) - probability_CV.amax(-1).log()
             logp.append(logits_CV.gather(-1, token_N[start:end, None]).squeeze(-1) - lse_C)
             lse.append(lse_C)
             keep -= probability_CV.numel() * hidden_ND.element_size()

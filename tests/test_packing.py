@@ -1,0 +1,396 @@
+"""Prompts fed once: equal to every response fed by itself, per architecture and budget; and what is built on it."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from baselines.sft import sft_loss
+from rrhf_bench.errors import DataError
+from rrhf_bench.policy import attention, onednn
+from rrhf_bench.policy.batching import ResponseBatch, pack, within
+from rrhf_bench.policy.head import chunk_rows, token_logprobs
+from rrhf_bench.policy.logprobs import gather_logprobs, sequence_score
+from rrhf_bench.policy.policy import Computation, TransformersPolicy
+from rrhf_bench.settings import LoraSettings, OptimiserSettings
+from rrhf_bench.training.optimiser import AdamW
+from rrhf_bench.training.rrhf import rrhf_loss
+from tests.architectures import PACKED, PADDED, VOCABULARY, made, tokenization
+
+TOKENIZATION = tokenization()
+
+
+def policy_of(model: Any, **computation: Any) -> TransformersPolicy:
+    return TransformersPolicy(model, TOKENIZATION, Computation(**{"onednn": "off", **computation}))
+
+
+def ragged(seed: int) -> ResponseBatch:
+    """Five prompts of 1 to 40 tokens with 1 to 7 responses of 1 to 60, one-token ones and a repeated one among them."""
+    rng = np.random.default_rng(seed)
+
+    def ids(lengths: list[int]) -> tuple[int, ...]:
+        return tuple(rng.integers(VOCABULARY, size=rng.choice(lengths)).tolist())
+
+    prompts = tuple(ids([1, 2, 7, 40]) for _ in range(5))
+    rows = [(p, ids([1, 1, 2, 5, 33, 60])) for p in range(5) for _ in range(rng.choice([1, 2, 6]))]
+    rows += [(0, ids([1])), (0, ids([1])), (3, ids([7])), rows[0]]
+    order = rng.permutation(len(rows))
+    return ResponseBatch(prompts, tuple(rows[i][1] for i in order), tuple(rows[i][0] for i in order), 0.7)
+
+
+def defined(model: Any, batch: ResponseBatch) -> Tensor:
+    """(B, T) log-probs by the definition: a row at a time, nothing padded, the whole vocabulary everywhere, sdpa."""
+    rows = []
+    for prompt, response in zip(batch.prompt_of, batch.response_ids, strict=True):
+        ids = torch.tensor([batch.prompt_ids[prompt] + response])
+        logits_TV = model(input_ids=ids, use_cache=False).logits[0] / batch.temperature
+        wide = torch.promote_types(logits_TV.dtype, torch.float32)
+        logp_TV = logits_TV.to(wide).log_softmax(-1)
+        start = len(batch.prompt_ids[prompt])
+        rows.append(logp_TV[start - 1 : -1].gather(-1, ids[0, start:, None]).squeeze(-1))
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+
+
+def losses(logp_BT: Tensor, batch: ResponseBatch, length_norm: Any) -> tuple[Tensor, Tensor]:
+    """(RRHF's loss of each prompt under made-up rewards, summed; p of all responses)."""
+    score_B = sequence_score(logp_BT, batch.mask_BT, length_norm=length_norm)
+    reward_B = torch.as_tensor(np.random.default_rng(7).normal(size=len(score_B)))
+    total = logp_BT.new_zeros(())
+    for prompt in range(len(batch.prompt_ids)):
+        rows = [row for row, p in enumerate(batch.prompt_of) if p == prompt]
+        made = rrhf_loss(
+            logp_BT[rows][None],
+            batch.mask_BT[rows][None],
+            reward_B[rows][None].to(logp_BT.dtype),
+            variant="paper" if length_norm == "response" else "official",
+            padded_length_B=torch.tensor([50]),
+        )
+        total = total + made.total
+    return total, score_B
+
+
+def gradient(model: Any) -> Tensor:
+    found = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    model.zero_grad(set_to_none=True)
+    return found
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    return ((found - expected).norm() / expected.norm()).item()
+
+
+@pytest.mark.parametrize("tokens", [2048, 60])
+@pytest.mark.parametrize("length_norm", ["response", "none"])
+@pytest.mark.parametrize("name", PACKED)
+def test_packs_are_what_rows_by_themselves_are(name: str, length_norm: Any, tokens: int) -> None:
+    # float64: what the attention leaves; gradients and float32: transformers' RMSNorm is computed in float32 whatever
+    # the model is in.
+    for dtype, exact, rounded in ((torch.float64, 1e-12, 1e-6), (torch.float32, 1e-5, 1e-5)):
+        model = made(PACKED[name], dtype)
+        for seed in range(2):
+            batch = ragged(seed)
+            model.set_attn_implementation("sdpa")
+            expected, expected_p = losses(defined(model, batch), batch, length_norm)
+            expected.backward()
+            expected_gradient = gradient(model)
+            policy = policy_of(model, pass_tokens=tokens)
+            assert policy.layout == "packed", policy.layout_reason
+            found, p = losses(policy.token_logprobs(batch), batch, length_norm)
+            found.backward()
+            assert relative(found, expected) < exact
+            assert relative(p, expected_p) < exact
+            assert relative(gradient(model), expected_gradient) < rounded
+
+
+@pytest.mark.parametrize("name", PADDED)
+def test_a_model_that_does_not_pack_says_why_and_trains_padded(name: str) -> None:
+    make, reason = PADDED[name]
+    model = made(make)
+    policy = policy_of(model)
+    assert policy.layout == "padded"
+    assert policy.layout_reason is not None
+    assert reason in policy.layout_reason
+    batch = ragged(0)
+    with torch.no_grad():
+        torch.testing.assert_close(policy.token_logprobs(batch), defined(model, batch), rtol=0, atol=2e-5)
+
+
+def test_beyond_its_window_a_model_is_fed_padded_rows() -> None:
+    make = PACKED["mistral"]
+    model = made(make)
+    model.config.sliding_window = 32
+    policy = policy_of(model)
+    assert policy.layout == "packed"
+    long, short = ragged(0), ResponseBatch(((1, 2, 3),), ((4, 5), (6, 7, 8)), (0, 0))
+    assert long.longest > 32 > short.longest
+    model.set_attn_implementation("sdpa")
+    with torch.no_grad():
+        expected = [defined(model, batch) for batch in (long, short)]
+        model.set_attn_implementation(attention.NAME)
+        for batch, logp_BT in zip((long, short), expected, strict=True):
+            torch.testing.assert_close(policy.token_logprobs(batch), logp_BT, rtol=0, atol=2e-5)
+
+
+def test_attention_to_a_neighbour_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The check at load fails where a response sees the one before it."""
+    honest = attention.Prefixes
+
+    def leaking(segments: Any, shared: Any) -> Any:
+        return honest(((0, segments[-1][1]),), ())
+
+    monkeypatch.setattr("rrhf_bench.policy.batching.Prefixes", leaking)
+    policy = policy_of(made(PACKED["llama"]))
+    assert policy.layout == "padded"
+    assert policy.layout_reason is not None
+    assert "log-probs differ" in policy.layout_reason
+
+
+def test_a_prompt_is_fed_once_and_equal_responses_are_too() -> None:
+    batch = ResponseBatch(((1,) * 10,), ((2, 3, 4), (5,), (2, 3, 4), (6, 7)), (0, 0, 0, 0))
+    (part,) = pack(batch, 100)
+    assert part.ids_L.tolist() == [1] * 10 + [2, 3] + [6]  # last tokens and the second (2, 3, 4) are not fed
+    assert part.position_L.tolist() == [*range(10), 10, 11, 10]
+    assert part.predict_N.tolist() == [9, 10, 11, 9, 9, 12]
+    assert batch.fed(packed=True) == 13
+    assert batch.fed(packed=False) == 12 + 10 + 11
+    model = made(PACKED["llama"])
+    logp_BT = policy_of(model).token_logprobs(batch)
+    assert torch.equal(logp_BT[0], logp_BT[2])
+
+
+@given(st.lists(st.integers(1, 50), max_size=30), st.integers(1, 60))
+def test_runs_keep_order_and_budget(sizes: list[int], tokens: int) -> None:
+    runs = within(sizes, tokens)
+    assert [i for run in runs for i in run] == list(range(len(sizes)))
+    assert all(len(run) == 1 or sum(sizes[i] for i in run) <= tokens for run in runs)
+    starts = [sum(sizes[i] for i in a) + sizes[b[0]] for a, b in pairwise(runs)]
+    assert all(full > tokens for full in starts)  # no run could have taken the next
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10_000), st.sampled_from([1, 30, 200, 4096]))
+def test_a_pack_lets_a_token_see_its_prompt_and_itself_only(seed: int, tokens: int) -> None:
+    batch = ragged(seed)
+    parts = pack(batch, tokens)
+    fed = {row for part in parts for row in part.rows}
+    assert fed == set(batch.first_of)
+    for part in parts:
+        mask_LL = part.prefixes.mask_LL
+        assert mask_LL.shape == (len(part.ids_L),) * 2
+        start = 0
+        for row in part.rows:
+            predict = part.predict_N[start : start + batch.lengths[row]]
+            start += batch.lengths[row]
+            context = batch.prompt_ids[batch.prompt_of[row]] + batch.response_ids[row]
+            for step, position in enumerate(predict.tolist()):
+                seen = mask_LL[position].nonzero().squeeze(-1)
+                seen = seen[part.position_L[seen].argsort()]
+                known = context[: len(context) - batch.lengths[row] + step]
+                assert tuple(part.ids_L[seen].tolist()) == known
+                assert part.position_L[seen].tolist() == list(range(len(known)))
+
+
+def test_the_three_forms_of_attention_are_one() -> None:
+    prefixes = pack(ragged(3), 4096)[0].prefixes
+    length = max(end for _, end in prefixes.segments)
+    rng = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(length, heads, 16, dtype=torch.float64, generator=rng) for heads in (4, 2, 2))
+    by_head = [x.transpose(0, 1)[None] for x in (q, k, v)]
+    expected = attention.dense_attention(*by_head, prefixes, 0.2)
+    merged = attention.SharedPrefixAttention.apply(q, k, v, prefixes, 0.2)
+    torch.testing.assert_close(merged, expected[0].transpose(0, 1), rtol=0, atol=1e-14)
+    with warnings.catch_warnings(action="ignore"):  # that it is not compiled, as it is on a GPU
+        flexible = attention.flex_attention(*by_head, prefixes, 0.2)
+    torch.testing.assert_close(flexible, expected, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("keep", [0, 3 * 512 * 11 * 8, 1 << 30])  # nothing, a chunk and a bit, everything
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_chunked_head_is_the_definition(keep: int, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rrhf_bench.policy.head.chunk_rows", lambda vocabulary: 5)
+    rng = torch.Generator().manual_seed(1)
+    head = torch.nn.Linear(6, 11, bias=bias).double()
+    hidden = torch.randn(23, 6, dtype=torch.float64, generator=rng, requires_grad=True)
+    token = torch.randint(11, (23,), generator=rng)
+    weight = torch.randn(23, dtype=torch.float64, generator=rng)
+    weight[[0, 3, 6, 7]] = 0.0
+    weight[10:15] = 0.0  # a whole chunk without gradient
+    expected = gather_logprobs(head(hidden), token, 0.7)
+    found = token_logprobs(head, hidden, token, 0.7, keep)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-13)
+    leaves = [hidden, *head.parameters()]
+    wanted = torch.autograd.grad((expected * weight).sum(), leaves)
+    for _ in range(2):  # what was kept is used up the first time
+        gotten = torch.autograd.grad((found * weight).sum(), leaves, retain_graph=True)
+        for a, b in zip(gotten, wanted, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-13)
+    none = torch.autograd.grad((found * 0.0).sum(), leaves)
+    assert all((x == 0).all() for x in none)
+
+
+def test_chunks_are_bounded_by_bytes_and_by_rows() -> None:
+    assert [chunk_rows(v) for v in (100, 32000, 152_000, 10**6)] == [512, 262, 64, 64]
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt"])
+def test_checkpointed_layers_give_the_same_gradient_and_still_sample_with_a_cache(name: str) -> None:
+    batches = ragged(0), ragged(1)
+    found = []
+    for checkpointed in (False, True):
+        model = made(PACKED[name])
+        policy = policy_of(model, checkpoint_activations=checkpointed)
+        assert policy.layout == "packed", policy.layout_reason
+        # The second forward comes before the first backward: each layer is computed again with its own pack.
+        first, second = (policy.token_logprobs(batch) for batch in batches)
+        (first.sum() - second.mean()).backward()
+        ids = torch.arange(5)[None]
+        steps = model(input_ids=ids, use_cache=True).past_key_values
+        after = model(input_ids=ids[:, :1], past_key_values=steps, use_cache=True)
+        assert after.past_key_values.get_seq_length() == 6
+        found.append((first.detach(), gradient(model), after.logits))
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][2], found[1][2])
+    assert relative(found[1][1], found[0][1]) < 1e-6
+
+
+def test_checkpoints_hold_less() -> None:
+    held = []
+    for checkpointed in (False, True):
+        policy = policy_of(made(PACKED["llama"]), checkpoint_activations=checkpointed)
+        kept: list[int] = []
+
+        def packed(x: Tensor, kept: list[int] = kept) -> Tensor:
+            kept.append(x.numel())
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(packed, lambda x: x):
+            policy.token_logprobs(ragged(0))
+        held.append(sum(kept))
+    assert held[1] < 0.35 * held[0]  # three small layers; the embedding and the last norm remain
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_adapters_start_as_nothing_and_alone_are_trained(name: str) -> None:
+    batch = ragged(0)
+    model = made(PACKED[name])
+    policy = policy_of(model)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with torch.no_grad():
+        plain = policy.token_logprobs(batch)
+    policy.adapt(LoraSettings(rank=3, alpha=6.0), seed=0)
+    reference = policy.before_adapting()
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == {
+        name for name, _ in model.named_parameters() if "lora_" in name
+    }
+    assert torch.equal(policy.token_logprobs(batch), plain)
+
+    optimiser = AdamW(policy.parameters(), OptimiserSettings(kind="rrhf"))
+    for _ in range(3):
+        policy.token_logprobs(batch).mean().backward()
+        optimiser.clip()
+        optimiser.step(0.05)
+    optimiser.close()
+    trained = policy.token_logprobs(batch)
+    assert not torch.allclose(trained, plain, atol=0.1)
+    assert torch.equal(reference.token_logprobs(batch), plain)
+    assert not reference.token_logprobs(batch).requires_grad
+
+    merged = policy.state()
+    assert {*merged} == {*before}
+    assert {*reference.state()} == {*before}
+    assert all(torch.equal(value, before[name]) for name, value in reference.state().items())
+    whole = made(PACKED[name])
+    whole.load_state_dict(merged)
+    with torch.no_grad():
+        torch.testing.assert_close(policy_of(whole).token_logprobs(batch), trained.detach(), rtol=0, atol=2e-4)
+
+
+def test_adapters_are_drawn_from_their_seed() -> None:
+    states = []
+    for seed in (0, 0, 1):
+        torch.rand(seed + 3)
+        policy = policy_of(made(PACKED["llama"]))
+        policy.adapt(LoraSettings(targets=("q_proj", "v_proj")), seed)
+        states.append({name: p.detach() for name, p in policy.model.named_parameters() if "lora_" in name})
+    assert len(states[0]) == 3 * 2 * 2
+    assert all(torch.equal(a, b) for a, b in zip(states[0].values(), states[1].values(), strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(states[0].values(), states[2].values(), strict=True))
+
+
+def test_a_layer_that_is_not_there_has_no_adapter() -> None:
+    with pytest.raises(DataError, match=r"^lora\.targets: .*nonsense"):
+        policy_of(made(PACKED["llama"])).adapt(LoraSettings(targets=("nonsense",)), 0)
+
+
+def test_a_saved_policy_has_its_adapters_in_its_weights(tmp_path: Any) -> None:
+    from transformers import AutoModelForCausalLM
+
+    policy = policy_of(made(PACKED["llama"]))
+    policy.adapt(LoraSettings(), 0)
+    with torch.no_grad():
+        for name, parameter in policy.model.named_parameters():
+            if "lora_B" in name:
+                parameter.add_(0.05)
+        expected = policy.token_logprobs(ragged(0))
+        policy.save(tmp_path)
+        loaded = policy_of(AutoModelForCausalLM.from_pretrained(tmp_path))
+        torch.testing.assert_close(loaded.token_logprobs(ragged(0)), expected, rtol=0, atol=2e-4)
+
+
+def test_half_precision_is_trained_through_float32() -> None:
+    """A step of 1e-4 on a weight of 1 is a fortieth of what bfloat16 resolves; a hundred of them are 0.01."""
+    weight = torch.nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
+    assert torch.equal(weight - 1e-4, weight)
+    optimiser = AdamW([weight], OptimiserSettings(kind="rrhf", grad_clip=100.0))
+    for _ in range(100):
+        for _ in range(3):
+            (weight.sum() / 3).backward()
+        assert weight.grad is None  # added up in float32
+        assert optimiser.clip() == pytest.approx(2.0, rel=0.01)  # four gradients of 1
+        optimiser.step(1e-4)
+    assert weight.detach().float().mean().item() == pytest.approx(0.99, abs=2**-8)
+    saved = copy.deepcopy(optimiser.state())
+    again = AdamW([torch.nn.Parameter(torch.ones(4, dtype=torch.bfloat16))], OptimiserSettings(kind="rrhf"))
+    again.load(saved)
+    assert torch.equal(saved["copies"][0], again.state()["copies"][0])
+
+
+def test_log_probs_of_half_precision_are_float32_and_near_the_definition() -> None:
+    model = made(PACKED["llama"], torch.bfloat16)
+    batch = ragged(0)
+    policy = policy_of(model)
+    assert policy.layout == "packed", policy.layout_reason
+    logp_BT = policy.token_logprobs(batch)
+    assert logp_BT.dtype == torch.float32
+    exact_BT = defined(made(PACKED["llama"]), batch)
+    model.set_attn_implementation("sdpa")
+    rounded_BT = defined(model, batch)
+    # No further from float32 than padded bfloat16 is, give or take half.
+    ours, theirs = ((x - exact_BT).abs().sum().item() for x in (logp_BT, rounded_BT))
+    assert ours < 1.5 * theirs
+
+
+def test_onednn_multiplies_as_the_default_does() -> None:
+    batch = ragged(0)
+    found = []
+    for steered in ("off", "on"):
+        model = made(PACKED["llama"])
+        policy = policy_of(model, onednn=steered)
+        assert policy.steered_layers == (0 if steered == "off" else 3 * 7 + 1)
+        logp_BT = policy.token_logprobs(batch)
+        sft_loss(logp_BT, batch.mask_BT).backward()
+        found.append((logp_BT.detach(), gradient(model)))
+    torch.testing.assert_close(found[1][0], found[0][0], rtol=0, atol=2e-5)
+    assert relative(found[1][1], found[0][1]) < 1e-5
+    assert onednn.unsteer(policy.model) == 22
+    assert type(policy.model.lm_head) is torch.nn.Linear
+    assert onednn.gain() > 0
