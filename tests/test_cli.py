@@ -411,7 +411,7 @@ def test_a_language_model_in_the_place_of_a_reward_model(refused: Any, rows: Any
 def test_scores_that_are_not_numbers(refused: Any, rows: Any, reward: Any, out: Path) -> None:
     folder = reward(weight=float("nan"))
     (line,) = refused(*score(folder, rows(SCORED), out))
-    assert line.startswith(f"{folder}: 2 of 2 scores are not finite")
+    assert line.startswith(f"{folder}: 8 of 8 scores are not finite")  # of the texts that every load scores
 
 
 def test_groups_that_nothing_can_be_ranked_in(refused: Any, cli: Cli, rows: Any, model: Path, out: Path) -> None:
@@ -425,8 +425,8 @@ def test_groups_that_nothing_can_be_ranked_in(refused: Any, cli: Cli, rows: Any,
 
 
 def test_equal_scores_single_replies_and_duplicates_are_counted(cli: Cli, rows: Any, reward: Any, out: Path) -> None:
-    path = rows(SCORED, {**SCORED, "responses": [" Ice."]})
-    counts = cli(*score(reward(weight=0.0), path, out, "--json")).json["counts"]
+    path = rows({**SCORED, "responses": [" Ice.", " Ice."]}, {**SCORED, "responses": [" Ice."]})
+    counts = cli(*score(reward(), path, out, "--json")).json["counts"]
     assert counts.items() >= {"prompts": 2, "all_equal": 1, "single_response": 1, "duplicate_prompt": 1}.items()
 
 
