@@ -13,7 +13,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -30,6 +30,7 @@ from rrhf_bench.errors import BenchError, StageError, StoreError
 from rrhf_bench.pipeline.run import environment as versions
 
 T = TypeVar("T")
+K = TypeVar("K", bound=Hashable)
 ROOT = Path(__file__).parents[1]
 
 # glibc in a process whose memory is measured: one arena, and every tensor of 64 KiB or more mapped on its own, so that
@@ -84,10 +85,10 @@ def order(sides: Sequence[T], round_: int) -> list[T]:
 
 
 def measure_rounds(
-    sides: Mapping[str, Side], rounds: int, *, warm_up: int = 1, progress: Callable[[str], None] = lambda words: None
-) -> dict[str, list[float]]:
+    sides: Mapping[K, Side], rounds: int, *, warm_up: int = 1, progress: Callable[[str], None] = lambda words: None
+) -> dict[K, list[float]]:
     """Seconds of every side, one number a round, after rounds that do not count."""
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    seconds: dict[K, list[float]] = {name: [] for name in sides}
     for round_ in range(-warm_up, rounds):
         progress("warm-up" if round_ < 0 else f"round {round_ + 1} of {rounds}")
         for name in order(list(sides), round_):

@@ -30,9 +30,9 @@ def make_console() -> Console:
     return Console() if Console().is_terminal else Console(width=140)
 
 
-def rich_table(columns: Sequence[str], cells: Sequence[Sequence[str]]) -> Table:
+def rich_table(columns: Sequence[str], cells: Sequence[Sequence[str]], title: str | None = None) -> Table:
     """For the terminal; a rule where the first cell changes."""
-    table = Table(*columns)
+    table = Table(*columns, title=title)
     for number, row in enumerate(cells):
         last = number + 1 == len(cells) or cells[number + 1][0] != row[0]
         table.add_row(*row, end_section=last)

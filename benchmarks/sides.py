@@ -25,6 +25,7 @@ RELEASED, LABELLED, PACKED, STEERED, CHECKPOINTED = (
     "released", "labelled rows", "packed", "packed, oneDNN", "packed, checkpointed",
 )  # fmt: skip
 OURS = (PACKED, STEERED, CHECKPOINTED)
+COLOURS = {RELEASED: "#6b6b6b", LABELLED: "#E69F00", PACKED: "#0072B2", STEERED: "#56B4E9", CHECKPOINTED: "#009E73"}
 
 
 class Ours:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -33,7 +34,7 @@ from benchmarks.measure import (
 )
 from benchmarks.page import Panel, Series, dots_figure, make_console, rich_table, spread_words, write_page
 from benchmarks.sides import (
-    CHECKPOINTED,
+    COLOURS,
     FLOAT32,
     LABELLED,
     OURS,
@@ -93,10 +94,7 @@ def measure(
         expected, bound = _reference(workload, found, groups, seed=seed, device=device)
         compared = check_equal(found, expected, bound, workload.name)
         del found, expected
-        sides = {
-            name: Side(lambda s=stepper: s.step(groups), stepper.forget)  # type: ignore[misc]
-            for name, stepper in steppers.items()
-        }
+        sides = {name: Side(partial(stepper.step, groups), stepper.forget) for name, stepper in steppers.items()}
         sides[PRODUCT] = product(workload.dtype, device)
         if STEERED in names:
             sides[PRODUCT_ONEDNN] = product(workload.dtype, device, onednn=True)
@@ -208,9 +206,6 @@ def notes(record: Mapping[str, Any]) -> list[str]:
     if record["quick"]:
         said.insert(0, "A smoke run of tiny models: the numbers say that everything runs, and nothing about speed.")
     return said
-
-
-COLOURS = {RELEASED: "#6b6b6b", LABELLED: "#E69F00", PACKED: "#0072B2", STEERED: "#56B4E9", CHECKPOINTED: "#009E73"}
 
 
 def draw(record: Mapping[str, Any], folder: Path) -> None:
