@@ -2,12 +2,13 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help env run smoke test test-slow gpu-check check
+.PHONY: help env run smoke test test-slow test-kill gpu-check check
 
 help:
 	@echo 'make run        set up what is missing and run experiments/hh_compare.toml'
 	@echo 'make smoke      the smallest experiment, from end to end'
 	@echo 'make test       the tests                    (make test-slow: those that take minutes)'
+	@echo 'make test-kill  a run that is killed at 40 moments ends as one that is not; half an hour'
 	@echo 'make gpu-check  the tests that need a CUDA GPU; without one it says so'
 	@echo 'make check      ruff and mypy'
 	@echo 'make env        only the environment'
@@ -29,6 +30,9 @@ test: env
 
 test-slow: env
 	$(BIN)/pytest -m 'slow and not gpu' $(ARGS)
+
+test-kill: env
+	$(BIN)/pytest -m kill -s $(ARGS)
 
 # The line that `env` prints says why there is no GPU to check on.
 gpu-check: env

@@ -306,11 +306,10 @@ def cache(
             _out().print(f"removed {len(removed)} folders, {_size(sum(item.bytes for item in removed))}")
         elif unused:
             _out().print(f"no run refers to {total}; remove them with: rrhf-bench cache --prune --yes", soft_wrap=True)
+        for name, damage in damaged.items():
+            _out().print(Text(inert(f"damaged: {name}: {damage}")), soft_wrap=True)
     if damaged:
-        lines = (
-            f"{name}: {damage}; run the experiment again, which makes it again" for name, damage in damaged.items()
-        )
-        raise StoreError("\n".join(lines))
+        raise StoreError(f"{len(damaged)} artifacts are damaged; `run` of an experiment makes its own again")
 
 
 def _item_json(item: Item) -> dict[str, Any]:
