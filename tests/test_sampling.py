@@ -202,9 +202,9 @@ def test_one_engine_serves_every_policy_that_computes_alike(engine, policy, llam
     for ref in [*refs, first]:
         policy = services.policy(ref)
         sampler = services.sampler(policy, ref, "vllm")
-        engines.append(id(sampler.llm))
+        engines.append(id(sampler.engine.llm))
         limit = ref.max_length or 512
-        assert (sampler.tokenization, sampler.max_model_len) == (policy.tokenization, limit)
+        assert (sampler.tokenization, sampler.engine.max_model_len) == (policy.tokenization, limit)
         assert disagreement(sampler, policy, 0.7, PROMPTS[1:2]) < 1e-5
         with pytest.raises(DataError, match=f"exceed the context of {limit}"):
             sampler.sample([Prompt("\n\nHuman: " + "Why? " * 300 + "\n\nAssistant:")], SPEC)

@@ -20,6 +20,7 @@ from rrhf_bench.records import Preference, Prompt
 from rrhf_bench.rewards.checks import Check, on_pairs
 from rrhf_bench.rewards.reward import RewardModel
 from rrhf_bench.sampling.backend import BackendName
+from rrhf_bench.sampling.contract import CheckedSampler
 from rrhf_bench.sampling.sampler import Sampler
 
 FILE = "model.json"
@@ -101,8 +102,10 @@ class Services:
         ref: ModelRef,
         backend: BackendName,
         progress: Callable[[int, int], None] | None = None,
-    ) -> Sampler:
-        """A sampler that holds the policy's weights. ``ref`` names a folder or hub id of its architecture.
+        note: Callable[[dict[str, Any]], None] = lambda found: None,
+    ) -> CheckedSampler:
+        """A sampler that holds the policy's weights. ``ref`` names a folder or hub id of its architecture; ``note`` is
+        told how far its log-probs were from the policy's whenever that was checked (sampling/contract.py).
 
         One engine serves all policies that compute alike (``engine_key``), whatever they are called, however they are
         prompted and to whatever length: two would hold two caches and pay two starts.
@@ -110,10 +113,11 @@ class Services:
         key = engine_key(policy, ref, backend)
         if key not in self._samplers:
             self._samplers[key] = self._start(policy, ref, backend)
-        sampler: Any = self._samplers[key]
-        sampler.resize(context_of(policy, ref))
+        engine: Any = self._samplers[key]
+        context = context_of(policy, ref)
+        engine.resize(context)
+        sampler = CheckedSampler(engine, ref.dtype, context, progress=progress, note=note)
         sampler.sync(policy)
-        sampler.progress = progress
         return sampler
 
     def _start(self, policy: TransformersPolicy, ref: ModelRef, backend: BackendName) -> Sampler:
@@ -130,6 +134,7 @@ class Services:
             max_model_len=length,
             dtype=ref.dtype,
             revision=ref.revision,
+            trust_remote_code=ref.trust_remote_code,
             kv_cache_mib=self.runtime.kv_cache_mib,
             gpu_memory=self.runtime.gpu_memory,
         )

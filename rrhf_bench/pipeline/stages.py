@@ -37,8 +37,8 @@ from rrhf_bench.rewards.bradley_terry import train_reward_model
 from rrhf_bench.rewards.gold import Gold, ReviewsGold
 from rrhf_bench.rewards.reward_settings import RewardTrainingSettings
 from rrhf_bench.rewards.sentiment import POSITIVE, train_classifier
-from rrhf_bench.sampling.backend import choose_backend
-from rrhf_bench.sampling.sampler import SamplingSpec
+from rrhf_bench.sampling.backend import BackendName, choose_backend
+from rrhf_bench.sampling.sampler import Sampler, SamplingSpec
 from rrhf_bench.seeding import derive_seed
 from rrhf_bench.settings import READ, MethodSettings
 from rrhf_bench.training.method import Progress, TrainContext, TrainInputs
@@ -229,7 +229,7 @@ def sample(job: Job) -> None:
     pairs = job.pairs("train") if s["split"] == "train" else job.pairs("test")[: s["prompts"]]
     policy = job.services.fixed_policy(job.ref())
     backend = choose_backend(job.backend, strategy).name
-    sampler = job.services.sampler(policy, job.ref(), backend, job.progress)
+    sampler = sampler_of(job, policy, backend, job.progress)
     unread = {"temperature": 1.0, "seed": 0}  # by a search
     spec = SamplingSpec(
         **{**unread, **{key: s[key] for key in (*READ[strategy], "seed") if key in s}},
@@ -238,6 +238,14 @@ def sample(job: Job) -> None:
         stop=tuple(s["stop"]),
     )
     write_jsonl(job.out / "candidates.jsonl", sampler.sample([pair.prompt for pair in pairs], spec))
+
+
+def sampler_of(
+    job: Job, policy: TransformersPolicy, backend: BackendName, progress: Callable[[int, int], None] | None = None
+) -> Sampler:
+    """A sampler that holds a policy of this stage. How far its log-probs were from the policy's, whenever that was
+    checked, is kept beside the artifact, in its timing.json."""
+    return job.services.sampler(policy, job.ref(), backend, progress, job.seconds.setdefault("sampler", []).append)
 
 
 # The name in the seeds of training candidates: one for every sampling of a policy for training, command line included.
@@ -319,7 +327,7 @@ def train(job: Job) -> None:
     made: list[Candidates] = []  # while training
     context = TrainContext(
         seed=s["seed"],
-        sampler=job.services.sampler(policy, job.ref(), backend) if "sampler" in settings.needs else None,
+        sampler=sampler_of(job, policy, backend) if "sampler" in settings.needs else None,
         reward=job.services.reward(job.ref("reward model")) if "reward" in settings.needs else None,
         reference=(unadapted or job.services.fixed_policy(job.ref())) if "reference" in settings.needs else None,
         watch=curve.watch,
@@ -389,7 +397,7 @@ class _Curve:
         began = time.monotonic()
         self.seconds.append((progress.fraction, began - self._started - self.watching))
         prompts = [pair.prompt for pair in job.pairs("dev")]
-        sampler = job.services.sampler(self.policy, job.ref(), job.backend)
+        sampler = sampler_of(job, self.policy, job.backend)
         reward, gold = job.services.reward(job.ref("reward model")), job.gold
         for decoding, spec in decodings(job.settings["evaluation"], job.settings["seed"], "curve").items():
             texts = [row.responses[0].text for row in sampler.sample(prompts, spec)]
@@ -429,7 +437,7 @@ def evaluate(job: Job) -> None:
     s = job.settings
     initial = job.services.fixed_policy(job.ref())
     policy = job.services.policy(job.ref("trained")) if "trained" in job.inputs else initial
-    sampler = job.services.sampler(policy, job.ref(), job.backend)
+    sampler: Sampler = sampler_of(job, policy, job.backend)
     judges = _judges(job)
     specs = decodings(s["evaluation"], s["seed"], "evaluate")
     if "method" in s:

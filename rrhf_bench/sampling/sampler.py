@@ -59,7 +59,10 @@ Progress = Callable[[int, int], None]  # (done, total)
 class Sampler(Protocol):
     """A policy's weights behind an engine that generates from them."""
 
-    tokenization: Tokenization
+    @property
+    def tokenization(self) -> Tokenization:
+        """Of the policy whose weights it holds."""
+        ...
 
     @property
     def identity(self) -> str:

@@ -19,8 +19,8 @@ from rrhf_bench.records import Candidates, Prompt, Response
 from rrhf_bench.sampling.backend import choose_backend
 from rrhf_bench.sampling.sampler import SamplingSpec, fitting_ids, to_response
 
-# Engines are kept until they are replaced, whoever drops the sampler: one that is collected tears down the process groups
-# that all engines of the process share, and the others fail at their next step.
+# Engines are kept until they are replaced, whoever drops the sampler: one that is collected tears down what all engines
+# of the process share, its process groups, and the others fail at their next step.
 _ENGINES: list[Any] = []
 
 CPU_BLOCK = 32  # tokens of a block of the KV cache: the CPU's default of 128 would never cache a short prompt
@@ -41,6 +41,7 @@ class VLLMSampler:
         max_model_len: int,
         dtype: str = "float32",
         revision: str | None = None,
+        trust_remote_code: bool = False,
         kv_cache_mib: int = 96,
         gpu_memory: float = 0.4,
         progress: Callable[[int, int], None] | None = None,
@@ -53,6 +54,7 @@ class VLLMSampler:
         self._folder = str(folder)
         self._settings: dict[str, Any] = {
             "revision": revision,
+            "trust_remote_code": trust_remote_code,
             "dtype": dtype,
             "enforce_eager": True,
             # Prompts whole, never in pieces: a seeded request whose prompt is cut over two engine steps rewinds its

@@ -1,0 +1,208 @@
+"""The sampler's contract: it draws from the policy as it is now, at the temperature asked for.
+
+What breaks it does so in silence: weights of before, a prefix cache with states of before, a temperature that an engine
+leaves out. All three show in one comparison, the sampler's log-probs of what it drew against the trainer's.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from rrhf_bench.data.dialogue import ASSISTANT, HUMAN
+from rrhf_bench.errors import StageError
+from rrhf_bench.policy.batching import ResponseBatch
+from rrhf_bench.policy.policy import Policy, Tokenization
+from rrhf_bench.records import Candidates, Prompt
+from rrhf_bench.sampling.sampler import Progress, Sampler, SamplingSpec
+
+
+@dataclass(frozen=True)
+class Limit:
+    """How far apart the log-probs of one token may be in nats, on average and at most."""
+
+    mean: float
+    max: float
+
+
+# By the precision that the engine computes in. Float32: kernels that sum in two orders leave 1e-6 on average and 7e-6
+# at most on models of four million parameters; a hundred times that leaves room for deep ones, and nothing below it
+# changes a ratio of probabilities by more than 1e-3. Half precision: bfloat16 rounds a logit of 4 in steps of 1/32 and
+# one of 16 in steps of 1/8, on both sides, so a single token says little; 0.01 and 0.1 are seen on small models, whose
+# logits are small: five and ten times that. Float16 has three bits more.
+LIMITS = {
+    "float32": Limit(mean=1e-4, max=1e-3),
+    "bfloat16": Limit(mean=0.05, max=1.0),
+    "float16": Limit(mean=0.01, max=0.25),
+}
+
+# What is asked: few tokens, the second of each read from the cache of the first, so that it costs next to nothing after
+# every sync; behind prompts of more than one block of the prefix cache (32 tokens on a CPU, 16 to 64 on a GPU), since a
+# state of before shows behind such prompts only.
+PROMPT_TOKENS = 65
+ASKED = SamplingSpec(n=4, temperature=1.0, max_new_tokens=2, seed=0, purpose="contract", logprobs=True)
+OPENINGS = ("How do I bake bread?", "What is a glacier?")
+MORE = "The flour is old, the oven is slow and nobody knows why; say it in a few words."
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """|log-prob of the sampler - log-prob of the trainer|, over the sampled tokens of one comparison."""
+
+    temperature: float
+    tokens: int
+    mean: float
+    p99: float
+    max: float
+
+    @classmethod
+    def of(cls, gaps: NDArray[np.float64], temperature: float) -> Agreement:
+        """Raises ValueError for no tokens."""
+        p99 = float(np.quantile(gaps, 0.99))
+        return cls(temperature, len(gaps), float(gaps.mean()), p99, float(gaps.max()))
+
+    def within(self, limit: Limit) -> bool:
+        """False also where a log-prob is no number."""
+        return self.mean <= limit.mean and self.max <= limit.max
+
+
+def agreement(
+    sampler: Sampler,
+    policy: Policy,
+    prompts: Sequence[Prompt],
+    temperature: float,
+    *,
+    trainers_temperature: float | None = None,
+) -> Agreement:
+    """Ask the sampler for a few tokens behind each prompt and the trainer for their log-probs; at another temperature
+    where ``trainers_temperature`` names one."""
+    rows = sampler.sample(prompts, replace(ASKED, temperature=temperature))
+    replies = [(policy.tokenization.prompt_ids(row.prompt), reply) for row in rows for reply in row.responses]
+    pairs = [(prompt_ids, reply.token_ids or ()) for prompt_ids, reply in replies]
+    with torch.no_grad():
+        logp_BT = policy.token_logprobs(ResponseBatch.of_pairs(pairs, trainers_temperature or temperature)).cpu()
+    theirs = [reply.logprobs or () for _, reply in replies]
+    # Rows of the tensor are padded.
+    gaps = [
+        np.abs(np.array(row) - logp_T[: len(row)].double().numpy()) for row, logp_T in zip(theirs, logp_BT, strict=True)
+    ]
+    return Agreement.of(np.concatenate(gaps), temperature)
+
+
+def canaries(tokenization: Tokenization, context: int, before: str = "") -> list[Prompt]:
+    """Prompts of at least PROMPT_TOKENS tokens, or as many as leave room for a few more in the context; none where that
+    is too short for any."""
+    prompts = []
+    for opening in OPENINGS:
+        words, text = itertools.cycle(MORE.split()), before + opening
+        fitting: Prompt | None = None
+        while (
+            len(ids := tokenization.prompt_ids(Prompt(f"{HUMAN} {text}{ASSISTANT}"))) <= context - ASKED.max_new_tokens
+        ):
+            fitting = Prompt(f"{HUMAN} {text}{ASSISTANT}")
+            if len(ids) >= PROMPT_TOKENS:
+                break
+            text += " " + next(words)
+        prompts += [fitting] if fitting is not None else []
+    return prompts
+
+
+class CheckedSampler:
+    """A Sampler that keeps another to the contract: after every sync, before it samples at a temperature for the first
+    time, the log-probs of a few tokens are compared with those of the policy synced.
+
+    The prompts asked about are asked before the sync as well: so the prefix cache holds them with the old weights, and
+    would give their states again if it were not emptied. ``note`` is told what each comparison found. ``engine`` is a
+    sampler with a ``progress`` of its own; ``progress`` is told of what is sampled, not of comparisons.
+
+    ``sample`` raises StageError where the contract is broken.
+    """
+
+    def __init__(
+        self,
+        engine: Any,
+        dtype: str,
+        context: int,
+        *,
+        progress: Progress | None = None,
+        note: Callable[[dict[str, Any]], None] = lambda found: None,
+    ) -> None:
+        self.engine = engine
+        self._limit = LIMITS[dtype]
+        self._context = context
+        self._progress = progress
+        self._note = note
+        self._policy: Policy | None = None
+        self._prompts: list[Prompt] = []
+        self._checked: set[float] = set()  # temperatures, since the last sync
+
+    @property
+    def tokenization(self) -> Tokenization:
+        return self.engine.tokenization
+
+    @property
+    def identity(self) -> str:
+        return self.engine.identity
+
+    def sync(self, policy: Policy) -> None:
+        self.engine.progress = None
+        if self._policy is not policy:
+            self._policy, self._prompts = policy, canaries(policy.tokenization, self._context)
+        self.engine.sample(self._prompts, replace(ASKED, n=1, max_new_tokens=1, logprobs=False))
+        self.engine.sync(policy)
+        self._checked = set()
+
+    def sample(self, prompts: Sequence[Prompt], spec: SamplingSpec) -> list[Candidates]:
+        # Greedy decoding and a search have no temperature, but weights and a cache.
+        temperature = 1.0 if spec.greedy or spec.strategy != "sample" else spec.temperature
+        if temperature not in self._checked:
+            # A context too short for any of ours has no block of a cache that could be of before.
+            self._check(self._prompts or prompts[: len(OPENINGS)], temperature)
+            self._checked.add(temperature)
+        self.engine.progress = self._progress
+        try:
+            return self.engine.sample(prompts, spec)
+        finally:
+            self.engine.progress = None
+
+    def _check(self, prompts: Sequence[Prompt], temperature: float) -> None:
+        assert self._policy is not None, "sync before sampling"
+        began = time.monotonic()
+        found = agreement(self.engine, self._policy, prompts, temperature)
+        self._note({**asdict(found), "limit": asdict(self._limit), "seconds": time.monotonic() - began})
+        if not found.within(self._limit):
+            raise StageError(
+                f"sampler {self.identity}: its log-probs are {found.mean:.1e} from the trainer's on average and "
+                f"{found.max:.1e} at most, over {found.tokens} tokens at temperature {temperature:g} (limits "
+                f"{self._limit.mean:g} and {self._limit.max:g}); {self._cause(prompts, temperature)}"
+            )
+
+    def _cause(self, prompts: Sequence[Prompt], temperature: float) -> str:
+        """Which part of the contract is broken, found by asking again, and what to do."""
+        policy = self._policy
+        assert policy is not None
+        if temperature != 1.0:
+            untempered = agreement(self.engine, policy, prompts, temperature, trainers_temperature=1.0)
+            if untempered.within(self._limit):
+                return f"they are those at temperature 1: the temperature is not applied; sample at 1, or {_OTHER}"
+        fresh = canaries(policy.tokenization, self._context, before=f"Again, number {next(_AGAIN)}. ")
+        if fresh and agreement(self.engine, policy, fresh, temperature).within(self._limit):
+            return (
+                "they are right behind a prompt that is new to it: its prefix cache was not reset and holds states of "
+                f"older weights; run again, and if it stays, {_OTHER}"
+            )
+        return (
+            "they are wrong behind a new prompt too: its weights are not the policy's, stale after a missed sync or "
+            f"not taken over in full; run again, and if it stays, {_OTHER}"
+        )
+
+
+_AGAIN = itertools.count(1)
+_OTHER = 'set sampling.backend = "transformers"'
