@@ -12,7 +12,8 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -147,6 +148,8 @@ class Clock:
 class PPOState:
     """What changes while PPO trains, the policy's weights apart."""
 
+    _COUNTS: ClassVar = ("iteration", "step", "sampled_tokens", "missing_ends")
+
     value: ValueFunction
     optimiser: AdamW
     kl: AdaptiveKL | FixedKL
@@ -167,6 +170,23 @@ class PPOState:
             assert settings.kl_horizon is not None
             kl = AdaptiveKL(settings.kl_coefficient, settings.kl_target, settings.kl_horizon)
         return cls(value, optimiser, kl, RewardScale(settings.reward_scale))
+
+    def state(self) -> dict[str, Any]:
+        """All that the next iteration depends on, the weights of policy and value function among it."""
+        return {
+            "optimiser": self.optimiser.state(),
+            "kl_coefficient": self.kl.coefficient,
+            "scale": (self.scale.count, self.scale.mean, self.scale.squares),
+            **{name: getattr(self, name) for name in self._COUNTS},
+        }
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Go on from there."""
+        self.optimiser.load(state["optimiser"])
+        self.kl = replace(self.kl, coefficient=state["kl_coefficient"])
+        self.scale = RewardScale(self.scale.kind, *state["scale"])
+        for name in self._COUNTS:
+            setattr(self, name, state[name])
 
     @property
     def place(self) -> str:
@@ -213,7 +233,10 @@ class PPO:
             raise DataError("ppo: found no training prompts; expected at least one to sample rollouts for")
         settings = self.settings
         state = PPOState.start(policy, settings)
-        context.watch(self._progress(state), policy)
+        if (kept := context.checkpoints.last()) is not None:
+            state.load(kept)
+        else:
+            context.watch(self._progress(state), policy)
         while state.iteration < settings.iterations:
             coefficient = state.kl.coefficient
             rollouts = roll_out(policy, inputs.prompts, context, state, settings)
@@ -225,6 +248,7 @@ class PPO:
             context.log({**counts, "kl_coefficient": coefficient, **metrics})
             context.took(state.clock.read())
             context.watch(self._progress(state), policy)
+            context.checkpoints.offer(state.state())
         state.optimiser.close()
         counts = {"rollouts": settings.iterations * settings.rollouts, "rollouts_without_end": state.missing_ends}
         return TrainResult(state.step, state.sampled_tokens, counts)

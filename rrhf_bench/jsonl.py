@@ -111,7 +111,7 @@ def finite(value: Any) -> float | None:
 
 def read_jsonl(path: Path, kind: type[T]) -> list[T]:
     """All records of one kind. Raises DataError naming file, line and field on anything of the wrong shape."""
-    return [_build(kind, value, f"{path}:{number}") for number, value in read_objects(path)]
+    return [from_json(kind, value, f"{path}:{number}") for number, value in read_objects(path)]
 
 
 @cache
@@ -119,23 +119,23 @@ def _hints(kind: type) -> dict[str, Any]:
     return get_type_hints(kind)
 
 
-def _build(kind: Any, value: Any, where: str) -> Any:
+def from_json(kind: Any, value: Any, where: str) -> Any:
     """`value` from JSON as `kind`; the inverse of to_json for the types the records use."""
     origin = get_origin(kind)
     if origin in (Union, types.UnionType):
         if value is None and type(None) in get_args(kind):
             return None
         (inner,) = (arg for arg in get_args(kind) if arg is not type(None))
-        return _build(inner, value, where)
+        return from_json(inner, value, where)
     if origin is Literal:
         if value in get_args(kind):
             return value
     elif origin is tuple:
         if isinstance(value, list):
-            return tuple(_build(get_args(kind)[0], item, f"{where}[{i}]") for i, item in enumerate(value))
+            return tuple(from_json(get_args(kind)[0], item, f"{where}[{i}]") for i, item in enumerate(value))
     elif isinstance(origin, type) and issubclass(origin, Mapping):
         if isinstance(value, dict):
-            return {key: _build(get_args(kind)[1], item, f"{where}.{key}") for key, item in value.items()}
+            return {key: from_json(get_args(kind)[1], item, f"{where}.{key}") for key, item in value.items()}
     elif kind is Prompt:
         if isinstance(value, str):
             return Prompt(value)
@@ -161,7 +161,7 @@ def _record(kind: Any, value: dict[str, Any], where: str) -> Any:
     for name, f in known.items():
         if name not in value and f.default is MISSING and f.default_factory is MISSING:
             raise DataError(f"{where}: the field {name!r} is missing; expected {_words(_hints(kind)[name])}")
-    return kind(**{name: _build(_hints(kind)[name], item, f"{where}: {name}") for name, item in value.items()})
+    return kind(**{name: from_json(_hints(kind)[name], item, f"{where}: {name}") for name, item in value.items()})
 
 
 def _words(kind: Any) -> str:

@@ -8,7 +8,6 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -130,7 +129,6 @@ class Run:
             stop=stop,
             watch=watched,
             log=self.log.append,
-            scratch=Path("unused"),
             keep=self.kept.append,
         )
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -106,7 +105,6 @@ class Run:
             stop=stop,
             watch=lambda progress, policy: self.watched.append(progress),
             log=self.log.append,
-            scratch=Path("unused"),
         )
 
     def weights(self) -> dict[str, torch.Tensor]:

@@ -51,7 +51,6 @@ def context(tmp_path: Path, log=None, watch=None, seed: int = 0) -> TrainContext
         reference=None,
         watch=watch or (lambda progress, policy: None),
         log=log or (lambda metrics: None),
-        scratch=tmp_path,
         max_new_tokens=32,
         stop=(),
     )

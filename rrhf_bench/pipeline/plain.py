@@ -85,7 +85,6 @@ class PlainSteps:
                 reference=(unadapted or services.fixed_policy(model)) if "reference" in method.needs else None,
                 watch=lambda progress, _: self.progress(round(1000 * progress.fraction), 1000),
                 log=log.append,
-                scratch=folder,
                 max_new_tokens=max_new_tokens,
                 stop=stop,
             )

@@ -52,7 +52,7 @@ def steer(model: torch.nn.Module) -> int:
     """Have every linear layer of a model multiply with oneDNN, in place; how many there are."""
     layers = [module for module in model.modules() if type(module) is torch.nn.Linear]
     for layer in layers:
-        layer.__class__ = Linear  # type: ignore[assignment]
+        layer.__class__ = Linear
     return len(layers)
 
 
@@ -60,7 +60,7 @@ def unsteer(model: torch.nn.Module) -> int:
     """The inverse of ``steer``; how many layers went back."""
     layers = [module for module in model.modules() if type(module) is Linear]
     for layer in layers:
-        layer.__class__ = torch.nn.Linear
+        layer.__class__ = torch.nn.Linear  # type: ignore[assignment]
     return len(layers)
 
 

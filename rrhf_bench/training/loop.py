@@ -7,7 +7,8 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Protocol, TypeVar
+from itertools import islice
+from typing import Any, Protocol, TypeVar
 
 from rrhf_bench.errors import DataError, StageError
 from rrhf_bench.policy.batching import within
@@ -51,6 +52,14 @@ class Supply(Protocol):
         """What was dropped, cut or tied so far."""
         ...
 
+    def state(self) -> Mapping[str, Any] | None:
+        """Beside the steps done, what the next step's examples depend on; None where it is not the moment to ask."""
+        ...
+
+    def resume(self, steps: int, state: Mapping[str, Any]) -> None:
+        """Go on behind ``steps`` steps, from the state that there was then."""
+        ...
+
     def __iter__(self) -> Iterator[Sequence[Example]]: ...
 
 
@@ -91,6 +100,12 @@ class FixedExamples:
         }
         self._batches = batches(examples, settings, context.seed)
 
+    def state(self) -> dict[str, Any]:
+        return {}
+
+    def resume(self, steps: int, state: Mapping[str, Any]) -> None:
+        self._batches = islice(self._batches, steps, None)
+
     def __iter__(self) -> Iterator[list[Example]]:
         return self._batches
 
@@ -110,8 +125,14 @@ class OfflineTrainer:
         supply = self.supply(self.method, settings, policy, inputs, context)
         total = supply.steps
         optimiser = AdamW(policy.parameters(), settings)
-        context.watch(Progress(0.0, 0, 0), policy)
-        for step, batch in enumerate(supply):
+        done = 0
+        if (kept := context.checkpoints.last()) is not None:
+            done = kept["step"]
+            optimiser.load(kept["optimiser"])
+            supply.resume(done, kept["supply"])
+        else:
+            context.watch(Progress(0.0, 0, 0), policy)
+        for step, batch in enumerate(supply, done):
             lr = settings.lr * lr_factor(step, total, settings)
             metrics, weight = self.accumulate(policy, batch)
             norm = optimiser.clip(weight)
@@ -124,6 +145,9 @@ class OfflineTrainer:
             optimiser.step(lr)
             context.log({"step": step + 1, **metrics, "lr": lr, "grad_norm": norm})
             context.watch(Progress((step + 1) / total, step + 1, supply.sampled_tokens), policy)
+            if (examples := supply.state()) is not None:
+                state = {"step": step + 1, "supply": examples, "optimiser": optimiser.state()}
+                context.checkpoints.offer(state)
         optimiser.close()
         return TrainResult(total, supply.sampled_tokens, dict(supply.counts))
 

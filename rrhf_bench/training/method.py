@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -102,6 +101,29 @@ class Progress:
     sampled_tokens: int  # tokens this method sampled while training (not the candidates made before it)
 
 
+class Checkpoints(Protocol):
+    """Where a run writes down what it consists of, and finds it when it starts again after it was killed."""
+
+    def last(self) -> Mapping[str, Any] | None:
+        """What was written down last, or None; whatever was told to the context after that has then been forgotten."""
+        ...
+
+    def offer(self, state: Mapping[str, Any]) -> None:
+        """A moment from which the run could go on, between two steps: tensors, and what JSON knows. Read at once or
+        not at all: the tensors are those that train."""
+        ...
+
+
+class NoCheckpoints:
+    """Runs that start anew."""
+
+    def last(self) -> None:
+        return None
+
+    def offer(self, state: Mapping[str, Any]) -> None:
+        pass
+
+
 @dataclass(frozen=True)
 class TrainContext:
     """What a trainer is lent: seed, services, and where to report. No process-wide state, no files of its own."""
@@ -114,7 +136,7 @@ class TrainContext:
     stop: tuple[str, ...]  # stop strings of the same
     watch: Callable[[Progress, Policy], None]  # called after every optimiser step, and once before the first
     log: Callable[[Mapping[str, float]], None]  # one line of metrics.jsonl
-    scratch: Path  # a folder for checkpoints of an unfinished run
+    checkpoints: Checkpoints = field(default_factory=lambda: NoCheckpoints())
     took: Callable[[Mapping[str, float]], None] = lambda seconds: None  # an iteration's wall-clock by part
     keep: Callable[[Sequence[Candidates]], None] = lambda candidates: None  # scored candidates made while training
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from rrhf_bench.errors import StageError
+from rrhf_bench.jsonl import from_json, to_json
 from rrhf_bench.policy.logprobs import kl_k1
 from rrhf_bench.policy.policy import Policy
 from rrhf_bench.records import Candidates, Prompt, Response
@@ -69,10 +70,27 @@ class OnlineExamples:
         self.sampled_tokens = 0
         self.counts = Counter(examples=len(self.given), prompts_too_long=len(given) - len(self.given))
         self._first: Sequence[Candidates] = ()  # the groups of the first refresh
+        self._refreshes = 0  # to begin with
+        self._within = False  # whether steps of the last refresh are to come
+
+    def state(self) -> dict[str, Any] | None:
+        """Between two refreshes only: within one, the examples are of weights that are no longer there."""
+        if self._within:
+            return None
+        first = [to_json(group) for group in self._first]
+        return {"sampled_tokens": self.sampled_tokens, "counts": dict(self.counts), "first": first}
+
+    def resume(self, steps: int, state: Mapping[str, Any]) -> None:
+        self._refreshes = math.ceil(steps / self.refresh)
+        self.sampled_tokens = state["sampled_tokens"]
+        self.counts = Counter(state["counts"])
+        self._first = [from_json(Candidates, group, "checkpoint") for group in state["first"]]
 
     def __iter__(self) -> Iterator[list[Example]]:
         steps = batches(self.given, self.settings, self.context.seed)
-        for number in range(math.ceil(self.steps / self.refresh)):
+        for _ in islice(steps, self._refreshes * self.refresh):
+            pass
+        for number in range(self._refreshes, math.ceil(self.steps / self.refresh)):
             part = list(islice(steps, self.refresh))
             examples = iter(self._refreshed(number, [row for step in part for row in step]))
             for at, step in enumerate(part, number * self.refresh + 1):
@@ -82,6 +100,7 @@ class OnlineExamples:
                         f"refresh {number + 1}, step {at} of {self.steps}: no candidate has a token to train on, the "
                         f"policy says nothing in {self.context.max_new_tokens} tokens; lower lr ({self.settings.lr})"
                     )
+                self._within = at < min(self.steps, (number + 1) * self.refresh)
                 yield batch
 
     def _refreshed(self, number: int, given: Sequence[Candidates]) -> list[Example | None]:

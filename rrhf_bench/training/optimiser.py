@@ -67,16 +67,17 @@ class AdamW:
         self._adamw.zero_grad(set_to_none=True)
 
     def state(self) -> dict[str, Any]:
-        """All that a later step depends on, the weights of full precision apart."""
-        copies = [None if m is p else m.detach() for p, m in zip(self._trained, self._master, strict=True)]
-        return {"adamw": self._adamw.state_dict(), "copies": copies}
+        """All that a later step depends on: the weights, in full precision, and the moments of their gradients."""
+        return {"weights": [master.detach() for master in self._master], "adamw": self._adamw.state_dict()}
 
     @torch.no_grad()
     def load(self, state: Mapping[str, Any]) -> None:
+        """Put them back, into the parameters too."""
         self._adamw.load_state_dict(state["adamw"])
-        for master, copy in zip(self._master, state["copies"], strict=True):
-            if copy is not None:
-                master.copy_(copy)
+        for p, master, kept in zip(self._trained, self._master, state["weights"], strict=True):
+            master.copy_(kept)
+            if master is not p:
+                p.copy_(master)
 
     def close(self) -> None:
         """Take the hooks off the parameters, which may live on."""
