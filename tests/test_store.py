@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,6 +19,7 @@ from rrhf_bench.pipeline.store import (
     TIMING,
     Store,
     atomically,
+    broken_seal,
     canonical,
     content_key,
     folder_identity,
@@ -234,6 +237,16 @@ def test_an_artifact_from_before_there_were_checksums_is_taken_as_it_is_and_seal
     edit_one_letter(store.folder(KEY))
     assert not store.intact(KEY)
     assert list(store.root.iterdir()) == [store.folder(KEY)]
+
+
+@pytest.mark.parametrize("value", [{}, {"a": 1.5, "é": [None, {"b": (1, 2)}]}, {"a": math.nan, "b": math.inf}])
+def test_a_seal_holds_through_a_file_and_breaks_with_any_value(value: dict[str, Any]) -> None:
+    read = json.loads(json.dumps(sealed(value)))
+    assert broken_seal(read) is None
+    assert broken_seal({**read, "a": 2}) == "has changed since it was written"
+    assert broken_seal({**read, "another": 2}) == "has changed since it was written"
+    assert broken_seal([read]) == "is no JSON object"
+    assert broken_seal({"a": 1}) is None  # from before there were seals
 
 
 # What is left over

@@ -27,9 +27,9 @@ Read = Literal["sizes", "contents", "all"]
 """How closely files are looked at: sizes; the content of small ones and of those touched since; every content."""
 
 
-def canonical(value: Any) -> str:
-    """Canonical JSON: the same value is the same text on every machine."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+def canonical(value: Any, *, finite: bool = True) -> str:
+    """Canonical JSON: the same value is the same text on every machine. Raises ValueError for a number not ``finite``."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=not finite)
 
 
 def content_key(value: Any) -> str:
@@ -38,8 +38,12 @@ def content_key(value: Any) -> str:
 
 
 def sealed(value: Mapping[str, Any]) -> dict[str, Any]:
-    """The same object with a checksum of itself."""
-    return {**value, "sha256": content_key(value)}
+    """The same object with a checksum of itself, whatever numbers it holds."""
+    return {**value, "sha256": _seal(value)}
+
+
+def _seal(value: Mapping[str, Any]) -> str:
+    return hashlib.sha256(canonical(value, finite=False).encode()).hexdigest()
 
 
 def broken_seal(value: Any) -> str | None:
@@ -47,7 +51,7 @@ def broken_seal(value: Any) -> str | None:
     if not isinstance(value, dict):
         return "is no JSON object"
     rest = {name: item for name, item in value.items() if name != "sha256"}
-    return "has changed since it was written" if "sha256" in value and content_key(rest) != value["sha256"] else None
+    return "has changed since it was written" if "sha256" in value and _seal(rest) != value["sha256"] else None
 
 
 @dataclass(frozen=True)
