@@ -23,9 +23,10 @@ from rrhf_bench.data.toy.reviews import build_reviews, own_reply
 from rrhf_bench.data.toy.world import build_world
 from rrhf_bench.errors import DataError, StageError
 from rrhf_bench.experiment import ScratchSettings
-from rrhf_bench.jsonl import read_jsonl, write_jsonl
+from rrhf_bench.jsonl import from_json, read_jsonl, to_json, write_jsonl
 from rrhf_bench.pipeline import steps
 from rrhf_bench.pipeline.candidates import assemble, pair_candidates
+from rrhf_bench.pipeline.checkpoints import FileCheckpoints
 from rrhf_bench.pipeline.job import Job
 from rrhf_bench.pipeline.judging import judge
 from rrhf_bench.pipeline.results import WARNINGS
@@ -321,38 +322,55 @@ def train(job: Job) -> None:
     unadapted = steps.adapt(policy, settings, s["seed"])
     inputs = train_inputs(job, settings)
     curve = _Curve(job, policy)
-    log: list[Mapping[str, float]] = []
-    parts: list[Mapping[str, float]] = []  # seconds
+    record = _Record(curve)
     backend = choose_backend(job.backend, settings.strategy or "sample").name
-    made: list[Candidates] = []  # while training
+    assert job.scratch is not None
     context = TrainContext(
         seed=s["seed"],
         sampler=sampler_of(job, policy, backend) if "sampler" in settings.needs else None,
         reward=job.services.reward(job.ref("reward model")) if "reward" in settings.needs else None,
         reference=(unadapted or job.services.fixed_policy(job.ref())) if "reference" in settings.needs else None,
         watch=curve.watch,
-        log=log.append,
-        scratch=job.out,
-        keep=made.extend,
-        took=parts.append,
+        log=record.log.append,
+        keep=record.made.extend,
+        took=record.parts.append,
+        checkpoints=FileCheckpoints(job.scratch, job.services.runtime.checkpoint_seconds, record),
         max_new_tokens=s.get("sampling", s["evaluation"])["max_new_tokens"],
         stop=tuple(s.get("sampling", s["evaluation"])["stop"]),
     )
     trainer = steps.trainer(settings, context_of(policy, job.ref()))
-    started = time.monotonic()
     result = trainer.fit(policy, inputs, context)
-    job.seconds.update(train=time.monotonic() - started - curve.watching, curve=curve.seconds)
-    job.seconds.update(layout=policy.layout, onednn_layers=policy.steered_layers, parts=_mean_of(parts))
+    job.seconds.update(train=curve.trained, curve=curve.seconds)
+    job.seconds.update(layout=policy.layout, onednn_layers=policy.steered_layers, parts=_mean_of(record.parts))
     policy.save(job.out / "model")
     ModelRef(**{**job.ref().__dict__, "source": "model", "revision": None}).write(job.out)
-    write_jsonl(job.out / "metrics.jsonl", log)
+    write_jsonl(job.out / "metrics.jsonl", record.log)
     write_jsonl(job.out / "curve.jsonl", curve.points)
-    if made:
-        write_jsonl(job.out / "candidates.jsonl", made)
+    if record.made:
+        write_jsonl(job.out / "candidates.jsonl", record.made)
     about = {"steps": result.steps, "sampled_tokens": result.sampled_tokens, "counts": dict(result.counts)}
     if policy.layout_reason is not None:
         about["padded"] = policy.layout_reason
     job.write_json("about.json", about)
+
+
+class _Record:
+    """What is noted of a training run."""
+
+    def __init__(self, curve: _Curve) -> None:
+        self.curve = curve
+        self.log: list[Mapping[str, float]] = []
+        self.parts: list[Mapping[str, float]] = []  # seconds of each iteration
+        self.made: list[Candidates] = []  # while training
+
+    def state(self) -> dict[str, Any]:
+        made = [to_json(group) for group in self.made]
+        return {"log": self.log, "parts": self.parts, "made": made, "curve": self.curve.state()}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        self.log[:], self.parts[:] = state["log"], state["parts"]
+        self.made[:] = [from_json(Candidates, group, "checkpoint") for group in state["made"]]
+        self.curve.load(state["curve"])
 
 
 def _mean_of(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
@@ -384,9 +402,24 @@ class _Curve:
         self.policy = policy
         self.points: list[CurvePoint] = []
         self.seconds: list[tuple[float, float]] = []  # (fraction, training seconds so far)
-        self.watching = 0.0  # seconds spent looking, which are not the method's
+        self._before = 0.0  # training seconds of what was resumed
+        self._watching = 0.0  # seconds spent looking, which are not the method's
         self._due = 0
         self._started = time.monotonic()
+
+    @property
+    def trained(self) -> float:
+        """Seconds that the method has trained so far."""
+        return self._before + time.monotonic() - self._started - self._watching
+
+    def state(self) -> dict[str, Any]:
+        points = [to_json(point) for point in self.points]
+        return {"points": points, "seconds": self.seconds, "due": self._due, "trained": self.trained}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        self.points[:] = [from_json(CurvePoint, point, "checkpoint") for point in state["points"]]
+        self.seconds[:] = [(fraction, seconds) for fraction, seconds in state["seconds"]]
+        self._due, self._before = state["due"], state["trained"]
 
     def watch(self, progress: Progress, policy: Policy) -> None:
         job, points = self.job, self.job.settings["curve_points"]
@@ -395,7 +428,7 @@ class _Curve:
             return
         self._due = int(progress.fraction * points + 1e-9) + 1
         began = time.monotonic()
-        self.seconds.append((progress.fraction, began - self._started - self.watching))
+        self.seconds.append((progress.fraction, self.trained))
         prompts = [pair.prompt for pair in job.pairs("dev")]
         sampler = sampler_of(job, self.policy, job.backend)
         reward, gold = job.services.reward(job.ref("reward model")), job.gold
@@ -413,7 +446,7 @@ class _Curve:
                     golds=None if gold is None else tuple(gold.score(prompts, texts).tolist()),
                 )
             )
-        self.watching += time.monotonic() - began
+        self._watching += time.monotonic() - began
 
 
 def decodings(evaluation: Mapping[str, Any], seed: int, purpose: str) -> dict[Decoding, SamplingSpec]:
