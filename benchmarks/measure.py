@@ -89,13 +89,18 @@ def measure_rounds(
 ) -> dict[K, list[float]]:
     """Seconds of every side, one number a round, after rounds that do not count."""
     seconds: dict[K, list[float]] = {name: [] for name in sides}
-    for round_ in range(-warm_up, rounds):
-        progress("warm-up" if round_ < 0 else f"round {round_ + 1} of {rounds}")
-        for name in order(list(sides), round_):
-            sides[name].prepare()
-            took = timed(sides[name].run)
-            if round_ >= 0:
-                seconds[name].append(took)
+    gc.collect()
+    gc.freeze()  # what is there stays: collecting what a run leaves behind is quick then
+    try:
+        for round_ in range(-warm_up, rounds):
+            progress("warm-up" if round_ < 0 else f"round {round_ + 1} of {rounds}")
+            for name in order(list(sides), round_):
+                sides[name].prepare()
+                took = timed(sides[name].run)
+                if round_ >= 0:
+                    seconds[name].append(took)
+    finally:
+        gc.unfreeze()
     return seconds
 
 

@@ -91,7 +91,7 @@ def measure(
             name: Stepper.make(name, workload.shape, seed=seed, dtype=workload.dtype, device=device) for name in names
         }
         found = {name: stepper.results(groups) for name, stepper in steppers.items()}
-        expected, bound = _reference(workload, found, groups, seed=seed, device=device)
+        expected, bound = reference(workload, found, groups, seed=seed, device=device)
         compared = check_equal(found, expected, bound, workload.name)
         del found, expected
         sides = {name: Side(partial(stepper.step, groups), stepper.forget) for name, stepper in steppers.items()}
@@ -126,7 +126,7 @@ def measure(
     return {**row, "summary": summary(row)}
 
 
-def _reference(
+def reference(
     workload: Workload, found: Mapping[str, Results], groups: Sequence[Group], *, seed: int, device: torch.device
 ) -> tuple[Results, Errors]:
     """What all sides are held to, and how closely: in float32 the released computation; in half precision the same in
