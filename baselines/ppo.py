@@ -125,6 +125,10 @@ class Clock:
     """Seconds of an iteration by part, the device's work included."""
 
     def __init__(self) -> None:
+        self.start()
+
+    def start(self) -> None:
+        """An iteration begins."""
         self._seconds: dict[str, float] = {}
         self._began = time.perf_counter()
 
@@ -137,11 +141,8 @@ class Clock:
         self._seconds[part] = self._seconds.get(part, 0.0) + time.perf_counter() - began
 
     def read(self) -> dict[str, float]:
-        """What the parts took since the last reading, and the whole."""
-        now = time.perf_counter()
-        seconds = {**self._seconds, "iteration": now - self._began}
-        self._seconds, self._began = {}, now
-        return seconds
+        """What the parts of this iteration took, and the whole so far."""
+        return {**self._seconds, "iteration": time.perf_counter() - self._began}
 
 
 @dataclass
@@ -238,6 +239,7 @@ class PPO:
         else:
             context.watch(self._progress(state), policy)
         while state.iteration < settings.iterations:
+            state.clock.start()
             coefficient = state.kl.coefficient
             rollouts = roll_out(policy, inputs.prompts, context, state, settings)
             with state.clock("update"):

@@ -223,6 +223,7 @@ class OfflineSettings(OptimiserSettings):
         return ("policy", *(model for need, model in others.items() if need in self.needs))
 
     def budget(self, prompts: int, responses: int) -> str:
-        steps = self.epochs * math.ceil(prompts / self.batch_prompts)
+        steps, rest = self.epochs * math.ceil(prompts / self.batch_prompts), prompts % self.batch_prompts
         examples = f"{prompts} prompts x {responses or 1} responses"
-        return f"{examples}, {self.epochs} epochs of {self.batch_prompts} prompts a step = {steps} steps"
+        last = f" (an epoch's last: {rest})" if rest else ""
+        return f"{examples}, {self.epochs} epochs of {self.batch_prompts} prompts a step{last} = {steps} steps"

@@ -400,3 +400,14 @@ def test_models_in_memory() -> None:
     assert PPOSettings().models_in_memory() == ("policy", "reference", "reward model")
     assert PPOSettings(value="separate").models_in_memory() == ("policy", "reference", "reward model", "value model")
     assert PPOSettings(top_p=1.0, top_k=0).requires == PPO.requires == {"sampler", "reward", "reference"}
+
+
+def test_an_iteration_is_taken_apart() -> None:
+    run = Run()
+    took: list[Mapping[str, float]] = []
+    PPO(settings(iterations=2)).fit(run.policy, INPUTS, replace(run.context, took=took.append))
+    assert len(took) == 2
+    for seconds in took:
+        assert set(seconds) == {"sync", "sample", "score", "logprobs", "update", "iteration"}
+        parts = sum(seconds.values()) - seconds["iteration"]
+        assert 0.0 < parts <= seconds["iteration"]
