@@ -227,6 +227,35 @@ def report(
 
 
 @app.command()
+def compare(
+    a: Annotated[Path, typer.Argument(help="the folder of a run")],
+    b: Annotated[Path, typer.Argument(help="the folder of another, or the same")],
+    rows: Annotated[
+        list[str] | None,
+        typer.Option(metavar="A,B", help="a row of A and one of B", show_default="the rows of equal names"),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Compare two runs of one arena, paired by prompt and seed: A minus B, from their records; no model is loaded."""
+    from rrhf_bench.pipeline.run import load_run
+    from rrhf_bench.report.across import compare_runs, comparison_json, comparison_table
+    from rrhf_bench.report.table import notes, printed
+
+    runs = load_run(a), load_run(b)
+    compared = compare_runs(*runs, rows or [])
+    if as_json:
+        _print_json(comparison_json(*runs, compared))
+        return
+    found = comparison_table(*runs, compared)
+    table = Table(*(column.name for column in found.columns), box=None, pad_edge=False)
+    for row in printed(found, inert):
+        table.add_row(*row)
+    _out().print(table)
+    for note in notes(found):
+        _out().print(note, soft_wrap=True)
+
+
+@app.command()
 def ls(runs: Runs = Path("runs"), as_json: Json = False) -> None:
     """List the runs: how much of each is complete, what is half trained, which process is at work."""
     from rrhf_bench.pipeline.locks import holder

@@ -247,10 +247,10 @@ def _arena(
         "template": experiment.policy.template,
         "evaluation": decoding,
     }
-    words = {
-        "prompts": f"{len(prompts)} held-out prompts of {about['identity']}",
+    words = {  # they differ where the id does
+        "prompts": f"{len(prompts)} held-out prompts of {about['identity']} ({parts['prompts'][:12]})",
         "reward": _model_words(experiment.reward_model.source, "trained on the labelled pairs", run, parts["reward"]),
-        "gold": "the embedded world's own judge" if about["gold"] else "none",
+        "gold": f"the true reward of the embedded world {about['gold']}" if about["gold"] else "none",
         "perplexity": _model_words(
             experiment.perplexity_model.source, "trained from scratch on other text", run, parts["perplexity"]
         ),
@@ -261,7 +261,7 @@ def _arena(
 
 
 def _model_words(source: str, how: str, run: _Run, key: Any) -> str:
-    return f"{how} ({key[:12]})" if source in ("toy", "scratch") else source
+    return f"{how if source in ('toy', 'scratch') else source} ({key[:12]})"
 
 
 def _candidates(run: _Run, experiment: Experiment, row: Row, key: str) -> tuple[Candidates, ...]:

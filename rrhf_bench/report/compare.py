@@ -55,10 +55,15 @@ def compare(view: View, pairs: Sequence[tuple[str, str]], measures: Sequence[Mea
     for decoding in view.decodings:
         for measure in measures:
             family = [Comparison(a, b, decoding, measure, view.difference(a, b, decoding, measure)) for a, b in pairs]
-            ps = [c.estimate.p for c in family if isinstance(c.estimate, Estimate) and c.estimate.p is not None]
-            adjusted: Iterator[float] = iter(holm(ps).tolist() if ps else [])
-            found += [replace(c, p=next(adjusted)) if isinstance(c.estimate, Estimate) else c for c in family]
+            found += adjusted(family)
     return found
+
+
+def adjusted(family: Sequence[Comparison]) -> list[Comparison]:
+    """Comparisons that are read together, with Holm's p."""
+    ps = [c.estimate.p for c in family if isinstance(c.estimate, Estimate) and c.estimate.p is not None]
+    found: Iterator[float] = iter(holm(ps).tolist() if ps else [])
+    return [replace(c, p=next(found)) if isinstance(c.estimate, Estimate) else c for c in family]
 
 
 def comparison_pairs(view: View) -> list[tuple[str, str]]:

@@ -128,9 +128,9 @@ def to_markdown(table: Table) -> str:
     """The table with its title, footnotes and arena."""
     head = [markdown(column.name) for column in table.columns]
     align = [":---" if column.digits is None else "---:" for column in table.columns]
-    body = [[_printed(table, c, cell, markdown) for c, cell in enumerate(row)] for row in table.rows]
+    body = printed(table, markdown)
     lines = [f"**{markdown(table.title)}**", "", *("| " + " | ".join(row) + " |" for row in (head, align, *body)), ""]
-    return "\n".join([*lines, *(f"- {markdown(note)}" for note in _notes(table)), ""])
+    return "\n".join([*lines, *(f"- {markdown(note)}" for note in notes(table)), ""])
 
 
 def to_latex(table: Table) -> str:
@@ -154,7 +154,7 @@ def to_latex(table: Table) -> str:
             lines.append("\\addlinespace")
         lines.append(" & ".join(_printed(table, c, cell, latex) for c, cell in enumerate(row)) + r" \\")
     lines += ["\\bottomrule", "\\end{tabular}" + ("}" if wide else "")]
-    lines += [f"\\par\\footnotesize {latex(note)}" for note in _notes(table)]
+    lines += [f"\\par\\footnotesize {latex(note)}" for note in notes(table)]
     return "\n".join([*lines, "\\end{table}", ""])
 
 
@@ -184,6 +184,11 @@ def write_table(table: Table, folder: Path) -> None:
         (folder / f"{table.name}{suffix}").write_text(text, encoding="utf-8", newline="\n")
 
 
+def printed(table: Table, escape: Callable[[str], str]) -> list[list[str]]:
+    """The cells as they are read, for a page whose words ``escape`` makes."""
+    return [[_printed(table, c, cell, escape) for c, cell in enumerate(row)] for row in table.rows]
+
+
 def _printed(table: Table, c: int, cell: Cell, escape: Callable[[str], str]) -> str:
     column = table.columns[c]
     if cell.value is None:
@@ -197,7 +202,8 @@ def _printed(table: Table, c: int, cell: Cell, escape: Callable[[str], str]) -> 
     return text
 
 
-def _notes(table: Table) -> list[str]:
+def notes(table: Table) -> list[str]:
+    """The footnotes, the reasons for what is missing, and the arena."""
     reasons = [f"— ({_letter(i)}): {reason}." for i, reason in enumerate(table.reasons)]
     return [*table.footnotes, *reasons, f"Arena {table.arena}."]
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from rrhf_bench.evaluation import metrics
 from rrhf_bench.pipeline.results import Timing
 from rrhf_bench.records import CurvePoint, Decoding, Evaluated, PairScored
-from rrhf_bench.report.compare import comparison_words, comparisons
+from rrhf_bench.report.compare import Comparison, comparison_words, comparisons
 from rrhf_bench.report.table import Cell, Column, Missing, Table
 from rrhf_bench.report.view import (
     ABSENT,
@@ -168,41 +168,44 @@ def _dropped(view: View) -> list[str]:
     return [f"Prompts left out because not every seed has answered them: {'; '.join(found)}."] if found else []
 
 
+DIFFERENCE_COLUMNS = (
+    Column("comparison"),
+    Column("decoding"),
+    Column("reward"),
+    Column("difference", 3, interval=True),
+    Column("p", 4),
+    Column("p (Holm)", 4),
+    Column("verdict"),
+    Column("detectable", 3),
+    Column("prompts", 0),
+    Column("seeds", 0),
+)
+DIFFERENCE_NOTES = (
+    "Difference: mean over the prompts and seeds that both have. p: sign-flip permutation test over prompts; "
+    "Holm: adjusted over the comparisons of the same decoding and reward. p takes the trained models as given; "
+    "that another training run would differ too shows in the interval.",
+    "Higher or lower: the 95% interval excludes 0 and Holm's p is below 0.05. Otherwise the difference is "
+    "inside noise, which is no proof of equality: read it with the next column.",
+    "Detectable: the smallest true difference that this comparison would find four times in five.",
+)
+
+
 def differences_table(view: View) -> Table:
     """Paired differences with Holm's p and a word for each."""
-    columns = (
-        Column("comparison"),
-        Column("decoding"),
-        Column("reward"),
-        Column("difference", 3, interval=True),
-        Column("p", 4),
-        Column("p (Holm)", 4),
-        Column("verdict"),
-        Column("detectable", 3),
-        Column("prompts", 0),
-        Column("seeds", 0),
-    )
-    rows = []
-    for c in comparisons(view):
-        head = (Cell(f"{c.a} - {c.b}"), Cell(DECODING_WORDS[c.decoding]), Cell(MEASURE_WORDS[c.measure].split()[0]))
-        if isinstance(c.estimate, Missing):
-            rows.append((*head, *[Cell.of(c.estimate)] * 7))
-            continue
-        assert c.verdict is not None
-        assert c.detectable is not None
-        p = [Cell(c.estimate.p) if c.estimate.p is not None else Cell.of(Missing("no test")), Cell(c.p)]
-        sizes = (Cell(c.estimate.n), Cell(c.estimate.seeds))
-        rows.append((*head, Cell.of(c.estimate), *p, Cell(c.verdict), Cell(c.detectable), *sizes))
-    notes = (
-        comparison_words(view),
-        "Difference: mean over the prompts and seeds that both have. p: sign-flip permutation test over prompts; "
-        "Holm: adjusted over the comparisons of the same decoding and reward. p takes the trained models as given; "
-        "that another training run would differ too shows in the interval.",
-        "Higher or lower: the 95% interval excludes 0 and Holm's p is below 0.05. Otherwise the difference is "
-        "inside noise, which is no proof of equality: read it with the next column.",
-        "Detectable: the smallest true difference that this comparison would find four times in five.",
-    )
-    return Table("differences", "Paired differences", columns, tuple(rows), notes, view.records.arena, group=2)
+    rows = tuple(map(difference_row, comparisons(view)))
+    notes = (comparison_words(view), *DIFFERENCE_NOTES)
+    return Table("differences", "Paired differences", DIFFERENCE_COLUMNS, rows, notes, view.records.arena, group=2)
+
+
+def difference_row(c: Comparison) -> tuple[Cell, ...]:
+    head = (Cell(f"{c.a} - {c.b}"), Cell(DECODING_WORDS[c.decoding]), Cell(MEASURE_WORDS[c.measure].split()[0]))
+    if isinstance(c.estimate, Missing):
+        return (*head, *[Cell.of(c.estimate)] * 7)
+    assert c.verdict is not None
+    assert c.detectable is not None
+    p = [Cell(c.estimate.p) if c.estimate.p is not None else Cell.of(Missing("no test")), Cell(c.p)]
+    sizes = (Cell(c.estimate.n), Cell(c.estimate.seeds))
+    return (*head, Cell.of(c.estimate), *p, Cell(c.verdict), Cell(c.detectable), *sizes)
 
 
 def seeds_table(view: View) -> Table:

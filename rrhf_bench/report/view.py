@@ -297,26 +297,34 @@ class View:
         return self.once(("difference", a, b, decoding, measure), lambda: self._difference(a, b, decoding, measure))
 
     def _difference(self, a: str, b: str, decoding: Decoding, measure: Measure) -> Found:
-        blocks = [self.block(a, decoding), self.block(b, decoding)]
-        for row, block in zip((a, b), blocks, strict=True):
-            if block is None:
-                return Missing(f"the run holds no {DECODING_WORDS[decoding]} replies of {row}")
-            reason = unmeasured(measure, block.items)
-            if reason:
-                return Missing(f"{row}: {reason.reason}")
-        first, second = (block for block in blocks if block is not None)
-
-        def value(reply: Evaluated) -> float:
-            return float(getattr(reply, measure))
-
-        alone = (self.one_model(a) and len(first.seeds) == 1) or (self.one_model(b) and len(second.seeds) == 1)
-        return paired(first, value, second, value, (a, b, decoding, measure), every_seed=alone)
+        return difference_between(self, a, self, b, decoding, measure, (a, b, decoding, measure))
 
     def once(self, key: tuple[str, ...], make: Callable[[], Found]) -> Found:
         """What ``make`` gives, made the first time it is asked for under ``key``."""
         if key not in self._found:
             self._found[key] = make()
         return self._found[key]
+
+
+def difference_between(
+    one: View, a: str, other: View, b: str, decoding: Decoding, measure: Measure, name: Sequence[str]
+) -> Found:
+    """Mean of row ``a`` of one run minus row ``b`` of another, or the same, on the prompts and seeds that both have;
+    its draws are named by ``name``. Both runs must be of one arena."""
+    blocks = [one.block(a, decoding), other.block(b, decoding)]
+    for row, block in zip((a, b), blocks, strict=True):
+        if block is None:
+            return Missing(f"the run holds no {DECODING_WORDS[decoding]} replies of {row}")
+        reason = unmeasured(measure, block.items)
+        if reason:
+            return Missing(f"{row}: {reason.reason}")
+    first, second = (block for block in blocks if block is not None)
+
+    def value(reply: Evaluated) -> float:
+        return float(getattr(reply, measure))
+
+    alone = (one.one_model(a) and len(first.seeds) == 1) or (other.one_model(b) and len(second.seeds) == 1)
+    return paired(first, value, second, value, name, every_seed=alone)
 
 
 # Where a row comes from and how it comes to its candidates, which is not what its method does with them.

@@ -1,0 +1,87 @@
+"""Two runs of one arena beside each other: paired by prompt and seed, from records alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rrhf_bench.errors import ConfigError, StoreError, nearest
+from rrhf_bench.evaluation.statistics import Estimate
+from rrhf_bench.pipeline.results import RunRecords
+from rrhf_bench.report.compare import Comparison, adjusted
+from rrhf_bench.report.table import Missing, Table
+from rrhf_bench.report.tables import DIFFERENCE_COLUMNS, DIFFERENCE_NOTES, difference_row
+from rrhf_bench.report.view import View, difference_between
+
+
+def compare_runs(a: RunRecords, b: RunRecords, rows: Sequence[str] = ()) -> list[Comparison]:
+    """Rows of run ``a`` minus rows of run ``b``, under every decoding and reward that both have; Holm's adjustment is
+    over the rows of one decoding and reward.
+
+    ``rows``: pairs such as "rrhf,ppo", a row of ``a`` and one of ``b``; none: the rows of equal names. Raises
+    StoreError where the arenas differ, naming what does, and ConfigError for a row that is not there.
+    """
+    if a.arena != b.arena:
+        raise StoreError(f"{a.folder} and {b.folder} were judged differently, so nothing compares: {_differing(a, b)}")
+    one, other = View(a), View(b)
+    pairs = _pairs(one, other, rows)
+    found: list[Comparison] = []
+    for decoding in one.decodings:
+        for measure in [measure for measure in one.measures if measure in other.measures]:
+            family = []
+            for row, its in pairs:
+                draws = ("across", row, its, decoding, measure)
+                estimate = difference_between(one, row, other, its, decoding, measure, draws)
+                family.append(Comparison(row, its, decoding, measure, estimate))
+            found += adjusted(family)
+    return found
+
+
+def _differing(a: RunRecords, b: RunRecords) -> str:
+    """What of two arenas differs, as both say it."""
+    parts = dict.fromkeys([*a.arena_words, *b.arena_words])
+    words = [(part, a.arena_words.get(part, "none"), b.arena_words.get(part, "none")) for part in parts]
+    return "; ".join(f"{part} ({x} against {y})" for part, x, y in words if x != y) or f"arena {a.arena}, {b.arena}"
+
+
+def _pairs(one: View, other: View, rows: Sequence[str]) -> list[tuple[str, str]]:
+    pairs = []
+    for words in rows:
+        names = [name.strip() for name in words.split(",")]
+        if len(names) != 2:
+            raise ConfigError(f"--rows {words}: expected a row of each run, such as --rows rrhf,ppo")
+        for name, view in zip(names, (one, other), strict=True):
+            if name not in view.rows:
+                known = f"{', '.join(view.rows)}{nearest(name, view.rows)}"
+                raise ConfigError(f"--rows {words}: found {name!r}; {view.records.folder} has the rows {known}")
+        pairs.append((names[0], names[1]))
+    pairs = list(dict.fromkeys(pairs)) or [(row, row) for row in one.rows if row in other.rows]
+    if not any(row in one.methods or its in other.methods for row, its in pairs):
+        raise ConfigError(
+            f"{one.records.folder} ({', '.join(one.methods)}) and {other.records.folder} ({', '.join(other.methods)}) "
+            "have no method of one name; name a row of each with --rows"
+        )
+    return pairs
+
+
+def comparison_table(a: RunRecords, b: RunRecords, compared: Sequence[Comparison]) -> Table:
+    """The comparisons as the report's table of differences has them."""
+    name = a.experiment.name, b.experiment.name
+    folders = f"{a.folder} - {b.folder}" if name[0] == name[1] else " - ".join(name)
+    notes = (f"Each row: of {a.folder} minus of {b.folder}.", *DIFFERENCE_NOTES)
+    return Table("compare", folders, DIFFERENCE_COLUMNS, tuple(map(difference_row, compared)), notes, a.arena, group=2)
+
+
+def comparison_json(a: RunRecords, b: RunRecords, compared: Sequence[Comparison]) -> dict[str, Any]:
+    """The same for machines: numbers at full precision, null with a reason where there is none."""
+    return {"a": str(a.folder), "b": str(b.folder), "arena": a.arena, "comparisons": [_json(c) for c in compared]}
+
+
+def _json(c: Comparison) -> dict[str, Any]:
+    head = {"a": c.a, "b": c.b, "decoding": c.decoding, "measure": c.measure}
+    if isinstance(c.estimate, Missing):
+        return {**head, "difference": None, "missing": c.estimate.reason}
+    found: Estimate = c.estimate
+    numbers = {"difference": found.value, "low": found.low, "high": found.high, "p": found.p, "p_holm": c.p}
+    sizes = {"prompts": found.n, "seeds": found.seeds}
+    return {**head, **numbers, "verdict": c.verdict, "detectable": c.detectable, **sizes}
