@@ -31,7 +31,7 @@ from baselines.ppo_math import (
     whiten,
 )
 from baselines.ppo_settings import PPOSettings, RewardScaling
-from rrhf_bench.errors import DataError, StageError
+from rrhf_bench.errors import DataError, Diverged, StageError
 from rrhf_bench.policy.batching import ResponseBatch, within
 from rrhf_bench.policy.logprobs import kl_k1, masked_mean
 from rrhf_bench.policy.policy import Policy
@@ -99,14 +99,14 @@ class RewardScale:
     squares: float = 0.0  # summed squared deviations from the mean
 
     def scale(self, score_N: NDArray[np.float64]) -> NDArray[np.float64]:
-        """The scaled scores of one iteration. Raises StageError where the scores so far do not vary."""
+        """The scaled scores of one iteration. Raises Diverged where the scores so far do not vary."""
         if self.kind == "none":
             return score_N
         if self.kind == "running" or self.count == 0:
             self._add(score_N)
         std = math.sqrt(self.squares / self.count)
         if std <= 1e-9 * max(1.0, abs(self.mean)):
-            raise StageError(
+            raise Diverged(
                 f"ppo: all {self.count} rewards so far are {self.mean:g}, so they have no scale and nothing to teach; "
                 'check the reward model, take more rollouts, or set reward_scale = "none"'
             )
@@ -206,6 +206,11 @@ class Rollouts:
     advantage_NT: Tensor
     return_NT: Tensor
     metrics: Mapping[str, float] = field(default_factory=dict)
+    records: tuple[Mapping[str, Any], ...] = ()
+
+    def evidence(self, rows: Sequence[int]) -> list[Mapping[str, Any]]:
+        """What some of them were, for an error."""
+        return [self.records[row] for row in rows if self.records]
 
     def batch(self, rows: Sequence[int]) -> ResponseBatch:
         return ResponseBatch.of_pairs([self.pairs[row] for row in rows], self.temperature)
@@ -228,7 +233,7 @@ class PPO:
 
     def fit(self, policy: Policy, inputs: TrainInputs, context: TrainContext) -> TrainResult:
         """Train in place. ``context.watch`` is called before the first iteration and after each, ``context.log`` after
-        each. Raises DataError without prompts, StageError where a reward, loss or gradient is not finite.
+        each. Raises DataError without prompts, Diverged where a reward, loss or gradient is not finite.
         """
         if not inputs.prompts:
             raise DataError("ppo: found no training prompts; expected at least one to sample rollouts for")
@@ -270,7 +275,10 @@ class PPO:
                 steps.append(accumulate_gradient(policy, rollouts, rows, state, settings))
                 norm = state.optimiser.clip()
                 if not math.isfinite(norm):
-                    raise StageError(f"{state.place}: the gradient's norm is {norm}; lower lr, or compute in float32")
+                    raise Diverged(
+                        f"{state.place}: the gradient's norm is {norm}; lower lr, or compute in float32",
+                        rollouts.evidence(rows),
+                    )
                 state.optimiser.step(lr)
                 state.step += 1
         return {
@@ -352,7 +360,8 @@ def roll_out(
     explained = explained_variance(value_NT, return_NT, mask_NT).item()
     if math.isfinite(explained):
         metrics["val/explained_variance"] = explained
-    return Rollouts(tuple(pairs), settings.temperature, logp_NT, value_NT, advantage_NT, return_NT, metrics)
+    records = tuple(_evidence(asked, responses, raw_N))
+    return Rollouts(tuple(pairs), settings.temperature, logp_NT, value_NT, advantage_NT, return_NT, metrics, records)
 
 
 def accumulate_gradient(
@@ -361,7 +370,7 @@ def accumulate_gradient(
     """Add the gradient of one minibatch's loss, policy + value_coefficient * value, to the parameters'.
 
     Both terms are means over the minibatch's tokens, so a pass counts by its share of them and the split does not
-    change the gradient. Returns the minibatch's metrics. Raises StageError for a loss that is not finite.
+    change the gradient. Returns the minibatch's metrics. Raises Diverged for a loss that is not finite.
     """
     tokens = sum(len(rollouts.pairs[row][1]) for row in rows)
     total: dict[str, float] = dict.fromkeys(("loss/policy", "loss/value", "clip_fraction", "approx_kl", "ratio"), 0.0)
@@ -377,9 +386,10 @@ def accumulate_gradient(
         error = value_loss(value_BT, old_value_BT, return_BT, mask_BT, clip=settings.value_clip)
         loss = surrogate.loss + settings.value_coefficient * error
         if not torch.isfinite(loss):
-            raise StageError(
+            raise Diverged(
                 f"{state.place}: the loss is {loss.item()} (policy {surrogate.loss.item()}, value {error.item()}); "
-                "lower lr, or compute in float32"
+                "lower lr, or compute in float32",
+                rollouts.evidence(rows),
             )
         share = sum(batch.lengths) / tokens
         (loss * share).backward()
@@ -435,11 +445,22 @@ def _rewards(
     raw_N = np.asarray(context.reward.score(asked, [response.text for response in responses]), np.float64)
     bad = np.flatnonzero(~np.isfinite(raw_N))
     if bad.size:
-        raise StageError(
+        raise Diverged(
             f"{state.place}: {bad.size} of {raw_N.size} rewards are not finite, the first {raw_N[bad[0]]} for prompt "
-            f"{asked[bad[0]].id}; check the reward model, in float32"
+            f"{asked[bad[0]].id}; check the reward model, in float32",
+            _evidence(asked, responses, raw_N),
         )
     return raw_N
+
+
+def _evidence(
+    asked: Sequence[Prompt], responses: Sequence[Response], raw_N: NDArray[np.float64]
+) -> list[Mapping[str, Any]]:
+    """Rollouts as JSON, which has no word for a reward that is not finite."""
+    return [
+        {"prompt": prompt.text, "response": response.text, "reward": reward if math.isfinite(reward) else str(reward)}
+        for prompt, response, reward in zip(asked, responses, raw_N.tolist(), strict=True)
+    ]
 
 
 def _sampler_difference(responses: Sequence[Response], logp_NT: Tensor) -> dict[str, float]:

@@ -10,8 +10,8 @@ import difflib
 import os
 import re
 import unicodedata
-from collections.abc import Iterable
-from typing import ClassVar
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar
 
 # What could end a line, move the cursor, reorder text or fail to encode: controls, formats, surrogates, separators.
 _UNSEEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
@@ -46,6 +46,17 @@ class StoreError(BenchError):
 
 class StageError(BenchError):
     """A stage that could not finish: a loss that is not finite, a sampler that failed."""
+
+
+class Diverged(StageError):
+    """A method that failed at its own work: a loss, gradient or reward that is not finite, a policy that says nothing.
+
+    ``evidence``: the batch that it failed on, JSON objects. The other methods of an experiment go on.
+    """
+
+    def __init__(self, message: str = "", evidence: Iterable[Mapping[str, Any]] = ()) -> None:
+        super().__init__(message)
+        self.evidence = tuple(evidence)
 
 
 def visible(text: str, keep: str = "") -> str:

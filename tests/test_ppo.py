@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -18,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from baselines.ppo import PPO, PPOState, RewardScale, accumulate_gradient, cycled, roll_out
 from baselines.ppo_settings import PPOSettings
 from rrhf_bench.data.dialogue import Template
-from rrhf_bench.errors import DataError, StageError
+from rrhf_bench.errors import DataError, Diverged, StageError
 from rrhf_bench.policy.batching import ResponseBatch
 from rrhf_bench.policy.policy import Policy, Tokenization, TransformersPolicy
 from rrhf_bench.records import Candidates, Preference, Prompt, Response
@@ -411,3 +412,16 @@ def test_an_iteration_is_taken_apart() -> None:
         assert set(seconds) == {"sync", "sample", "score", "logprobs", "update", "iteration"}
         parts = sum(seconds.values()) - seconds["iteration"]
         assert 0.0 < parts <= seconds["iteration"]
+
+
+def test_what_diverged_is_told_with_its_rollouts() -> None:
+    rewards = iter([math.nan, *[1.0] * 15])
+    run = Run(lambda text: next(rewards))
+    with pytest.raises(Diverged, match="iteration 1, step 1: 1 of 16 rewards are not finite") as caught:
+        PPO(settings()).fit(run.policy, INPUTS, run.context)
+    assert [row["reward"] for row in caught.value.evidence] == ["nan", *[1.0] * 15]
+    run = Run()
+    with pytest.raises(Diverged, match=r"ppo, iteration 1, step [23]: the (loss|gradient)") as caught:
+        PPO(settings(lr=1e30, warmup=0.0)).fit(run.policy, INPUTS, run.context)
+    assert len(caught.value.evidence) == 8
+    assert all(row["prompt"] in {prompt.text for prompt in PROMPTS} for row in caught.value.evidence)

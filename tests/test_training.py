@@ -15,7 +15,7 @@ import torch
 from baselines.sft import SFT, sft_loss
 from baselines.sft_settings import SFTSettings
 from rrhf_bench.data.dialogue import Template
-from rrhf_bench.errors import DataError, StageError
+from rrhf_bench.errors import DataError, Diverged, StageError
 from rrhf_bench.policy.batching import ResponseBatch
 from rrhf_bench.policy.logprobs import kl_k1, kl_k3, sequence_score
 from rrhf_bench.policy.policy import Tokenization, TransformersPolicy
@@ -287,3 +287,16 @@ def test_schedules_by_hand():
     cosine = SFTSettings(warmup=0.2, schedule="cosine")
     assert lr_factor(6, 10, cosine) == pytest.approx(0.5)
     assert lr_factor(9, 10, SFTSettings(warmup=0.0, schedule="constant")) == 1.0
+
+
+def test_a_loss_that_is_not_finite_stops_with_its_batch(policy, tmp_path):
+    """The learning rate is so large that the first step sends the weights beyond what float32 holds."""
+    settings = RRHFSettings(epochs=2, lr=1e30, batch_prompts=2)
+    with pytest.raises(Diverged, match=r"step [23] of 8: loss .*lower lr") as caught:
+        OfflineTrainer(RRHF(settings), settings).fit(
+            copy.deepcopy(policy), TrainInputs(candidates=CANDIDATES), context(tmp_path)
+        )
+    prompts = {row["prompt"] for row in caught.value.evidence}
+    assert len(prompts) == 2
+    assert prompts <= {prompt.text for prompt in PROMPTS}
+    assert all(row["responses"][0]["text"] for row in caught.value.evidence)

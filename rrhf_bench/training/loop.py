@@ -10,7 +10,8 @@ from dataclasses import replace
 from itertools import islice
 from typing import Any, Protocol, TypeVar
 
-from rrhf_bench.errors import DataError, StageError
+from rrhf_bench.errors import DataError, Diverged
+from rrhf_bench.jsonl import to_json
 from rrhf_bench.policy.batching import within
 from rrhf_bench.policy.policy import Policy, Tokenization
 from rrhf_bench.records import Candidates
@@ -120,7 +121,7 @@ class OfflineTrainer:
         self.requires = settings.needs
 
     def fit(self, policy: Policy, inputs: TrainInputs, context: TrainContext) -> TrainResult:
-        """Raises DataError where no example fits, StageError (with its step) where the loss is not finite."""
+        """Raises DataError where no example fits, Diverged (with its step) where a loss or gradient is not finite."""
         settings = self.settings
         supply = self.supply(self.method, settings, policy, inputs, context)
         total = supply.steps
@@ -138,9 +139,10 @@ class OfflineTrainer:
             norm = optimiser.clip(weight)
             if not (math.isfinite(metrics["loss"]) and math.isfinite(norm)):
                 prompts = ", ".join(example.prompt.id for example in batch[:4])
-                raise StageError(
+                raise Diverged(
                     f"step {step + 1} of {total}: loss {metrics['loss']} with gradient norm {norm}; "
-                    f"lower lr ({settings.lr}) or look at the prompts of this batch ({prompts}, ...)"
+                    f"lower lr ({settings.lr}) or look at the prompts of this batch ({prompts}, ...)",
+                    [to_json(example) for example in batch],
                 )
             optimiser.step(lr)
             context.log({"step": step + 1, **metrics, "lr": lr, "grad_norm": norm})

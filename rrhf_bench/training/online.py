@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from rrhf_bench.errors import StageError
+from rrhf_bench.errors import Diverged
 from rrhf_bench.jsonl import from_json, to_json
 from rrhf_bench.policy.logprobs import kl_k1
 from rrhf_bench.policy.policy import Policy
@@ -42,7 +42,7 @@ class OnlineExamples:
     A response without a token to train on is sampled, scored and kept like any other, but is in no example.
 
     The method's examples must be one a group, in order. Raises DataError where no prompt fits, or where the method
-    could learn nothing from the first refresh; StageError, with its place, where a reward is not finite, or where no
+    could learn nothing from the first refresh; Diverged, with its place, where a reward is not finite, or where no
     response of a step has a token to train on.
     """
 
@@ -96,9 +96,10 @@ class OnlineExamples:
             for at, step in enumerate(part, number * self.refresh + 1):
                 batch = [example for example in islice(examples, len(step)) if example is not None]
                 if not batch:
-                    raise StageError(
+                    raise Diverged(
                         f"refresh {number + 1}, step {at} of {self.steps}: no candidate has a token to train on, the "
-                        f"policy says nothing in {self.context.max_new_tokens} tokens; lower lr ({self.settings.lr})"
+                        f"policy says nothing in {self.context.max_new_tokens} tokens; lower lr ({self.settings.lr})",
+                        [to_json(row) for row in step],
                     )
                 self._within = at < min(self.steps, (number + 1) * self.refresh)
                 yield batch
@@ -224,9 +225,14 @@ def _check_finite(groups: Sequence[Candidates], place: str) -> None:
     scores = [(score, group.prompt) for group in groups for score in group.scores]
     bad = [(score, prompt) for score, prompt in scores if not math.isfinite(score)]
     if bad:
-        raise StageError(
+        raise Diverged(
             f"{place}: {len(bad)} of {len(scores)} rewards are not finite, the first {bad[0][0]} for prompt "
-            f"{bad[0][1].id}; check the reward model, in float32"
+            f"{bad[0][1].id}; check the reward model, in float32",
+            [
+                {"prompt": group.prompt.text, "response": reply.text, "score": str(reply.score)}
+                for group in groups
+                for reply in group.responses
+            ],
         )
 
 
