@@ -26,7 +26,7 @@ import psutil
 import torch
 import typer
 
-from rrhf_bench.errors import BenchError, StageError, StoreError
+from rrhf_bench.errors import BenchError, ConfigError, StageError, StoreError
 from rrhf_bench.pipeline.run import environment as versions
 
 T = TypeVar("T")
@@ -210,6 +210,15 @@ def _environment(values: Mapping[str, str]) -> Iterator[None]:
                 del os.environ[name]
             else:
                 os.environ[name] = value
+
+
+def device_of(name: str) -> torch.device:
+    """The device of that name, "auto" the GPU where there is one. Raises ConfigError for a GPU that is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device: found 'cuda', but PyTorch sees no GPU here; allowed are auto and cpu")
+    return torch.device(name)
 
 
 # --- the record -----------------------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ from rich.console import Console
 from benchmarks.measure import (
     Side,
     Spread,
+    device_of,
     in_own_process,
     machine,
     main,
@@ -412,11 +413,8 @@ def scaling(
         record = read_json(read, NAME)
     else:
         torch.set_num_threads(threads or torch.get_num_threads())
-        place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-        scan = Scan(rounds=rounds, seed=seed, device=place, quick=quick, console=console)
-        record = run(scan, rows or SCANS, memory=memory and not quick)
-    if out is not None:
-        write_json(out, record)
+        scan = Scan(rounds=rounds, seed=seed, device=device_of(device), quick=quick, console=console)
+        record = run(scan, rows or SCANS, out, memory=memory and not quick)
     for title, columns, cells in tables(record):
         console.print(rich_table(columns, cells, title))
     for note in notes(record):
@@ -425,27 +423,26 @@ def scaling(
         draw(record, report)
 
 
-def run(scan: Scan, rows: Sequence[str], *, memory: bool) -> dict[str, Any]:
-    """Measure the scans one after another; the record, ready for JSON."""
+def run(scan: Scan, rows: Sequence[str], out: Path | None, *, memory: bool) -> dict[str, Any]:
+    """Measure the scans one after another; the record, written to a file after each."""
     record: dict[str, Any] = {
         "benchmark": NAME,
         "command": ["python", "-m", "benchmarks.scaling", *sys.argv[1:]],
         "machine": machine(scan.device),
-        "device": scan.device.type,
+        "device": str(scan.device),
         "rounds": scan.rounds,
         "seed": scan.seed,
         "quick": scan.quick,
         "sides": scan.names,
     }
-    if "k" in rows:
-        record["k"] = scan_k(scan, memory=memory)
-        record["k"]["summary"] = {name: marginal(record["k"], name) for name in scan.names}
-    if "query" in rows:
-        record["query"] = scan_query(scan)
-    if "vocabulary" in rows:
-        record["vocabulary"] = scan_vocabulary(scan)
-    if "planning" in rows:
-        record["planning"] = scan_planning(scan)
+    for row in (row for row in SCANS if row in rows):
+        if row == "k":
+            record[row] = scan_k(scan, memory=memory)
+            record[row]["summary"] = {name: marginal(record[row], name) for name in scan.names}
+        else:
+            record[row] = {"query": scan_query, "vocabulary": scan_vocabulary, "planning": scan_planning}[row](scan)
+        if out is not None:
+            write_json(out, record)
     return record
 
 

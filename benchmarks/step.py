@@ -21,6 +21,7 @@ from benchmarks.measure import (
     PRODUCT_SIZE,
     Side,
     Spread,
+    device_of,
     in_own_process,
     machine,
     main,
@@ -77,13 +78,15 @@ PRODUCT, PRODUCT_ONEDNN = "product", "product, oneDNN"  # the machine's peak, ti
 # --- measuring ------------------------------------------------------------------------------------------------
 
 
-def measure(
-    workload: Workload, *, rounds: int, seed: int, threads: int, device: torch.device, memory: bool, console: Console
-) -> dict[str, Any]:
-    """The record of one workload: equality first, then rounds, then each side's memory in a process of its own.
+def measure(workload: Workload, record: Mapping[str, Any], *, memory: bool, console: Console) -> dict[str, Any]:
+    """One row of the record: equality first, then rounds, then each side's memory in a process of its own.
 
     Raises StageError where a side computes something else.
     """
+    seed, device, threads = record["seed"], torch.device(record["device"]), torch.get_num_threads()
+    if record["quick"]:
+        memory = memory and not record["rows"]  # of the first row only: a process takes its time to start
+        workload = workload.quick()
     groups = workload.groups(seed)
     names = sides_for(workload.dtype, device)
     with console.status(f"{workload.name}: equality") as status:
@@ -98,7 +101,9 @@ def measure(
         sides[PRODUCT] = product(workload.dtype, device)
         if STEERED in names:
             sides[PRODUCT_ONEDNN] = product(workload.dtype, device, onednn=True)
-        seconds = measure_rounds(sides, rounds, progress=lambda words: status.update(f"{workload.name}: {words}"))
+        seconds = measure_rounds(
+            sides, record["rounds"], progress=lambda words: status.update(f"{workload.name}: {words}")
+        )
         layouts = {name: stepper.layout for name, stepper in steppers.items()}
         del steppers, sides
         used: dict[str, int | None] = {}
@@ -157,6 +162,16 @@ def summary(row: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
             "memory_share": memory[name] / memory[RELEASED] if memory.get(name) is not None else None,
         }
     return found
+
+
+def brief(row: Mapping[str, Any]) -> str:
+    """A row in one line."""
+    return ", ".join(
+        f"{name} {of['seconds'].median:.3g} s"
+        + ("" if name == RELEASED else f" ({of['times_released'].median:.2f} x)")
+        + ("" if of["memory"] is None else f" {of['memory'] / 1e6:.0f} MB")
+        for name, of in summary(row).items()
+    )
 
 
 COLUMNS = ("workload", "side", "seconds", "x released", "x labelled", "of peak", "extra MB", "of released")
@@ -261,12 +276,14 @@ def step(
     if read is not None:
         record = read_json(read, NAME)
     else:
-        record = run(
-            chosen(rows, WORKLOADS), rounds=rounds, threads=threads, device=device, seed=seed, memory=memory,
-            quick=quick, console=console,
-        )  # fmt: skip
-    if out is not None:
-        write_json(out, record)
+        torch.set_num_threads(threads or torch.get_num_threads())
+        record = begin(device_of(device), rounds=rounds, seed=seed, quick=quick)
+        for workload in chosen(rows, WORKLOADS):
+            row = measure(workload, record, memory=memory, console=console)
+            record["rows"].append(row)
+            console.print(f"{workload.name}: {brief(row)}", highlight=False)
+            if out is not None:  # row by row: what a long run has measured is not lost with it
+                write_json(out, record)
     console.print(rich_table(COLUMNS, cells(record)))
     for note in notes(record):
         console.print(note, highlight=False)
@@ -274,39 +291,19 @@ def step(
         draw(record, report)
 
 
-def run(
-    workloads: Sequence[Workload],
-    *,
-    rounds: int,
-    threads: int | None,
-    device: str,
-    seed: int,
-    memory: bool,
-    quick: bool,
-    console: Console,
-) -> dict[str, Any]:
-    """Measure the workloads one after another; the record, ready for JSON."""
-    torch.set_num_threads(threads or torch.get_num_threads())
-    place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-    record: dict[str, Any] = {
+def begin(device: torch.device, *, rounds: int, seed: int, quick: bool) -> dict[str, Any]:
+    """A record without rows: what they all have in common."""
+    return {
         "benchmark": NAME,
         "command": ["python", "-m", "benchmarks.step", *sys.argv[1:]],
-        "machine": machine(place),
-        "device": place.type,
+        "machine": machine(device),
+        "device": str(device),
         "rounds": rounds,
         "seed": seed,
         "quick": quick,
-        "shipped": STEERED if place.type == "cpu" and onednn.worth_it() else PACKED,
+        "shipped": STEERED if device.type == "cpu" and onednn.worth_it() else PACKED,
+        "rows": [],
     }
-    record["rows"] = [
-        measure(
-            workload.quick() if quick else workload,
-            rounds=rounds, seed=seed, threads=torch.get_num_threads(), device=place, console=console,
-            memory=memory and not (quick and number),  # a smoke run measures the first row's: a process starts slowly
-        )
-        for number, workload in enumerate(workloads)
-    ]  # fmt: skip
-    return record
 
 
 def chosen(names: Sequence[str] | None, known: Mapping[str, Workload]) -> list[Workload]:
