@@ -651,8 +651,8 @@ def test_code_that_comes_with_a_model_runs_only_where_it_is_trusted(
 FORBIDDEN = {"pickle", "dill", "joblib", "cloudpickle", "shelve", "marshal"}
 
 
-def test_nothing_here_reads_or_writes_a_pickle() -> None:
-    """Nor does any model loader leave it to a default whether weights may hold code."""
+def test_nothing_here_reads_a_file_that_could_run_code() -> None:
+    """What torch writes is read back as tensors and plain values, said at every call and not left to a default."""
     faults = []
     for path in sorted([*(ROOT / "rrhf_bench").rglob("*.py"), *(ROOT / "baselines").rglob("*.py")]):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -661,8 +661,8 @@ def test_nothing_here_reads_or_writes_a_pickle() -> None:
             faults += [f"{path.name}: imports {name}" for name in names if name.split(".")[0] in FORBIDDEN]
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
                 call, keywords = ast.unparse(node.func), {word.arg: ast.unparse(word.value) for word in node.keywords}
-                if call == "torch.save" or "allow_pickle" in keywords:
-                    faults.append(f"{path.name}:{node.lineno}: {call}")
+                if "allow_pickle" in keywords:
+                    faults.append(f"{path.name}:{node.lineno}: {call} with allow_pickle")
                 if call == "torch.load" and keywords.get("weights_only") != "True":
                     faults.append(f"{path.name}:{node.lineno}: torch.load without weights_only=True")
                 if call.endswith(".from_pretrained") and keywords.get("trust_remote_code") == "True":
