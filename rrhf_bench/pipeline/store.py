@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +28,7 @@ Read = Literal["sizes", "contents", "all"]
 
 
 def canonical(value: Any, *, finite: bool = True) -> str:
-    """Canonical JSON: the same value is the same text on every machine. Raises ValueError for a number not ``finite``."""
+    """Canonical JSON: the same value is the same text on every machine. ValueError for a number that is not finite."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=not finite)
 
 
@@ -143,6 +143,7 @@ class Store:
             os.replace(temporary, final)
             _sync(self.root)
             shutil.rmtree(self.scratch(key), ignore_errors=True)
+            shutil.rmtree(self.failed(key), ignore_errors=True)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
             shutil.rmtree(replaced, ignore_errors=True)
@@ -153,6 +154,27 @@ class Store:
         The folder goes when the artifact is complete.
         """
         return self.root / SCRATCH / key[:32]
+
+    def failed(self, key: str) -> Path:
+        """Where the failure of a stage is told: ``failed.json`` (stage, reason) and ``batch.jsonl``, what it failed on.
+
+        Not an artifact: the stage is tried again by the next run, and the folder goes when it succeeds.
+        """
+        return self.root / "failed" / key[:32]
+
+    def note_failure(self, key: str, stage: str, reason: str, evidence: Iterable[Mapping[str, Any]]) -> None:
+        folder = self.failed(key)
+        write_atomically(
+            folder / "batch.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in evidence)
+        )
+        write_atomically(folder / "failed.json", json.dumps({"key": key, "stage": stage, "reason": reason}, indent=1))
+
+    def failure(self, key: str) -> str | None:
+        """The reason for which a stage failed that is not complete, or None."""
+        path = self.failed(key) / "failed.json"
+        if self.has(key) or not path.is_file():
+            return None
+        return json.loads(path.read_text(encoding="utf-8"))["reason"]
 
     def sweep(self) -> None:
         """Remove what killed processes left: temporary folders, and scratch folders of artifacts that are complete."""
