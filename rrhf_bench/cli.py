@@ -116,6 +116,7 @@ def run(file: ExperimentFile, override: Overrides = None, runs: Runs = Path("run
         records = load_run(folder, store)
         write_metrics(records)
         report_page = _write_report(records, folder)
+        missing = sum(not store.has(stage.key) for stage in plan.stages)
     if as_json:
         _print_json(
             {
@@ -123,13 +124,19 @@ def run(file: ExperimentFile, override: Overrides = None, runs: Runs = Path("run
                 "report": str(report_page),
                 "arena": records.arena,
                 "made": made,
-                "reused": len(plan.stages) - made,
+                "reused": len(plan.stages) - made - missing,
+                "missing": missing,
                 "seconds": round(time.monotonic() - started, 1),
             }
         )
-        return
-    console.print(f"{made} stages made, {len(plan.stages) - made} reused, {time.monotonic() - started:.0f} s in all")
-    console.print(f"report: {report_page}", soft_wrap=True, highlight=False)
+    else:
+        words = f"{made} stages made, {len(plan.stages) - made - missing} reused"
+        console.print(f"{words}, {time.monotonic() - started:.0f} s in all")
+        console.print(f"report: {report_page}", soft_wrap=True, highlight=False)
+    if missing:
+        raise BenchError(
+            f"{missing} stages are missing, because a method failed (see above); the report shows its rows as failed"
+        )
 
 
 def _write_report(records: Any, folder: Path) -> Path:

@@ -394,3 +394,19 @@ def test_onednn_multiplies_as_the_default_does() -> None:
     assert onednn.unsteer(policy.model) == 22
     assert type(policy.model.lm_head) is torch.nn.Linear
     assert onednn.gain() > 0
+
+
+@pytest.mark.parametrize(
+    ("vendor", "family", "flags", "taken"),
+    [
+        ("AuthenticAMD", 26, "fpu avx512f", True),
+        ("AuthenticAMD", 25, "fpu avx512f", False),  # AVX-512 in two halves
+        ("AuthenticAMD", 26, "fpu avx2", False),
+        ("GenuineIntel", 26, "fpu avx512f", False),
+    ],
+)
+def test_the_processor_decides_who_multiplies(vendor: str, family: int, flags: str, taken: bool, tmp_path: Any) -> None:
+    said = f"processor\t: 0\nvendor_id\t: {vendor}\ncpu family\t: {family}\nflags\t\t: {flags}\n"
+    (tmp_path / "cpuinfo").write_text(f"{said}\n{said}\n")
+    assert onednn.worth_it(tmp_path / "cpuinfo") is taken
+    assert onednn.worth_it(tmp_path / "nothing") is False

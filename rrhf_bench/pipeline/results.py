@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -47,3 +47,4 @@ class RunRecords:
     notes: tuple[str, ...]  # what the reader must know: a fall-back sampler, a cut run
     command: str  # that reproduces the run
     environment: Mapping[str, str]  # versions, device
+    failures: Mapping[Row, str] = field(default_factory=dict)  # rows without records: the stage that failed, and why

@@ -165,6 +165,10 @@ def load_run(folder: Path, store: Store | None = None) -> RunRecords:
     experiment = load_experiment(config)
     if run.json.get("config", digest := hashlib.sha256(config.read_bytes()).hexdigest()) != digest:
         raise StoreError(f"{config}: has changed since the run began; run the experiment again, which writes it again")
+    failures = _failures(run)
+    wanted = [s for s in run.json["wanted"] if (s["row"], s["seed"]) not in failures]
+    scored = [entry for entry in run.json["test scores"] if (entry["row"], entry["seed"]) not in failures]
+    run = replace(run, json={**run.json, "wanted": wanted, "test scores": scored})
     evaluations = list(run.wanted("evaluate", "evaluate pairs"))
     order = ["base", *experiment.policies, *experiment.methods, *PAIR_ROWS, "reply"]
     evaluations.sort(key=lambda stage: order.index(stage["row"]))
@@ -212,9 +216,21 @@ def load_run(folder: Path, store: Store | None = None) -> RunRecords:
         timings=tuple(_timings(run)),
         curve_seconds={row: _curve_seconds(run, key) for row, key in trained.items()},
         notes=(*run.json["notes"], *run.warnings),
+        failures=failures,
         command=run.json["command"],
         environment=_read_json(folder / "environment.json"),
     )
+
+
+def _failures(run: _Run) -> dict[Row, str]:
+    """The rows and seeds of which a stage failed, or needs one that did; with the reason."""
+
+    def reason(key: str) -> str | None:
+        own = run.store.failure(key)
+        return own or next(filter(None, map(reason, run.stage(key)["inputs"].values())), None)
+
+    missing = (stage for stage in run.json["wanted"] if not run.store.has(stage["key"]))
+    return {(s["row"], s["seed"]): why for s in missing if s["row"] is not None and (why := reason(s["key"]))}
 
 
 def write_metrics(records: RunRecords) -> None:
@@ -345,6 +361,8 @@ def _before(run: _Run, key: str) -> tuple[int, float]:
 
 def _timings(run: _Run) -> Iterable[Timing]:
     for key, stage in run.json["stages"].items():
+        if not run.store.has(key):  # of a row that failed
+            continue
         timing = run.read(key, TIMING)
         yield Timing(stage["kind"], stage["row"], stage["seed"], timing["seconds"], timing["peak_mib"])
 

@@ -10,14 +10,14 @@ import resource
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Protocol
 
-from rrhf_bench.errors import BenchError, StageError
+from rrhf_bench.errors import BenchError, Diverged, StageError
 from rrhf_bench.experiment import RuntimeSettings
 from rrhf_bench.pipeline.plan import Plan, Stage
 from rrhf_bench.pipeline.store import TIMING, Store, on_disk, sealed
@@ -42,6 +42,8 @@ class Reporter(Protocol):
 def run_plan(plan: Plan, store: Store, reporter: Reporter) -> int:
     """Make every stage that the store does not hold intact; how many were made here.
 
+    A method that diverges is noted in the store, and what needs it is left out; the others go on.
+
     What killed runs left is removed, and an artifact that is no longer what was written is made again, with a note. A
     stage that another process is making is waited for. Raises the BenchError of the first stage that fails, after the
     ones in flight have ended: what is complete stays.
@@ -61,13 +63,30 @@ def run_plan(plan: Plan, store: Store, reporter: Reporter) -> int:
     if workers > 1:
         return _run_parallel(todo, plan, store, reporter, workers)
     made = 0
+    lost: set[str] = set()  # keys of stages that failed, and of those that need them
     for stage in todo:
+        if _needs(stage, lost):
+            lost.add(stage.key)
+            continue
         reporter.started(stage)
         progress = partial(reporter.progress, stage.name)
-        seconds = make(stage, store, plan.experiment.runtime, plan.backend.name, progress, reporter.note)
+        try:
+            seconds = make(stage, store, plan.experiment.runtime, plan.backend.name, progress, reporter.note)
+        except Diverged as error:
+            lost.add(stage.key)
+            reporter.note(_failed(store, stage, error))
+            continue
         reporter.finished(stage, seconds)
         made += seconds is not None
     return made
+
+
+def _needs(stage: Stage, lost: Set[str]) -> bool:
+    return any(needed.key in lost for needed in stage.inputs.values())
+
+
+def _failed(store: Store, stage: Stage, error: Diverged) -> str:
+    return f"failed: {error} (what it failed on: {store.failed(stage.key) / 'batch.jsonl'})"
 
 
 def worker_count(runtime: RuntimeSettings) -> int:
@@ -117,7 +136,12 @@ def make(
         inputs = {role: store.need(needed.key, needed.name) for role, needed in stage.inputs.items()}
         settings = {**stage.settings, **stage.recorded}
         scratch = store.scratch(stage.key)
-        with _named(stage.name), on_disk(store.root), store.writing(stage.key, about) as folder:
+        with (
+            _failure_noted(store, stage),
+            _named(stage.name),
+            on_disk(store.root),
+            store.writing(stage.key, about) as folder,
+        ):
             services = _services(runtime)
             job = Job(stage.kind, settings, inputs, folder, services, backend, progress, stage.row, scratch)
             with quiet():
@@ -129,9 +153,20 @@ def make(
 
 
 @contextmanager
+def _failure_noted(store: Store, stage: Stage) -> Iterator[None]:
+    try:
+        yield
+    except Diverged as error:
+        store.note_failure(stage.key, stage.name, str(error), error.evidence)
+        raise
+
+
+@contextmanager
 def _named(stage: str) -> Iterator[None]:
     try:
         yield
+    except Diverged as error:
+        raise Diverged(f"{stage}: {error}", error.evidence) from error
     except BenchError as error:
         raise type(error)(f"{stage}: {error}") from error
 
@@ -178,6 +213,7 @@ def _run_parallel(todo: list[Stage], plan: Plan, store: Store, reporter: Reporte
     waiting, running = list(todo), dict[Future[float | None], Stage]()
     threads = max(1, cores() // workers)
     made = 0
+    lost: set[str] = set()
     failure: BaseException | None = None
     with (
         _thread_limit(threads),
@@ -185,6 +221,9 @@ def _run_parallel(todo: list[Stage], plan: Plan, store: Store, reporter: Reporte
         ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(queue, threads)) as pool,
     ):
         while waiting or running:
+            for stage in [s for s in waiting if _needs(s, lost)]:  # in an order in which inputs come first
+                waiting.remove(stage)
+                lost.add(stage.key)
             ready = [s for s in waiting if all(needed.key in done for needed in s.inputs.values())]
             for stage in ready[: workers - len(running)] if failure is None else ():
                 waiting.remove(stage)
@@ -200,6 +239,9 @@ def _run_parallel(todo: list[Stage], plan: Plan, store: Store, reporter: Reporte
                     reporter.finished(stage, seconds)
                     made += seconds is not None
                     done.add(stage.key)
+                except Diverged as error:
+                    lost.add(stage.key)
+                    reporter.note(_failed(store, stage, error))
                 except BrokenProcessPool:
                     failure = failure or StageError(
                         f"{stage.name}: its process died (out of memory?); run again with --set runtime.workers=1"

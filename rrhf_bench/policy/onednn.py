@@ -1,20 +1,18 @@
 """Matrix products of float32 models through oneDNN, for processors on which PyTorch's default BLAS is slower.
 
-That BLAS leaves AVX-512 unused on processors that are not its maker's; oneDNN goes by what the processor can do. Which
-is faster is measured once a process, and reported: on some processors it is no different.
+That BLAS leaves AVX-512 unused on processors that are not its maker's; oneDNN goes by what the processor can do. On
+some of them it makes no difference.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
-from functools import cache
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor
-
-WORTH = 1.25  # times as fast, or the default stays: less could be noise, and then runs of one machine would differ
 
 
 def product(a_MK: Tensor, b_KN: Tensor) -> Tensor:
@@ -64,7 +62,22 @@ def unsteer(model: torch.nn.Module) -> int:
     return len(layers)
 
 
-@cache
+def worth_it(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether oneDNN is taken where nobody says: on AMD's processors whose AVX-512 is full width (Zen 5 and later).
+
+    The processor decides, not a measurement: two processes of one run would measure differently on a busy machine, and
+    their results would differ in the last place. ``gain`` measures.
+    """
+    try:
+        first = cpuinfo.read_text().partition("\n\n")[0]
+    except OSError:
+        return False
+    said = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in first.splitlines())}
+    family = said.get("cpu family", "")
+    full_width = said.get("vendor_id") == "AuthenticAMD" and family.isdigit() and int(family) >= 26
+    return full_width and "avx512f" in said.get("flags", "").split() and torch.backends.mkldnn.is_available()
+
+
 def gain() -> float:
     """How many times as fast oneDNN multiplies here: both sides in turn, the median of the ratios. Some 40 ms."""
     a_MK, b_KN = torch.ones(512, 512), torch.ones(512, 512)
@@ -78,8 +91,3 @@ def gain() -> float:
         if turn:  # the first warms up
             ratios.append(seconds[0] / seconds[1])
     return statistics.median(ratios)
-
-
-def worth_it() -> bool:
-    """Whether oneDNN is so much faster here that it is taken."""
-    return torch.backends.mkldnn.is_available() and gain() >= WORTH
