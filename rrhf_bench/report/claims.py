@@ -11,7 +11,7 @@ from rrhf_bench.evaluation.statistics import Floats
 from rrhf_bench.records import Decoding, Evaluated
 from rrhf_bench.report.table import Cell, Column, Missing, Table, markdown, number
 from rrhf_bench.report.tables import accuracy, right
-from rrhf_bench.report.view import ABSENT, DECODING_WORDS, Block, T, View, unmeasured
+from rrhf_bench.report.view import DECODING_WORDS, Block, T, View, unmeasured
 
 
 class RunEvidence:
@@ -50,7 +50,7 @@ class RunEvidence:
         found, block = accuracy(self.view, row), self.view.pairs.get(row)
         if isinstance(found, Missing):
             return found.reason
-        return ABSENT.reason if block is None else self._grid(row, block, block.array(right))
+        return self.view.absent(row).reason if block is None else self._grid(row, block, block.array(right))
 
     def dev_reward(self, row: str, decoding: Decoding) -> float | str:
         """Mean over seeds of the last point of the row's curve."""

@@ -10,7 +10,7 @@ from typing import Literal
 from rrhf_bench.evaluation.statistics import Estimate, holm, smallest_detectable_difference
 from rrhf_bench.records import Candidates, Decoding
 from rrhf_bench.report.table import Missing
-from rrhf_bench.report.view import ABSENT, DECODING_WORDS, Found, Measure, View, mean_of, paired, unmeasured
+from rrhf_bench.report.view import DECODING_WORDS, Found, Measure, View, mean_of, paired, unmeasured
 
 Verdict = Literal["higher", "lower", "inside noise"]
 
@@ -176,6 +176,6 @@ def _paired_gap(view: View, row: str, decoding: Decoding) -> Found:
     if drawn is None:
         return Missing("its candidate policy was not drawn on the evaluation prompts")
     if replies is None:
-        return ABSENT
+        return view.absent(row)
     reason = unmeasured("reward", replies.items)
     return reason or paired(drawn, _maximum, replies, lambda reply: reply.reward, ("eq7", row, decoding))

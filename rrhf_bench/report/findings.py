@@ -9,6 +9,7 @@ from rrhf_bench.evaluation.statistics import Estimate
 from rrhf_bench.experiment import Experiment
 from rrhf_bench.records import Decoding
 from rrhf_bench.report.compare import BestOfNLearner, Comparison, best_of_n_learners, comparisons
+from rrhf_bench.report.health import health_sentences
 from rrhf_bench.report.table import Cell, Column, Missing, Table, interval, markdown, number
 from rrhf_bench.report.tables import accuracy, samples_as
 from rrhf_bench.report.view import DECODING_WORDS, MEASURE_WORDS, View, changed
@@ -57,6 +58,7 @@ def findings(view: View) -> list[str]:
     if len(view.methods) > MANY:  # what each row gained in reward; the table of differences has the rest
         told = [c for c in compared if c.measure == "reward" and c.b in view.policies]
     return [
+        *health_sentences(view),
         *(sentence for b in dict.fromkeys(c.b for c in told) for sentence in _against(view, told, b)),
         *trades(compared),
         *_learners(view, learners),

@@ -16,6 +16,7 @@ from rrhf_bench.report.claims import claim_results, claim_sentences, claims_tabl
 from rrhf_bench.report.drawing import Drawn
 from rrhf_bench.report.figures import write_figures
 from rrhf_bench.report.findings import departures_table, findings, rows_table, standing
+from rrhf_bench.report.health import noted
 from rrhf_bench.report.published import published_tables
 from rrhf_bench.report.table import Table, fenced, markdown, number, to_csv, to_markdown, write_table
 from rrhf_bench.report.tables import (
@@ -68,7 +69,7 @@ def _write(view: View, folder: Path) -> None:
         (folder / name).mkdir()
     claims = claim_results(view)
     of_claims = [claims_table(claims, view.records.arena)] if claims else []
-    tables = {table.name: table for table in (*compared_tables(view), *of_claims, departures_table(view))}
+    tables = {t.name: t for t in (*compared_tables(view), *noted(view, [*of_claims, departures_table(view)]))}
     for table in tables.values():
         write_table(table, folder / "tables")
     costs = cost_tables(view)
@@ -110,7 +111,7 @@ def compared_tables(view: View) -> list[Table]:
         features_table(view),
         counts_table(view),
     )
-    return [table for table in made if table is not None and table.rows]
+    return noted(view, [table for table in made if table is not None and table.rows])
 
 
 def _render(template: str, **values: object) -> str:

@@ -13,7 +13,6 @@ from rrhf_bench.records import CurvePoint, Decoding, Evaluated, PairScored
 from rrhf_bench.report.compare import Comparison, comparison_words, comparisons
 from rrhf_bench.report.table import Cell, Column, Missing, Table
 from rrhf_bench.report.view import (
-    ABSENT,
     DECODING_WORDS,
     GIVEN,
     MEASURE_WORDS,
@@ -106,7 +105,7 @@ def absent(view: View, row: str, decoding: Decoding) -> Missing:
     """Why a row has no replies under a decoding."""
     if decoding == "greedy" and view.kind(row) == "best_of_n":
         return Missing("greedy decoding leaves best-of-n nothing to choose from")
-    return ABSENT
+    return view.absent(row)
 
 
 def likelihood_cells(block: Block[Evaluated], row: str, decoding: Decoding) -> tuple[Cell, Cell, Cell]:
@@ -227,6 +226,9 @@ def seeds_table(view: View) -> Table:
                 found = values if isinstance(values, Missing) else float(values[s].mean())
                 cells.append(Cell.of(found))
             rows.append((Cell(row), Cell(DECODING_WORDS[decoding]), Cell(seed), *cells))
+        for seed, reason in view.failures.get(row, {}).items():
+            failed = Cell.of(Missing(f"failed: {reason}"))
+            rows.append((Cell(row), Cell(DECODING_WORDS[decoding]), Cell(seed), failed, failed))
     return Table("seeds", "Rewards of each seed", columns, tuple(rows), (), view.records.arena, group=1)
 
 
@@ -274,7 +276,7 @@ def accuracy(view: View, row: str) -> Found:
         return _WEIGHTLESS
     block = view.pairs.get(row)
     if block is None:
-        return ABSENT
+        return view.absent(row)
     return view.once(("accuracy", row), lambda: mean_of(block.array(right), "accuracy", row))
 
 

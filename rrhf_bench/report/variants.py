@@ -9,7 +9,7 @@ from rrhf_bench.records import Decoding
 from rrhf_bench.report.compare import Comparison, compare
 from rrhf_bench.report.table import Cell, Column, Missing, Table, interval, markdown, number
 from rrhf_bench.report.tables import accuracy, likelihood_cells, right
-from rrhf_bench.report.view import ABSENT, DECODING_WORDS, MEASURE_WORDS, Found, Measure, View, paired
+from rrhf_bench.report.view import DECODING_WORDS, MEASURE_WORDS, Found, Measure, View, paired
 from rrhf_bench.training.rrhf_settings import RRHFSettings
 
 REFERENCE = "paper"
@@ -72,7 +72,7 @@ def variants_table(view: View) -> Table | None:
                     cells += _difference_cells(found.get((row, decoding, measure)))
                 cells += [Cell.of(accuracy(view, row)), *_difference_cells(orders.get(row))]
                 block = view.block(row, decoding)
-                ends = [Cell.of(ABSENT)] * 3
+                ends = [Cell.of(view.absent(row))] * 3
                 if block is not None:
                     ppl = likelihood_cells(block, row, decoding)[0]
                     ends = [ppl, Cell(len(block.prompts)), Cell(len(block.seeds))]
@@ -97,7 +97,7 @@ def _accuracy_differences(view: View, group: Sequence[str]) -> dict[str, Compari
     found: dict[str, Found] = {}
     for row in group[1:]:
         blocks = view.pairs.get(row), view.pairs.get(group[0])
-        found[row] = ABSENT
+        found[row] = view.absent(row)
         if blocks[0] is not None and blocks[1] is not None:
             found[row] = paired(blocks[0], right, blocks[1], right, (row, group[0], "accuracy"))
     ps = [e.p for e in found.values() if isinstance(e, Estimate) and e.p is not None]

@@ -124,6 +124,22 @@ class View:
         return {row: block for row, block in aligned.items() if block is not None}
 
     @cached_property
+    def failures(self) -> dict[str, dict[int, str]]:
+        """The rows that could not finish, by seed: which stage, where and why."""
+        found: dict[str, dict[int, str]] = defaultdict(dict)
+        for (row, seed), reason in self.records.failures.items():
+            found[row][seed] = reason
+        return dict(found)
+
+    def failed_words(self, row: str) -> str:
+        """Of a row that could not finish: which stage of which seed, where and why."""
+        return "; ".join(f"seed {seed} ({reason})" for seed, reason in self.failures[row].items())
+
+    def absent(self, row: str) -> Missing:
+        """Why a row has no records."""
+        return Missing(f"{row} failed: {self.failed_words(row)}") if row in self.failures else ABSENT
+
+    @cached_property
     def candidates(self) -> dict[str, Block[Candidates]]:
         """Scored training candidates by row."""
         return self._candidates(self.records.candidates)
@@ -281,7 +297,7 @@ class View:
         """(S, P), or why there is none."""
         block = self.block(row, decoding)
         if block is None:
-            return ABSENT
+            return self.absent(row)
         return unmeasured(measure, block.items) or block.array(lambda reply: getattr(reply, measure))
 
     def mean(self, row: str, decoding: Decoding, measure: Measure) -> Found:
@@ -312,7 +328,9 @@ def difference_between(
     """Mean of row ``a`` of one run minus row ``b`` of another, or the same, on the prompts and seeds that both have;
     its draws are named by ``name``. Both runs must be of one arena."""
     blocks = [one.block(a, decoding), other.block(b, decoding)]
-    for row, block in zip((a, b), blocks, strict=True):
+    for view, row, block in zip((one, other), (a, b), blocks, strict=True):
+        if block is None and row in view.failures:
+            return view.absent(row)
         if block is None:
             return Missing(f"the run holds no {DECODING_WORDS[decoding]} replies of {row}")
         reason = unmeasured(measure, block.items)

@@ -1,0 +1,149 @@
+"""What went wrong on the way to a run's numbers: what was dropped or cut, rows that failed, PPO that collapsed."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+
+from rrhf_bench.evaluation.metrics import candidate_statistics
+from rrhf_bench.report.table import Table, markdown, number
+from rrhf_bench.report.view import View
+
+# Sizes of what was read or made; every other count is of something that was left out, cut or tied.
+SIZES = {
+    "examples", "groups", "judged", "kept", "pairs", "prompts", "queries", "refreshes", "responses", "rollouts", "rows",
+    "texts", "unused",
+}  # fmt: skip
+
+RATIO = 0.01  # of the mean ratio before the first step of an iteration, which is 1: ten times what bfloat16 rounds to
+CLIPPED = 0.5  # share of tokens: beyond it most of a pass moves nothing, for the step before went too far
+KL = 4.0  # nats a token: the initial policy gives an average token under 2% (exp -4) of what the policy gives it
+SURE = 0.05  # nats a token: an average token is drawn with 95% (exp -0.05), so no two rollouts differ
+VARIED = 0.1  # nats a token, from which falling below SURE is a fall
+SHORT = 0.25  # of the first iteration's length
+ENDLESS = 0.9  # share of rollouts that the length cap cuts: the policy has forgotten how to end
+EXPLAINED = -1.0  # of the returns' variance: the values' errors vary twice as much as guessing the mean would
+
+
+def collapses(log: Sequence[Mapping[str, float]]) -> list[str]:
+    """What a PPO run's metrics, a mapping an iteration, say of a collapse, in words; nothing where it is healthy.
+
+    The ratio and the clip fraction are looked at in every iteration, what the policy has become at the last. Metrics
+    that were not recorded are not looked at.
+    """
+    if not log:
+        return []
+    first, last = log[0], log[-1]
+    found = [
+        f"{name} is {line[name]} in iteration {i}"
+        for i, line in enumerate(log, 1)
+        for name in line
+        if not math.isfinite(line[name])
+    ][:1]
+
+    def worst(name: str, size: str = "largest") -> tuple[int, float] | None:
+        """(iteration, value) of the largest deviation or value; None where nothing finite was recorded."""
+        distance = (lambda x: abs(x - 1)) if size == "from 1" else (lambda x: x)
+        values = [(i, line[name]) for i, line in enumerate(log, 1) if math.isfinite(line.get(name, math.nan))]
+        return max(values, key=lambda pair: distance(pair[1]), default=None)
+
+    def both(name: str) -> tuple[float, float] | None:
+        """The first and the last value; None where one is missing or not finite."""
+        pair = first.get(name, math.nan), last.get(name, math.nan)
+        return pair if all(map(math.isfinite, pair)) else None
+
+    ratio = worst("val/ratio", "from 1")
+    if ratio and abs(ratio[1] - 1) > RATIO:
+        found.append(
+            f"the ratio before any step is {ratio[1]:.3f} in iteration {ratio[0]} and must be 1: the log-probs of "
+            "rollouts and of updates disagree"
+        )
+    clipped = worst("policy/clipfrac_avg")
+    if clipped and clipped[1] > CLIPPED:
+        found.append(
+            f"{100 * clipped[1]:.0f}% of the tokens are clipped in iteration {clipped[0]}, more than "
+            f"{100 * CLIPPED:.0f}%: the steps are too large"
+        )
+    kl, length = both("objective/kl"), both("completions/mean_length")
+    if kl and length and length[1] > 0 and kl[1] / length[1] > KL:
+        found.append(
+            f"the KL ends at {kl[1]:.1f} nats a reply, {kl[1] / length[1]:.1f} a token, more than {KL:g}: the initial "
+            "policy would hardly write any of it"
+        )
+    entropy = both("policy/entropy_estimate")
+    if entropy and entropy[0] >= VARIED and entropy[1] < SURE:
+        found.append(
+            f"the entropy falls from {entropy[0]:.2f} to {entropy[1]:.3f} nats a token, below {SURE:g}: the policy "
+            "says one thing only"
+        )
+    if length and length[1] < SHORT * length[0]:
+        found.append(f"the replies shrink from {length[0]:.1f} to {length[1]:.1f} tokens, below a quarter")
+    endless = both("completions/clipped_ratio")
+    if endless and endless[1] > ENDLESS >= endless[0]:
+        found.append(
+            f"the length cap cuts {100 * endless[1]:.0f}% of the replies at the end, and cut {100 * endless[0]:.0f}% "
+            "at first: the policy no longer ends them"
+        )
+    explained = last.get("val/explained_variance", math.nan)
+    if explained < EXPLAINED:
+        found.append(
+            f"the values explain {explained:.1f} of the returns' variance at the end, below {EXPLAINED:g}: they "
+            "mislead more than a constant would"
+        )
+    return found
+
+
+def health_sentences(view: View) -> Iterator[str]:
+    """The rows that failed, then the collapses of PPO, as Markdown sentences."""
+    for row in view.failures:
+        yield f"**{markdown(row)} failed**: {markdown(view.failed_words(row))}."
+    for row in view.methods:
+        if view.kind(row) == "ppo":
+            logs = {seed: log for (name, seed), log in view.records.training.items() if name == row}
+            parts = [f"seed {seed}: {', '.join(found)}" for seed, log in logs.items() if (found := collapses(log))]
+            if parts:
+                yield f"**{markdown(row)} did not train soundly** ({markdown('; '.join(parts))})."
+
+
+def noted(view: View, tables: Iterable[Table]) -> list[Table]:
+    """Tables with what was dropped, cut and tied, and the rows that failed, among their footnotes."""
+    lost = [f"{row} failed: {view.failed_words(row)}." for row in view.failures]
+    notes = (*lost, counted(view))
+    return [replace(table, footnotes=(*table.footnotes, *notes)) for table in tables]
+
+
+def counted(view: View) -> str:
+    """What of all rows and seeds carries no ranking, was cut or left out."""
+    groups = [group for block in view.candidates.values() for group in block.items]
+    parts = []
+    if groups:
+        found = candidate_statistics(groups)
+        parts.append(
+            f"{_of(found.duplicates, found.responses)} training candidates repeat another to their prompt and "
+            f"{_of(found.ties, found.pairs)} of their pairs tie"
+        )
+    replies = [reply for reply in view.records.evaluated if reply.decoding != "given"]
+    if replies:
+        cut = Counter(reply.finish for reply in replies)
+        empty = sum(not reply.response.strip() for reply in replies)
+        parts.append(
+            f"of {number(len(replies), 0)} replies {number(cut['length'], 0)} were cut at the length cap, "
+            f"{number(cut['stop'], 0)} at a fake turn, {number(empty, 0)} say nothing"
+        )
+    ways: Counter[str] = Counter()
+    for counts in view.records.counts.values():
+        ways.update({what: count for what, count in counts.items() if what not in SIZES and not _label(what)})
+    lost = ", ".join(f"{what.replace('_', ' ')} {number(count, 0)}" for what, count in ways.items() if count)
+    parts.append(f"on the way: {lost or 'nothing left out'} (table of counts)")
+    return f"Counted over all rows and seeds: {'; '.join(parts)}."
+
+
+def _label(what: str) -> bool:
+    """Whether a count is of texts with a label, none of which is lost."""
+    return what.startswith("label_")
+
+
+def _of(some: int, all_: int) -> str:
+    return f"{number(some, 0)} of {number(all_, 0)}"
