@@ -6,7 +6,7 @@ import gc
 import os
 import random
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +127,9 @@ class VLLMSampler:
                         detokenize=bool(spec.stop),  # to_response decodes; the engine must only where it is to stop
                     )
                 )
-        with _untouched_random_state():
+        # For log-probs vLLM compiles a function that counts ranks, which nobody here reads: on a CPU two seconds, once.
+        eager = nullcontext() if torch.cuda.is_available() else torch.compiler.set_stance("force_eager")
+        with _untouched_random_state(), eager:
             outputs = iter(self._generate(requests, params))
         return [
             Candidates(prompt, tuple(self._response(next(outputs).outputs[0], spec) for _ in range(spec.n)))
