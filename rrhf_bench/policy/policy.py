@@ -21,6 +21,7 @@ from rrhf_bench.policy import attention, onednn
 from rrhf_bench.policy.adapters import adapters_off, add_adapters, merged_state
 from rrhf_bench.policy.batching import Pack, PaddedLayout, ResponseBatch, pack, padded, passes, places
 from rrhf_bench.policy.head import KEPT, token_logprobs
+from rrhf_bench.policy.loading import load_causal_lm
 from rrhf_bench.policy.logprobs import gather_logprobs
 from rrhf_bench.records import Prompt, Response
 from rrhf_bench.settings import LoraSettings
@@ -210,7 +211,7 @@ class TransformersPolicy:
     ) -> TransformersPolicy:
         """From a hub id or a folder. Raises DataError naming the source if it cannot be loaded."""
         tokenizer, model = load_causal_lm(
-            source, dtype=dtype, revision=revision, pad_token=pad_token, trust_remote_code=trust_remote_code
+            str(source), dtype=dtype, revision=revision, pad_token=pad_token, trust_remote_code=trust_remote_code
         )
         return cls(model.to(device), Tokenization(tokenizer, template, str(source)), computation)
 
@@ -440,33 +441,3 @@ def _scatter(value_N: Tensor, mask_BT: Tensor) -> Tensor:
     """(N, ...) values at the True positions of (B, T), zeros elsewhere; differentiable."""
     empty = value_N.new_zeros((*mask_BT.shape, *value_N.shape[1:]))
     return empty.masked_scatter(mask_BT.reshape(*mask_BT.shape, *(1,) * (value_N.dim() - 1)).expand_as(empty), value_N)
-
-
-def load_causal_lm(
-    source: str | Path,
-    *,
-    dtype: torch.dtype,
-    revision: str | None = None,
-    pad_token: str | None = None,
-    trust_remote_code: bool = False,
-) -> tuple[Any, Any]:
-    """(tokenizer, model) from a hub id or a folder, or a DataError that names the source and the reason.
-
-    ``pad_token`` names a token of the vocabulary for a tokenizer that has none. For a policy any will do, EOS included:
-    padding is masked and every EOS that is scored was put there by hand.
-    """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
-        model = AutoModelForCausalLM.from_pretrained(
-            source, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code
-        )
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise DataError(f"{source}: cannot be loaded as a causal language model ({reason})") from error
-    if pad_token is not None:
-        if pad_token not in tokenizer.get_vocab():
-            raise DataError(f"{source}: pad_token {pad_token!r} is not in the tokenizer's vocabulary; name one that is")
-        tokenizer.pad_token = pad_token
-    return tokenizer, model

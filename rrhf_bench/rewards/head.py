@@ -19,10 +19,11 @@ from torch import Tensor
 
 from rrhf_bench.data.dialogue import TemplateKind
 from rrhf_bench.errors import DataError, StageError
+from rrhf_bench.policy.loading import load_faults, load_tokenizer
 from rrhf_bench.records import Preference
 from rrhf_bench.rewards.checks import record_of
 from rrhf_bench.rewards.contract import RewardContract
-from rrhf_bench.rewards.hub import ClassifierReward, length_limit, load_faults, load_tokenizer, pad, pooled_logits
+from rrhf_bench.rewards.hub import ClassifierReward, length_limit, pad, pooled_logits
 from rrhf_bench.rewards.reward_settings import RewardTrainingSettings
 from rrhf_bench.seeding import generator, torch_seed
 

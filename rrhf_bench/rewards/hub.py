@@ -6,8 +6,7 @@ Shape letters: N rows, B rows of one batch, L tokens padded, D hidden, K labels.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from rrhf_bench.data.dialogue import TemplateKind
 from rrhf_bench.errors import DataError
+from rrhf_bench.policy.loading import load_faults, load_tokenizer
 from rrhf_bench.records import Prompt
 from rrhf_bench.rewards.checks import Check, verify
 from rrhf_bench.rewards.contract import (
@@ -285,54 +285,6 @@ def length_limit(max_length: int | None, config: Any) -> int | None:
     """The lesser of ``max_length`` and the model's context; None where neither says anything."""
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
     return least(max_length, context if context is not None and context > 0 else None)  # XLNet's, which has none, is -1
-
-
-def load_tokenizer(source: str, revision: str | None, pad_token: str | None, trust_remote_code: bool = False) -> Any:
-    """A tokenizer from a hub id or a folder, with ``pad_token`` where one is named. Raises DataError naming it."""
-    from transformers import AutoTokenizer
-
-    with load_faults(source, "a tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
-    if pad_token is not None:
-        if pad_token not in tokenizer.get_vocab():
-            raise DataError(f"{source}: pad_token {pad_token!r} is not in the tokenizer's vocabulary; name one that is")
-        tokenizer.pad_token = pad_token
-    return tokenizer
-
-
-@contextmanager
-def load_faults(source: str, what: str) -> Iterator[None]:
-    """What transformers raises for a source that it cannot load, as one line; its bars are silenced, and its own report
-    of missing weights, because every caller checks them."""
-    from transformers.utils import logging
-
-    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    except DataError:
-        raise
-    except Exception as error:  # a missing, foreign or damaged file each fails in the way of its own reader
-        reason = load_reason(error)
-        if "trust_remote_code" in str(error):
-            raise DataError(
-                f"{source}: comes with code of its own, which is not run; read it, and if you trust it set "
-                "trust_remote_code = true in the model's table"
-            ) from error
-        raise DataError(f"{source}: cannot be loaded as {what} ({reason})") from error
-    finally:
-        logging.set_verbosity(verbosity)
-        if bar:
-            logging.enable_progress_bar()
-
-
-def load_reason(error: Exception) -> str:
-    """Why a file could not be read, in one line. torch's advice about a pickle that is more than tensors is to run it;
-    ours is not."""
-    if "weights only load failed" in str(error).lower():
-        return "its weights are a pickle of more than tensors, which may run code and is not read; expected safetensors"
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]
 
 
 def identity_of(layout: str, source: str, commit: str | None, contract: RewardContract, *others: str) -> str:

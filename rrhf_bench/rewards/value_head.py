@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rrhf_bench.errors import DataError
+from rrhf_bench.policy.loading import load_faults, load_reason, load_tokenizer
 from rrhf_bench.records import Prompt
 from rrhf_bench.rewards.checks import Check, verify
 from rrhf_bench.rewards.contract import KNOWN_LAYOUTS, Dtype, RewardContract
@@ -29,9 +30,6 @@ from rrhf_bench.rewards.hub import (
     identity_of,
     least,
     length_limit,
-    load_faults,
-    load_reason,
-    load_tokenizer,
     pad,
     refuse_left,
     score_rows,
