@@ -1,0 +1,168 @@
+"""Where the seconds of a PPO iteration go, with prompts and replies packed and with padded rows.
+
+    python -m benchmarks.ppo --out reports/performance/ppo.json
+
+Both sides are the bench's own PPO, from the same weights, on the same engine, prompts and seeds, under a reward model
+that is trained here for a moment; they differ in the layout that the policy and the reference are fed in. In each round
+both run a few iterations of which the first does not count, in turn.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import statistics
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from baselines.ppo import PPO
+from baselines.ppo_settings import PPOSettings
+from benchmarks.measure import Side, Spread, machine, main, measure_rounds, ratios, spread, write_json
+from benchmarks.sampling import CONTEXT, SIZES, small_llama, world_prompts
+from rrhf_bench.data.dialogue import STOP_STRINGS, Template
+from rrhf_bench.data.toy.world import build_world
+from rrhf_bench.errors import ConfigError
+from rrhf_bench.policy.policy import TransformersPolicy
+from rrhf_bench.records import Candidates
+from rrhf_bench.rewards.bradley_terry import train_reward_model
+from rrhf_bench.rewards.hub import ClassifierReward
+from rrhf_bench.rewards.reward import RewardModel
+from rrhf_bench.rewards.reward_settings import RewardTrainingSettings
+from rrhf_bench.sampling.backend import choose_backend
+from rrhf_bench.sampling.vllm import VLLMSampler
+from rrhf_bench.training.method import TrainContext, TrainInputs
+
+NAME = "ppo"
+PARTS = ("sync", "sample", "score", "logprobs", "update")
+PAIRS = 400  # that the reward model is trained on
+
+
+class Layout:
+    """PPO with a policy and a reference that are fed in one layout."""
+
+    def __init__(self, layout: Any, initial: TransformersPolicy, settings: PPOSettings, context: TrainContext) -> None:
+        self.layout, self.initial, self.settings, self.context = layout, initial, settings, context
+        self.policy = initial
+        self.rounds: list[list[Mapping[str, float]]] = []  # the iterations of each round, by part
+
+    def prepare(self) -> None:
+        self.policy, reference = (copy.deepcopy(self.initial) for _ in range(2))
+        reference.model.requires_grad_(False)
+        self.policy.layout = reference.layout = self.layout
+        self.rounds.append([])
+        took = self.rounds[-1].append
+        self.lent = TrainContext(**{**vars(self.context), "reference": reference, "took": took})
+
+    def run(self) -> None:
+        inputs = TrainInputs(candidates=[Candidates(prompt, ()) for prompt in world_prompts(self.settings.rollouts)])
+        PPO(self.settings).fit(self.policy, inputs, self.lent)
+
+
+def small_reward(folder: Path, where: Path, device: str) -> RewardModel:
+    """A reward model on the body of a policy, from some of the embedded world's pairs."""
+    world = build_world(seed=0, raw_corpus=1, corpus=1, perplexity_corpus=1, preferences=PAIRS, dev=1, test=1)
+    train_reward_model(folder, world.preferences, RewardTrainingSettings(epochs=1), where, seed=0, device=device)
+    return ClassifierReward.load(str(where), device=device)
+
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def ppo(
+    model: Annotated[str, typer.Option(help=f"{', '.join(SIZES)}; trained here for a moment")] = "4M",
+    rollouts: Annotated[int, typer.Option(help="of an iteration")] = 64,
+    iterations: Annotated[int, typer.Option(min=2, help="of a round; the first does not count")] = 4,
+    rounds: Annotated[int, typer.Option(help="that count; one before them does not")] = 5,
+    max_new_tokens: int = 64,
+    threads: Annotated[int | None, typer.Option(min=1, help="of the CPU; PyTorch's own number otherwise")] = None,
+    out: Annotated[Path | None, typer.Option(help="where the numbers go, as JSON")] = None,
+) -> None:
+    """Seconds of a PPO iteration by part, packed and padded."""
+    if model not in SIZES:
+        raise ConfigError(f"--model: found {model!r}; allowed are {', '.join(SIZES)}")
+    if choose_backend("vllm").name != "vllm":
+        raise ConfigError("benchmarks.ppo: vLLM is not installed here; expected it, since it samples the rollouts")
+    if threads is not None:
+        os.environ["OMP_NUM_THREADS"] = str(threads)  # which vLLM reads
+        torch.set_num_threads(threads)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    settings = PPOSettings(
+        iterations=iterations, rollouts=rollouts, minibatch=max(1, rollouts // 2), ppo_epochs=2, lr=1e-5
+    )
+
+    def say(words: str) -> None:
+        print(f"\r{words:<60}", end="", flush=True)
+
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "policy"
+        say("training the small models")
+        small_llama(SIZES[model], folder)
+        policy = TransformersPolicy.load(folder, template=Template(), device=device)
+        if policy.layout != "packed":
+            raise ConfigError(
+                f"--model: {model} does not pack ({policy.layout_reason}), so there is nothing to compare"
+            )
+        context = TrainContext(
+            seed=0,
+            sampler=VLLMSampler(folder, policy.tokenization, max_model_len=CONTEXT),
+            reward=small_reward(folder, Path(temporary) / "reward", device),
+            reference=None,
+            max_new_tokens=max_new_tokens,
+            stop=STOP_STRINGS,
+            watch=lambda progress, policy: None,
+            log=lambda metrics: None,
+        )
+        sides = {layout: Layout(layout, policy, settings, context) for layout in ("packed", "padded")}
+        measure_rounds({name: Side(side.run, side.prepare) for name, side in sides.items()}, rounds, progress=say)
+    seconds = {
+        name: {part: [_mean(round_, part) for round_ in side.rounds[1:]] for part in (*PARTS, "iteration")}
+        for name, side in sides.items()
+    }
+    record = {
+        "benchmark": NAME,
+        "command": ["python", "-m", "benchmarks.ppo", *sys.argv[1:]],
+        "machine": machine(torch.device(device)),
+        "model": {"name": model, "parameters": sum(map(torch.numel, policy.parameters()))},
+        "settings": {**settings.model_dump(exclude_none=True), "rounds": rounds, "max_new_tokens": max_new_tokens},
+        "seconds": {name: {part: spread(s)._asdict() for part, s in parts.items()} for name, parts in seconds.items()},
+        "share_of_sync": {name: ratios(parts["sync"], parts["iteration"])._asdict() for name, parts in seconds.items()},
+        "padded_over_packed": {
+            part: ratios(seconds["padded"][part], seconds["packed"][part])._asdict()
+            for part in ("logprobs", "update", "iteration")
+        },
+        "rounds": seconds,
+    }
+    if out is not None:
+        write_json(out, record)
+    print("\r" + table(record))
+
+
+def _mean(iterations: list[Mapping[str, float]], part: str) -> float:
+    return statistics.fmean(seconds[part] for seconds in iterations[1:])
+
+
+def table(record: Mapping[str, Any]) -> str:
+    """The medians as lines of text, in milliseconds an iteration."""
+    heads = (*PARTS, "iteration")
+    lines = [
+        f"{record['model']['name']}: {record['model']['parameters']:,} parameters, ms of an iteration of "
+        f"{record['settings']['rollouts']} rollouts",
+        f"{'':<10}" + "".join(f"{head:>11}" for head in heads) + "   share of sync",
+    ]
+    for name, parts in record["seconds"].items():
+        medians = "".join(f"{1000 * parts[part]['median']:>11,.0f}" for part in heads)
+        lines.append(f"{name:<10}{medians}   {100 * record['share_of_sync'][name]['median']:.1f}%")
+    over = {part: Spread(**ratio) for part, ratio in record["padded_over_packed"].items()}
+    said = (f"{part} {ratio.median:.2f} ({ratio.low:.2f}-{ratio.high:.2f})" for part, ratio in over.items())
+    return "\n".join([*lines, f"padded / packed: {', '.join(said)}"])
+
+
+if __name__ == "__main__":
+    main(app)
