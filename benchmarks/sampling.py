@@ -5,13 +5,15 @@
 Raw vLLM is ``llm.generate`` on token ids and parameters that lie ready; the bench's sampler starts from prompts as text
 and ends with records, on the same engine and with the same seeds, so both must write the same tokens: that is checked
 before anything is timed. ``generate`` has its cache on and gets what a careful user would give it: batches of rows of
-like length, padded on the left, each prompt's samples as one call's ``num_return_sequences``. It is spared the stop
+like length, padded on the left, each prompt's samples as ``num_return_sequences`` of one call. It is spared the stop
 strings, which it checks at every token in Python, so its replies are longer; what counts for each side is its own
 tokens a second. The engine's prefix cache is emptied before every run.
 """
 
 from __future__ import annotations
 
+import os
+import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,7 +28,7 @@ from rrhf_bench.data.dialogue import STOP_STRINGS, Template
 from rrhf_bench.data.toy.world import build_world
 from rrhf_bench.errors import ConfigError, StageError
 from rrhf_bench.experiment import ScratchSettings
-from rrhf_bench.policy.policy import TransformersPolicy
+from rrhf_bench.policy.policy import Tokenization, TransformersPolicy, load_causal_lm
 from rrhf_bench.policy.scratch import train_language_model
 from rrhf_bench.records import Candidates, Prompt
 from rrhf_bench.sampling.backend import choose_backend
@@ -94,7 +96,10 @@ class Ours:
         self.runs: list[list[Candidates]] = []
 
     def prepare(self) -> None:
+        """With a tokenization that remembers no prompt: it is part of the work to encode them."""
         empty_cache(self.sampler)
+        before = self.sampler.tokenization
+        self.sampler.tokenization = Tokenization(before.tokenizer, before.template, NAME)
 
     def run(self) -> None:
         self.runs.append(self.sampler.sample(self.prompts, self.spec))
@@ -140,11 +145,13 @@ class Raw:
 
 
 class Generate:
-    """transformers' own sampling."""
+    """transformers' own sampling, on a model as transformers loads it."""
 
-    def __init__(self, policy: TransformersPolicy, prompts: Sequence[Prompt], spec: SamplingSpec, batch: int) -> None:
-        self.policy, self.spec = policy, spec
-        self.prompt_ids = sorted((policy.tokenization.prompt_ids(prompt) for prompt in prompts), key=len)
+    def __init__(
+        self, model: Any, tokenization: Tokenization, prompts: Sequence[Prompt], spec: SamplingSpec, batch: int
+    ) -> None:
+        self.model, self.tokenization, self.spec = model, tokenization, spec
+        self.prompt_ids = sorted(map(tokenization.prompt_ids, prompts), key=len)
         self.size = max(1, batch // spec.n)  # prompts a call
         self.runs: list[list[Ids]] = []
 
@@ -153,14 +160,14 @@ class Generate:
 
     @torch.no_grad()
     def run(self) -> None:
-        tokenization, device = self.policy.tokenization, self.policy.device
+        tokenization, device = self.tokenization, self.model.device
         found: list[Ids] = []
         for start in range(0, len(self.prompt_ids), self.size):
             part = self.prompt_ids[start : start + self.size]
             width = max(map(len, part))
             rows = [[tokenization.pad_id] * (width - len(ids)) + list(ids) for ids in part]
             mask = [[0] * (width - len(ids)) + [1] * len(ids) for ids in part]
-            output = self.policy.model.generate(
+            output = self.model.generate(
                 input_ids=torch.tensor(rows, device=device),
                 attention_mask=torch.tensor(mask, device=device),
                 do_sample=True,
@@ -189,9 +196,7 @@ def empty_cache(sampler: VLLMSampler) -> None:
         raise StageError("vLLM did not empty its prefix cache, so a round would profit from the one before; run again")
 
 
-def measure(
-    sampler: VLLMSampler, policy: TransformersPolicy, prompts: Sequence[Prompt], work: Workload, plan: Plan
-) -> dict[str, Any]:
+def measure(sampler: VLLMSampler, model: Any, prompts: Sequence[Prompt], work: Workload, plan: Plan) -> dict[str, Any]:
     """One row of the result. Raises StageError where our tokens are not those of raw vLLM."""
     spec = SamplingSpec(
         n=work.n,
@@ -205,7 +210,7 @@ def measure(
     sides: dict[str, Any] = {
         "raw": Raw(sampler, prompts, spec),
         "ours": Ours(sampler, prompts, spec),
-        "generate": Generate(policy, prompts, spec, plan.batch),
+        "generate": Generate(model, sampler.tokenization, prompts, spec, plan.batch),
     }
     for name in ("raw", "ours"):
         sides[name].prepare()
@@ -224,7 +229,7 @@ def measure(
     return {
         "workload": work.name,
         "replies": len(replies),
-        "share_ended": sum(ids[-1] == policy.tokenization.eos_id for ids in replies) / len(replies),
+        "share_ended": sum(ids[-1] == sampler.tokenization.eos_id for ids in replies) / len(replies),
         "tokens": {name: spread(counts)._asdict() for name, counts in tokens.items()},
         "tokens_per_second": {name: spread(rates)._asdict() for name, rates in rate.items()},
         "ours_over": {other: ratios(rate["ours"], rate[other])._asdict() for other in ("raw", "generate")},
@@ -246,7 +251,7 @@ def start_engine(folder: Path, policy: TransformersPolicy, kv_cache_mib: int) ->
     return sampler, {**took, "sync": syncs._asdict()}
 
 
-app = typer.Typer(add_completion=False)
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 @app.command()
@@ -258,6 +263,7 @@ def sampling(
     max_new_tokens: int = 64,
     batch: Annotated[int, typer.Option(help="rows of a call of generate")] = 128,
     kv_cache_mib: Annotated[int, typer.Option(help="of the engine on a CPU, as runtime.kv_cache_mib")] = 96,
+    threads: Annotated[int | None, typer.Option(min=1, help="of the CPU; PyTorch's own number otherwise")] = None,
     out: Annotated[Path | None, typer.Option(help="where the numbers go, as JSON")] = None,
 ) -> None:
     """Tokens a second of raw vLLM, of the bench's sampler on it and of transformers' generate."""
@@ -265,35 +271,35 @@ def sampling(
         raise ConfigError("benchmarks.sampling: vLLM is not installed here; expected it, since it is what is measured")
     counts = n or [1, 4, 16]
     plan = Plan(rounds, max_new_tokens, batch, lambda words: print(f"\r{words:<60}", end="", flush=True))
+    if threads is not None:
+        os.environ["OMP_NUM_THREADS"] = str(threads)  # which vLLM reads
+        torch.set_num_threads(threads)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(model)
         if model in SIZES:
             folder = Path(temporary)
             plan.say("training the small model")
             small_llama(SIZES[model], folder)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
         policy = TransformersPolicy.load(folder, template=Template(), device=device)
         sampler, costs = start_engine(folder, policy, kv_cache_mib)
+        plain = load_causal_lm(str(folder), dtype=torch.float32)[1].to(device).eval()
         questions = world_prompts(replies // min(counts))
-        rows = [
-            measure(sampler, policy, questions[: max(1, replies // work.n)], work, plan)
-            for work in (*map(Workload, counts), Workload(counts[0], logprobs=True))
-        ]
-    record = {
-        "benchmark": NAME,
-        "machine": machine(torch.device(device)),
-        "model": {
-            "name": model,
-            "parameters": sum(p.numel() for p in policy.parameters()),
+        record: dict[str, Any] = {
+            "benchmark": NAME,
+            "command": ["python", "-m", "benchmarks.sampling", *sys.argv[1:]],
+            "machine": machine(torch.device(device)),
+            "model": {"name": model, "parameters": sum(map(torch.numel, plain.parameters()))},
             "sampler": sampler.identity,
-        },
-        "settings": {"rounds": rounds, "max_new_tokens": max_new_tokens, "batch": batch, "kv_cache_mib": kv_cache_mib},
-        "engine_seconds": costs,
-        "rows": rows,
-    }
+            "settings": {"rounds": rounds, "max_new_tokens": max_new_tokens, "batch": batch, "kv_mib": kv_cache_mib},
+            "engine_seconds": costs,
+            "rows": [],
+        }
+        for work in (*map(Workload, counts), Workload(counts[0], logprobs=True)):
+            record["rows"].append(measure(sampler, plain, questions[: max(1, replies // work.n)], work, plan))
+            if out is not None:  # row by row: what a long run has measured is not lost with it
+                write_json(out, record)
     print("\r" + table(record))
-    if out is not None:
-        write_json(out, record)
 
 
 def table(record: Mapping[str, Any]) -> str:
@@ -301,7 +307,7 @@ def table(record: Mapping[str, Any]) -> str:
     model, costs = record["model"], record["engine_seconds"]
     heads = "".join(f"{head:>12}" for head in ("raw vLLM", "ours", "generate"))
     lines = [
-        f"{model['name']}: {model['parameters']:,} parameters, {model['sampler']}; the engine started in "
+        f"{model['name']}: {model['parameters']:,} parameters, {record['sampler']}; the engine started in "
         f"{costs['start']:.2f} s after its import, a sync takes {1000 * costs['sync']['median']:.0f} ms",
         f"{'':<18}{heads}   tokens/s   {'ours / raw':<24}ours / generate",
     ]

@@ -258,7 +258,7 @@ def test_the_benchmark_times_equal_tokens_only(engine, policy):
     assert until([5, 7], eos_id=1) == (5, 7)
     engine.sync(policy)
     plan = Plan(rounds=2, max_new_tokens=8, batch=4, say=lambda words: None)
-    row = measure(engine, policy, PROMPTS, Workload(n=2, logprobs=True), plan)
+    row = measure(engine, policy.model, PROMPTS, Workload(n=2, logprobs=True), plan)
     assert row["replies"] == 6
     assert row["tokens"]["raw"] == row["tokens"]["ours"]
     assert all(len(rates) == 2 and min(rates) > 0 for rates in row["rounds"].values())
@@ -270,4 +270,4 @@ def test_the_benchmark_times_equal_tokens_only(engine, policy):
             return engine.sample(prompts, replace(spec, seed=spec.seed + 1))
 
     with pytest.raises(StageError, match=r"n=2: . of 6 replies are not those of raw vLLM"):
-        measure(Otherwise(), policy, PROMPTS, Workload(n=2), plan)
+        measure(Otherwise(), policy.model, PROMPTS, Workload(n=2), plan)
