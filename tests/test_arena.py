@@ -181,7 +181,8 @@ def test_pairing_is_by_prompt_and_seed_not_by_place(a: RunRecords) -> None:
     turned = replace(b, evaluated=b.evaluated[::-1])
     assert compare_runs(a, turned) == compare_runs(a, b)
     # A reward that belongs to the prompt and the seed cancels; under another pairing it would not.
-    noise = {(p.id, s): 50.0 * k for k, (p, s) in enumerate((p, s) for p in PROMPTS for s in SEEDS)}
+    places = [(p.id, s) for k, p in enumerate(PROMPTS) for s in (SEEDS if k % 2 else SEEDS[::-1])]
+    noise = {place: 50.0 * (k % 6 - 2.5) for k, place in enumerate(places)}  # no seed has more of it than another
     loud = [other_than(x, lambda r: replace(r, reward=r.reward + noise[r.prompt.id, r.seed])) for x in (a, turned)]
     c = found(compare_runs(loud[0], loud[1]), "rrhf", "rrhf", "sample", "reward")
     assert isinstance(c.estimate, Estimate)

@@ -30,9 +30,9 @@ REWARD_MODEL = "reward model"
 _WEIGHTLESS = Missing("best-of-n has no log-probabilities of its own: it reranks the initial policy's samples")
 _NO_MODEL = Missing("a reply of the data set, written by no model of this run")
 _INTERVALS = (
-    "Brackets: 95% percentile intervals of a bootstrap that resamples seeds and prompts, crossed. With fewer than "
-    "about five seeds they are too short where the spread between seeds dominates, and with one they leave it out: "
-    "see the values of each seed."
+    "Brackets: 95% intervals, the percentiles of a bootstrap that resamples seeds and prompts, crossed, and never "
+    "shorter than Student's t makes them from the spread between seeds, which few seeds hardly tell. With one seed "
+    "they leave it out: see the values of each seed."
 )
 
 
