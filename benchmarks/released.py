@@ -1,9 +1,9 @@
 """The computation of the released RRHF training script, written from its description; not that script.
 
 The prompt is repeated before each of its k responses, the rows are padded to the longest, the whole model is called,
-and a log-softmax over the vocabulary is kept for every position, prompts and padding included. A score is the sum of a
-response's log-probs over the padded length L, because the marks of positions that do not count are overwritten before
-the length is taken; the loss is the sum of the hinges of all pairs and minus the score of the best (``official`` in
+and a log-softmax over the vocabulary is kept for every position, prompts and padding included, and copied. A score is
+the sum of a response's log-probs over the padded length L, because the marks of positions that do not count are
+overwritten before the length is taken; the loss is the sum of the hinges of all pairs and minus the score of the best (``official`` in
 ``rrhf_bench.training.rrhf``). One prompt a step is all that the script can do.
 """
 
@@ -26,7 +26,8 @@ def released_loss(logits_KLV: Tensor, label_KL: Tensor, reward_K: Tensor) -> tup
     logp_KLV = torch.log_softmax(logits_KLV, dim=-1, dtype=torch.promote_types(logits_KLV.dtype, torch.float32))
     scored_KL = label_KL != IGNORE
     label_KL = label_KL.masked_fill(~scored_KL, 0)  # the marks are gone: every position counts as length from here on
-    logp_KL = logp_KLV.gather(-1, label_KL[..., None]).squeeze(-1) * scored_KL
+    # The script gathers from a copy, meant to keep the log-probs as they are, which nothing changes.
+    logp_KL = logp_KLV.clone().gather(-1, label_KL[..., None]).squeeze(-1) * scored_KL
     score_K = logp_KL.sum(-1) / label_KL.shape[1]
     difference_KK = score_K[None, :] - score_K[:, None]  # [i, j]: score j less score i
     better_KK = reward_K[None, :] > reward_K[:, None]

@@ -237,6 +237,31 @@ def test_the_chunked_head_is_the_definition(keep: int, bias: bool, monkeypatch: 
     assert all((x == 0).all() for x in none)
 
 
+def test_the_head_adds_to_a_gradient_that_is_there_only_when_it_is_asked_to() -> None:
+    rng = torch.Generator().manual_seed(1)
+    head = torch.nn.Linear(6, 11).double()
+    hidden = torch.randn(9, 6, dtype=torch.float64, generator=rng)
+    token = torch.randint(11, (9,), generator=rng)
+
+    def loss() -> Tensor:
+        return token_logprobs(head, hidden, token, 1.0, 1 << 30).sum()
+
+    (once,) = torch.autograd.grad(gather_logprobs(head(hidden), token).sum(), head.weight)
+    loss().backward()
+    assert head.weight.grad is not None
+    first = head.weight.grad
+    loss().backward()
+    assert head.weight.grad is first  # in place
+    torch.testing.assert_close(first, 2 * once, rtol=0, atol=1e-13)
+    (asked,) = torch.autograd.grad(loss(), head.weight)
+    torch.testing.assert_close(asked, once, rtol=0, atol=1e-13)
+    torch.testing.assert_close(first, 2 * once, rtol=0, atol=1e-13)
+    told: list[Tensor] = []
+    head.weight.register_post_accumulate_grad_hook(lambda parameter: told.append(parameter.grad.clone()))
+    loss().backward()
+    torch.testing.assert_close(told[0], 3 * once, rtol=0, atol=1e-13)
+
+
 def test_chunks_are_bounded_by_bytes_and_by_rows() -> None:
     assert [chunk_rows(v) for v in (100, 32000, 152_000, 10**6)] == [512, 262, 64, 64]
 
@@ -361,7 +386,7 @@ def test_half_precision_is_trained_through_float32() -> None:
     saved = copy.deepcopy(optimiser.state())
     again = AdamW([torch.nn.Parameter(torch.ones(4, dtype=torch.bfloat16))], OptimiserSettings(kind="rrhf"))
     again.load(saved)
-    assert torch.equal(saved["copies"][0], again.state()["copies"][0])
+    assert torch.equal(saved["weights"][0], again.state()["weights"][0])
 
 
 def test_log_probs_of_half_precision_are_float32_and_near_the_definition() -> None:

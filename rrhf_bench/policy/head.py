@@ -56,14 +56,18 @@ class _ChunkedLogprobs(torch.autograd.Function):
         for start in range(0, len(hidden_ND), chunk_rows(len(weight_VD))):
             end = start + chunk_rows(len(weight_VD))
             logits_CV = _logits(hidden_ND[start:end], weight_VD, bias_V, temperature, product).to(wide)
-            probability_CV = logits_CV.softmax(-1)
-            # The largest probability is at least 1/V: its logarithm loses nothing, and the sum is not taken twice.
-            lse_C = logits_CV.amax(-1) - probability_CV.amax(-1).log()
-            logp.append(logits_CV.gather(-1, token_N[start:end, None]).squeeze(-1) - lse_C)
+            taken_C = logits_CV.gather(-1, token_N[start:end, None]).squeeze(-1)
+            largest_C1 = logits_CV.amax(-1, keepdim=True)
+            # The softmax, where the logits were: these are the largest tensors of a step.
+            sum_C1 = logits_CV.sub_(largest_C1).exp_().sum(-1, keepdim=True)
+            lse_C = (largest_C1 + sum_C1.log()).squeeze(-1)
+            logp.append(taken_C - lse_C)
             lse.append(lse_C)
-            keep -= probability_CV.numel() * hidden_ND.element_size()
+            keep -= logits_CV.numel() * hidden_ND.element_size()
             # In the model's own precision: what the gradient is multiplied in.
-            kept.append(probability_CV.to(hidden_ND.dtype) if differentiable and keep >= 0 else None)
+            keeps = differentiable and keep >= 0
+            kept.append(logits_CV.div_(sum_C1).to(hidden_ND.dtype) if keeps else None)
+            del logits_CV
         ctx.save_for_backward(hidden_ND, weight_VD, bias_V, token_N, torch.cat(lse))
         ctx.temperature, ctx.product, ctx.kept = temperature, product, kept
         return torch.cat(logp)
@@ -75,6 +79,8 @@ class _ChunkedLogprobs(torch.autograd.Function):
         want_hidden, want_weight, want_bias = ctx.needs_input_grad[:3]
         d_hidden_ND = torch.zeros_like(hidden_ND) if want_hidden else None
         d_weight_VD: Tensor | None = None
+        # Gradients that are added up over passes are added in place: the vocabulary's would be here twice.
+        total_VD = _gradient_of(weight_VD, ctx.next_functions[1][0]) if want_weight else None
         d_bias_V = torch.zeros_like(bias_V) if want_bias else None
         kept, ctx.kept = ctx.kept, [None] * len(ctx.kept)  # written over below: a second backward computes them again
         rows = chunk_rows(len(weight_VD))
@@ -97,18 +103,31 @@ class _ChunkedLogprobs(torch.autograd.Function):
             d_logits_CV[torch.arange(len(grad_C), device=grad_C.device), token_C] += grad_C.to(hidden_ND.dtype)
             if d_hidden_ND is not None:
                 d_hidden_ND[at] = ctx.product(d_logits_CV, weight_VD)
-            if want_weight:
-                if d_weight_VD is None:
-                    d_weight_VD = ctx.product(d_logits_CV.t(), hidden_CD)
-                elif ctx.product is torch.mm:
-                    d_weight_VD.addmm_(d_logits_CV.t(), hidden_CD)
-                else:
-                    d_weight_VD += ctx.product(d_logits_CV.t(), hidden_CD)
+            if total_VD is None and want_weight:
+                total_VD = d_weight_VD = ctx.product(d_logits_CV.t(), hidden_CD)
+            elif total_VD is not None and ctx.product is torch.mm:
+                total_VD.addmm_(d_logits_CV.t(), hidden_CD)
+            elif total_VD is not None:
+                total_VD += ctx.product(d_logits_CV.t(), hidden_CD)
             if d_bias_V is not None:
                 d_bias_V += d_logits_CV.sum(0)
-        if want_weight and d_weight_VD is None:
+            kept[number] = d_logits_CV = None
+        if want_weight and total_VD is None:
             d_weight_VD = torch.zeros_like(weight_VD)
         return d_hidden_ND, d_weight_VD, d_bias_V, None, None, None, None
+
+
+def _gradient_of(weight_VD: Any, node: Any) -> Tensor | None:
+    """The gradient that a parameter has already, if this backward pass is to add to it and no hook waits for what it
+    adds; ``node`` is the one behind the parameter."""
+    if not weight_VD.is_leaf or weight_VD.grad is None:
+        return None
+    if weight_VD._backward_hooks or weight_VD._post_accumulate_grad_hooks:
+        return None
+    try:
+        return weight_VD.grad if torch._C._will_engine_execute_node(node) else None
+    except RuntimeError:  # its answer in torch.autograd.grad, which adds to nothing
+        return None
 
 
 def _logits(
