@@ -3,8 +3,8 @@
 The prompt is repeated before each of its k responses, the rows are padded to the longest, the whole model is called,
 and a log-softmax over the vocabulary is kept for every position, prompts and padding included, and copied. A score is
 the sum of a response's log-probs over the padded length L, because the marks of positions that do not count are
-overwritten before the length is taken; the loss is the sum of the hinges of all pairs and minus the score of the best (``official`` in
-``rrhf_bench.training.rrhf``). One prompt a step is all that the script can do.
+overwritten before the length is taken; the loss is the sum of the hinges of all pairs and minus the score of the best
+(``official`` in ``rrhf_bench.training.rrhf``). One prompt a step is all that the script can do.
 """
 
 from __future__ import annotations
