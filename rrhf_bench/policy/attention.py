@@ -63,8 +63,9 @@ class SharedPrefixAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        q_LHD, k_LHD, v_LHD, out_LHD, lse_LH = ctx.saved_tensors
-        grad_LHD = grads[0].contiguous()
+        # In float32 or better: of half precision the kernel's backward takes twice as long.
+        saved = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (*ctx.saved_tensors, grads[0].contiguous()))
+        q_LHD, k_LHD, v_LHD, out_LHD, lse_LH, grad_LHD = saved
         k_full, v_full = _per_query_head(q_LHD, k_LHD), _per_query_head(q_LHD, v_LHD)
         dq_LHD, dk_LHD, dv_LHD = torch.empty_like(out_LHD), torch.empty_like(out_LHD), torch.empty_like(out_LHD)
         for at, keys, real_ST, causal in _pieces(ctx.prefixes):
@@ -97,7 +98,8 @@ class SharedPrefixAttention(torch.autograd.Function):
                 dq_LHD[at] += dq[0]
                 dk_LHD[keys] += dk[0]
                 dv_LHD[keys] += dv[0]
-        return dq_LHD, _per_key_head(k_LHD, dk_LHD), _per_key_head(v_LHD, dv_LHD), None, None
+        found = dq_LHD, _per_key_head(k_LHD, dk_LHD), _per_key_head(v_LHD, dv_LHD)
+        return *(x.to(grads[0].dtype) for x in found), None, None
 
 
 def _pieces(prefixes: Prefixes) -> Iterator[Piece]:

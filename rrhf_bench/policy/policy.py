@@ -338,7 +338,7 @@ class TransformersPolicy:
 
     def _logprobs(self, hidden_ND: Tensor, batch: ResponseBatch, rows: Sequence[int]) -> Tensor:
         """(N,) log-probs of the tokens of some rows, one behind the other, from the states that predict them."""
-        keep = 0 if self._checkpointed else KEPT[self.device.type]
+        keep = 0 if self._checkpointed else KEPT * len(hidden_ND)
         return token_logprobs(self._head, hidden_ND, _tokens(batch, rows).to(self.device), batch.temperature, keep)
 
     def _by_row(self, batch: ResponseBatch, value_N: Tensor) -> Tensor:
