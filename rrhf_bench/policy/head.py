@@ -14,8 +14,8 @@ from torch import Tensor
 from rrhf_bench.policy import onednn
 from rrhf_bench.policy.logprobs import gather_logprobs
 
-# Bytes of softmax that may be kept for the backward pass, a predicting row; what is beyond them is computed again. A row
-# of a vocabulary of 32,000 is 125 KiB in float32; the layers of a model of 60M keep 350 KiB a token.
+# Bytes of softmax that may be kept for the backward pass, a predicting row; what is beyond them is computed again. A
+# row of a vocabulary of 32,000 is 125 KiB in float32; the layers of a model of 60M keep 350 KiB a token.
 KEPT = 112 << 10
 
 
