@@ -333,6 +333,9 @@ def test_adapters_start_as_nothing_and_alone_are_trained(name: str) -> None:
     assert {*merged} == {*before}
     assert {*reference.state()} == {*before}
     assert all(torch.equal(value, before[name]) for name, value in reference.state().items())
+    copied = policy.frozen_copy()
+    assert {*copied.model.state_dict()} == {*before}
+    assert all(torch.equal(value, merged[name]) for name, value in copied.model.state_dict().items())
     whole = made(PACKED[name])
     whole.load_state_dict(merged)
     with torch.no_grad():

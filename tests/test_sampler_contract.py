@@ -19,6 +19,7 @@ from rrhf_bench.sampling.backend import choose_backend
 from rrhf_bench.sampling.contract import LIMITS, PROMPT_TOKENS, Agreement, CheckedSampler, Limit, canaries
 from rrhf_bench.sampling.sampler import SamplingSpec
 from rrhf_bench.sampling.transformers import TransformersSampler
+from rrhf_bench.settings import LoraSettings
 
 CONTEXT = 256
 PROMPTS = [
@@ -217,3 +218,21 @@ def test_an_agreement_is_judged_by_mean_and_maximum_and_no_number_breaks_it():
     assert not found.within(Limit(mean=0.19, max=9.0))
     assert not found.within(Limit(mean=9.0, max=0.49))
     assert not Agreement.of(np.array([0.0, math.nan]), 1.0).within(LIMITS["bfloat16"])
+
+
+def test_adapters_are_in_the_weights_that_a_sampler_gets(sampler, llama_folder):
+    """Trained adapters sample as the trainer scores; with them off, as the policy was before."""
+    policy = TransformersPolicy.load(llama_folder(0), template=Template())
+    policy.adapt(LoraSettings(rank=4), seed=0)
+    with torch.no_grad():
+        for name, parameter in policy.model.named_parameters():
+            if "lora_B" in name:
+                parameter.add_(0.05)
+    texts = []
+    for synced in (policy, policy.before_adapting()):
+        found = []
+        checked = CheckedSampler(sampler, "float32", CONTEXT, note=found.append)
+        checked.sync(synced)
+        texts.append([reply.token_ids for row in checked.sample(PROMPTS, SPEC) for reply in row.responses])
+        assert found[0]["max"] < 1e-4  # the adapters' product is added to the weights, and to the states in the trainer
+    assert texts[0] != texts[1]

@@ -15,15 +15,14 @@ from rrhf_bench.errors import BenchError
 from rrhf_bench.experiment import RuntimeSettings, ScratchSettings
 from rrhf_bench.pipeline.run import environment
 from rrhf_bench.pipeline.services import ModelRef, Services
-from rrhf_bench.policy.batching import ResponseBatch
+from rrhf_bench.policy import onednn
 from rrhf_bench.policy.policy import TransformersPolicy
 from rrhf_bench.policy.scratch import train_language_model
-from rrhf_bench.records import Preference, Prompt
+from rrhf_bench.records import Preference
 from rrhf_bench.sampling.backend import BackendName, choose_backend
-from rrhf_bench.sampling.sampler import Sampler, SamplingSpec
+from rrhf_bench.sampling.contract import LIMITS, Agreement, agreement
 
 TEMPERATURE = 0.7  # a temperature that is not applied must show
-TOLERANCE = {"float32": 1e-4, "bfloat16": 0.15, "float16": 0.05}  # of one token's log-prob
 PAIRS = 100  # labelled pairs of the embedded worlds, to ask a reward model about
 
 
@@ -95,34 +94,36 @@ def _sampler(services: Services, ref: ModelRef, backend: BackendName, pairs: tup
     policy = services.policy(ref)
     sampler = services.sampler(policy, ref, backend)
     prompts = [pair.prompt for pair in pairs]
-    limit = TOLERANCE[ref.dtype]
-    before = agreement(sampler, policy, prompts)
+    limit = LIMITS[ref.dtype]
+    before = agreement(sampler, policy, prompts, TEMPERATURE)
     with torch.no_grad():
         for parameter in policy.parameters():
             parameter.mul_(0.9)
-    missed = agreement(sampler, policy, prompts)
+    missed = agreement(sampler, policy, prompts, TEMPERATURE)
     sampler.sync(policy)
-    after = agreement(sampler, policy, prompts)
+    after = agreement(sampler, policy, prompts, TEMPERATURE)
+    bound = f"limits {limit.mean:g} and {limit.max:g}"
     return [
-        Finding("log-probs, sampler and trainer", before < limit, f"at most {before:.1e} apart (limit {limit:g})"),
-        Finding("the same after new weights", after < limit, f"at most {after:.1e} apart (limit {limit:g})"),
-        Finding("a missed sync would show", missed > limit, f"{missed:.1e} apart with the old weights"),
+        *_computation(policy),
+        Finding("log-probs, sampler and trainer", before.within(limit), f"{_apart(before)} ({bound})"),
+        Finding("the same after new weights", after.within(limit), f"{_apart(after)} ({bound})"),
+        Finding("a missed sync would show", not missed.within(limit), f"{_apart(missed)} with the old weights"),
     ]
 
 
-@torch.no_grad()
-def agreement(sampler: Sampler, policy: TransformersPolicy, prompts: list[Prompt]) -> float:
-    """The largest difference between the sampler's log-prob of a sampled token and the trainer's."""
-    spec = SamplingSpec(n=2, temperature=TEMPERATURE, max_new_tokens=16, seed=0, purpose="doctor", logprobs=True)
-    worst = 0.0
-    for row in sampler.sample(prompts, spec):
-        prompt_ids = policy.tokenization.prompt_ids(row.prompt)
-        pairs = [(prompt_ids, response.token_ids or ()) for response in row.responses]
-        logp_BT = policy.token_logprobs(ResponseBatch.of_pairs(pairs, TEMPERATURE)).cpu()
-        for response, logp_T in zip(row.responses, logp_BT, strict=True):
-            theirs = torch.tensor(response.logprobs)
-            worst = max(worst, (theirs - logp_T[: len(theirs)]).abs().max().item())
-    return worst
+def _apart(found: Agreement) -> str:
+    return f"{found.mean:.1e} apart on average, {found.max:.1e} at most"
+
+
+def _computation(policy: TransformersPolicy) -> list[Finding]:
+    """How a policy is fed, and what multiplies."""
+    layout = "each prompt once, packed" if policy.layout == "packed" else f"padded rows: {policy.layout_reason}"
+    found = [Finding("training layout", None, layout)]
+    if policy.device.type == "cpu" and torch.backends.mkldnn.is_available():
+        taken = f"taken in {policy.steered_layers} layers" if policy.steered_layers else "not taken"
+        words = f'{onednn.gain():.2f} times as fast as the default in float32; {taken}, as runtime.onednn says'
+        found.append(Finding("oneDNN", None, words))
+    return found
 
 
 def _reward(services: Services, ref: ModelRef) -> list[Finding]:

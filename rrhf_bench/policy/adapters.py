@@ -61,6 +61,15 @@ def adapters_off(model: Any) -> Iterator[None]:
 
 
 @torch.no_grad()
+def merge(model: Any) -> None:
+    """Add the adapters to the weights and take them off, in place."""
+    for name, layer in _adapted(model).items():
+        layer.base_layer.weight += layer.get_delta_weight("default").to(layer.base_layer.weight.dtype)
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, layer.base_layer)
+
+
+@torch.no_grad()
 def merged_state(model: Any) -> dict[str, Tensor]:
     """The weights under the names that they have without adapters, adapters added unless they are off."""
     layers = _adapted(model)

@@ -16,7 +16,7 @@ from rrhf_bench.policy.logprobs import gather_logprobs
 
 # Bytes of softmax that may be kept for the backward pass, a predicting row; what is beyond them is computed again. A
 # row of a vocabulary of 32,000 is 125 KiB in float32; the layers of a model of 60M keep 350 KiB a token.
-KEPT = 112 << 10
+KEPT = 80 << 10
 
 
 def token_logprobs(head: Any, hidden_ND: Tensor, token_N: Tensor, temperature: float, keep: int) -> Tensor:
@@ -39,6 +39,12 @@ def chunk_rows(vocabulary: int) -> int:
     return max(64, min(512, (1 << 23) // vocabulary))
 
 
+def _spans(kept_from: int, rows: int, chunk: int) -> list[tuple[int, int, bool]]:
+    """(start, end, kept) of the chunks: none is kept in part."""
+    before = [(start, min(start + chunk, kept_from), False) for start in range(0, kept_from, chunk)]
+    return before + [(start, min(start + chunk, rows), True) for start in range(kept_from, rows, chunk)]
+
+
 class _ChunkedLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -54,8 +60,10 @@ class _ChunkedLogprobs(torch.autograd.Function):
         wide = torch.promote_types(hidden_ND.dtype, torch.float32)
         differentiable = any(ctx.needs_input_grad)
         logp, lse, kept = [], [], []
-        for start in range(0, len(hidden_ND), chunk_rows(len(weight_VD))):
-            end = start + chunk_rows(len(weight_VD))
+        # The rows that are kept come last: the logits of the others are gone by then.
+        rows = keep // (len(weight_VD) * hidden_ND.element_size()) if differentiable else 0
+        ctx.spans = _spans(max(0, len(hidden_ND) - rows), len(hidden_ND), chunk_rows(len(weight_VD)))
+        for start, end, keeps in ctx.spans:
             logits_CV = _logits(hidden_ND[start:end], weight_VD, bias_V, temperature, product).to(wide)
             taken_C = logits_CV.gather(-1, token_N[start:end, None]).squeeze(-1)
             largest_C1 = logits_CV.amax(-1, keepdim=True)
@@ -64,9 +72,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
             lse_C = (largest_C1 + sum_C1.log()).squeeze(-1)
             logp.append(taken_C - lse_C)
             lse.append(lse_C)
-            keep -= logits_CV.numel() * hidden_ND.element_size()
             # In the model's own precision: what the gradient is multiplied in.
-            keeps = differentiable and keep >= 0
             kept.append(logits_CV.div_(sum_C1).to(hidden_ND.dtype) if keeps else None)
             del logits_CV
         ctx.save_for_backward(hidden_ND, weight_VD, bias_V, token_N, torch.cat(lse))
@@ -84,17 +90,16 @@ class _ChunkedLogprobs(torch.autograd.Function):
         total_VD = _gradient_of(weight_VD, ctx.next_functions[1][0]) if want_weight else None
         d_bias_V = torch.zeros_like(bias_V) if want_bias else None
         kept, ctx.kept = ctx.kept, [None] * len(ctx.kept)  # written over below: a second backward computes them again
-        rows = chunk_rows(len(weight_VD))
-        for number, start in enumerate(range(0, len(hidden_ND), rows)):
-            grad_C = grad_N[start : start + rows]
+        for start, end, _ in reversed(ctx.spans):  # what is kept goes before anything is computed again
+            d_logits_CV = kept.pop()
+            grad_C = grad_N[start:end]
             live_C = grad_C.nonzero().squeeze(-1)  # the loss of RRHF, for one, leaves many responses alone
             if not len(live_C):
                 continue
             some = len(live_C) < len(grad_C)
-            at = start + live_C if some else slice(start, start + rows)
+            at = start + live_C if some else slice(start, end)
             grad_C = grad_C[live_C] if some else grad_C
             hidden_CD, token_C = hidden_ND[at], token_N[at]
-            d_logits_CV = kept[number]
             if d_logits_CV is None:
                 logits_CV = _logits(hidden_CD, weight_VD, bias_V, ctx.temperature, ctx.product)
                 d_logits_CV = logits_CV.to(lse_N.dtype).sub_(lse_N[at][:, None]).exp_()
@@ -113,7 +118,6 @@ class _ChunkedLogprobs(torch.autograd.Function):
                 total_VD += ctx.product(d_logits_CV.t(), hidden_CD)
             if d_bias_V is not None:
                 d_bias_V += d_logits_CV.sum(0)
-            kept[number] = d_logits_CV = None
         if want_weight and total_VD is None:
             d_weight_VD = torch.zeros_like(weight_VD)
         return d_hidden_ND, d_weight_VD, d_bias_V, None, None, None, None

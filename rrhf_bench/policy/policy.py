@@ -19,7 +19,7 @@ from torch import Tensor
 from rrhf_bench.data.dialogue import Template
 from rrhf_bench.errors import DataError
 from rrhf_bench.policy import attention, onednn
-from rrhf_bench.policy.adapters import adapters_off, add_adapters, merged_state
+from rrhf_bench.policy.adapters import adapters_off, add_adapters, merge, merged_state
 from rrhf_bench.policy.batching import Pack, PaddedLayout, ResponseBatch, pack, padded, passes, places
 from rrhf_bench.policy.head import KEPT, token_logprobs
 from rrhf_bench.policy.loading import load_causal_lm
@@ -377,8 +377,9 @@ class TransformersPolicy:
         return _WithoutAdapters(self)
 
     def frozen_copy(self) -> TransformersPolicy:
-        """A reference model: the same weights, no gradients."""
+        """A reference model: the same weights, adapters added to them, no gradients."""
         model = copy.deepcopy(self.model).requires_grad_(False)
+        merge(model)
         return TransformersPolicy(model, self.tokenization, self.computation)
 
 
