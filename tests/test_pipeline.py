@@ -38,7 +38,7 @@ SLICE = ROOT.parent / "shared" / "data" / "hh-rlhf" / "harmless-base-test-first1
 
 # Every stage of the smoke experiment, on less of everything.
 CUTS = [
-    "data.toy={corpus=400,perplexity_corpus=200,preferences=200}",
+    "data.toy={raw_corpus=400,corpus=400,perplexity_corpus=200,preferences=200}",
     "data.train_prompts=24",
     "reward_model.training.epochs=1",
     "sampling.max_new_tokens=24",
