@@ -219,7 +219,7 @@ def test_rows_of_other_names_are_compared_where_they_are_named(a: RunRecords) ->
     assert isinstance(c.estimate, Estimate)
     assert isinstance(inside, Estimate)
     assert c.estimate.value == inside.value
-    # Another bootstrap's draws, so not the same percentile; a wrong pairing moves the interval by more than its width.
+    # Another bootstrap's draws, so not quite the same percentile.
     assert c.estimate.low == pytest.approx(inside.low, abs=0.02)
     base = found(compared, "rrhf", "base", "greedy", "reward")
     assert isinstance(base.estimate, Estimate)
