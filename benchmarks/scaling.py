@@ -111,7 +111,7 @@ class Scan:
                 check_equal(found, found[RELEASED], FLOAT32, f"{words} {x}")
                 del found
             sides = {
-                (name, x): Side(partial(stepper.step, [group]), stepper.forget)
+                (name, x): Side(partial(stepper.step, [group]), stepper.clear)
                 for name, stepper in steppers.items()
                 for x, group in groups.items()
             }
@@ -169,7 +169,7 @@ def plain_side(stepper: Stepper, batch: ResponseBatch) -> Side:
         fresh = ResponseBatch(batch.prompt_ids, batch.response_ids, batch.prompt_of)
         policy.token_logprobs(fresh).mean().backward()
 
-    return Side(run, stepper.forget)
+    return Side(run, stepper.clear)
 
 
 def scan_query(scan: Scan) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from benchmarks.measure import peak_above
 from benchmarks.released import released
 from benchmarks.workloads import Group, Shape, make_model, make_tokenization
 from rrhf_bench.errors import StageError
+from rrhf_bench.policy.head import ROOMS
 from rrhf_bench.policy.policy import Computation, TransformersPolicy
 from rrhf_bench.training.rrhf import rrhf_loss
 
@@ -92,9 +93,15 @@ class Stepper:
             self.forward(group)[0].backward()
 
     def forget(self) -> None:
-        """No gradients, as before a step."""
+        """No gradients, as before the first step of an accumulated batch."""
         for parameter in self.model.parameters():
             parameter.grad = None
+
+    def clear(self) -> None:
+        """Gradients are zeros, in the memory they have: as in a batch that other steps have begun."""
+        for parameter in self.model.parameters():
+            if parameter.grad is not None:
+                parameter.grad.zero_()
 
     def results(self, groups: Sequence[Group]) -> Results:
         """A step's loss, scores and gradients; the gradients are not kept on the model."""
@@ -173,9 +180,11 @@ def extra_memory(
     """Bytes that a step takes above weights and gradients at its peak; for a process of its own.
 
     The step is the second of two whose gradients are added up, as in an accumulated batch: weights and gradients are
-    there before it and after it, and what the libraries set up once is there too. None where the system does not say.
+    there before it and after it, and what the libraries set up once is there too; what the package keeps from one step
+    to the next is not, and counts. None where the system does not say.
     """
     torch.set_num_threads(threads)
     stepper = Stepper.make(side, shape, seed=seed, dtype=dtype, device=device)
     stepper.step(groups)
+    ROOMS.clear()
     return peak_above(lambda: stepper.step(groups), device)

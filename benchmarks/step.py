@@ -97,7 +97,7 @@ def measure(workload: Workload, record: Mapping[str, Any], *, memory: bool, cons
         expected, bound = reference(workload, found, groups, seed=seed, device=device)
         compared = check_equal(found, expected, bound, workload.name)
         del found, expected
-        sides = {name: Side(partial(stepper.step, groups), stepper.forget) for name, stepper in steppers.items()}
+        sides = {name: Side(partial(stepper.step, groups), stepper.clear) for name, stepper in steppers.items()}
         sides[PRODUCT] = product(workload.dtype, device)
         if STEERED in names:
             sides[PRODUCT_ONEDNN] = product(workload.dtype, device, onednn=True)

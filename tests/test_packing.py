@@ -213,10 +213,31 @@ def test_the_three_forms_of_attention_are_one() -> None:
     torch.testing.assert_close(flexible, expected, rtol=0, atol=1e-14)
 
 
-@pytest.mark.parametrize("keep", [0, 3 * 512 * 11 * 8, 1 << 30])  # nothing, a chunk and a bit, everything
+def test_queries_without_a_gradient_change_nothing() -> None:
+    prompt, replies = tuple(range(40)), [tuple(range(n)) for n in (34, 50, 3, 36, 2)]
+    prefixes = pack(ResponseBatch((prompt,), tuple(replies), (0,) * 5), 4096)[0].prefixes
+    length = max(end for _, end in prefixes.segments)
+    rng = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(length, heads, 16, dtype=torch.float64, generator=rng) for heads in (4, 2, 2))
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    expected = attention.dense_attention(*(x.transpose(0, 1)[None] for x in leaves), prefixes, 0.2)[0].transpose(0, 1)
+    found = attention.SharedPrefixAttention.apply(*leaves, prefixes, 0.2)
+    for silent in ([0], [1], [2], [0, 1, 2], [1, 2, 3], [1, 2, 3, 4, 5]):  # of the segments, the prompt first
+        grad = torch.randn(length, 4, 16, dtype=torch.float64, generator=rng)
+        for segment in silent:
+            grad[slice(*prefixes.segments[segment])] = 0.0
+        wanted = torch.autograd.grad(expected, leaves, grad, retain_graph=True)
+        gotten = torch.autograd.grad(found, leaves, grad, retain_graph=True)
+        for a, b in zip(gotten, wanted, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("keep", [0, 8 * 11 * 8, 1 << 30])  # nothing, a chunk and a bit, everything
 @pytest.mark.parametrize("bias", [False, True])
 def test_the_chunked_head_is_the_definition(keep: int, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rrhf_bench.policy.head.chunk_rows", lambda vocabulary: 5)
+    monkeypatch.setattr("rrhf_bench.policy.head.LONGEST_CHUNK", 5)
+    monkeypatch.setattr("rrhf_bench.policy.head.BLOCK", 2 * 11)
     rng = torch.Generator().manual_seed(1)
     head = torch.nn.Linear(6, 11, bias=bias).double()
     hidden = torch.randn(23, 6, dtype=torch.float64, generator=rng, requires_grad=True)
@@ -413,14 +434,12 @@ def test_onednn_multiplies_as_the_default_does() -> None:
     for steered in ("off", "on"):
         model = made(PACKED["llama"])
         policy = policy_of(model, onednn=steered)
-        assert policy.steered_layers == (0 if steered == "off" else 3 * 7 + 1)
+        assert policy.onednn_layers == (0 if steered == "off" else 3 * 7 + 1)
         logp_BT = policy.token_logprobs(batch)
         sft_loss(logp_BT, batch.mask_BT).backward()
         found.append((logp_BT.detach(), gradient(model)))
     torch.testing.assert_close(found[1][0], found[0][0], rtol=0, atol=2e-5)
     assert relative(found[1][1], found[0][1]) < 1e-5
-    assert onednn.unsteer(policy.model) == 22
-    assert type(policy.model.lm_head) is torch.nn.Linear
     assert onednn.gain() > 0
 
 

@@ -120,8 +120,8 @@ def _computation(policy: TransformersPolicy) -> list[Finding]:
     layout = "each prompt once, packed" if policy.layout == "packed" else f"padded rows: {policy.layout_reason}"
     found = [Finding("training layout", None, layout)]
     if policy.device.type == "cpu" and torch.backends.mkldnn.is_available():
-        taken = f"taken in {policy.steered_layers} layers" if policy.steered_layers else "not taken"
-        words = f'{onednn.gain():.2f} times as fast as the default in float32; {taken}, as runtime.onednn says'
+        taken = f"taken in {policy.onednn_layers} layers" if policy.onednn_layers else "not taken"
+        words = f"{onednn.gain():.2f} times as fast as the default in float32; {taken}, as runtime.onednn says"
         found.append(Finding("oneDNN", None, words))
     return found
 

@@ -341,7 +341,7 @@ def train(job: Job) -> None:
     trainer = steps.trainer(settings, context_of(policy, job.ref()))
     result = trainer.fit(policy, inputs, context)
     job.seconds.update(train=curve.trained, curve=curve.seconds)
-    job.seconds.update(layout=policy.layout, onednn_layers=policy.steered_layers, parts=_mean_of(record.parts))
+    job.seconds.update(layout=policy.layout, onednn_layers=policy.onednn_layers, parts=_mean_of(record.parts))
     policy.save(job.out / "model")
     ModelRef(**{**job.ref().__dict__, "source": "model", "revision": None}).write(job.out)
     write_jsonl(job.out / "metrics.jsonl", record.log)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from rrhf_bench.policy.batching import Prefixes
+from rrhf_bench.policy.linear import with_gradient
 
 NAME = "rrhf_shared_prefix"  # of the attention, in transformers' registry
 
@@ -68,7 +69,16 @@ class SharedPrefixAttention(torch.autograd.Function):
         q_LHD, k_LHD, v_LHD, out_LHD, lse_LH, grad_LHD = saved
         k_full, v_full = _per_query_head(q_LHD, k_LHD), _per_query_head(q_LHD, v_LHD)
         dq_LHD, dk_LHD, dv_LHD = torch.empty_like(out_LHD), torch.empty_like(out_LHD), torch.empty_like(out_LHD)
+        live = with_gradient(grad_LHD.flatten(1))
         for at, keys, real_ST, causal in _pieces(ctx.prefixes):
+            if live is not None and real_ST is None:
+                # Queries without a gradient give none; where a segment has no other, its own keys get none.
+                asked = live[(live >= at.start) & (live < at.stop)]
+                if not len(asked):
+                    if causal:
+                        dq_LHD[at], dk_LHD[at], dv_LHD[at] = 0.0, 0.0, 0.0
+                    continue
+                at = at if causal else asked
             grad, lse = _take(grad_LHD, at), lse_LH[at] if real_ST is not None else lse_LH[at][None]
             if real_ST is not None:
                 # A padded query would pull at real keys: no gradient comes in from it, and its weights are exp(-inf).

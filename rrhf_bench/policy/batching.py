@@ -93,6 +93,9 @@ def within(sizes: Sequence[int], tokens: int) -> list[list[int]]:
     return runs
 
 
+ALONE = 32  # tokens of a segment that is worth a call of its own
+
+
 @dataclass(frozen=True)
 class Prefixes:
     """Who attends to whom in a pack: each segment to itself, causally; some also to all of one earlier segment.
@@ -106,16 +109,15 @@ class Prefixes:
 
     @cached_property
     def rectangles(self) -> tuple[tuple[Tensor, Tensor], ...]:
-        """(index_ST, real_ST) for segments of like length together: where their tokens lie, and which are padding.
+        """(index_ST, real_ST) of the segments: where their tokens lie, and which are padding; short ones together.
 
         Padding stands on the right, where causal attention does not see it, and points to the segment's last token.
+        A segment of ``ALONE`` tokens or more is a rectangle without padding: copies and padding cost more than calls.
         """
-        by_length: dict[int, list[tuple[int, int]]] = defaultdict(list)
-        for start, end in self.segments:
-            if end > start:
-                by_length[max(32, 1 << (end - start - 1).bit_length())].append((start, end))
+        short = [(start, end) for start, end in self.segments if start < end < start + ALONE]
+        long = [[(start, end)] for start, end in self.segments if end - start >= ALONE]
         found = []
-        for group in by_length.values():
+        for group in [*([short] if short else []), *long]:
             start_S1 = torch.tensor([start for start, _ in group])[:, None]
             length_S1 = torch.tensor([end - start for start, end in group])[:, None]
             step_T = torch.arange(int(length_S1.max()))

@@ -1,22 +1,26 @@
 """Log-probs of given tokens from hidden states, without the logits of a whole batch ever being in memory.
 
-Letters: N predicted tokens, D hidden size, V vocabulary.
+Letters: N predicted tokens, C of them in a chunk, D hidden size, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from rrhf_bench.policy import onednn
+from rrhf_bench.policy.gradients import gradient_to_add_to
+from rrhf_bench.policy.linear import Linear, Product
 from rrhf_bench.policy.logprobs import gather_logprobs
 
-# Bytes of softmax that may be kept for the backward pass, a predicting row; what is beyond them is computed again. A
-# row of a vocabulary of 32,000 is 125 KiB in float32; the layers of a model of 60M keep 350 KiB a token.
+# Bytes of softmax that may be kept for the backward pass, a token fed; what is beyond them is computed again. A row of
+# a vocabulary of 32,000 is 125 KiB in float32; the layers of a model of 60M keep 350 KiB a token.
 KEPT = 80 << 10
+BLOCK = 1 << 19  # logits that go through the softmax at once on a CPU: they stay in its cache from one step to the next
+LONGEST_CHUNK = 512  # rows of one product with the head: more gain nothing
 
 
 def token_logprobs(head: Any, hidden_ND: Tensor, token_N: Tensor, temperature: float, keep: int) -> Tensor:
@@ -28,21 +32,38 @@ def token_logprobs(head: Any, hidden_ND: Tensor, token_N: Tensor, temperature: f
     """
     if not isinstance(head, torch.nn.Linear):
         return gather_logprobs(head(hidden_ND), token_N, temperature)
-    steered = isinstance(head, onednn.Linear) and hidden_ND.dtype == torch.float32 and not hidden_ND.is_cuda
-    product = onednn.product if steered else torch.mm
+    product = head.product if isinstance(head, Linear) and hidden_ND.dtype == torch.float32 else torch.mm
     parts = (hidden_ND, head.weight, head.bias, token_N, temperature, keep, product)
     return cast(Tensor, _ChunkedLogprobs.apply(*parts))
 
 
 def chunk_rows(vocabulary: int) -> int:
-    """Rows of one chunk: some 32 MB of float32 logits, 64 to 512 rows."""
-    return max(64, min(512, (1 << 23) // vocabulary))
+    """Rows of a chunk whose logits nobody keeps: some 32 MB in float32, 64 to 512 rows."""
+    return max(64, min(LONGEST_CHUNK, (1 << 23) // vocabulary))
 
 
-def _spans(kept_from: int, rows: int, chunk: int) -> list[tuple[int, int, bool]]:
-    """(start, end, kept) of the chunks: none is kept in part."""
-    before = [(start, min(start + chunk, kept_from), False) for start in range(0, kept_from, chunk)]
-    return before + [(start, min(start + chunk, rows), True) for start in range(kept_from, rows, chunk)]
+class Rooms:
+    """Memory for the logits of a pass on a CPU, used again by the next: filling memory that is fresh from the system
+    takes several times as long as filling it again. The largest one that is given back waits for the next call."""
+
+    def __init__(self) -> None:
+        self._spare: list[Tensor] = []
+
+    def take(self, size: int, like: Tensor) -> Tensor:
+        """(size or more,) of anything, in the dtype and on the device of ``like``; nobody else's until given back."""
+        found = self._spare.pop() if self._spare else None
+        fits = found is not None and found.dtype == like.dtype and found.device == like.device and len(found) >= size
+        return cast(Tensor, found) if fits else like.new_empty(size)
+
+    def give_back(self, room: Tensor) -> None:
+        if not room.is_cuda and (not self._spare or self._spare[0].nbytes < room.nbytes):
+            self._spare[:] = [room]
+
+    def clear(self) -> None:
+        self._spare.clear()
+
+
+ROOMS = Rooms()
 
 
 class _ChunkedLogprobs(torch.autograd.Function):
@@ -55,59 +76,57 @@ class _ChunkedLogprobs(torch.autograd.Function):
         token_N: Tensor,
         temperature: float,
         keep: int,
-        product: Callable[[Tensor, Tensor], Tensor],
+        product: Product,
     ) -> Tensor:
-        wide = torch.promote_types(hidden_ND.dtype, torch.float32)
-        differentiable = any(ctx.needs_input_grad)
-        logp, lse, kept = [], [], []
-        # The rows that are kept come last: the logits of the others are gone by then.
-        rows = keep // (len(weight_VD) * hidden_ND.element_size()) if differentiable else 0
-        ctx.spans = _spans(max(0, len(hidden_ND) - rows), len(hidden_ND), chunk_rows(len(weight_VD)))
-        for start, end, keeps in ctx.spans:
-            logits_CV = _logits(hidden_ND[start:end], weight_VD, bias_V, temperature, product).to(wide)
-            taken_C = logits_CV.gather(-1, token_N[start:end, None]).squeeze(-1)
-            largest_C1 = logits_CV.amax(-1, keepdim=True)
-            # The softmax, where the logits were: these are the largest tensors of a step.
-            sum_C1 = logits_CV.sub_(largest_C1).exp_().sum(-1, keepdim=True)
-            lse_C = (largest_C1 + sum_C1.log()).squeeze(-1)
-            logp.append(taken_C - lse_C)
-            lse.append(lse_C)
-            # In the model's own precision: what the gradient is multiplied in.
-            kept.append(logits_CV.div_(sum_C1).to(hidden_ND.dtype) if keeps else None)
-            del logits_CV
-        ctx.save_for_backward(hidden_ND, weight_VD, bias_V, token_N, torch.cat(lse))
-        ctx.temperature, ctx.product, ctx.kept = temperature, product, kept
+        rows, vocabulary = len(hidden_ND), len(weight_VD)
+        kept = min(rows, keep // (vocabulary * weight_VD.element_size())) if any(ctx.needs_input_grad) else 0
+        chunk = max(chunk_rows(vocabulary), min(kept, LONGEST_CHUNK))
+        room = ROOMS.take(max(kept, min(chunk, rows)) * vocabulary, weight_VD)
+        room_RV = room[: len(room) // vocabulary * vocabulary].view(-1, vocabulary)
+        logp, ctx.spans, ctx.kept = [], [], []
+        # The rows that are kept come last: until then the logits of the others are where theirs will be.
+        first_kept = rows - kept
+        for start, end in (*_spans(0, first_kept, chunk), *_spans(first_kept, rows, LONGEST_CHUNK)):
+            keeps = start >= first_kept
+            place_CV = room_RV[start - first_kept : end - first_kept] if keeps else room_RV[: end - start]
+            logits_CV = _logits(hidden_ND[start:end], weight_VD, bias_V, product, place_CV)
+            logp.append(_softmax_(logits_CV, token_N[start:end], temperature, wanted=keeps))
+            ctx.spans.append((start, end))
+            ctx.kept.append(logits_CV if keeps else None)
+        ctx.save_for_backward(hidden_ND, weight_VD, bias_V, token_N)
+        ctx.temperature, ctx.product, ctx.room = temperature, product, room if kept else None
+        if not kept:
+            ROOMS.give_back(room)
         return torch.cat(logp)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        hidden_ND, weight_VD, bias_V, token_N, lse_N = ctx.saved_tensors
-        grad_N = grads[0] / ctx.temperature
+        hidden_ND, weight_VD, bias_V, token_N = ctx.saved_tensors
+        grad_N = (grads[0] / ctx.temperature).to(hidden_ND.dtype)  # two precisions in one product are far slower
+        vocabulary = len(weight_VD)
         want_hidden, want_weight, want_bias = ctx.needs_input_grad[:3]
         d_hidden_ND = torch.zeros_like(hidden_ND) if want_hidden else None
         d_weight_VD: Tensor | None = None
-        # Gradients that are added up over passes are added in place: the vocabulary's would be here twice.
-        total_VD = _gradient_of(weight_VD, ctx.next_functions[1][0]) if want_weight else None
+        total_VD = gradient_to_add_to(weight_VD, ctx.next_functions[1][0]) if want_weight else None
         d_bias_V = torch.zeros_like(bias_V) if want_bias else None
-        kept, ctx.kept = ctx.kept, [None] * len(ctx.kept)  # written over below: a second backward computes them again
-        for start, end, _ in reversed(ctx.spans):  # what is kept goes before anything is computed again
-            d_logits_CV = kept.pop()
-            grad_C = grad_N[start:end]
-            live_C = grad_C.nonzero().squeeze(-1)  # the loss of RRHF, for one, leaves many responses alone
+        # What was kept is written over: a second backward computes it again.
+        kept, ctx.kept, room, ctx.room = ctx.kept, [None] * len(ctx.kept), ctx.room, None
+        if room is None:
+            room = ROOMS.take(max(end - start for start, end in ctx.spans) * vocabulary, weight_VD)
+        room_RV = room[: len(room) // vocabulary * vocabulary].view(-1, vocabulary)
+        for start, end in reversed(ctx.spans):  # what is kept goes before anything is computed again
+            p_CV = kept.pop()
+            live_C = grad_N[start:end].nonzero().squeeze(-1)  # RRHF's loss, for one, leaves many responses alone
             if not len(live_C):
                 continue
-            some = len(live_C) < len(grad_C)
+            some = len(live_C) < end - start
             at = start + live_C if some else slice(start, end)
-            grad_C = grad_C[live_C] if some else grad_C
-            hidden_CD, token_C = hidden_ND[at], token_N[at]
-            if d_logits_CV is None:
-                logits_CV = _logits(hidden_CD, weight_VD, bias_V, ctx.temperature, ctx.product)
-                d_logits_CV = logits_CV.to(lse_N.dtype).sub_(lse_N[at][:, None]).exp_()
-            elif some:
-                d_logits_CV = d_logits_CV[live_C]
-            grad_C = grad_C.to(d_logits_CV.dtype)  # two precisions in one product are many times slower
-            d_logits_CV = d_logits_CV.mul_(-grad_C[:, None]).to(hidden_ND.dtype)
-            d_logits_CV[torch.arange(len(grad_C), device=grad_C.device), token_C] += grad_C.to(hidden_ND.dtype)
+            hidden_CD, token_C, grad_C = hidden_ND[at], token_N[at], grad_N[at]
+            if p_CV is None:
+                p_CV = _logits(hidden_CD, weight_VD, bias_V, ctx.product, room_RV[: len(live_C)])
+                _softmax_(p_CV, token_C, ctx.temperature)
+                some = False  # the others are not there
+            d_logits_CV = _gradient_(p_CV, live_C if some else None, token_C, grad_C)
             if d_hidden_ND is not None:
                 d_hidden_ND[at] = ctx.product(d_logits_CV, weight_VD)
             if total_VD is None and want_weight:
@@ -118,28 +137,71 @@ class _ChunkedLogprobs(torch.autograd.Function):
                 total_VD += ctx.product(d_logits_CV.t(), hidden_CD)
             if d_bias_V is not None:
                 d_bias_V += d_logits_CV.sum(0)
+        ROOMS.give_back(room)
         if want_weight and total_VD is None:
             d_weight_VD = torch.zeros_like(weight_VD)
         return d_hidden_ND, d_weight_VD, d_bias_V, None, None, None, None
 
 
-def _gradient_of(weight_VD: Any, node: Any) -> Tensor | None:
-    """The gradient that a parameter has already, if this backward pass is to add to it and no hook waits for what it
-    adds; ``node`` is the one behind the parameter."""
-    if not weight_VD.is_leaf or weight_VD.grad is None:
-        return None
-    if weight_VD._backward_hooks or weight_VD._post_accumulate_grad_hooks:
-        return None
-    try:
-        return weight_VD.grad if torch._C._will_engine_execute_node(node) else None
-    except RuntimeError:  # its answer in torch.autograd.grad, which adds to nothing
-        return None
+def _spans(start: int, end: int, longest: int) -> list[tuple[int, int]]:
+    """start to end in as few parts of at most that many as will do, of like size."""
+    parts = -(-(end - start) // longest)
+    return list(pairwise(start + (end - start) * i // parts for i in range(parts + 1))) if parts else []
 
 
-def _logits(
-    hidden_CD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, temperature: float, product: Callable[..., Tensor]
-) -> Tensor:
-    logits_CV = product(hidden_CD, weight_VD.t())
-    if bias_V is not None:
-        logits_CV += bias_V
-    return logits_CV if temperature == 1.0 else logits_CV / temperature
+def _logits(hidden_CD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, product: Product, place_CV: Tensor) -> Tensor:
+    """(C, V), in ``place_CV`` where the product can write there."""
+    if product is torch.mm:
+        logits_CV = torch.mm(hidden_CD, weight_VD.t(), out=place_CV)
+    else:
+        logits_CV = product(hidden_CD, weight_VD.t())
+    return logits_CV if bias_V is None else logits_CV.add_(bias_V)
+
+
+def _softmax_(logits_CV: Tensor, token_C: Tensor, temperature: float, *, wanted: bool = True) -> Tensor:
+    """(C,) log-probs of the tokens; the softmax, in place of the logits if it is wanted. Computed in float32 at least:
+    a block of rows goes through all steps while the processor's cache has it."""
+    wide = torch.promote_types(logits_CV.dtype, torch.float32)
+    work_RV: Tensor | None = None
+    logp = []
+    for at in _blocks(logits_CV):
+        x_RV = logits_CV[at]
+        if x_RV.dtype != wide:
+            work_RV = torch.empty_like(x_RV, dtype=wide) if work_RV is None else work_RV[: len(x_RV)]
+            x_RV = work_RV.copy_(x_RV)
+        if temperature != 1.0:
+            x_RV.div_(temperature)
+        taken_R = x_RV.gather(-1, token_C[at, None]).squeeze(-1)
+        largest_R = x_RV.amax(-1)
+        in_place = not x_RV.is_cuda
+        p_RV = torch.ops.aten._softmax.out(x_RV, -1, False, out=x_RV) if in_place else x_RV.softmax(-1)
+        # The largest has the probability 1 / sum of exp(logit - largest).
+        logp.append(taken_R - (largest_R - p_RV.amax(-1).log_()))
+        if wanted and not (in_place and work_RV is None):
+            logits_CV[at] = p_RV
+    return torch.cat(logp)
+
+
+def _gradient_(p_CV: Tensor, live_C: Tensor | None, token_C: Tensor, grad_C: Tensor) -> Tensor:
+    """(C, V) gradient of the logits, in place of the softmax: grad x (1 at the token - p), in the model's precision.
+
+    Of some rows where ``live_C`` says which, in order; they come to stand before the others.
+    """
+    d_logits_CV = p_CV if live_C is None else p_CV[: len(live_C)]
+    work_RV: Tensor | None = None
+    for at in _blocks(d_logits_CV):
+        d_RV = d_logits_CV[at]
+        if live_C is not None:
+            # A row moves only to a place before its own, and what is in a block was read before the block is written.
+            work_RV = torch.empty_like(d_RV) if work_RV is None else work_RV[: len(d_RV)]
+            d_RV = torch.index_select(p_CV, 0, live_C[at], out=work_RV)
+        d_RV.mul_(-grad_C[at, None])
+        d_RV[torch.arange(len(d_RV), device=d_RV.device), token_C[at]] += grad_C[at]
+        if live_C is not None:
+            d_logits_CV[at] = d_RV
+    return d_logits_CV
+
+
+def _blocks(x_CV: Tensor) -> Iterator[slice]:
+    rows = len(x_CV) if x_CV.is_cuda else max(1, BLOCK // x_CV.shape[1])
+    return (slice(start, start + rows) for start in range(0, len(x_CV), rows))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import statistics
 import time
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -18,48 +18,6 @@ from torch import Tensor
 def product(a_MK: Tensor, b_KN: Tensor) -> Tensor:
     """a @ b in float32 on a CPU, by oneDNN: a private operator of the pinned torch."""
     return cast(Tensor, torch.ops.mkldnn._linear_pointwise(a_MK, b_KN.t(), None, "none", [], ""))
-
-
-class _Product(torch.autograd.Function):
-    """x @ w.t() with both gradients by oneDNN."""
-
-    @staticmethod
-    def forward(ctx: Any, x_MK: Tensor, weight_NK: Tensor) -> Tensor:
-        ctx.save_for_backward(x_MK, weight_NK)
-        return product(x_MK, weight_NK.t())
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        x_MK, weight_NK = ctx.saved_tensors
-        grad_MN = grads[0].contiguous()
-        grad_x = product(grad_MN, weight_NK) if ctx.needs_input_grad[0] else None
-        return grad_x, product(grad_MN.t(), x_MK) if ctx.needs_input_grad[1] else None
-
-
-class Linear(torch.nn.Linear):
-    """A linear layer whose products are oneDNN's where it is in float32 on a CPU."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        if input.dtype != torch.float32 or input.device.type != "cpu" or not input.numel():
-            return super().forward(input)
-        out = cast(Tensor, _Product.apply(input.reshape(-1, input.shape[-1]), self.weight))
-        return (out if self.bias is None else out + self.bias).view(*input.shape[:-1], -1)
-
-
-def steer(model: torch.nn.Module) -> int:
-    """Have every linear layer of a model multiply with oneDNN, in place; how many there are."""
-    layers = [module for module in model.modules() if type(module) is torch.nn.Linear]
-    for layer in layers:
-        layer.__class__ = Linear
-    return len(layers)
-
-
-def unsteer(model: torch.nn.Module) -> int:
-    """The inverse of ``steer``; how many layers went back."""
-    layers = [module for module in model.modules() if type(module) is Linear]
-    for layer in layers:
-        layer.__class__ = torch.nn.Linear  # type: ignore[assignment]
-    return len(layers)
 
 
 def worth_it(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from rrhf_bench.data.dialogue import Template
 from rrhf_bench.errors import DataError
-from rrhf_bench.policy import attention, onednn
+from rrhf_bench.policy import attention, embedding, linear, onednn
 from rrhf_bench.policy.adapters import adapters_off, add_adapters, merge, merged_state
 from rrhf_bench.policy.batching import Pack, PaddedLayout, ResponseBatch, pack, padded, passes, places
 from rrhf_bench.policy.head import KEPT, token_logprobs
@@ -190,8 +190,8 @@ class TransformersPolicy:
         sliding = "sliding_attention" in (getattr(config, "layer_types", None) or ["sliding_attention"])
         self._window: int | None = getattr(config, "sliding_window", None) if sliding else None
         self._head_is_plain = self._check_head()
-        steered = computation.onednn == "on" or (computation.onednn == "auto" and onednn.worth_it())
-        self.steered_layers = onednn.steer(model) if steered and self.device.type == "cpu" else 0
+        self.onednn_layers = 0
+        self._take_over_linear_layers()
         self.layout: Literal["packed", "padded"] = "padded"
         self.layout_reason = self._unpackable(getattr(config, "attn_logit_softcapping", None))
         if self.layout_reason is None:
@@ -215,6 +215,13 @@ class TransformersPolicy:
             str(source), dtype=dtype, revision=revision, pad_token=pad_token, trust_remote_code=trust_remote_code
         )
         return cls(model.to(device), Tokenization(tokenizer, template, str(source)), computation)
+
+    def _take_over_linear_layers(self) -> None:
+        if self.device.type == "cpu":
+            wanted = self.computation.onednn
+            steered = wanted == "on" or (wanted == "auto" and onednn.worth_it())
+            layers = linear.take_over(self.model, onednn.product if steered else torch.mm)
+            self.onednn_layers = layers if steered else 0
 
     @property
     def device(self) -> torch.device:
@@ -253,7 +260,7 @@ class TransformersPolicy:
         try:
             self.model.set_attn_implementation(attention.register())
             hidden_ND = torch.cat([self._packed(part, layers_seen=seen) for part in pack(group, 1 << 10)])
-            packed_BT = self._by_row(group, self._logprobs(hidden_ND, group, range(len(replies))))
+            packed_BT = self._by_row(group, self._logprobs(hidden_ND, group, range(len(replies)), keep=0))
         except (RuntimeError, ValueError, TypeError, AttributeError, LookupError) as error:
             packed_BT, reason = None, str(error).strip().partition("\n")[0] or type(error).__name__
         if packed_BT is not None:
@@ -280,21 +287,26 @@ class TransformersPolicy:
             packs = pack(batch, self.pass_tokens)
             parts = [list(part.rows) for part in packs]
             hidden_ND = torch.cat([self._packed(part) for part in packs])
+            fed = sum(len(part.ids_L) for part in packs)
         else:
             parts = passes(batch, self.pass_tokens)
             layouts = [padded(batch, part, self.tokenization.pad_id, self.device) for part in parts]
             if not self._head_is_plain:
                 return self._with_own_logits(batch, parts, layouts)
             hidden_ND = torch.cat([self._padded(layout) for layout in layouts])
+            fed = sum(layout.input_ids_BL.numel() for layout in layouts)
         order_N = places(batch, parts).to(self.device)
-        logp_N = self._logprobs(hidden_ND, batch, [row for part in parts for row in part])
+        logp_N = self._logprobs(hidden_ND, batch, [row for part in parts for row in part], keep=KEPT * fed)
         return logp_N[order_N], hidden_ND[order_N]
 
     def _packed(self, part: Pack, **extra: Any) -> Tensor:
         """(N, D) hidden states that predict the tokens of a pack's responses."""
+        id_L, table = part.ids_L.to(self.device), self.model.get_input_embeddings()
         with self._checkpoints():
+            plain = embedding.is_plain(table)
+            fed = {"inputs_embeds": embedding.embed(table, id_L)[None]} if plain else {"input_ids": id_L[None]}
             states_1LD = self._body(
-                input_ids=part.ids_L[None].to(self.device),
+                **fed,
                 position_ids=part.position_L[None].to(self.device),
                 # A mask of four dimensions is left as it is: who sees whom is in the pack.
                 attention_mask=torch.empty(1, 1, 1, 1, device=self.device),
@@ -328,9 +340,10 @@ class TransformersPolicy:
         order_N = places(batch, parts).to(self.device)
         return torch.cat(logp)[order_N], torch.cat(hidden)[order_N]
 
-    def _logprobs(self, hidden_ND: Tensor, batch: ResponseBatch, rows: Sequence[int]) -> Tensor:
-        """(N,) log-probs of the tokens of some rows, one behind the other, from the states that predict them."""
-        keep = 0 if self._checkpointed else KEPT * len(hidden_ND)
+    def _logprobs(self, hidden_ND: Tensor, batch: ResponseBatch, rows: Sequence[int], *, keep: int) -> Tensor:
+        """(N,) log-probs of the tokens of some rows, one behind the other, from the states that predict them; with at
+        most ``keep`` bytes of softmax kept for the backward pass."""
+        keep = 0 if self._checkpointed else keep
         return token_logprobs(self._head, hidden_ND, _tokens(batch, rows).to(self.device), batch.temperature, keep)
 
     def _by_row(self, batch: ResponseBatch, value_N: Tensor) -> Tensor:
@@ -361,8 +374,7 @@ class TransformersPolicy:
     def adapt(self, lora: LoraSettings, seed: int) -> None:
         """From here on only low-rank adapters train (2106.09685), whose product is zero at first."""
         add_adapters(self.model, lora, seed)
-        if self.steered_layers:
-            self.steered_layers += onednn.steer(self.model)
+        self._take_over_linear_layers()
 
     def before_adapting(self) -> Policy:
         """The policy with its adapters off: a reference that takes no memory. No gradients."""
