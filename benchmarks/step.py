@@ -96,6 +96,8 @@ def measure(workload: Workload, record: Mapping[str, Any], *, memory: bool, cons
         found = {name: stepper.results(groups) for name, stepper in steppers.items()}
         expected, bound = reference(workload, found, groups, seed=seed, device=device)
         compared = check_equal(found, expected, bound, workload.name)
+        scores = found[RELEASED].score_N.split([len(group.responses) for group in groups])
+        silent = [group.silent(score_K) for group, score_K in zip(groups, scores, strict=True)]
         del found, expected
         sides = {name: Side(partial(stepper.step, groups), stepper.clear) for name, stepper in steppers.items()}
         sides[PRODUCT] = product(workload.dtype, device)
@@ -121,7 +123,8 @@ def measure(workload: Workload, record: Mapping[str, Any], *, memory: bool, cons
         "queries": [len(group.query) for group in groups],
         "responses": [[len(response) for response in group.responses] for group in groups],
         **total_tokens(groups),
-        "useful_flops": sum(useful_flops(workload.shape, group) for group in groups),
+        "silent": [sorted(of) for of in silent],
+        "useful_flops": sum(useful_flops(workload.shape, g, s) for g, s in zip(groups, silent, strict=True)),
         "errors": {name: error._asdict() for name, error in compared.items()},
         "bound": bound._asdict(),
         "layout": layouts,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -79,6 +79,18 @@ class Group:
     def distinct_tokens(self) -> int:
         return len(self.query) + self.response_tokens
 
+    def silent(self, score_K: Tensor) -> frozenset[int]:
+        """The responses for which RRHF's loss has no gradient at these scores: not the best, and in as many violated
+        pairs on one side as on the other."""
+        found = []
+        others = list(zip(self.rewards, score_K.tolist(), strict=True))
+        for i, (reward, score) in enumerate(others):
+            below = sum(r < reward and s > score for r, s in others)  # worse, and yet more probable
+            above = sum(r > reward and s < score for r, s in others)
+            if below == above and i != self.rewards.index(max(self.rewards)):
+                found.append(i)
+        return frozenset(found)
+
     def first(self, k: int) -> Group:
         """The same prompt with its first k responses."""
         return Group(self.query, self.responses[:k], self.rewards[:k])
@@ -135,18 +147,26 @@ class Workload:
         return Group(tokens(query), tuple(map(tokens, lengths)), rewards)
 
 
-def useful_flops(shape: Shape, group: Group) -> float:
-    """Floating-point operations that one step over a group cannot do without.
+def useful_flops(shape: Shape, group: Group, silent: Collection[int] = ()) -> float:
+    """Floating-point operations of a step that no way to compute it can do without.
 
-    6 x trunk weights x fed tokens + 6 x head weights x response tokens + 12 x layers x hidden x (sum over fed tokens of
+    6 x (trunk weights x fed tokens + head weights x response tokens) + 12 x layers x hidden x (sum over fed tokens of
     the tokens that each attends to): 2 for each multiply-add, once forward and twice backward; attention has two
     products of ``hidden`` multiply-adds a pair of tokens. Fed are the query once and every response but for its last
-    token; only positions that predict a response token meet the head. Norms, softmax, rotations are not counted.
+    token; only positions that predict a response token meet the head. Responses in ``silent``, by index, have no
+    gradient and go forward only. Norms, softmax, rotations are not counted.
     """
     query = len(group.query)
-    fed = [len(response) - 1 for response in group.responses]
-    attended = query * (query + 1) / 2 + sum(n * query + n * (n + 1) / 2 for n in fed)
-    products = shape.trunk_products * (query + sum(fed)) + shape.head_products * group.response_tokens
+    flops = _flops(shape, query, query * (query + 1) / 2, 0)
+    for index, response in enumerate(group.responses):
+        fed = len(response) - 1
+        once = _flops(shape, fed, fed * query + fed * (fed + 1) / 2, len(response))
+        flops += once / 3 if index in silent else once
+    return flops
+
+
+def _flops(shape: Shape, fed: int, attended: float, predicted: int) -> float:
+    products = shape.trunk_products * fed + shape.head_products * predicted
     return 6.0 * products + 12.0 * shape.layers * shape.hidden * attended
 
 

@@ -8,6 +8,7 @@ import os
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -160,6 +161,32 @@ def test_useful_flops_by_counting():
             flops += 6 * trunk + 3 * 2 * shape.layers * 2 * shape.hidden * (before + position + 1)
     flops += 6 * 4 * 11 * 5
     assert useful_flops(shape, group) == flops
+    first = sum(6 * trunk + 3 * 2 * shape.layers * 2 * shape.hidden * (3 + i + 1) for i in range(3)) + 6 * 4 * 11 * 4
+    assert useful_flops(shape, group, {0}) == pytest.approx(flops - first * 2 / 3)
+
+
+def test_a_response_is_silent_where_its_score_has_no_gradient():
+    rng = np.random.default_rng(0)
+    counts = []
+    for _ in range(50):
+        rewards = rng.permutation(6).astype(float)
+        group = Group((2,), tuple((3,) for _ in rewards), tuple(rewards))
+        score = torch.tensor(rng.normal(size=6), requires_grad=True)
+        (grad,) = torch.autograd.grad(rank_loss(score, rewards), score)
+        found = group.silent(score.detach())
+        assert found == {i for i in range(6) if grad[i] == 0}
+        counts.append(len(found))
+    assert 0 < sum(counts) < 300
+
+
+def rank_loss(score, rewards):
+    """RRHF's loss as a function of the scores, pair by pair; the cross-entropy of the best is its own score here."""
+    loss = -score[int(rewards.argmax())]
+    for i in range(len(rewards)):
+        for j in range(len(rewards)):
+            if rewards[i] < rewards[j]:
+                loss = loss + torch.relu(score[i] - score[j])
+    return loss
 
 
 # --- measuring ------------------------------------------------------------------------------------------------

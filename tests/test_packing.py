@@ -199,7 +199,9 @@ def test_a_pack_lets_a_token_see_its_prompt_and_itself_only(seed: int, tokens: i
                 assert part.position_L[seen].tolist() == list(range(len(known)))
 
 
-def test_the_three_forms_of_attention_are_one() -> None:
+@pytest.mark.parametrize("long", [10, 256])  # with segments in halves, and whole
+def test_the_three_forms_of_attention_are_one(long: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "LONG", long)
     prefixes = pack(ragged(3), 4096)[0].prefixes
     length = max(end for _, end in prefixes.segments)
     rng = torch.Generator().manual_seed(0)
@@ -213,7 +215,9 @@ def test_the_three_forms_of_attention_are_one() -> None:
     torch.testing.assert_close(flexible, expected, rtol=0, atol=1e-14)
 
 
-def test_queries_without_a_gradient_change_nothing() -> None:
+@pytest.mark.parametrize("long", [10, 256])
+def test_queries_without_a_gradient_change_nothing(long: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "LONG", long)
     prompt, replies = tuple(range(40)), [tuple(range(n)) for n in (34, 50, 3, 36, 2)]
     prefixes = pack(ResponseBatch((prompt,), tuple(replies), (0,) * 5), 4096)[0].prefixes
     length = max(end for _, end in prefixes.segments)

@@ -1,6 +1,6 @@
 """Attention over packs: a response sees its prompt, once in memory for all of them, and itself.
 
-On a CPU a pack takes two kinds of causal or full pieces, each with the processor's fused kernel, merged by their
+On a CPU a pack is cut into causal and full pieces, each computed with the processor's fused kernel, merged by their
 log-sum-exps; on a GPU FlexAttention with a block mask; elsewhere one dense mask. Packs reach the layers as an argument
 of the model's forward, not through a global: so a checkpointed layer that is computed again, or a second forward
 before the first one's backward, sees its own.
@@ -26,14 +26,16 @@ NAME = "rrhf_shared_prefix"  # of the attention, in transformers' registry
 _forward: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
+LONG = 256  # tokens of a segment that is worth taking in halves
+
 Piece = tuple[Any, Any, Tensor | None, bool]  # queries at, keys at (slices or (S, T) indices), real_ST, causal
 
 
 class SharedPrefixAttention(torch.autograd.Function):
     """(L, H, D) attention of a pack on a CPU from (L, H, D) queries and (L, H_kv, D) keys and values.
 
-    A token's output is the merge of at most two pieces: its own segment, and the prompt. With one log-sum-exp over
-    both, each piece's backward is that of the whole restricted to its keys, so the pieces' gradients add up exactly.
+    A token's output is the merge of a few pieces: its own segment, whole or in parts, and the prompt. With one
+    log-sum-exp over all, each piece's backward is that of the whole restricted to its keys: gradients add up exactly.
     """
 
     @staticmethod
@@ -113,15 +115,27 @@ class SharedPrefixAttention(torch.autograd.Function):
 
 
 def _pieces(prefixes: Prefixes) -> Iterator[Piece]:
-    """Every segment on itself first, so that each token has an output; then the responses on their prompts."""
+    """Every segment on itself first, so that each token has an output; then the responses on their prompts. What is not
+    causal comes after what is for the same queries."""
     for index_ST, real_ST in prefixes.rectangles:
         if len(index_ST) == 1:
-            at = slice(int(index_ST[0, 0]), int(index_ST[0, -1]) + 1)
-            yield at, at, None, True
+            yield from _halves(int(index_ST[0, 0]), int(index_ST[0, -1]) + 1)
         else:
             yield index_ST, index_ST, real_ST, True
     for prompt_start, prompt_end, start, end in prefixes.shared:
         yield slice(start, end), slice(prompt_start, prompt_end), None, False
+
+
+def _halves(start: int, end: int) -> Iterator[Piece]:
+    """A segment on itself: if it is long, its halves on themselves and the second on the first. Of up to 512 keys the
+    kernel computes all, also those that causal attention does not see."""
+    if end - start < LONG:
+        yield slice(start, end), slice(start, end), None, True
+        return
+    middle = (start + end) // 2
+    yield from _halves(start, middle)
+    yield from _halves(middle, end)
+    yield slice(middle, end), slice(start, middle), None, False
 
 
 def _take(x_LHD: Tensor, at: Any) -> Tensor:
