@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rrhf_bench.policy.gradients import gradient_to_add_to
-from rrhf_bench.policy.linear import Linear, Product
+from rrhf_bench.policy.linear import WORTH, Linear, Product
 from rrhf_bench.policy.logprobs import gather_logprobs
 
 # Bytes of softmax that may be kept for the backward pass, a token fed; what is beyond them is computed again. A row of
@@ -102,7 +102,8 @@ class _ChunkedLogprobs(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         hidden_ND, weight_VD, bias_V, token_N = ctx.saved_tensors
-        grad_N = (grads[0] / ctx.temperature).to(hidden_ND.dtype)  # two precisions in one product are far slower
+        # Of the logits: grad x (1 at the token - p). The factor goes to the small side of each product.
+        factor_N = (-grads[0] / ctx.temperature).to(hidden_ND.dtype)  # two precisions in one product are far slower
         vocabulary = len(weight_VD)
         want_hidden, want_weight, want_bias = ctx.needs_input_grad[:3]
         d_hidden_ND = torch.zeros_like(hidden_ND) if want_hidden else None
@@ -116,27 +117,29 @@ class _ChunkedLogprobs(torch.autograd.Function):
         room_RV = room[: len(room) // vocabulary * vocabulary].view(-1, vocabulary)
         for start, end in reversed(ctx.spans):  # what is kept goes before anything is computed again
             p_CV = kept.pop()
-            live_C = grad_N[start:end].nonzero().squeeze(-1)  # RRHF's loss, for one, leaves many responses alone
+            live_C = factor_N[start:end].nonzero().squeeze(-1)  # RRHF's loss, for one, leaves many responses alone
             if not len(live_C):
                 continue
-            some = len(live_C) < end - start
+            some = len(live_C) <= WORTH * (end - start)
             at = start + live_C if some else slice(start, end)
-            hidden_CD, token_C, grad_C = hidden_ND[at], token_N[at], grad_N[at]
+            hidden_CD, token_C, factor_C1 = hidden_ND[at], token_N[at], factor_N[at, None]
             if p_CV is None:
-                p_CV = _logits(hidden_CD, weight_VD, bias_V, ctx.product, room_RV[: len(live_C)])
+                p_CV = _logits(hidden_CD, weight_VD, bias_V, ctx.product, room_RV[: len(hidden_CD)])
                 _softmax_(p_CV, token_C, ctx.temperature)
-                some = False  # the others are not there
-            d_logits_CV = _gradient_(p_CV, live_C if some else None, token_C, grad_C)
+            elif some:
+                p_CV = _first_(p_CV, live_C)
+            p_CV[torch.arange(len(p_CV), device=p_CV.device), token_C] -= 1.0
             if d_hidden_ND is not None:
-                d_hidden_ND[at] = ctx.product(d_logits_CV, weight_VD)
+                d_hidden_ND[at] = ctx.product(p_CV, weight_VD).mul_(factor_C1)
+            scaled_CD = hidden_CD * factor_C1
             if total_VD is None and want_weight:
-                total_VD = d_weight_VD = ctx.product(d_logits_CV.t(), hidden_CD)
+                total_VD = d_weight_VD = ctx.product(p_CV.t(), scaled_CD)
             elif total_VD is not None and ctx.product is torch.mm:
-                total_VD.addmm_(d_logits_CV.t(), hidden_CD)
+                total_VD.addmm_(p_CV.t(), scaled_CD)
             elif total_VD is not None:
-                total_VD += ctx.product(d_logits_CV.t(), hidden_CD)
+                total_VD += ctx.product(p_CV.t(), scaled_CD)
             if d_bias_V is not None:
-                d_bias_V += d_logits_CV.sum(0)
+                d_bias_V += torch.mv(p_CV.t(), factor_C1.squeeze(-1))
         ROOMS.give_back(room)
         if want_weight and total_VD is None:
             d_weight_VD = torch.zeros_like(weight_VD)
@@ -182,24 +185,16 @@ def _softmax_(logits_CV: Tensor, token_C: Tensor, temperature: float, *, wanted:
     return torch.cat(logp)
 
 
-def _gradient_(p_CV: Tensor, live_C: Tensor | None, token_C: Tensor, grad_C: Tensor) -> Tensor:
-    """(C, V) gradient of the logits, in place of the softmax: grad x (1 at the token - p), in the model's precision.
-
-    Of some rows where ``live_C`` says which, in order; they come to stand before the others.
-    """
-    d_logits_CV = p_CV if live_C is None else p_CV[: len(live_C)]
+def _first_(p_CV: Tensor, live_C: Tensor) -> Tensor:
+    """Some rows, by ascending index, moved before the others."""
     work_RV: Tensor | None = None
-    for at in _blocks(d_logits_CV):
-        d_RV = d_logits_CV[at]
-        if live_C is not None:
-            # A row moves only to a place before its own, and what is in a block was read before the block is written.
-            work_RV = torch.empty_like(d_RV) if work_RV is None else work_RV[: len(d_RV)]
-            d_RV = torch.index_select(p_CV, 0, live_C[at], out=work_RV)
-        d_RV.mul_(-grad_C[at, None])
-        d_RV[torch.arange(len(d_RV), device=d_RV.device), token_C[at]] += grad_C[at]
-        if live_C is not None:
-            d_logits_CV[at] = d_RV
-    return d_logits_CV
+    found_CV = p_CV[: len(live_C)]
+    for at in _blocks(found_CV):
+        # A row moves only to a place before its own, and what is in a block was read before the block is written.
+        place_RV = found_CV[at]
+        work_RV = torch.empty_like(place_RV) if work_RV is None else work_RV[: len(place_RV)]
+        place_RV.copy_(torch.index_select(p_CV, 0, live_C[at], out=work_RV))
+    return found_CV
 
 
 def _blocks(x_CV: Tensor) -> Iterator[slice]:
