@@ -257,7 +257,7 @@ class RuntimeSettings(Settings):
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     pass_tokens: Positive | None = None  # fed to a policy at once in training; none: 2048 on a CPU, 16384 on a GPU
-    checkpoint_activations: bool = False  # computed again in the backward pass: a quarter slower, much less memory
+    checkpoint_activations: bool = False  # computed again in the backward pass: a third to a half slower, far smaller
     checkpoint_seconds: Annotated[float, Field(ge=0.0)] = 120.0  # between two checkpoints of a training run
     onednn: Literal["auto", "on", "off"] = "auto"  # float32 products on a CPU; auto: where it is faster
     score_batch: Positive = 64  # texts a pass of the reward and perplexity models
