@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rrhf_bench.policy.gradients import gradient_to_add_to
-from rrhf_bench.policy.linear import WORTH, Linear, Product
+from rrhf_bench.policy.linear import WORTH, Linear, Product, add_product_
 from rrhf_bench.policy.logprobs import gather_logprobs
 
 # Bytes of softmax that may be kept for the backward pass, a token fed; what is beyond them is computed again. A row of
@@ -134,10 +134,8 @@ class _ChunkedLogprobs(torch.autograd.Function):
             scaled_CD = hidden_CD * factor_C1
             if total_VD is None and want_weight:
                 total_VD = d_weight_VD = ctx.product(p_CV.t(), scaled_CD)
-            elif total_VD is not None and ctx.product is torch.mm:
-                total_VD.addmm_(p_CV.t(), scaled_CD)
             elif total_VD is not None:
-                total_VD += ctx.product(p_CV.t(), scaled_CD)
+                add_product_(total_VD, p_CV, scaled_CD, ctx.product)
             if d_bias_V is not None:
                 d_bias_V += torch.mv(p_CV.t(), factor_C1.squeeze(-1))
         ROOMS.give_back(room)

@@ -57,20 +57,21 @@ class _Linear(torch.autograd.Function):
         d_x = product(grad_MN, weight_NK) if want_x else None
         if d_x is not None and live is not None:
             d_x = d_x.new_zeros(len(grads[0]), d_x.shape[1]).index_copy_(0, live, d_x)
-        d_weight = add_product(weight_NK, ctx.next_functions[1][0], grad_MN, x_MK, product) if want_weight else None
+        d_weight: Tensor | None = None
+        total_NK = gradient_to_add_to(weight_NK, ctx.next_functions[1][0]) if want_weight else None
+        if total_NK is not None:
+            add_product_(total_NK, grad_MN, x_MK, product)
+        elif want_weight:
+            d_weight = product(grad_MN.t(), x_MK)
         return d_x, d_weight, grad_MN.sum(0) if want_bias else None, None
 
 
-def add_product(weight_NK: Tensor, node: Any, grad_MN: Tensor, x_MK: Tensor, product: Product) -> Tensor | None:
-    """grad.t() @ x: added to the gradient that the weight has already, where this pass may, and then None."""
-    total_NK = gradient_to_add_to(weight_NK, node)
-    if total_NK is None:
-        return product(grad_MN.t(), x_MK)
+def add_product_(total_NK: Tensor, grad_MN: Tensor, x_MK: Tensor, product: Product) -> None:
+    """total += grad.t() @ x."""
     if product is torch.mm:
         total_NK.addmm_(grad_MN.t(), x_MK)
     else:
         total_NK += product(grad_MN.t(), x_MK)
-    return None
 
 
 def with_gradient(grad_MN: Tensor) -> Tensor | None:
