@@ -62,6 +62,7 @@ def hand_made_logits() -> torch.Tensor:
 )
 def test_released_loss_by_hand(rewards, loss):
     found, scores = released_loss(hand_made_logits(), LABELS, torch.tensor(rewards))
+    # float32: some units in its last place, 1.2e-7; the next wrong answer is a quarter of log 2 away.
     assert torch.allclose(scores, torch.tensor([-0.75, -0.25, -2.0]) * LN2, rtol=1e-6)
     assert found.item() == pytest.approx(loss * LN2, rel=1e-6)
     assert (LABELS == IGNORE).sum() == 6  # the argument is as it was
@@ -72,6 +73,7 @@ def test_released_loss_divides_by_the_padded_length():
     rewards = torch.tensor([2.0, 1.0, 3.0])
     logits = torch.cat([hand_made_logits(), torch.zeros(3, 1, 4)], 1)
     labels = torch.cat([LABELS, torch.full((3, 1), IGNORE)], 1)
+    # float32, as above; undivided by the row of padding it would be a quarter more.
     assert released_loss(logits, labels, rewards)[0].item() == pytest.approx(5.5 * LN2 * 4 / 5, rel=1e-6)
 
 
@@ -88,6 +90,7 @@ def test_released_loss_is_the_official_variant():
             logp[None], (labels != IGNORE)[None], rewards[None], variant="official", padded_length_B=torch.tensor([9])
         )
         loss, scores = released_loss(logits, labels, rewards)
+        # float64, the same sums in another order.
         torch.testing.assert_close(loss, expected.total, rtol=1e-12, atol=0)
         torch.testing.assert_close(scores, expected.score_BG[0], rtol=1e-12, atol=0)
 
