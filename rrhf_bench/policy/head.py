@@ -18,7 +18,7 @@ from rrhf_bench.policy.logprobs import gather_logprobs
 
 # Bytes of softmax that may be kept for the backward pass, a token fed; what is beyond them is computed again. A row of
 # a vocabulary of 32,000 is 125 KiB in float32; the layers of a model of 60M keep 350 KiB a token.
-KEPT = 80 << 10
+KEPT = 128 << 10
 BLOCK = 1 << 19  # logits that go through the softmax at once on a CPU: they stay in its cache from one step to the next
 LONGEST_CHUNK = 512  # rows of one product with the head: more gain nothing
 

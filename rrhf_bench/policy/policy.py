@@ -18,7 +18,7 @@ from torch import Tensor
 
 from rrhf_bench.data.dialogue import Template
 from rrhf_bench.errors import DataError
-from rrhf_bench.policy import attention, embedding, linear, onednn
+from rrhf_bench.policy import activations, attention, embedding, linear, onednn
 from rrhf_bench.policy.adapters import adapters_off, add_adapters, merge, merged_state
 from rrhf_bench.policy.batching import Pack, PaddedLayout, ResponseBatch, pack, padded, passes, places
 from rrhf_bench.policy.head import KEPT, token_logprobs
@@ -192,6 +192,8 @@ class TransformersPolicy:
         self._head_is_plain = self._check_head()
         self.onednn_layers = 0
         self._take_over_linear_layers()
+        if self.device.type == "cpu":
+            activations.take_over(model)
         self.layout: Literal["packed", "padded"] = "padded"
         self.layout_reason = self._unpackable(getattr(config, "attn_logit_softcapping", None))
         if self.layout_reason is None:
@@ -284,7 +286,9 @@ class TransformersPolicy:
     def _forward(self, batch: ResponseBatch) -> tuple[Tensor, Tensor]:
         """((N,) log-probs, (N, D) hidden states) of the N response tokens, row by row."""
         if self.layout == "packed" and (self._window is None or batch.longest <= self._window):
-            packs = pack(batch, self.pass_tokens)
+            # What a backward pass needs is kept for all packs anyway, unless it is computed again pack by pack.
+            together = torch.is_grad_enabled() and not self._checkpointed
+            packs = pack(batch, max(self.pass_tokens, self.fed_tokens(batch)) if together else self.pass_tokens)
             parts = [list(part.rows) for part in packs]
             hidden_ND = torch.cat([self._packed(part) for part in packs])
             fed = sum(len(part.ids_L) for part in packs)
