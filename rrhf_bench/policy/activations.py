@@ -12,6 +12,9 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.nn.functional import silu
+
+from rrhf_bench.policy.linear import Linear, Product, weight_gradient, with_gradient
 
 SLACK = {torch.float64: 1e-6, torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 1e-2}  # norms are in float32
 
@@ -58,23 +61,50 @@ class GatedMLP(torch.nn.Module):
     gate_proj: Any
     up_proj: Any
     down_proj: Any
+    act_fn: Any
 
     def forward(self, x: Tensor) -> Tensor:
-        return cast(Tensor, self.down_proj(_Gate.apply(self.gate_proj(x), self.up_proj(x))))
+        layers = self.gate_proj, self.up_proj, self.down_proj
+        if not torch.is_grad_enabled() or not all(type(layer) is Linear and layer.bias is None for layer in layers):
+            return cast(Tensor, self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x)))
+        product = self.gate_proj.product if x.dtype == torch.float32 else torch.mm
+        out_MD = _GatedMLP.apply(x.reshape(-1, x.shape[-1]), *(layer.weight for layer in layers), product)
+        return cast(Tensor, out_MD).view(x.shape)
 
 
-class _Gate(torch.autograd.Function):
+class _GatedMLP(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gate_MF: Tensor, up_MF: Tensor) -> Tensor:
-        ctx.save_for_backward(gate_MF, up_MF)
-        return torch.nn.functional.silu(gate_MF).mul_(up_MF)
+    def forward(ctx: Any, x_MD: Tensor, gate_FD: Tensor, up_FD: Tensor, down_DF: Tensor, product: Product) -> Tensor:
+        gate_MF, up_MF = product(x_MD, gate_FD.t()), product(x_MD, up_FD.t())
+        ctx.save_for_backward(x_MD, gate_FD, up_FD, down_DF, gate_MF, up_MF)
+        ctx.product = product
+        return product(silu(gate_MF).mul_(up_MF), down_DF.t())
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        gate_MF, up_MF = ctx.saved_tensors
-        d_up = torch.nn.functional.silu(gate_MF).mul_(grads[0])
-        d_gate = grads[0] * up_MF
-        return torch.ops.aten.silu_backward.grad_input(d_gate, gate_MF, grad_input=d_gate), d_up
+        x_MD, gate_FD, up_FD, down_DF, gate_MF, up_MF = ctx.saved_tensors
+        want_x, *want = ctx.needs_input_grad[:4]
+        product, grad_MD = ctx.product, grads[0].contiguous()
+        live = with_gradient(grad_MD)
+        if live is not None:
+            grad_MD, x_MD, gate_MF, up_MF = (x.index_select(0, live) for x in (grad_MD, x_MD, gate_MF, up_MF))
+        d_inner_MF, inner_MF = product(grad_MD, down_DF), silu(gate_MF)
+        d_gate_MF = d_inner_MF * up_MF
+        d_gate_MF = torch.ops.aten.silu_backward.grad_input(d_gate_MF, gate_MF, grad_input=d_gate_MF)
+        d_up_MF = d_inner_MF.mul_(inner_MF)
+        inner_MF = inner_MF.mul_(up_MF)
+        products = (gate_FD, d_gate_MF, x_MD), (up_FD, d_up_MF, x_MD), (down_DF, grad_MD, inner_MF)
+        d_weights = (
+            weight_gradient(weight, node, grad, x, product) if wanted else None
+            for wanted, (weight, grad, x), (node, _) in zip(want, products, ctx.next_functions[1:4], strict=True)
+        )
+        d_x: Tensor | None = None
+        if want_x:
+            d_x = product(d_gate_MF, gate_FD)
+            d_x = d_x.addmm_(d_up_MF, up_FD) if product is torch.mm else d_x.add_(product(d_up_MF, up_FD))
+            if live is not None:
+                d_x = d_x.new_zeros(grads[0].shape).index_copy_(0, live, d_x)
+        return d_x, *d_weights, None
 
 
 @torch.no_grad()

@@ -57,13 +57,18 @@ class _Linear(torch.autograd.Function):
         d_x = product(grad_MN, weight_NK) if want_x else None
         if d_x is not None and live is not None:
             d_x = d_x.new_zeros(len(grads[0]), d_x.shape[1]).index_copy_(0, live, d_x)
-        d_weight: Tensor | None = None
-        total_NK = gradient_to_add_to(weight_NK, ctx.next_functions[1][0]) if want_weight else None
-        if total_NK is not None:
-            add_product_(total_NK, grad_MN, x_MK, product)
-        elif want_weight:
-            d_weight = product(grad_MN.t(), x_MK)
+        node = ctx.next_functions[1][0]
+        d_weight = weight_gradient(weight_NK, node, grad_MN, x_MK, product) if want_weight else None
         return d_x, d_weight, grad_MN.sum(0) if want_bias else None, None
+
+
+def weight_gradient(weight_NK: Any, node: Any, grad_MN: Tensor, x_MK: Tensor, product: Product) -> Tensor | None:
+    """grad.t() @ x; None if it has been added to the gradient that the weight has. ``node`` is the one behind it."""
+    total_NK = gradient_to_add_to(weight_NK, node)
+    if total_NK is None:
+        return product(grad_MN.t(), x_MK)
+    add_product_(total_NK, grad_MN, x_MK, product)
+    return None
 
 
 def add_product_(total_NK: Tensor, grad_MN: Tensor, x_MK: Tensor, product: Product) -> None:
