@@ -2,7 +2,7 @@
 labelled positions, and ours. `python -m benchmarks.step --help`.
 
 Before anything is timed the sides must agree: same loss, same scores p, same gradients from the same weights. A step is
-forward, loss and backward, with no gradients before it and no optimiser after it.
+forward, loss and backward, added to gradients that are there (`--gradients none`: with none), no optimiser after it.
 """
 
 from __future__ import annotations
@@ -99,7 +99,8 @@ def measure(workload: Workload, record: Mapping[str, Any], *, memory: bool, cons
         scores = found[RELEASED].score_N.split([len(group.responses) for group in groups])
         silent = [group.silent(score_K) for group, score_K in zip(groups, scores, strict=True)]
         del found, expected
-        sides = {name: Side(partial(stepper.step, groups), stepper.clear) for name, stepper in steppers.items()}
+        prepare = Stepper.clear if record["gradients"] == "kept" else Stepper.forget
+        sides = {name: Side(partial(s.step, groups), partial(prepare, s)) for name, s in steppers.items()}
         sides[PRODUCT] = product(workload.dtype, device)
         if STEERED in names:
             sides[PRODUCT_ONEDNN] = product(workload.dtype, device, onednn=True)
@@ -125,6 +126,7 @@ def measure(workload: Workload, record: Mapping[str, Any], *, memory: bool, cons
         **total_tokens(groups),
         "silent": [sorted(of) for of in silent],
         "useful_flops": sum(useful_flops(workload.shape, g, s) for g, s in zip(groups, silent, strict=True)),
+        "flops_with_silent": sum(useful_flops(workload.shape, group) for group in groups),
         "errors": {name: error._asdict() for name, error in compared.items()},
         "bound": bound._asdict(),
         "layout": layouts,
@@ -209,13 +211,24 @@ def notes(record: Mapping[str, Any]) -> list[str]:
         for name in (PRODUCT, PRODUCT_ONEDNN)
         if name in row["seconds"]
     ]
+    with_silent = {
+        row["name"]: summary(row)[PACKED]["share_of_peak"].median * row["flops_with_silent"] / row["useful_flops"]
+        for row in record["rows"]
+    }
     worst = {row["name"]: max(max(error.values()) for error in row["errors"].values()) for row in record["rows"]}
     said = [
         "Speeds are medians of the ratios of each round, with the quartiles over rounds in brackets; higher is faster.",
+        "A timed step adds to gradients that are there."
+        if record["gradients"] == "kept"
+        else "A timed step begins without gradients.",
         "Extra memory is what a step takes above weights and gradients at its peak, each side in a process of its own.",
         "Share of peak: the operations that no side can do without, over what a product of two "
         f"{PRODUCT_SIZE} x {PRODUCT_SIZE} matrices reached in the same rounds; "
         "against oneDNN's product for the side that uses it. " + "; ".join(rates) + ".",
+        "A response for which the loss has no gradient counts forward only; with the backward pass that the other sides "
+        f"make of it, the share of {PACKED!r} is "
+        + ", ".join(f"{name} {share:.0%}" for name, share in with_silent.items())
+        + ".",
         "Largest relative error of loss, scores and gradients, measured before the timing: "
         + ", ".join(f"{name} {error:.1g}" for name, error in worst.items())
         + ".",
@@ -267,6 +280,9 @@ def step(
     threads: Annotated[int | None, typer.Option(min=1, help="of the CPU; PyTorch's own number otherwise")] = None,
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="where the models run")] = "auto",
     seed: Annotated[int, typer.Option(help="names weights, tokens and lengths")] = 0,
+    gradients: Annotated[
+        Literal["kept", "none"], typer.Option(help="before a timed step: those of other steps, or none")
+    ] = "kept",
     memory: Annotated[bool, typer.Option(help="measure the peak memory of each side too")] = True,
     quick: Annotated[bool, typer.Option("--quick", help="tiny models: does everything run?")] = False,
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="write the record, as JSON")] = None,
@@ -280,7 +296,7 @@ def step(
         record = read_json(read, NAME)
     else:
         torch.set_num_threads(threads or torch.get_num_threads())
-        record = begin(device_of(device), rounds=rounds, seed=seed, quick=quick)
+        record = begin(device_of(device), rounds=rounds, seed=seed, quick=quick, gradients=gradients)
         for workload in chosen(rows, WORKLOADS):
             row = measure(workload, record, memory=memory, console=console)
             record["rows"].append(row)
@@ -294,7 +310,7 @@ def step(
         draw(record, report)
 
 
-def begin(device: torch.device, *, rounds: int, seed: int, quick: bool) -> dict[str, Any]:
+def begin(device: torch.device, *, rounds: int, seed: int, quick: bool, gradients: str) -> dict[str, Any]:
     """A record without rows: what they all have in common."""
     return {
         "benchmark": NAME,
@@ -304,6 +320,7 @@ def begin(device: torch.device, *, rounds: int, seed: int, quick: bool) -> dict[
         "rounds": rounds,
         "seed": seed,
         "quick": quick,
+        "gradients": gradients,
         "shipped": STEERED if device.type == "cpu" and onednn.worth_it() else PACKED,
         "rows": [],
     }

@@ -281,6 +281,26 @@ def test_step_from_end_to_end(tmp_path, threads):
         assert (first / name).read_bytes() == (second / name).read_bytes(), name
 
 
+@pytest.mark.parametrize("gradients", ["kept", "none"])
+def test_what_is_there_before_a_timed_step(gradients, tmp_path, threads, monkeypatch):
+    found = []
+    step_ = Stepper.step
+
+    def spy(stepper, groups):
+        found.append([p.grad is not None for p in stepper.model.parameters()])
+        step_(stepper, groups)
+
+    monkeypatch.setattr(Stepper, "step", spy)
+    out = tmp_path / "step.json"
+    arguments = ["--quick", "--rounds", "1", "--threads", "1", "--rows", "60M-bf16", "--no-memory", "--out", str(out)]
+    run = CliRunner().invoke(step.app, [*arguments, "--gradients", gradients])
+    assert run.exit_code == 0, run.output
+    assert json.loads(out.read_text())["gradients"] == gradients
+    first, second = found[: len(found) // 2], found[len(found) // 2 :]  # the round that warms up, the one that counts
+    assert not any(map(any, first))
+    assert all(map(all, second)) if gradients == "kept" else not any(map(any, second))
+
+
 def test_scaling_from_end_to_end(tmp_path, threads):
     arguments = ["--quick", "--rounds", "1", "--threads", "1", "--rows", "k", "--rows", "vocabulary"]
     run = CliRunner().invoke(scaling.app, [*arguments, "--report", str(tmp_path)])

@@ -96,19 +96,38 @@ def test_packs_are_what_rows_by_themselves_are(name: str, length_norm: Any, toke
     # the model is in.
     for dtype, exact, rounded in ((torch.float64, 1e-12, 1e-6), (torch.float32, 1e-5, 1e-5)):
         model = made(PACKED[name], dtype)
+        plain = copy.deepcopy(model)  # a policy takes over parts of its model
+        plain.set_attn_implementation("sdpa")
+        policy = policy_of(model, pass_tokens=tokens)
+        assert policy.layout == "packed", policy.layout_reason
         for seed in range(2):
             batch = ragged(seed)
-            model.set_attn_implementation("sdpa")
-            expected, expected_p = losses(defined(model, batch), batch, length_norm)
+            expected, expected_p = losses(defined(plain, batch), batch, length_norm)
             expected.backward()
-            expected_gradient = gradient(model)
-            policy = policy_of(model, pass_tokens=tokens)
-            assert policy.layout == "packed", policy.layout_reason
+            expected_gradient = gradient(plain)
             found, p = losses(policy.token_logprobs(batch), batch, length_norm)
             found.backward()
             assert relative(found, expected) < exact
             assert relative(p, expected_p) < exact
             assert relative(gradient(model), expected_gradient) < rounded
+            with torch.no_grad():  # in packs of that many tokens
+                assert relative(losses(policy.token_logprobs(batch), batch, length_norm)[1], expected_p) < exact
+
+
+def test_with_gradients_a_prompt_is_fed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = ResponseBatch((tuple(range(20)),), tuple(tuple(range(i, i + 9)) for i in range(6)), (0,) * 6)
+    fed: list[int] = []
+    for checkpoint in (False, True):
+        policy = policy_of(made(PACKED["llama"]), pass_tokens=40, checkpoint_activations=checkpoint)
+        body = policy.model.base_model
+        body.register_forward_pre_hook(
+            lambda module, args, kwargs: fed.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
+        )
+        policy.token_logprobs(batch)
+        with torch.no_grad():
+            policy.token_logprobs(batch)
+    # One pack keeps less than three do; a checkpointed one is computed again whole, and that pass_tokens bounds.
+    assert fed == [20 + 6 * 8, *(3 * [20 + 2 * 8]), *(6 * [20 + 2 * 8])]
 
 
 @pytest.mark.parametrize("name", PADDED)
@@ -205,13 +224,12 @@ def test_the_three_forms_of_attention_are_one(long: int, monkeypatch: pytest.Mon
     prefixes = pack(ragged(3), 4096)[0].prefixes
     length = max(end for _, end in prefixes.segments)
     rng = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(length, heads, 16, dtype=torch.float64, generator=rng) for heads in (4, 2, 2))
-    by_head = [x.transpose(0, 1)[None] for x in (q, k, v)]
-    expected = attention.dense_attention(*by_head, prefixes, 0.2)
-    merged = attention.SharedPrefixAttention.apply(q, k, v, prefixes, 0.2)
-    torch.testing.assert_close(merged, expected[0].transpose(0, 1), rtol=0, atol=1e-14)
+    qkv = [torch.randn(1, heads, length, 16, dtype=torch.float64, generator=rng) for heads in (4, 2, 2)]
+    expected = attention.dense_attention(*qkv, prefixes, 0.2)
+    merged = attention.SharedPrefixAttention.apply(*qkv, prefixes, 0.2)
+    torch.testing.assert_close(merged, expected, rtol=0, atol=1e-14)
     with warnings.catch_warnings(action="ignore"):  # that it is not compiled, as it is on a GPU
-        flexible = attention.flex_attention(*by_head, prefixes, 0.2)
+        flexible = attention.flex_attention(*qkv, prefixes, 0.2)
     torch.testing.assert_close(flexible, expected, rtol=0, atol=1e-14)
 
 
@@ -222,14 +240,14 @@ def test_queries_without_a_gradient_change_nothing(long: int, monkeypatch: pytes
     prefixes = pack(ResponseBatch((prompt,), tuple(replies), (0,) * 5), 4096)[0].prefixes
     length = max(end for _, end in prefixes.segments)
     rng = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(length, heads, 16, dtype=torch.float64, generator=rng) for heads in (4, 2, 2))
-    leaves = [x.requires_grad_() for x in (q, k, v)]
-    expected = attention.dense_attention(*(x.transpose(0, 1)[None] for x in leaves), prefixes, 0.2)[0].transpose(0, 1)
+    qkv = (torch.randn(1, heads, length, 16, dtype=torch.float64, generator=rng) for heads in (4, 2, 2))
+    leaves = [x.requires_grad_() for x in qkv]
+    expected = attention.dense_attention(*leaves, prefixes, 0.2)
     found = attention.SharedPrefixAttention.apply(*leaves, prefixes, 0.2)
     for silent in ([0], [1], [2], [0, 1, 2], [1, 2, 3], [1, 2, 3, 4, 5]):  # of the segments, the prompt first
-        grad = torch.randn(length, 4, 16, dtype=torch.float64, generator=rng)
+        grad = torch.randn(1, 4, length, 16, dtype=torch.float64, generator=rng)
         for segment in silent:
-            grad[slice(*prefixes.segments[segment])] = 0.0
+            grad[:, :, slice(*prefixes.segments[segment])] = 0.0
         wanted = torch.autograd.grad(expected, leaves, grad, retain_graph=True)
         gotten = torch.autograd.grad(found, leaves, grad, retain_graph=True)
         for a, b in zip(gotten, wanted, strict=True):

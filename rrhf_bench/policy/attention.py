@@ -32,85 +32,70 @@ Piece = tuple[Any, Any, Tensor | None, bool]  # queries at, keys at (slices or (
 
 
 class SharedPrefixAttention(torch.autograd.Function):
-    """(L, H, D) attention of a pack on a CPU from (L, H, D) queries and (L, H_kv, D) keys and values.
+    """(1, H, L, D) attention of a pack on a CPU from (1, H, L, D) queries and (1, H_kv, L, D) keys and values.
 
     A token's output is the merge of a few pieces: its own segment, whole or in parts, and the prompt. With one
     log-sum-exp over all, each piece's backward is that of the whole restricted to its keys: gradients add up exactly.
     """
 
     @staticmethod
-    def forward(ctx: Any, q_LHD: Tensor, k_LHD: Tensor, v_LHD: Tensor, prefixes: Prefixes, scale: float) -> Tensor:
-        k_full, v_full = _per_query_head(q_LHD, k_LHD), _per_query_head(q_LHD, v_LHD)
-        out_LHD = torch.empty(q_LHD.shape, dtype=q_LHD.dtype)
-        lse_LH: Tensor | None = None
+    def forward(ctx: Any, q_HLD: Tensor, k_HLD: Tensor, v_HLD: Tensor, prefixes: Prefixes, scale: float) -> Tensor:
+        k_full, v_full = _per_query_head(q_HLD, k_HLD), _per_query_head(q_HLD, v_HLD)
+        out_HLD = _empty(q_HLD)
+        lse_HL = torch.empty(q_HLD.shape[:3], dtype=torch.promote_types(q_HLD.dtype, torch.float32))
         for at, keys, real_ST, causal in _pieces(prefixes):
-            part, lse = _forward(
-                _take(q_LHD, at), _take(k_full, keys), _take(v_full, keys), 0.0, causal, attn_mask=None, scale=scale
-            )
-            part, lse = part.transpose(1, 2), lse.transpose(1, 2)  # (S, T, H, D), (S, T, H)
-            if lse_LH is None:
-                lse_LH = torch.empty(q_LHD.shape[:2], dtype=lse.dtype)
+            taken = _take(q_HLD, at), _take(k_full, keys), _take(v_full, keys)
+            part, lse = _forward(*taken, 0.0, causal, attn_mask=None, scale=scale)  # (S, H, T, D), (S, H, T)
             if real_ST is not None:
-                out_LHD[at[real_ST]], lse_LH[at[real_ST]] = part[real_ST], lse[real_ST]
+                _put(out_HLD, at, part, real_ST)
+                _put(lse_HL, at, lse, real_ST)
             elif causal:
-                out_LHD[at], lse_LH[at] = part[0], lse[0]
+                out_HLD[:, :, at], lse_HL[:, :, at] = part, lse
             else:
-                both = torch.logaddexp(lse_LH[at], lse[0])
-                own_share, share = (lse_LH[at] - both).exp_()[..., None], (lse[0] - both).exp_()[..., None]
-                out_LHD[at] = (out_LHD[at] * own_share).addcmul_(part[0].to(own_share.dtype), share)
-                lse_LH[at] = both
-        assert lse_LH is not None
-        ctx.save_for_backward(q_LHD, k_LHD, v_LHD, out_LHD, lse_LH)
+                own_HLD, own_HL = out_HLD[:, :, at], lse_HL[:, :, at]
+                both = torch.logaddexp(own_HL, lse)
+                own_share, share = (own_HL - both).exp_()[..., None], (lse - both).exp_()[..., None]
+                own_HLD.copy_((own_HLD * own_share).addcmul_(part.to(own_share.dtype), share))
+                own_HL.copy_(both)
+        ctx.save_for_backward(q_HLD, k_HLD, v_HLD, out_HLD, lse_HL)
         ctx.prefixes, ctx.scale = prefixes, scale
-        return out_LHD
+        return out_HLD
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         # In float32 or better: of half precision the kernel's backward takes twice as long.
-        saved = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (*ctx.saved_tensors, grads[0].contiguous()))
-        q_LHD, k_LHD, v_LHD, out_LHD, lse_LH, grad_LHD = saved
-        k_full, v_full = _per_query_head(q_LHD, k_LHD), _per_query_head(q_LHD, v_LHD)
-        dq_LHD, dk_LHD, dv_LHD = torch.empty_like(out_LHD), torch.empty_like(out_LHD), torch.empty_like(out_LHD)
-        live = with_gradient(grad_LHD.flatten(1))
+        saved = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (*ctx.saved_tensors, grads[0]))
+        q_HLD, k_HLD, v_HLD, out_HLD, lse_HL, grad_HLD = saved
+        k_full, v_full = _per_query_head(q_HLD, k_HLD), _per_query_head(q_HLD, v_HLD)
+        dq_HLD, dk_HLD, dv_HLD = _empty(q_HLD), _empty(q_HLD), _empty(q_HLD)
+        live = with_gradient(grad_HLD[0].transpose(0, 1).flatten(1))
         for at, keys, real_ST, causal in _pieces(ctx.prefixes):
             if live is not None and real_ST is None:
                 # Queries without a gradient give none; where a segment has no other, its own keys get none.
                 asked = live[(live >= at.start) & (live < at.stop)]
                 if not len(asked):
                     if causal:
-                        dq_LHD[at], dk_LHD[at], dv_LHD[at] = 0.0, 0.0, 0.0
+                        dq_HLD[:, :, at], dk_HLD[:, :, at], dv_HLD[:, :, at] = 0.0, 0.0, 0.0
                     continue
                 at = at if causal else asked
-            grad, lse = _take(grad_LHD, at), lse_LH[at] if real_ST is not None else lse_LH[at][None]
+            grad, lse = _take(grad_HLD, at), _take(lse_HL, at)
             if real_ST is not None:
                 # A padded query would pull at real keys: no gradient comes in from it, and its weights are exp(-inf).
                 grad = grad.masked_fill(~real_ST[:, None, :, None], 0.0)
-                lse = lse.masked_fill(~real_ST[..., None], 1e30)
-            dq, dk, dv = (
-                x.transpose(1, 2)
-                for x in _backward(
-                    grad,
-                    _take(q_LHD, at),
-                    _take(k_full, keys),
-                    _take(v_full, keys),
-                    _take(out_LHD, at),
-                    lse.transpose(1, 2),
-                    0.0,
-                    causal,
-                    attn_mask=None,
-                    scale=ctx.scale,
-                )
-            )
+                lse = lse.masked_fill(~real_ST[:, None], 1e30)
+            taken = _take(q_HLD, at), _take(k_full, keys), _take(v_full, keys), _take(out_HLD, at)
+            dq, dk, dv = _backward(grad, *taken, lse, 0.0, causal, attn_mask=None, scale=ctx.scale)
             if real_ST is not None:
-                index = at[real_ST]
-                dq_LHD[index], dk_LHD[index], dv_LHD[index] = dq[real_ST], dk[real_ST], dv[real_ST]
+                _put(dq_HLD, at, dq, real_ST)
+                _put(dk_HLD, at, dk, real_ST)
+                _put(dv_HLD, at, dv, real_ST)
             elif causal:
-                dq_LHD[at], dk_LHD[at], dv_LHD[at] = dq[0], dk[0], dv[0]
+                dq_HLD[:, :, at], dk_HLD[:, :, at], dv_HLD[:, :, at] = dq, dk, dv
             else:
-                dq_LHD[at] += dq[0]
-                dk_LHD[keys] += dk[0]
-                dv_LHD[keys] += dv[0]
-        found = dq_LHD, _per_key_head(k_LHD, dk_LHD), _per_key_head(v_LHD, dv_LHD)
+                dq_HLD[:, :, at] += dq
+                dk_HLD[:, :, keys] += dk
+                dv_HLD[:, :, keys] += dv
+        found = dq_HLD, _per_key_head(k_HLD, dk_HLD), _per_key_head(v_HLD, dv_HLD)
         return *(x.to(grads[0].dtype) for x in found), None, None
 
 
@@ -138,21 +123,32 @@ def _halves(start: int, end: int) -> Iterator[Piece]:
     yield slice(middle, end), slice(start, middle), None, False
 
 
-def _take(x_LHD: Tensor, at: Any) -> Tensor:
-    """(S, H, T, D) of some tokens."""
-    taken = x_LHD[at]
-    return (taken[None] if taken.dim() == 3 else taken).transpose(1, 2)
+def _empty(like_HLD: Tensor) -> Tensor:
+    """(1, H, L, D), a token's heads one behind the other in memory, as the linear layers around want them."""
+    return like_HLD.new_empty(*(like_HLD.shape[i] for i in (0, 2, 1, 3))).transpose(1, 2)
 
 
-def _per_query_head(q_LHD: Tensor, x_LHD: Tensor) -> Tensor:
-    return x_LHD if x_LHD.shape[1] == q_LHD.shape[1] else x_LHD.repeat_interleave(q_LHD.shape[1] // x_LHD.shape[1], 1)
+def _take(x_HL: Tensor, at: Any) -> Tensor:
+    """(S, H, T, ...) of some tokens of (1, H, L, ...)."""
+    if isinstance(at, slice) or at.dim() == 1:
+        return x_HL[:, :, at]
+    return x_HL[0].transpose(0, 1)[at].transpose(1, 2)
 
 
-def _per_key_head(x_LHD: Tensor, grad_LHD: Tensor) -> Tensor:
+def _put(x_HL: Tensor, index_ST: Tensor, part: Tensor, real_ST: Tensor) -> None:
+    """The reverse, for those that are no padding."""
+    x_HL[0].transpose(0, 1)[index_ST[real_ST]] = part.transpose(1, 2)[real_ST]
+
+
+def _per_query_head(q_HLD: Tensor, x_HLD: Tensor) -> Tensor:
+    return x_HLD if x_HLD.shape[1] == q_HLD.shape[1] else x_HLD.repeat_interleave(q_HLD.shape[1] // x_HLD.shape[1], 1)
+
+
+def _per_key_head(x_HLD: Tensor, grad_HLD: Tensor) -> Tensor:
     """The gradient of ``_per_query_head``."""
-    if x_LHD.shape[1] == grad_LHD.shape[1]:
-        return grad_LHD
-    return grad_LHD.unflatten(1, (x_LHD.shape[1], -1)).sum(2)
+    if x_HLD.shape[1] == grad_HLD.shape[1]:
+        return grad_HLD
+    return grad_HLD.unflatten(1, (x_HLD.shape[1], -1)).sum(2)
 
 
 def flex_attention(q_HLD: Tensor, k_HLD: Tensor, v_HLD: Tensor, prefixes: Prefixes, scale: float) -> Tensor:
@@ -223,8 +219,8 @@ def attention(
         seen.append(module)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if query.device.type == "cpu":
-        rows = (x[0].transpose(0, 1) for x in (query, key, value))
-        return cast(Tensor, SharedPrefixAttention.apply(*rows, prefixes, scale))[None], None
+        out_HLD = cast(Tensor, SharedPrefixAttention.apply(query, key, value, prefixes, scale))
+        return out_HLD.transpose(1, 2), None
     attend = flex_attention if query.is_cuda else dense_attention
     return attend(query, key, value, prefixes, scale).transpose(1, 2), None
 

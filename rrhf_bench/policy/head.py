@@ -17,7 +17,7 @@ from rrhf_bench.policy.linear import WORTH, Linear, Product, add_product_
 from rrhf_bench.policy.logprobs import gather_logprobs
 
 # Bytes of softmax that may be kept for the backward pass, a token fed; what is beyond them is computed again. A row of
-# a vocabulary of 32,000 is 125 KiB in float32; the layers of a model of 60M keep 350 KiB a token.
+# a vocabulary of 32,000 is 125 KiB in float32; the layers of a Llama of 60M keep 250 KiB a token.
 KEPT = 128 << 10
 BLOCK = 1 << 19  # logits that go through the softmax at once on a CPU: they stay in its cache from one step to the next
 LONGEST_CHUNK = 512  # rows of one product with the head: more gain nothing
