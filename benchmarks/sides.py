@@ -6,13 +6,13 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from benchmarks.labelled import labelled
-from benchmarks.measure import peak_above
+from benchmarks.measure import Side, peak_above
 from benchmarks.released import released
 from benchmarks.workloads import Group, Shape, make_model, make_tokenization
 from rrhf_bench.errors import StageError
@@ -115,6 +115,22 @@ class Stepper:
         gradients = {name: p.grad.double().cpu() for name, p in self.model.named_parameters() if p.grad is not None}
         self.forget()
         return Results(loss, torch.cat(scores), gradients)
+
+
+def timed_step(
+    side: str,
+    shape: Shape,
+    groups: Sequence[Group],
+    seed: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    threads: int,
+    gradients: Literal["kept", "none"],
+) -> Side:
+    """The step of a side, ready to be timed; for a process of its own."""
+    torch.set_num_threads(threads)
+    stepper = Stepper.make(side, shape, seed=seed, dtype=dtype, device=device)
+    return Side(partial(stepper.step, groups), stepper.clear if gradients == "kept" else stepper.forget)
 
 
 class Errors(NamedTuple):

@@ -21,6 +21,7 @@ from benchmarks.measure import (
     PRODUCT_SIZE,
     Side,
     Spread,
+    apart,
     device_of,
     in_own_process,
     machine,
@@ -50,10 +51,12 @@ from benchmarks.sides import (
     check_equal,
     extra_memory,
     sides_for,
+    timed_step,
 )
 from benchmarks.workloads import Group, Workload, make_model, total_tokens, useful_flops
 from rrhf_bench.errors import ConfigError, nearest
 from rrhf_bench.policy import onednn
+from rrhf_bench.policy.head import ROOMS
 
 NAME = "step"
 WORKLOADS = {
@@ -79,7 +82,7 @@ PRODUCT, PRODUCT_ONEDNN = "product", "product, oneDNN"  # the machine's peak, ti
 
 
 def measure(workload: Workload, record: Mapping[str, Any], *, memory: bool, console: Console) -> dict[str, Any]:
-    """One row of the record: equality first, then rounds, then each side's memory in a process of its own.
+    """One row of the record: equality first, then rounds and memory, each side in a process of its own.
 
     Raises StageError where a side computes something else.
     """
@@ -98,23 +101,22 @@ def measure(workload: Workload, record: Mapping[str, Any], *, memory: bool, cons
         compared = check_equal(found, expected, bound, workload.name)
         scores = found[RELEASED].score_N.split([len(group.responses) for group in groups])
         silent = [group.silent(score_K) for group, score_K in zip(groups, scores, strict=True)]
-        del found, expected
-        prepare = Stepper.clear if record["gradients"] == "kept" else Stepper.forget
-        sides = {name: Side(partial(s.step, groups), partial(prepare, s)) for name, s in steppers.items()}
-        sides[PRODUCT] = product(workload.dtype, device)
-        if STEERED in names:
-            sides[PRODUCT_ONEDNN] = product(workload.dtype, device, onednn=True)
-        seconds = measure_rounds(
-            sides, record["rounds"], progress=lambda words: status.update(f"{workload.name}: {words}")
-        )
         layouts = {name: stepper.layout for name, stepper in steppers.items()}
-        del steppers, sides
+        del found, expected, steppers
+        ROOMS.clear()
+        arguments = workload.shape, groups, seed, workload.dtype, device, threads
+        makers = {name: partial(timed_step, name, *arguments, record["gradients"]) for name in names}
+        with apart(makers) as steps:
+            sides: dict[str, Side] = {**steps, PRODUCT: product(workload.dtype, device)}
+            if STEERED in names:
+                sides[PRODUCT_ONEDNN] = product(workload.dtype, device, onednn=True)
+            seconds = measure_rounds(
+                sides, record["rounds"], progress=lambda words: status.update(f"{workload.name}: {words}")
+            )
         used: dict[str, int | None] = {}
         for name in names if memory else ():
             status.update(f"{workload.name}: memory of {name}")
-            used[name] = in_own_process(
-                extra_memory, name, workload.shape, groups, seed, workload.dtype, device, threads
-            )
+            used[name] = in_own_process(extra_memory, name, *arguments)
     row = {
         "name": workload.name,
         "words": workload.words,
@@ -225,7 +227,7 @@ def notes(record: Mapping[str, Any]) -> list[str]:
         "Share of peak: the operations that no side can do without, over what a product of two "
         f"{PRODUCT_SIZE} x {PRODUCT_SIZE} matrices reached in the same rounds; "
         "against oneDNN's product for the side that uses it. " + "; ".join(rates) + ".",
-        "A response for which the loss has no gradient counts forward only; with the backward pass that the other sides "
+        "A response for which the loss has no gradient counts forward only; with the backward pass that others "
         f"make of it, the share of {PACKED!r} is "
         + ", ".join(f"{name} {share:.0%}" for name, share in with_silent.items())
         + ".",

@@ -19,6 +19,7 @@ from benchmarks.measure import (
     MEMORY_ENVIRONMENT,
     Side,
     Spread,
+    apart,
     in_own_process,
     measure_rounds,
     order,
@@ -27,7 +28,17 @@ from benchmarks.measure import (
     spread,
 )
 from benchmarks.released import released_loss
-from benchmarks.sides import FLOAT32, RELEASED, Errors, Results, Stepper, check_equal, errors, sides_for
+from benchmarks.sides import (
+    FLOAT32,
+    RELEASED,
+    Errors,
+    Results,
+    Stepper,
+    check_equal,
+    errors,
+    sides_for,
+    timed_step,
+)
 from benchmarks.workloads import IGNORE, SHAPES, Group, Shape, Workload, make_model, padded_rows, useful_flops
 from rrhf_bench.errors import ConfigError, StageError, StoreError
 from rrhf_bench.training.rrhf import rrhf_loss
@@ -251,6 +262,42 @@ def test_own_process_has_its_environment_and_its_faults():
         in_own_process(os.abort)
 
 
+def of_this_process():
+    return Side(lambda: counted.append(os.getpid()), lambda: counted.append(0))
+
+
+def that_dies():
+    return Side(os.abort)
+
+
+def told():
+    """Side that fails unless it was prepared before every run, in a process where nothing else happened."""
+
+    def run():
+        assert counted == [0] * len(counted), counted
+        assert len(counted) == 3
+
+    return Side(run, lambda: counted.append(0))
+
+
+counted: list[int] = []
+
+
+def test_sides_apart_are_prepared_and_run_in_processes_of_their_own():
+    with apart({"a": of_this_process, "b": told}) as sides:
+        for name in ("a", "b", "b", "b"):
+            sides[name].prepare()
+        sides["a"].run()
+        sides["b"].run()
+        sides["a"].run()
+        with pytest.raises(AssertionError, match="0, 0, 0, 0"):  # what a side raises is raised here
+            sides["b"].prepare()
+            sides["b"].run()
+    assert not counted
+    with apart({"dies": that_dies}) as sides, pytest.raises(StageError, match="dies: its process died"):
+        sides["dies"].run()
+
+
 # --- from end to end ------------------------------------------------------------------------------------------
 
 
@@ -282,23 +329,26 @@ def test_step_from_end_to_end(tmp_path, threads):
 
 
 @pytest.mark.parametrize("gradients", ["kept", "none"])
-def test_what_is_there_before_a_timed_step(gradients, tmp_path, threads, monkeypatch):
+def test_what_is_there_before_a_timed_step(gradients, threads, monkeypatch):
     found = []
     step_ = Stepper.step
 
     def spy(stepper, groups):
-        found.append([p.grad is not None for p in stepper.model.parameters()])
+        found.append({p.grad is not None for p in stepper.model.parameters()})
         step_(stepper, groups)
+        found.append(max(p.grad.abs().max().item() for p in stepper.model.parameters()))
 
     monkeypatch.setattr(Stepper, "step", spy)
-    out = tmp_path / "step.json"
-    arguments = ["--quick", "--rounds", "1", "--threads", "1", "--rows", "60M-bf16", "--no-memory", "--out", str(out)]
-    run = CliRunner().invoke(step.app, [*arguments, "--gradients", gradients])
-    assert run.exit_code == 0, run.output
-    assert json.loads(out.read_text())["gradients"] == gradients
-    first, second = found[: len(found) // 2], found[len(found) // 2 :]  # the round that warms up, the one that counts
-    assert not any(map(any, first))
-    assert all(map(all, second)) if gradients == "kept" else not any(map(any, second))
+    workload = step.WORKLOADS["15M-cut"].quick()
+    arguments = workload.shape, workload.groups(0), 0, workload.dtype, torch.device("cpu"), 1
+    side = timed_step(RELEASED, *arguments, gradients)
+    for _ in range(2):
+        side.prepare()
+        side.run()
+    first, largest, second, again = found
+    assert first == {False}
+    assert second == {gradients == "kept"}
+    assert again == largest  # those that are there are zeros
 
 
 def test_scaling_from_end_to_end(tmp_path, threads):
