@@ -271,11 +271,10 @@ def that_dies():
 
 
 def told():
-    """Side that fails unless it was prepared before every run, in a process where nothing else happened."""
+    """A side that fails unless it was prepared three times, in a process where nothing else happened."""
 
     def run():
-        assert counted == [0] * len(counted), counted
-        assert len(counted) == 3
+        assert counted == [0, 0, 0]
 
     return Side(run, lambda: counted.append(0))
 
@@ -290,8 +289,8 @@ def test_sides_apart_are_prepared_and_run_in_processes_of_their_own():
         sides["a"].run()
         sides["b"].run()
         sides["a"].run()
-        with pytest.raises(AssertionError, match="0, 0, 0, 0"):  # what a side raises is raised here
-            sides["b"].prepare()
+        sides["b"].prepare()
+        with pytest.raises(AssertionError):  # what a side raises is raised here
             sides["b"].run()
     assert not counted
     with apart({"dies": that_dies}) as sides, pytest.raises(StageError, match="dies: its process died"):
