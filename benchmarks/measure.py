@@ -118,8 +118,8 @@ def timed(run: Callable[[], object]) -> float:
 @contextmanager
 def apart(makers: Mapping[K, Callable[[], Side]]) -> Iterator[dict[K, Side]]:
     """The sides, each in a process of its own for all its rounds: what one leaves behind in the allocator is nothing to
-    another, as little as to the programs that they stand for. They run when they are asked to, one at a time, once untimed
-    before every time that counts: the memory of a process that waits may have been taken from it.
+    another, as little as to the programs that they stand for. They run when they are asked to, one at a time, and once
+    untimed before every time that counts: the memory of a process that waits may have been taken from it.
 
     A maker is a function of a module, or a partial of one, called in the process. Raises StageError where that dies.
     """
