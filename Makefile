@@ -25,8 +25,9 @@ run: env
 smoke: env
 	$(BIN)/rrhf-bench run experiments/smoke.toml $(ARGS)
 
+# Files of tests are shared out to a process for each core, four at most (some hold a vLLM engine), of one thread each.
 test: env
-	$(BIN)/pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 test-slow: env
 	$(BIN)/pytest -m 'slow and not gpu' $(ARGS)
