@@ -135,6 +135,7 @@ def scan_k(scan: Scan, *, memory: bool) -> dict[str, Any]:
     }
     record = {
         "tokens": {str(k): group.response_tokens for k, group in groups.items()},
+        "silent_tokens": {str(k): silent_tokens(steppers[RELEASED], group) for k, group in groups.items()},
         "plain_tokens": sum(len(p) + len(r) for p, r in zip(plain.prompt_ids, plain.response_ids, strict=True)),
         "seconds": scan.seconds(steppers, groups, "k", extra),
     }
@@ -149,6 +150,12 @@ def scan_k(scan: Scan, *, memory: bool) -> dict[str, Any]:
             for name in scan.names
         }
     return record
+
+
+def silent_tokens(stepper: Stepper, group: Group) -> int:
+    """Tokens of the responses for which the loss has no gradient."""
+    silent = group.silent(stepper.results([group]).score_N)
+    return sum(len(group.responses[i]) for i in silent)
 
 
 def plain_batch(largest: Group, vocabulary: int, seed: int) -> ResponseBatch:
@@ -373,10 +380,18 @@ def notes(record: Mapping[str, Any]) -> list[str]:
             "and backward with nothing to share, at the same average context. Where b / c is 1, a response costs its "
             "own tokens and no more."
         )
+        of = record["k"]
+        said.append(
+            "Ours makes no backward pass for responses whose gradient is zero at these weights and rewards; from one k "
+            "to the next a response costs more than its tokens where fewer are. Without a gradient are "
+            + ", ".join(f"{n} of {of['tokens'][k]} response tokens at k = {k}" for k, n in of["silent_tokens"].items())
+            + "."
+        )
     if "planning" in record:
         said.append(
             "Planning: prompts with six responses, made one by one when asked for; what is added is what the loop "
-            "holds. Beside it, what the records alone take where a list holds them."
+            "holds, which is the records and the token ids of the texts seen last, of a number of them at most. Beside "
+            "it, what the records alone take where a list holds them."
         )
     if record["quick"]:
         said.insert(0, "A smoke run of tiny models: the numbers say that everything runs, and nothing about speed.")
