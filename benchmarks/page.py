@@ -16,7 +16,7 @@ from rich.table import Table
 
 from benchmarks.measure import Spread, write_json
 from rrhf_bench.errors import StoreError
-from rrhf_bench.report.drawing import LIGHT, STYLE, legend_above, legend_key, new_panels, thousands
+from rrhf_bench.report.drawing import LIGHT, STYLE, legend_above, legend_key, new_panels
 from rrhf_bench.report.table import markdown
 
 
@@ -96,7 +96,7 @@ def lines_figure(panels: Sequence[Panel]) -> Figure:
                 marker = "" if side.dashed else "o"
                 ax.plot(x, middle, marker=marker, linestyle=":" if side.dashed else "-", color=side.colour)
             if panel.log:
-                _log_ticks(ax, "x", panel.log)
+                _log_ticks(ax, "x", panel.log, at=sorted({x for side in panel.series for x in side.x}))
                 _log_ticks(ax, "y", panel.log)
             else:
                 ax.set_ylim(bottom=0)
@@ -108,9 +108,12 @@ def lines_figure(panels: Sequence[Panel]) -> Figure:
         return figure
 
 
-def _log_ticks(ax: Axes, axis: str, base: int) -> None:
+def _log_ticks(ax: Axes, axis: str, base: int, at: Sequence[float] | None = None) -> None:
+    """Powers of the base, or what was measured."""
     getattr(ax, f"set_{axis}scale")("log", base=base)
-    getattr(ax, f"{axis}axis").set_major_formatter(thousands)
+    getattr(ax, f"{axis}axis").set_major_formatter(lambda value, _: f"{value:,.10g}")
+    if at is not None:
+        getattr(ax, f"set_{axis}ticks")(at)
 
 
 def write_page(
