@@ -111,7 +111,7 @@ def lines_figure(panels: Sequence[Panel]) -> Figure:
 def _log_ticks(ax: Axes, axis: str, base: int, at: Sequence[float] | None = None) -> None:
     """Powers of the base, or what was measured."""
     getattr(ax, f"set_{axis}scale")("log", base=base)
-    getattr(ax, f"{axis}axis").set_major_formatter(lambda value, _: f"{value:,.10g}")
+    getattr(ax, f"{axis}axis").set_major_formatter("{x:,.10g}")
     if at is not None:
         getattr(ax, f"set_{axis}ticks")(at)
 
