@@ -275,7 +275,7 @@ def told():
 
     def run():
         counted.append(1)
-        assert counted == [0, 1, 0, 1][: len(counted)]
+        assert counted == [0, 1, 0, 1][: len(counted)], counted
 
     return Side(run, lambda: counted.append(0))
 
@@ -290,7 +290,7 @@ def test_sides_apart_are_prepared_and_run_in_processes_of_their_own():
         sides["a"].run()
         sides["b"].run()
         sides["a"].run()
-        with pytest.raises(AssertionError):  # what a side raises is raised here
+        with pytest.raises(AssertionError, match="0, 1, 0, 1, 1"):  # what a side raises is raised here
             sides["b"].run()
     assert not counted
     with apart({"dies": that_dies}) as sides, pytest.raises(StageError, match="dies: its process died"):
