@@ -219,8 +219,8 @@ def test_rows_of_other_names_are_compared_where_they_are_named(a: RunRecords) ->
     assert isinstance(c.estimate, Estimate)
     assert isinstance(inside, Estimate)
     assert c.estimate.value == inside.value
-    # Another bootstrap's draws, so not quite the same percentile: 0.003 apart where this was written, and a tenth of the
-    # interval's half-width is 0.01.
+    # Another bootstrap's draws, so not quite the same percentile: 0.003 apart where this was written; 0.01 is a tenth
+    # of the interval's half-width.
     assert c.estimate.low == pytest.approx(inside.low, abs=0.01)
     base = found(compared, "rrhf", "base", "greedy", "reward")
     assert isinstance(base.estimate, Estimate)
