@@ -220,7 +220,7 @@ def test_a_pack_lets_a_token_see_its_prompt_and_itself_only(seed: int, tokens: i
 
 @pytest.mark.parametrize("long", [10, 256])  # with segments in halves, and whole
 def test_the_three_forms_of_attention_are_one(long: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "LONG", long)
+    monkeypatch.setattr("rrhf_bench.policy.batching.LONG", long)
     prefixes = pack(ragged(3), 4096)[0].prefixes
     length = max(end for _, end in prefixes.segments)
     rng = torch.Generator().manual_seed(0)
@@ -235,16 +235,17 @@ def test_the_three_forms_of_attention_are_one(long: int, monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("long", [10, 256])
 def test_queries_without_a_gradient_change_nothing(long: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "LONG", long)
-    prompt, replies = tuple(range(40)), [tuple(range(n)) for n in (34, 50, 3, 36, 2)]
-    prefixes = pack(ResponseBatch((prompt,), tuple(replies), (0,) * 5), 4096)[0].prefixes
+    monkeypatch.setattr("rrhf_bench.policy.batching.LONG", long)
+    # Some of one length behind one another, which are one call to the kernel, and some too short for one of their own.
+    prompt, replies = tuple(range(40)), [tuple(range(i, i + n)) for i, n in enumerate((34, 50, 50, 50, 3, 36, 2))]
+    prefixes = pack(ResponseBatch((prompt,), tuple(replies), (0,) * 7), 4096)[0].prefixes
     length = max(end for _, end in prefixes.segments)
     rng = torch.Generator().manual_seed(0)
     qkv = (torch.randn(1, heads, length, 16, dtype=torch.float64, generator=rng) for heads in (4, 2, 2))
     leaves = [x.requires_grad_() for x in qkv]
     expected = attention.dense_attention(*leaves, prefixes, 0.2)
     found = attention.SharedPrefixAttention.apply(*leaves, prefixes, 0.2)
-    for silent in ([0], [1], [2], [0, 1, 2], [1, 2, 3], [1, 2, 3, 4, 5]):  # of the segments, the prompt first
+    for silent in ([0], [1], [3], [0, 1, 2], [2, 3, 4, 5], [1, 2, 3, 4, 5, 6, 7]):  # of the segments, the prompt first
         grad = torch.randn(1, 4, length, 16, dtype=torch.float64, generator=rng)
         for segment in silent:
             grad[:, :, slice(*prefixes.segments[segment])] = 0.0

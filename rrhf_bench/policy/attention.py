@@ -5,19 +5,20 @@ log-sum-exps; on a GPU FlexAttention with a block mask; elsewhere one dense mask
 of the model's forward, not through a global: so a checkpointed layer that is computed again, or a second forward
 before the first one's backward, sees its own.
 
-Letters: L tokens of a pack, H heads, D size of a head, S segments in one rectangle, T tokens of the longest of them.
+Letters: L tokens of a pack, H heads, D size of a head, S segments in one call, T tokens of the longest of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from rrhf_bench.policy.batching import Prefixes
+from rrhf_bench.policy.batching import Prefixes, Span
 from rrhf_bench.policy.linear import with_gradient
 
 NAME = "rrhf_shared_prefix"  # of the attention, in transformers' registry
@@ -25,10 +26,6 @@ NAME = "rrhf_shared_prefix"  # of the attention, in transformers' registry
 # Private operators of the pinned torch: the CPU's fused attention that also returns the log-sum-exp, and its backward.
 _forward: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-
-LONG = 256  # tokens of a segment that is worth taking in halves
-
-Piece = tuple[Any, Any, Tensor | None, bool]  # queries at, keys at (slices or (S, T) indices), real_ST, causal
 
 
 class SharedPrefixAttention(torch.autograd.Function):
@@ -40,23 +37,25 @@ class SharedPrefixAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q_HLD: Tensor, k_HLD: Tensor, v_HLD: Tensor, prefixes: Prefixes, scale: float) -> Tensor:
-        k_full, v_full = _per_query_head(q_HLD, k_HLD), _per_query_head(q_HLD, v_HLD)
-        out_HLD = _empty(q_HLD)
+        qkv = q_HLD, _per_query_head(q_HLD, k_HLD), _per_query_head(q_HLD, v_HLD)
+        out_HLD = _by_token(q_HLD.new_empty, q_HLD)
         lse_HL = torch.empty(q_HLD.shape[:3], dtype=torch.promote_types(q_HLD.dtype, torch.float32))
-        for at, keys, real_ST, causal in _pieces(prefixes):
-            taken = _take(q_HLD, at), _take(k_full, keys), _take(v_full, keys)
-            part, lse = _forward(*taken, 0.0, causal, attn_mask=None, scale=scale)  # (S, H, T, D), (S, H, T)
-            if real_ST is not None:
-                _put(out_HLD, at, part, real_ST)
-                _put(lse_HL, at, lse, real_ST)
-            elif causal:
-                out_HLD[:, :, at], lse_HL[:, :, at] = part, lse
-            else:
-                own_HLD, own_HL = out_HLD[:, :, at], lse_HL[:, :, at]
-                both = torch.logaddexp(own_HL, lse)
-                own_share, share = (own_HL - both).exp_()[..., None], (lse - both).exp_()[..., None]
-                own_HLD.copy_((own_HLD * own_share).addcmul_(part.to(own_share.dtype), share))
-                own_HL.copy_(both)
+        if prefixes.rectangle is not None:
+            index_ST, real_ST = prefixes.rectangle
+            part, lse = _forward(*(_take(x, index_ST) for x in qkv), 0.0, True, scale=scale)
+            _put(out_HLD, index_ST, part, real_ST)
+            _put(lse_HL, index_ST, lse, real_ST)
+        for run in _runs(prefixes.causal):
+            part, lse = _forward(*(_view(x, *run) for x in qkv), 0.0, True, scale=scale)  # (S, H, T, D), (S, H, T)
+            _view(out_HLD, *run).copy_(part)
+            _view(lse_HL, *run).copy_(lse)
+        for queries, keys in prefixes.full:
+            part, lse = _forward(*map(_view, qkv, (queries, keys, keys)), 0.0, False, scale=scale)
+            own_HLD, own_HL = _view(out_HLD, queries), _view(lse_HL, queries)
+            both = torch.logaddexp(own_HL, lse)
+            own_share, share = (own_HL - both).exp_()[..., None], (lse - both).exp_()[..., None]
+            own_HLD.copy_((own_HLD * own_share).addcmul_(part.to(own_share.dtype), share))
+            own_HL.copy_(both)
         ctx.save_for_backward(q_HLD, k_HLD, v_HLD, out_HLD, lse_HL)
         ctx.prefixes, ctx.scale = prefixes, scale
         return out_HLD
@@ -64,75 +63,77 @@ class SharedPrefixAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         # In float32 or better: of half precision the kernel's backward takes twice as long.
-        saved = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (*ctx.saved_tensors, grads[0]))
-        q_HLD, k_HLD, v_HLD, out_HLD, lse_HL, grad_HLD = saved
-        k_full, v_full = _per_query_head(q_HLD, k_HLD), _per_query_head(q_HLD, v_HLD)
-        dq_HLD, dk_HLD, dv_HLD = _empty(q_HLD), _empty(q_HLD), _empty(q_HLD)
+        wide = torch.promote_types(grads[0].dtype, torch.float32)
+        q_HLD, k_HLD, v_HLD, out_HLD, lse_HL, grad_HLD = (x.to(wide) for x in (*ctx.saved_tensors, grads[0]))
+        qkv = q_HLD, _per_query_head(q_HLD, k_HLD), _per_query_head(q_HLD, v_HLD)
+        causal, full = ctx.prefixes.causal, ctx.prefixes.full
+        # Queries without a gradient give none; where a part has no other, its own keys get none from it.
         live = with_gradient(grad_HLD[0].transpose(0, 1).flatten(1))
-        for at, keys, real_ST, causal in _pieces(ctx.prefixes):
-            if live is not None and real_ST is None:
-                # Queries without a gradient give none; where a segment has no other, its own keys get none.
-                asked = live[(live >= at.start) & (live < at.stop)]
-                if not len(asked):
-                    if causal:
-                        dq_HLD[:, :, at], dk_HLD[:, :, at], dv_HLD[:, :, at] = 0.0, 0.0, 0.0
-                    continue
-                at = at if causal else asked
-            grad, lse = _take(grad_HLD, at), _take(lse_HL, at)
-            if real_ST is not None:
-                # A padded query would pull at real keys: no gradient comes in from it, and its weights are exp(-inf).
-                grad = grad.masked_fill(~real_ST[:, None, :, None], 0.0)
-                lse = lse.masked_fill(~real_ST[:, None], 1e30)
-            taken = _take(q_HLD, at), _take(k_full, keys), _take(v_full, keys), _take(out_HLD, at)
-            dq, dk, dv = _backward(grad, *taken, lse, 0.0, causal, attn_mask=None, scale=ctx.scale)
-            if real_ST is not None:
-                _put(dq_HLD, at, dq, real_ST)
-                _put(dk_HLD, at, dk, real_ST)
-                _put(dv_HLD, at, dv, real_ST)
-            elif causal:
-                dq_HLD[:, :, at], dk_HLD[:, :, at], dv_HLD[:, :, at] = dq, dk, dv
-            else:
-                dq_HLD[:, :, at] += dq
-                dk_HLD[:, :, keys] += dk
-                dv_HLD[:, :, keys] += dv
-        found = dq_HLD, _per_key_head(k_HLD, dk_HLD), _per_key_head(v_HLD, dv_HLD)
-        return *(x.to(grads[0].dtype) for x in found), None, None
+        if live is not None:
+            positions = live.tolist()
+
+            def asked(span: Span) -> slice:
+                return slice(bisect_left(positions, span[0]), bisect_left(positions, span[1]))
+
+            causal = [span for span in causal if positions[asked(span)]]
+            full = [(live[asked(queries)], keys) for queries, keys in full if positions[asked(queries)]]
+        found = [_by_token(q_HLD.new_empty if live is None else q_HLD.new_zeros, q_HLD) for _ in range(3)]
+        if ctx.prefixes.rectangle is not None:
+            index_ST, real_ST = ctx.prefixes.rectangle
+            # A padded query would pull at real keys: no gradient comes in from it, and its weights are exp(-inf).
+            grad = _take(grad_HLD, index_ST).masked_fill(~real_ST[:, None, :, None], 0.0)
+            lse = _take(lse_HL, index_ST).masked_fill(~real_ST[:, None], 1e30)
+            taken = [_take(x, index_ST) for x in (*qkv, out_HLD)]
+            for total, part in zip(found, _backward(grad, *taken, lse, 0.0, True, scale=ctx.scale), strict=True):
+                _put(total, index_ST, part, real_ST)
+        for run in _runs(causal):
+            taken = [_view(x, *run) for x in (grad_HLD, *qkv, out_HLD, lse_HL)]
+            for total, part in zip(found, _backward(*taken, 0.0, True, scale=ctx.scale), strict=True):
+                _view(total, *run).copy_(part)
+        for queries, keys in full:
+            at = queries, queries, keys, keys, queries, queries
+            taken = list(map(_view, (grad_HLD, *qkv, out_HLD, lse_HL), at))
+            parts = _backward(*taken, 0.0, False, scale=ctx.scale)
+            for total, part, span in zip(found, parts, (queries, keys, keys), strict=True):
+                if isinstance(span, Tensor):
+                    total.index_add_(2, span, part)
+                else:
+                    _view(total, span).add_(part)
+        d_q, d_k, d_v = found
+        d_qkv = d_q, _per_key_head(k_HLD, d_k), _per_key_head(v_HLD, d_v)
+        return *(x.to(grads[0].dtype) for x in d_qkv), None, None
 
 
-def _pieces(prefixes: Prefixes) -> Iterator[Piece]:
-    """Every segment on itself first, so that each token has an output; then the responses on their prompts. What is not
-    causal comes after what is for the same queries."""
-    for index_ST, real_ST in prefixes.rectangles:
-        if len(index_ST) == 1:
-            yield from _halves(int(index_ST[0, 0]), int(index_ST[0, -1]) + 1)
-        else:
-            yield index_ST, index_ST, real_ST, True
-    for prompt_start, prompt_end, start, end in prefixes.shared:
-        yield slice(start, end), slice(prompt_start, prompt_end), None, False
+def _runs(spans: Iterable[Span]) -> Iterator[tuple[Span, int]]:
+    """Spans of one length, one behind the other, as one; how many these are. A kernel takes them as a batch."""
+    start = end = count = 0
+    for span in spans:
+        if count and span[0] == end and span[1] - end == (end - start) // count:
+            end, count = span[1], count + 1
+            continue
+        if count:
+            yield (start, end), count
+        (start, end), count = span, 1
+    if count:
+        yield (start, end), count
 
 
-def _halves(start: int, end: int) -> Iterator[Piece]:
-    """A segment on itself: if it is long, its halves on themselves and the second on the first. Of up to 512 keys the
-    kernel computes all, also those that causal attention does not see."""
-    if end - start < LONG:
-        yield slice(start, end), slice(start, end), None, True
-        return
-    middle = (start + end) // 2
-    yield from _halves(start, middle)
-    yield from _halves(middle, end)
-    yield slice(middle, end), slice(start, middle), None, False
+def _by_token(new: Callable[..., Tensor], like_HLD: Tensor) -> Tensor:
+    """A new (1, H, L, D), a token's heads one behind the other in memory, as the linear layers around want them."""
+    return new(*(like_HLD.shape[i] for i in (0, 2, 1, 3))).transpose(1, 2)
 
 
-def _empty(like_HLD: Tensor) -> Tensor:
-    """(1, H, L, D), a token's heads one behind the other in memory, as the linear layers around want them."""
-    return like_HLD.new_empty(*(like_HLD.shape[i] for i in (0, 2, 1, 3))).transpose(1, 2)
+def _view(x_HL: Tensor, at: Span | Tensor, count: int = 1) -> Tensor:
+    """(S, H, T, ...) of (1, H, L, ...): a span, as that many segments of one length; or the positions named, copied."""
+    if isinstance(at, Tensor):
+        return x_HL.index_select(2, at)
+    part = x_HL.narrow(2, at[0], at[1] - at[0])
+    return part if count == 1 else part[0].unflatten(1, (count, -1)).transpose(0, 1)
 
 
-def _take(x_HL: Tensor, at: Any) -> Tensor:
+def _take(x_HL: Tensor, index_ST: Tensor) -> Tensor:
     """(S, H, T, ...) of some tokens of (1, H, L, ...)."""
-    if isinstance(at, slice) or at.dim() == 1:
-        return x_HL[:, :, at]
-    return x_HL[0].transpose(0, 1)[at].transpose(1, 2)
+    return x_HL[0].transpose(0, 1)[index_ST].transpose(1, 2)
 
 
 def _put(x_HL: Tensor, index_ST: Tensor, part: Tensor, real_ST: Tensor) -> None:
@@ -175,7 +176,7 @@ def _block_mask(prefixes: Prefixes, length: int, device: torch.device) -> Any:
         prompt_L = torch.full((length,), -1, dtype=torch.int32)  # the segment that a token sees beside its own
         for number, (start, end) in enumerate(prefixes.segments):
             segment_L[start:end] = number
-        for prompt_start, _, start, end in prefixes.shared:
+        for (start, end), (prompt_start, _) in prefixes.shared:
             prompt_L[start:end] = segment_L[prompt_start].item()
         segment_L, prompt_L = segment_L.to(device), prompt_L.to(device)
 

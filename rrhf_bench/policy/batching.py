@@ -11,7 +11,7 @@ Letters: B responses, T tokens of the longest, L tokens of a pack (or of a padde
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -94,6 +94,9 @@ def within(sizes: Sequence[int], tokens: int) -> list[list[int]]:
 
 
 ALONE = 32  # tokens of a segment that is worth a call of its own
+LONG = 256  # tokens of a segment that is worth taking in halves
+
+Span = tuple[int, int]  # start and end of positions in a pack
 
 
 @dataclass(frozen=True)
@@ -104,25 +107,37 @@ class Prefixes:
     another, and these lie behind one another, so that what attends to the prompt is one slice.
     """
 
-    segments: tuple[tuple[int, int], ...]  # (start, end); every position of the pack is in one
-    shared: tuple[tuple[int, int, int, int], ...]  # (start, end) of a prompt, (start, end) of its responses
+    segments: tuple[Span, ...]  # every position of the pack is in one
+    shared: tuple[tuple[Span, Span], ...]  # the responses to a prompt, the prompt
 
     @cached_property
-    def rectangles(self) -> tuple[tuple[Tensor, Tensor], ...]:
-        """(index_ST, real_ST) of the segments: where their tokens lie, and which are padding; short ones together.
+    def rectangle(self) -> tuple[Tensor, Tensor] | None:
+        """(index_ST, real_ST) of the segments of fewer than ``ALONE`` tokens, which go together: where their tokens lie,
+        and which are padding. Longer ones go without padding: copies and padding cost more than calls.
 
         Padding stands on the right, where causal attention does not see it, and points to the segment's last token.
-        A segment of ``ALONE`` tokens or more is a rectangle without padding: copies and padding cost more than calls.
         """
         short = [(start, end) for start, end in self.segments if start < end < start + ALONE]
-        long = [[(start, end)] for start, end in self.segments if end - start >= ALONE]
-        found = []
-        for group in [*([short] if short else []), *long]:
-            start_S1 = torch.tensor([start for start, _ in group])[:, None]
-            length_S1 = torch.tensor([end - start for start, end in group])[:, None]
-            step_T = torch.arange(int(length_S1.max()))
-            found.append((start_S1 + torch.minimum(step_T, length_S1 - 1), step_T < length_S1))
-        return tuple(found)
+        if not short:
+            return None
+        start_S1 = torch.tensor([start for start, _ in short])[:, None]
+        length_S1 = torch.tensor([end - start for start, end in short])[:, None]
+        step_T = torch.arange(int(length_S1.max()))
+        return start_S1 + torch.minimum(step_T, length_S1 - 1), step_T < length_S1
+
+    @cached_property
+    def causal(self) -> tuple[Span, ...]:
+        """The other segments, a long one in parts: each attends to itself."""
+        return tuple(part for segment in self._long for part in _parts(segment)[0])
+
+    @cached_property
+    def full(self) -> tuple[tuple[Span, Span], ...]:
+        """(queries, keys), all of them seen: later parts of a long segment and earlier ones, responses and prompts."""
+        return *(pair for segment in self._long for pair in _parts(segment)[1]), *self.shared
+
+    @property
+    def _long(self) -> Iterator[Span]:
+        return ((start, end) for start, end in self.segments if end - start >= ALONE)
 
     @cached_property
     def mask_LL(self) -> Tensor:
@@ -131,9 +146,20 @@ class Prefixes:
         mask_LL = torch.zeros(length, length, dtype=torch.bool)
         for start, end in self.segments:
             mask_LL[start:end, start:end] = torch.ones(end - start, end - start, dtype=torch.bool).tril()
-        for prompt_start, prompt_end, start, end in self.shared:
+        for (start, end), (prompt_start, prompt_end) in self.shared:
             mask_LL[start:end, prompt_start:prompt_end] = True
         return mask_LL
+
+
+def _parts(span: Span) -> tuple[list[Span], list[tuple[Span, Span]]]:
+    """A segment on itself: its causal parts, and which of them attend to which others in full. A long one is taken in
+    halves: of up to 512 keys the CPU's kernel computes all, also those that causal attention does not see."""
+    start, end = span
+    if end - start < LONG:
+        return [span], []
+    middle = (start + end) // 2
+    (first, first_full), (second, second_full) = _parts((start, middle)), _parts((middle, end))
+    return first + second, [*first_full, *second_full, ((middle, end), (start, middle))]
 
 
 @dataclass(frozen=True)
@@ -170,8 +196,8 @@ def _laid_out(batch: ResponseBatch, groups: Sequence[tuple[int, Sequence[int]]])
     ids: list[int] = []
     positions: list[Tensor] = []
     predict: list[Tensor] = []
-    segments: list[tuple[int, int]] = []
-    shared: list[tuple[int, int, int, int]] = []
+    segments: list[Span] = []
+    shared: list[tuple[Span, Span]] = []
     for prompt, rows in groups:
         prompt_ids = batch.prompt_ids[prompt]
         start, end = len(ids), len(ids) + len(prompt_ids)
@@ -189,7 +215,7 @@ def _laid_out(batch: ResponseBatch, groups: Sequence[tuple[int, Sequence[int]]])
         else:
             segments += [(start, end), *(segment for segment in behind if segment[1] > segment[0])]
             if len(ids) > end:
-                shared.append((start, end, end, len(ids)))
+                shared.append(((end, len(ids)), (start, end)))
     rows = tuple(row for _, rows in groups for row in rows)
     return Pack(
         rows, torch.tensor(ids), torch.cat(positions), torch.cat(predict), Prefixes(tuple(segments), tuple(shared))

@@ -20,6 +20,7 @@ from rrhf_bench.policy.logprobs import gather_logprobs
 # a vocabulary of 32,000 is 125 KiB in float32; the layers of a Llama of 60M keep 250 KiB a token.
 KEPT = 128 << 10
 BLOCK = 1 << 19  # logits that go through the softmax at once on a CPU: they stay in its cache from one step to the next
+LEAST = 1e-30  # probability that float32 holds to the last digit: the log of a smaller one is computed from the logits
 LONGEST_CHUNK = 512  # rows of one product with the head: more gain nothing
 
 
@@ -90,7 +91,14 @@ class _ChunkedLogprobs(torch.autograd.Function):
             keeps = start >= first_kept
             place_CV = room_RV[start - first_kept : end - first_kept] if keeps else room_RV[: end - start]
             logits_CV = _logits(hidden_ND[start:end], weight_VD, bias_V, product, place_CV)
-            logp.append(_softmax_(logits_CV, token_N[start:end], temperature, wanted=keeps))
+            p_C = _softmax_(logits_CV, token_N[start:end], temperature, wanted=keeps)
+            lost_R = (p_C < LEAST).nonzero().squeeze(-1)
+            p_C.log_()
+            if len(lost_R):
+                at = start + lost_R
+                again_RV = torch.nn.functional.linear(hidden_ND[at], weight_VD, bias_V)
+                p_C[lost_R] = gather_logprobs(again_RV, token_N[at], temperature)
+            logp.append(p_C)
             ctx.spans.append((start, end))
             ctx.kept.append(logits_CV if keeps else None)
         ctx.save_for_backward(hidden_ND, weight_VD, bias_V, token_N)
@@ -160,11 +168,11 @@ def _logits(hidden_CD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, product
 
 
 def _softmax_(logits_CV: Tensor, token_C: Tensor, temperature: float, *, wanted: bool = True) -> Tensor:
-    """(C,) log-probs of the tokens; the softmax, in place of the logits if it is wanted. Computed in float32 at least:
-    a block of rows goes through all steps while the processor's cache has it."""
+    """(C,) probabilities of the tokens; the softmax, in place of the logits if it is wanted. Computed in float32 at
+    least: a block of rows goes through all steps while the processor's cache has it."""
     wide = torch.promote_types(logits_CV.dtype, torch.float32)
     work_RV: Tensor | None = None
-    logp = []
+    taken = []
     for at in _blocks(logits_CV):
         x_RV = logits_CV[at]
         if x_RV.dtype != wide:
@@ -172,15 +180,12 @@ def _softmax_(logits_CV: Tensor, token_C: Tensor, temperature: float, *, wanted:
             x_RV = work_RV.copy_(x_RV)
         if temperature != 1.0:
             x_RV.div_(temperature)
-        taken_R = x_RV.gather(-1, token_C[at, None]).squeeze(-1)
-        largest_R = x_RV.amax(-1)
         in_place = not x_RV.is_cuda
         p_RV = torch.ops.aten._softmax.out(x_RV, -1, False, out=x_RV) if in_place else x_RV.softmax(-1)
-        # The largest has the probability 1 / sum of exp(logit - largest).
-        logp.append(taken_R - (largest_R - p_RV.amax(-1).log_()))
+        taken.append(p_RV.gather(-1, token_C[at, None]))
         if wanted and not (in_place and work_RV is None):
             logits_CV[at] = p_RV
-    return torch.cat(logp)
+    return torch.cat(taken).squeeze(-1)
 
 
 def _first_(p_CV: Tensor, live_C: Tensor) -> Tensor:
