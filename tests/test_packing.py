@@ -306,6 +306,19 @@ def test_the_head_adds_to_a_gradient_that_is_there_only_when_it_is_asked_to() ->
     torch.testing.assert_close(told[0], 3 * once, rtol=0, atol=1e-13)
 
 
+def test_a_token_too_unlikely_for_a_probability_keeps_its_log_prob() -> None:
+    head = torch.nn.Linear(4, 7, bias=False)
+    hidden = torch.randn(6, 4, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    with torch.no_grad():
+        head.weight.copy_(torch.randn(7, 4, generator=torch.Generator().manual_seed(2)) * 300)
+    token = torch.tensor([0, 1, 2, 3, 4, 5])
+    expected, found = gather_logprobs(head(hidden), token), token_logprobs(head, hidden, token, 1.0, 1 << 20)
+    assert expected.min() < -200  # exp(-200) is 0 in float32
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+    wanted, gotten = (torch.autograd.grad(logp.sum(), hidden)[0] for logp in (expected, found))
+    torch.testing.assert_close(gotten, wanted, rtol=1e-5, atol=1e-3)  # of gradients of some 300
+
+
 def test_chunks_are_bounded_by_bytes_and_by_rows() -> None:
     assert [chunk_rows(v) for v in (100, 32000, 152_000, 10**6)] == [512, 262, 64, 64]
 

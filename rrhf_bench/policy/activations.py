@@ -52,9 +52,9 @@ class _RMSNorm(torch.autograd.Function):
             d_weight = work_MD.flatten(0, -2).sum(0).to(weight_D.dtype)
         if ctx.needs_input_grad[0]:
             weight_D = weight_D.float()
-            along_M1 = (work_MD @ weight_D).div_(x_MD.shape[-1]).neg_()[..., None]
-            d_x = torch.mul(grads[0], weight_D, out=work_MD).addcmul_(quotient_MD, along_M1).mul_(factor_M1)
-            d_x = d_x.to(x_MD.dtype)
+            along_M1 = (work_MD @ weight_D)[..., None]
+            d_x = torch.mul(grads[0], weight_D, out=work_MD)
+            d_x = d_x.addcmul_(quotient_MD, along_M1, value=-1 / x_MD.shape[-1]).mul_(factor_M1).to(x_MD.dtype)
         return d_x, d_weight, None
 
 

@@ -11,7 +11,7 @@ Letters: L tokens of a pack, H heads, D size of a head, S segments in one call, 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
 from typing import Any, cast
 
@@ -29,79 +29,111 @@ _backward: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_back
 
 
 class SharedPrefixAttention(torch.autograd.Function):
-    """(1, H, L, D) attention of a pack on a CPU from (1, H, L, D) queries and (1, H_kv, L, D) keys and values.
-
-    A token's output is the merge of a few pieces: its own segment, whole or in parts, and the prompt. With one
-    log-sum-exp over all, each piece's backward is that of the whole restricted to its keys: gradients add up exactly.
-    """
+    """``attend`` where the layers around it are the model's own."""
 
     @staticmethod
     def forward(ctx: Any, q_HLD: Tensor, k_HLD: Tensor, v_HLD: Tensor, prefixes: Prefixes, scale: float) -> Tensor:
-        qkv = q_HLD, _per_query_head(q_HLD, k_HLD), _per_query_head(q_HLD, v_HLD)
-        out_HLD = _by_token(q_HLD.new_empty, q_HLD)
-        lse_HL = torch.empty(q_HLD.shape[:3], dtype=torch.promote_types(q_HLD.dtype, torch.float32))
-        if prefixes.rectangle is not None:
-            index_ST, real_ST = prefixes.rectangle
-            part, lse = _forward(*(_take(x, index_ST) for x in qkv), 0.0, True, scale=scale)
-            _put(out_HLD, index_ST, part, real_ST)
-            _put(lse_HL, index_ST, lse, real_ST)
-        for run in _runs(prefixes.causal):
-            part, lse = _forward(*(_view(x, *run) for x in qkv), 0.0, True, scale=scale)  # (S, H, T, D), (S, H, T)
-            _view(out_HLD, *run).copy_(part)
-            _view(lse_HL, *run).copy_(lse)
-        for queries, keys in prefixes.full:
-            part, lse = _forward(*map(_view, qkv, (queries, keys, keys)), 0.0, False, scale=scale)
-            own_HLD, own_HL = _view(out_HLD, queries), _view(lse_HL, queries)
-            both = torch.logaddexp(own_HL, lse)
-            own_share, share = (own_HL - both).exp_()[..., None], (lse - both).exp_()[..., None]
-            own_HLD.copy_((own_HLD * own_share).addcmul_(part.to(own_share.dtype), share))
-            own_HL.copy_(both)
+        out_HLD, lse_HL = attend(q_HLD, k_HLD, v_HLD, prefixes, scale)
         ctx.save_for_backward(q_HLD, k_HLD, v_HLD, out_HLD, lse_HL)
         ctx.prefixes, ctx.scale = prefixes, scale
         return out_HLD
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        # In float32 or better: of half precision the kernel's backward takes twice as long.
-        wide = torch.promote_types(grads[0].dtype, torch.float32)
-        q_HLD, k_HLD, v_HLD, out_HLD, lse_HL, grad_HLD = (x.to(wide) for x in (*ctx.saved_tensors, grads[0]))
-        qkv = q_HLD, _per_query_head(q_HLD, k_HLD), _per_query_head(q_HLD, v_HLD)
-        causal, full = ctx.prefixes.causal, ctx.prefixes.full
-        # Queries without a gradient give none; where a part has no other, its own keys get none from it.
-        live = with_gradient(grad_HLD[0].transpose(0, 1).flatten(1))
-        if live is not None:
-            positions = live.tolist()
+        q_HLD, k_HLD, v_HLD, out_HLD, lse_HL = ctx.saved_tensors
+        live = with_gradient(grads[0][0].transpose(0, 1).flatten(1))
+        d_qkv = attend_backward(
+            grads[0], q_HLD, k_HLD, v_HLD, out_HLD, lse_HL, prefixes=ctx.prefixes, scale=ctx.scale, live=live
+        )
+        sizes = q_HLD.shape[1], k_HLD.shape[1], k_HLD.shape[1]
+        return *(by_head(part) for part in d_qkv.split(sizes, 1)), None, None
 
-            def asked(span: Span) -> slice:
-                return slice(bisect_left(positions, span[0]), bisect_left(positions, span[1]))
 
-            causal = [span for span in causal if positions[asked(span)]]
-            full = [(live[asked(queries)], keys) for queries, keys in full if positions[asked(queries)]]
-        found = [_by_token(q_HLD.new_empty if live is None else q_HLD.new_zeros, q_HLD) for _ in range(3)]
-        if ctx.prefixes.rectangle is not None:
-            index_ST, real_ST = ctx.prefixes.rectangle
-            # A padded query would pull at real keys: no gradient comes in from it, and its weights are exp(-inf).
-            grad = _take(grad_HLD, index_ST).masked_fill(~real_ST[:, None, :, None], 0.0)
-            lse = _take(lse_HL, index_ST).masked_fill(~real_ST[:, None], 1e30)
-            taken = [_take(x, index_ST) for x in (*qkv, out_HLD)]
-            for total, part in zip(found, _backward(grad, *taken, lse, 0.0, True, scale=ctx.scale), strict=True):
-                _put(total, index_ST, part, real_ST)
-        for run in _runs(causal):
-            taken = [_view(x, *run) for x in (grad_HLD, *qkv, out_HLD, lse_HL)]
-            for total, part in zip(found, _backward(*taken, 0.0, True, scale=ctx.scale), strict=True):
-                _view(total, *run).copy_(part)
-        for queries, keys in full:
-            at = queries, queries, keys, keys, queries, queries
-            taken = list(map(_view, (grad_HLD, *qkv, out_HLD, lse_HL), at))
-            parts = _backward(*taken, 0.0, False, scale=ctx.scale)
-            for total, part, span in zip(found, parts, (queries, keys, keys), strict=True):
-                if isinstance(span, Tensor):
-                    total.index_add_(2, span, part)
-                else:
-                    _view(total, span).add_(part)
-        d_q, d_k, d_v = found
-        d_qkv = d_q, _per_key_head(k_HLD, d_k), _per_key_head(v_HLD, d_v)
-        return *(x.to(grads[0].dtype) for x in d_qkv), None, None
+def attend(q_HLD: Tensor, k_HLD: Tensor, v_HLD: Tensor, prefixes: Prefixes, scale: float) -> tuple[Tensor, Tensor]:
+    """(1, H, L, D) attention of a pack on a CPU, and its (1, H, L) log-sum-exps, from (1, H, L, D) queries and
+    (1, H_kv, L, D) keys and values.
+
+    A token's output is the merge of a few pieces: its own segment, whole or in parts, and the prompt. With one
+    log-sum-exp over all, each piece's backward is that of the whole restricted to its keys: gradients add up exactly.
+    """
+    qkv = q_HLD, _per_query_head(q_HLD, k_HLD), _per_query_head(q_HLD, v_HLD)
+    out_HLD = by_head(q_HLD.new_empty(*(q_HLD.shape[i] for i in (2, 1, 3))))
+    lse_HL = torch.empty(q_HLD.shape[:3], dtype=torch.promote_types(q_HLD.dtype, torch.float32))
+    if prefixes.rectangle is not None:
+        index_ST, real_ST = prefixes.rectangle
+        part, lse = _forward(*(_take(x, index_ST) for x in qkv), 0.0, True, scale=scale)
+        _put(out_HLD, index_ST, part, real_ST)
+        _put(lse_HL, index_ST, lse, real_ST)
+    for run in _runs(prefixes.causal):
+        part, lse = _forward(*(_view(x, *run) for x in qkv), 0.0, True, scale=scale)  # (S, H, T, D), (S, H, T)
+        _view(out_HLD, *run).copy_(part)
+        _view(lse_HL, *run).copy_(lse)
+    for queries, keys in prefixes.full:
+        part, lse = _forward(*map(_view, qkv, (queries, keys, keys)), 0.0, False, scale=scale)
+        own_HLD, own_HL = _view(out_HLD, queries), _view(lse_HL, queries)
+        share = (lse - own_HL).sigmoid_()[..., None]
+        own_HLD.copy_(own_HLD.to(share.dtype).lerp(part.to(share.dtype), share))
+        torch.logaddexp(own_HL, lse, out=own_HL)
+    return out_HLD, lse_HL
+
+
+def attend_backward(
+    grad_HLD: Tensor,
+    q_HLD: Tensor,
+    k_HLD: Tensor,
+    v_HLD: Tensor,
+    out_HLD: Tensor,
+    lse_HL: Tensor,
+    *,
+    prefixes: Prefixes,
+    scale: float,
+    live: Tensor | None,
+) -> Tensor:
+    """(L, H + 2 H_kv, D), the gradients of queries, keys and values, from that of the output; ``live``, if it is given,
+    are the positions where that is not zero."""
+    # In float32 or better: of half precision the kernel's backward takes twice as long.
+    dtype, wide = grad_HLD.dtype, torch.promote_types(grad_HLD.dtype, torch.float32)
+    q_HLD, k_HLD, v_HLD, out_HLD, grad_HLD = (x.to(wide) for x in (q_HLD, k_HLD, v_HLD, out_HLD, grad_HLD))
+    qkv = q_HLD, _per_query_head(q_HLD, k_HLD), _per_query_head(q_HLD, v_HLD)
+    causal: Iterable[Span] = prefixes.causal
+    full: Iterable[tuple[Span | Tensor, Span]] = prefixes.full
+    # Queries without a gradient give none; where a part has no other, its own keys get none from it.
+    if live is not None:
+        positions = live.tolist()
+
+        def asked(span: Span) -> slice:
+            return slice(bisect_left(positions, span[0]), bisect_left(positions, span[1]))
+
+        causal = [span for span in causal if positions[asked(span)]]
+        full = [(live[asked(queries)], keys) for queries, keys in prefixes.full if positions[asked(queries)]]
+    heads, groups = q_HLD.shape[1], q_HLD.shape[1] // k_HLD.shape[1]
+    total_LHD = (q_HLD.new_empty if live is None else q_HLD.new_zeros)(q_HLD.shape[2], 3 * heads, q_HLD.shape[3])
+    found = [by_head(part) for part in total_LHD.split(heads, 1)]
+    if prefixes.rectangle is not None:
+        index_ST, real_ST = prefixes.rectangle
+        # A padded query would pull at real keys: no gradient comes in from it, and its weights are exp(-inf).
+        grad = _take(grad_HLD, index_ST).masked_fill(~real_ST[:, None, :, None], 0.0)
+        lse = _take(lse_HL, index_ST).masked_fill(~real_ST[:, None], 1e30)
+        taken = [_take(x, index_ST) for x in (*qkv, out_HLD)]
+        for total, part in zip(found, _backward(grad, *taken, lse, 0.0, True, scale=scale), strict=True):
+            _put(total, index_ST, part, real_ST)
+    for run in _runs(causal):
+        taken = [_view(x, *run) for x in (grad_HLD, *qkv, out_HLD, lse_HL)]
+        for total, part in zip(found, _backward(*taken, 0.0, True, scale=scale), strict=True):
+            _view(total, *run).copy_(part)
+    for queries, keys in full:
+        at = queries, queries, keys, keys, queries, queries
+        taken = list(map(_view, (grad_HLD, *qkv, out_HLD, lse_HL), at))
+        parts = _backward(*taken, 0.0, False, scale=scale)
+        for total, part, place in zip(found, parts, (queries, keys, keys), strict=True):
+            if isinstance(place, Tensor):
+                total.index_add_(2, place, part)
+            else:
+                _view(total, place).add_(part)
+    if groups > 1:
+        shared = total_LHD[:, heads:].unflatten(1, (-1, groups)).sum(2)
+        total_LHD = torch.cat([total_LHD[:, :heads], shared], 1)
+    return total_LHD.to(dtype)
 
 
 def _runs(spans: Iterable[Span]) -> Iterator[tuple[Span, int]]:
@@ -118,9 +150,10 @@ def _runs(spans: Iterable[Span]) -> Iterator[tuple[Span, int]]:
         yield (start, end), count
 
 
-def _by_token(new: Callable[..., Tensor], like_HLD: Tensor) -> Tensor:
-    """A new (1, H, L, D), a token's heads one behind the other in memory, as the linear layers around want them."""
-    return new(*(like_HLD.shape[i] for i in (0, 2, 1, 3))).transpose(1, 2)
+def by_head(x_LHD: Tensor) -> Tensor:
+    """(L, H, D), a token's heads one behind the other in memory as the linear layers around want them, seen as
+    (1, H, L, D)."""
+    return x_LHD.transpose(0, 1)[None]
 
 
 def _view(x_HL: Tensor, at: Span | Tensor, count: int = 1) -> Tensor:
@@ -143,13 +176,6 @@ def _put(x_HL: Tensor, index_ST: Tensor, part: Tensor, real_ST: Tensor) -> None:
 
 def _per_query_head(q_HLD: Tensor, x_HLD: Tensor) -> Tensor:
     return x_HLD if x_HLD.shape[1] == q_HLD.shape[1] else x_HLD.repeat_interleave(q_HLD.shape[1] // x_HLD.shape[1], 1)
-
-
-def _per_key_head(x_HLD: Tensor, grad_HLD: Tensor) -> Tensor:
-    """The gradient of ``_per_query_head``."""
-    if x_HLD.shape[1] == grad_HLD.shape[1]:
-        return grad_HLD
-    return grad_HLD.unflatten(1, (x_HLD.shape[1], -1)).sum(2)
 
 
 def flex_attention(q_HLD: Tensor, k_HLD: Tensor, v_HLD: Tensor, prefixes: Prefixes, scale: float) -> Tensor:
@@ -215,9 +241,8 @@ def attention(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **others
         )
-    seen = others.get("layers_seen")
-    if seen is not None:
-        seen.append(module)
+    if "layers_seen" in others:
+        others["layers_seen"].append(module)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if query.device.type == "cpu":
         out_HLD = cast(Tensor, SharedPrefixAttention.apply(query, key, value, prefixes, scale))

@@ -112,8 +112,8 @@ class Prefixes:
 
     @cached_property
     def rectangle(self) -> tuple[Tensor, Tensor] | None:
-        """(index_ST, real_ST) of the segments of fewer than ``ALONE`` tokens, which go together: where their tokens lie,
-        and which are padding. Longer ones go without padding: copies and padding cost more than calls.
+        """(index_ST, real_ST) of the segments of fewer than ``ALONE`` tokens, which go together: where their tokens
+        lie, and which are padding. Longer ones go without padding: copies and padding cost more than calls.
 
         Padding stands on the right, where causal attention does not see it, and points to the segment's last token.
         """

@@ -83,9 +83,9 @@ def with_gradient(grad_MN: Tensor) -> Tensor | None:
     """Indices of the rows that are not zero throughout; None where these are most, or nobody looked."""
     if len(grad_MN) < ENOUGH:
         return None
-    if (grad_MN[:, 0] != 0).sum() > WORTH * len(grad_MN):  # not all of a row, but nearly always enough to know
+    if grad_MN[:, 0].count_nonzero() > WORTH * len(grad_MN):  # not all of a row, but nearly always enough to know
         return None
-    live = ((grad_MN.amax(-1) != 0) | (grad_MN.amin(-1) != 0)).nonzero().squeeze(-1)
+    live = torch.logical_or(grad_MN.amax(-1), grad_MN.amin(-1)).nonzero().squeeze(-1)
     return live if len(live) <= WORTH * len(grad_MN) else None
 
 

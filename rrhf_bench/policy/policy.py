@@ -18,7 +18,7 @@ from torch import Tensor
 
 from rrhf_bench.data.dialogue import Template
 from rrhf_bench.errors import DataError
-from rrhf_bench.policy import activations, attention, embedding, linear, onednn
+from rrhf_bench.policy import activations, attention, embedding, linear, onednn, rotary
 from rrhf_bench.policy.adapters import adapters_off, add_adapters, merge, merged_state
 from rrhf_bench.policy.batching import Pack, PaddedLayout, ResponseBatch, pack, padded, passes, places
 from rrhf_bench.policy.head import KEPT, token_logprobs
@@ -198,6 +198,8 @@ class TransformersPolicy:
         self.layout_reason = self._unpackable(getattr(config, "attn_logit_softcapping", None))
         if self.layout_reason is None:
             self.layout = "packed"
+            if self.device.type == "cpu":
+                rotary.take_over(model)
 
     @classmethod
     def load(
