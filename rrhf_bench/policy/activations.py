@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from rrhf_bench.policy.linear import Linear, Product, weight_gradient, with_gradient
+from rrhf_bench.policy.linear import Linear, Product, add_product_, among_zeros, weight_gradient, with_gradient
 
 # How far outputs of one kind may be apart, of the largest: some units in the last place.
 ROUNDING = {torch.float64: 1e-14, torch.float32: 1e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}
@@ -104,9 +104,8 @@ class _GatedMLP(torch.autograd.Function):
         d_x: Tensor | None = None
         if want_x:
             d_x = product(d_gate_MF, gate_FD)
-            d_x = d_x.addmm_(d_up_MF, up_FD) if product is torch.mm else d_x.add_(product(d_up_MF, up_FD))
-            if live is not None:
-                d_x = d_x.new_zeros(grads[0].shape).index_copy_(0, live, d_x)
+            add_product_(d_x, d_up_MF, up_FD, product)
+            d_x = among_zeros(d_x, live, len(grads[0]))
         return d_x, *d_weights, None
 
 

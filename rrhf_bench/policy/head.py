@@ -143,7 +143,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
             if total_VD is None and want_weight:
                 total_VD = d_weight_VD = ctx.product(p_CV.t(), scaled_CD)
             elif total_VD is not None:
-                add_product_(total_VD, p_CV, scaled_CD, ctx.product)
+                add_product_(total_VD, p_CV.t(), scaled_CD, ctx.product)
             if d_bias_V is not None:
                 d_bias_V += torch.mv(p_CV.t(), factor_C1.squeeze(-1))
         ROOMS.give_back(room)

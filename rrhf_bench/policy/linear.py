@@ -54,9 +54,7 @@ class _Linear(torch.autograd.Function):
         live = with_gradient(grad_MN)
         if live is not None:
             grad_MN, x_MK = grad_MN.index_select(0, live), x_MK.index_select(0, live) if want_weight else x_MK
-        d_x = product(grad_MN, weight_NK) if want_x else None
-        if d_x is not None and live is not None:
-            d_x = d_x.new_zeros(len(grads[0]), d_x.shape[1]).index_copy_(0, live, d_x)
+        d_x = among_zeros(product(grad_MN, weight_NK), live, len(grads[0])) if want_x else None
         node = ctx.next_functions[1][0]
         d_weight = weight_gradient(weight_NK, node, grad_MN, x_MK, product) if want_weight else None
         return d_x, d_weight, grad_MN.sum(0) if want_bias else None, None
@@ -67,16 +65,16 @@ def weight_gradient(weight_NK: Any, node: Any, grad_MN: Tensor, x_MK: Tensor, pr
     total_NK = gradient_to_add_to(weight_NK, node)
     if total_NK is None:
         return product(grad_MN.t(), x_MK)
-    add_product_(total_NK, grad_MN, x_MK, product)
+    add_product_(total_NK, grad_MN.t(), x_MK, product)
     return None
 
 
-def add_product_(total_NK: Tensor, grad_MN: Tensor, x_MK: Tensor, product: Product) -> None:
-    """total += grad.t() @ x."""
+def add_product_(total_MN: Tensor, a_MK: Tensor, b_KN: Tensor, product: Product) -> None:
+    """total += a @ b."""
     if product is torch.mm:
-        total_NK.addmm_(grad_MN.t(), x_MK)
+        total_MN.addmm_(a_MK, b_KN)
     else:
-        total_NK += product(grad_MN.t(), x_MK)
+        total_MN += product(a_MK, b_KN)
 
 
 def with_gradient(grad_MN: Tensor) -> Tensor | None:
@@ -87,6 +85,11 @@ def with_gradient(grad_MN: Tensor) -> Tensor | None:
         return None
     live = torch.logical_or(grad_MN.amax(-1), grad_MN.amin(-1)).nonzero().squeeze(-1)
     return live if len(live) <= WORTH * len(grad_MN) else None
+
+
+def among_zeros(part_MN: Tensor, live: Tensor | None, rows: int) -> Tensor:
+    """The rows that ``with_gradient`` named, among as many of zeros as there were."""
+    return part_MN if live is None else part_MN.new_zeros(rows, part_MN.shape[1]).index_copy_(0, live, part_MN)
 
 
 def take_over(model: torch.nn.Module, product: Product = torch.mm) -> int:

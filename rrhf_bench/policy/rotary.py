@@ -17,7 +17,7 @@ from torch import Tensor
 from rrhf_bench.policy.activations import ROUNDING
 from rrhf_bench.policy.attention import attend, attend_backward, by_head
 from rrhf_bench.policy.batching import Prefixes
-from rrhf_bench.policy.linear import Linear, Product, weight_gradient, with_gradient
+from rrhf_bench.policy.linear import Linear, Product, add_product_, among_zeros, weight_gradient, with_gradient
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
@@ -76,9 +76,7 @@ class _RotaryAttention(torch.autograd.Function):
             d_weights[3] = weight_gradient(weights[3], nodes[3], grad_LD, out_LN, product)
         if wanted[8]:
             d_biases[3] = grad_LD.sum(0)
-        d_out_LN = product(grad_LD, weights[3])
-        if live is not None:
-            d_out_LN = d_out_LN.new_zeros(len(x_LD), d_out_LN.shape[1]).index_copy_(0, live, d_out_LN)
+        d_out_LN = among_zeros(product(grad_LD, weights[3]), live, len(x_LD))
         d_out_HLE = by_head(d_out_LN.unflatten(1, (-1, q.shape[-1])))
         of_pack = {"prefixes": ctx.prefixes, "scale": ctx.scale, "live": live}
         d_qkv_LHE = attend_backward(d_out_HLE, q, k, v, out_HLE, lse_HL, **of_pack)
@@ -97,9 +95,9 @@ class _RotaryAttention(torch.autograd.Function):
             if wanted[0] and d_x is None:
                 d_x = product(grad, weights[i])
             elif d_x is not None:
-                d_x = d_x.addmm_(grad, weights[i]) if product is torch.mm else d_x.add_(product(grad, weights[i]))
-        if d_x is not None and live is not None:
-            d_x = d_x.new_zeros(len(grads[0]), d_x.shape[1]).index_copy_(0, live, d_x)
+                add_product_(d_x, grad, weights[i], product)
+        if d_x is not None:
+            d_x = among_zeros(d_x, live, len(grads[0]))
         return d_x, *d_weights, *d_biases, *(None,) * 6
 
 
