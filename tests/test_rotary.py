@@ -9,21 +9,28 @@ import torch
 from torch import Tensor
 
 from rrhf_bench.policy import attention, linear, rotary
+from rrhf_bench.policy.batching import Prefixes
 from rrhf_bench.policy.policy import TransformersPolicy
 from tests.architectures import PACKED, made
 from tests.test_packing import policy_of, ragged, relative
 
-TAKEN = ("llama", "mistral", "qwen2", "gemma")  # qwen3 has norms of queries and keys between, the others no rotation
+TAKEN = ("llama", "mistral", "qwen2", "gemma")  # qwen3 has norms of queries and keys between, the others other layers
 
 
 def twins(
     name: str, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype = torch.float64, **computation: Any
 ) -> tuple[TransformersPolicy, ...]:
     """Policies of the same weights: with the model's own attention layers, and with these."""
+    models = made(PACKED[name], dtype), made(PACKED[name], dtype)
+    for model in models:
+        rng = torch.Generator().manual_seed(3)
+        for key, weight in model.named_parameters():
+            if key.endswith("bias"):  # they are made of zeros, which may be added anywhere
+                weight.data.copy_(torch.randn(weight.shape, generator=rng))
     with monkeypatch.context() as patch:
         patch.setattr(rotary, "take_over", lambda model: 0)
-        own = policy_of(made(PACKED[name], dtype), **computation)
-    return own, policy_of(made(PACKED[name], dtype), **computation)
+        own = policy_of(models[0], **computation)
+    return own, policy_of(models[1], **computation)
 
 
 def layers(policy: TransformersPolicy) -> list[torch.nn.Module]:
@@ -92,16 +99,36 @@ def test_what_only_looks_alike_is_left_alone() -> None:
     from transformers.models.llama.modeling_llama import LlamaAttention
 
     class Backwards(LlamaAttention):
-        def forward(self, hidden_states: Tensor, position_embeddings: Any, *others: Any, **named: Any) -> Any:
+        def forward(
+            self,
+            hidden_states: Tensor,
+            position_embeddings: Any,
+            attention_mask: Any = None,
+            past_key_values: Any = None,
+            **named: Any,
+        ) -> Any:
             cos, sin = position_embeddings
-            return super().forward(hidden_states, (cos, -sin), *others, **named)
+            return super().forward(hidden_states, (cos, -sin), attention_mask, past_key_values, **named)
 
     class Unturned(LlamaAttention):
         def forward(self, hidden_states: Tensor, attention_mask: Any = None, **named: Any) -> Any:
             still = torch.ones(1, *hidden_states.shape[1:2], self.head_dim)
             return super().forward(hidden_states, (still, 0 * still), attention_mask, **named)
 
-    for kind in (Backwards, Unturned):
+    class Particular(LlamaAttention):
+        def forward(
+            self,
+            hidden_states: Tensor,
+            position_embeddings: Any,
+            attention_mask: Any = None,
+            past_key_values: Any = None,
+            **named: Any,
+        ) -> Any:
+            return super().forward(
+                hidden_states, position_embeddings.real, attention_mask, past_key_values, **named
+            )  # of a tensor, not of two
+
+    for kind in (Backwards, Unturned, Particular):
         model = made(PACKED["llama"])
         model.set_attn_implementation(attention.register())
         linear.take_over(model)
@@ -109,3 +136,35 @@ def test_what_only_looks_alike_is_left_alone() -> None:
             layer.self_attn.__class__ = kind
         assert rotary.take_over(model) == 0
         assert all(type(layer.self_attn) is kind for layer in model.model.layers)
+
+
+def test_a_head_that_turns_in_part_is_left_to_the_model() -> None:
+    from transformers.models.llama.modeling_llama import LlamaAttention
+
+    class Partly(LlamaAttention):
+        def forward(
+            self,
+            hidden_states: Tensor,
+            position_embeddings: Any,
+            attention_mask: Any = None,
+            past_key_values: Any = None,
+            **named: Any,
+        ) -> Any:
+            cos, sin = position_embeddings
+            still = self.head_dim - cos.shape[-1]
+            whole = torch.nn.functional.pad(cos, (0, still), value=1.0), torch.nn.functional.pad(sin, (0, still))
+            return super().forward(hidden_states, whole, attention_mask, past_key_values, **named)
+
+    model = made(PACKED["llama"])
+    model.set_attn_implementation(attention.register())
+    linear.take_over(model)
+    layer = model.model.layers[0].self_attn
+    layer.__class__ = Partly
+    x_1LD = torch.randn(1, 5, layer.q_proj.in_features, generator=torch.Generator().manual_seed(1))
+    half_1LE = torch.linspace(-1.0, 2.0, 5 * (layer.head_dim // 2)).view(1, 5, -1)
+    pack = {"prefixes": Prefixes(((0, 5),), ())}
+    with torch.no_grad():
+        expected, _ = layer(x_1LD, (half_1LE.cos(), half_1LE.sin()), None, **pack)
+        assert rotary.take_over(model)  # heads that turn whole look the same
+        found, _ = layer(x_1LD, (half_1LE.cos(), half_1LE.sin()), None, **pack)
+    assert torch.equal(found, expected)
