@@ -48,12 +48,21 @@ MEMORY_ENVIRONMENT = {
 # --- time -----------------------------------------------------------------------------------------------------
 
 
+class Usage(NamedTuple):
+    """What the system did for a run: its processor time, in seconds, and the pages that it mapped."""
+
+    kernel_seconds: float
+    pages: int
+
+
 @dataclass(frozen=True)
 class Side:
-    """One way to do the work. ``prepare`` is called before every ``run`` and is not timed."""
+    """One way to do the work. ``prepare`` is called before every ``run`` and is not timed. ``usage`` has an entry for
+    every run so far, of a side in a process of its own."""
 
     run: Callable[[], object]
     prepare: Callable[[], object] = lambda: None
+    usage: Callable[[], list[Usage]] = list
 
 
 class Spread(NamedTuple):
@@ -133,18 +142,22 @@ def apart(makers: Mapping[K, Callable[[], Side]]) -> Iterator[dict[K, Side]]:
             name: stack.enter_context(ProcessPoolExecutor(1, context, _begin, (make,))) for name, make in makers.items()
         }
 
-        def ask(name: K, function: Callable[[], None]) -> None:
+        def ask(name: K, function: Callable[[], Any]) -> Any:
             try:
-                pools[name].submit(function).result()
+                return pools[name].submit(function).result()
             except BrokenProcessPool as error:
                 raise StageError(
                     f"{name}: its process died, most likely for want of memory; leave this workload out with --rows"
                 ) from error
 
-        yield {name: Side(partial(ask, name, _run), partial(ask, name, _prepare)) for name in makers}
+        yield {
+            name: Side(partial(ask, name, _run), partial(ask, name, _prepare), partial(ask, name, _usage))
+            for name in makers
+        }
 
 
 _side: Side  # of a process that runs one
+_used: list[Usage] = []
 
 
 def _begin(make: Callable[[], Side]) -> None:
@@ -161,8 +174,25 @@ def _prepare() -> None:
 
 
 def _run() -> None:
+    before = _so_far()
     _side.run()
     _synchronise()
+    after = _so_far()
+    _used.append(Usage(after.kernel_seconds - before.kernel_seconds, after.pages - before.pages))
+
+
+def _usage() -> list[Usage]:
+    return _used
+
+
+def _so_far() -> Usage:
+    """Of this process; nothing where the system does not say."""
+    if sys.platform == "win32":
+        return Usage(0.0, 0)
+    import resource
+
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return Usage(used.ru_stime, used.ru_minflt)
 
 
 def _synchronise() -> None:

@@ -7,15 +7,17 @@ forward, loss and backward, added to gradients that are there (`--gradients none
 
 from __future__ import annotations
 
+import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 import typer
 from rich.console import Console
+from torch import Tensor
 
 from benchmarks.measure import (
     PRODUCT_SIZE,
@@ -77,6 +79,7 @@ WORKLOADS = {
     )
 }
 PRODUCT, PRODUCT_ONEDNN = "product", "product, oneDNN"  # the machine's peak, timed among the sides
+VOICED = "packed, none silent"  # packed, with rewards for which no response is without a gradient
 
 # --- measuring ------------------------------------------------------------------------------------------------
 
@@ -96,26 +99,30 @@ def measure(workload: Workload, record: Mapping[str, Any], *, memory: bool, cons
         steppers = {
             name: Stepper.make(name, workload.shape, seed=seed, dtype=workload.dtype, device=device) for name in names
         }
-        found = {name: stepper.results(groups) for name, stepper in steppers.items()}
-        expected, bound = reference(workload, found, groups, seed=seed, device=device)
-        compared = check_equal(found, expected, bound, workload.name)
-        scores = found[RELEASED].score_N.split([len(group.responses) for group in groups])
-        silent = [group.silent(score_K) for group, score_K in zip(groups, scores, strict=True)]
         layouts = {name: stepper.layout for name, stepper in steppers.items()}
-        del found, expected, steppers
+        found = agreed(workload, steppers, groups, seed=seed, device=device)
+        voiced = [group.contradicting(score_K) for group, score_K in zip(groups, found.scores, strict=True)]
+        two = {name: steppers[name] for name in (RELEASED, PACKED)}
+        found_voiced = agreed(workload, two, voiced, seed=seed, device=device)
+        del steppers, two
         ROOMS.clear()
-        arguments = workload.shape, groups, seed, workload.dtype, device, threads
-        makers = {name: partial(timed_step, name, *arguments, record["gradients"]) for name in names}
-        with apart(makers) as steps:
+
+        def maker(name: str, groups: Sequence[Group]) -> Callable[[], Side]:
+            arguments = workload.shape, groups, seed, workload.dtype, device, threads
+            return partial(timed_step, name, *arguments, record["gradients"])
+
+        with apart({**{name: maker(name, groups) for name in names}, VOICED: maker(PACKED, voiced)}) as steps:
             sides: dict[str, Side] = {**steps, PRODUCT: product(workload.dtype, device)}
             if STEERED in names:
                 sides[PRODUCT_ONEDNN] = product(workload.dtype, device, onednn=True)
             seconds = measure_rounds(
                 sides, record["rounds"], progress=lambda words: status.update(f"{workload.name}: {words}")
             )
+            usage = {name: side.usage()[-record["rounds"] :] for name, side in steps.items()}
         used: dict[str, int | None] = {}
         for name in names if memory else ():
             status.update(f"{workload.name}: memory of {name}")
+            arguments = workload.shape, groups, seed, workload.dtype, device, threads
             used[name] = in_own_process(extra_memory, name, *arguments)
     row = {
         "name": workload.name,
@@ -126,16 +133,43 @@ def measure(workload: Workload, record: Mapping[str, Any], *, memory: bool, cons
         "queries": [len(group.query) for group in groups],
         "responses": [[len(response) for response in group.responses] for group in groups],
         **total_tokens(groups),
-        "silent": [sorted(of) for of in silent],
-        "useful_flops": sum(useful_flops(workload.shape, g, s) for g, s in zip(groups, silent, strict=True)),
-        "flops_with_silent": sum(useful_flops(workload.shape, group) for group in groups),
-        "errors": {name: error._asdict() for name, error in compared.items()},
-        "bound": bound._asdict(),
+        "silent": [sorted(of) for of in found.silent],
+        "useful_flops": sum(useful_flops(workload.shape, *of) for of in zip(groups, found.silent, strict=True)),
+        "useful_flops_voiced": sum(
+            useful_flops(workload.shape, *of) for of in zip(voiced, found_voiced.silent, strict=True)
+        ),
+        "errors": {
+            name: error._asdict() for name, error in {**found.errors, VOICED: found_voiced.errors[PACKED]}.items()
+        },
+        "bound": found.bound._asdict(),
         "layout": layouts,
         "seconds": seconds,
+        "kernel_seconds": {name: [of.kernel_seconds for of in runs] for name, runs in usage.items()},
+        "pages": {name: [of.pages for of in runs] for name, runs in usage.items()},
         "extra_memory": used,
     }
     return {**row, "summary": summary(row)}
+
+
+class Agreed(NamedTuple):
+    """What sides that compute the same computed."""
+
+    errors: dict[str, Errors]  # by side
+    bound: Errors
+    scores: Sequence[Tensor]  # p of each group
+    silent: list[frozenset[int]]  # responses of each group
+
+
+def agreed(
+    workload: Workload, steppers: Mapping[str, Stepper], groups: Sequence[Group], *, seed: int, device: torch.device
+) -> Agreed:
+    """Raises StageError as ``check_equal`` does."""
+    found = {name: stepper.results(groups) for name, stepper in steppers.items()}
+    expected, bound = reference(workload, found, groups, seed=seed, device=device)
+    compared = check_equal(found, expected, bound, workload.name)
+    scores = found[RELEASED].score_N.split([len(group.responses) for group in groups])
+    silent = [group.silent(score_K) for group, score_K in zip(groups, scores, strict=True)]
+    return Agreed(compared, bound, scores, silent)
 
 
 def reference(
@@ -157,9 +191,10 @@ def summary(row: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     share of the released side's memory. Spreads are (median, lower quartile, upper quartile) over rounds."""
     seconds, memory = row["seconds"], row["extra_memory"]
     found = {}
-    for name in (name for name in SIDES if name in seconds):
+    for name in (name for name in (*SIDES, VOICED) if name in seconds):
         peak = PRODUCT_ONEDNN if name == STEERED else PRODUCT
-        achieved = [row["useful_flops"] / took for took in seconds[name]]
+        flops = row["useful_flops_voiced" if name == VOICED else "useful_flops"]
+        achieved = [flops / took for took in seconds[name]]
         found[name] = {
             "seconds": spread(seconds[name]),
             "times_released": ratios(seconds[RELEASED], seconds[name]),
@@ -189,7 +224,7 @@ def cells(record: Mapping[str, Any]) -> list[list[str]]:
     found = []
     for row in record["rows"]:
         for name, of in summary(row).items():
-            padded = name in OURS and row["layout"][name] != "packed"
+            padded = name in (*OURS, VOICED) and row["layout"][PACKED if name == VOICED else name] != "packed"
             found.append(
                 [
                     row["name"],
@@ -205,6 +240,18 @@ def cells(record: Mapping[str, Any]) -> list[list[str]]:
     return found
 
 
+USAGE_COLUMNS = ("workload", "side", "pages mapped", "seconds of the kernel")
+
+
+def usage_cells(record: Mapping[str, Any]) -> list[list[str]]:
+    """What the system did for a step, medians over rounds."""
+    return [
+        [row["name"], name, f"{statistics.median(pages):,.0f}", f"{statistics.median(row['kernel_seconds'][name]):.2f}"]
+        for row in record["rows"]
+        for name, pages in row["pages"].items()
+    ]
+
+
 def notes(record: Mapping[str, Any]) -> list[str]:
     """How the numbers are to be read, and what the run found about itself."""
     rates = [
@@ -213,24 +260,20 @@ def notes(record: Mapping[str, Any]) -> list[str]:
         for name in (PRODUCT, PRODUCT_ONEDNN)
         if name in row["seconds"]
     ]
-    with_silent = {
-        row["name"]: summary(row)[PACKED]["share_of_peak"].median * row["flops_with_silent"] / row["useful_flops"]
-        for row in record["rows"]
-    }
     worst = {row["name"]: max(max(error.values()) for error in row["errors"].values()) for row in record["rows"]}
     said = [
         "Speeds are medians of the ratios of each round, with the quartiles over rounds in brackets; higher is faster.",
         "A timed step adds to gradients that are there."
         if record["gradients"] == "kept"
         else "A timed step begins without gradients.",
+        "Kernel: processor time of the system, nearly all of it to map fresh memory, of both cores together.",
         "Extra memory is what a step takes above weights and gradients at its peak, each side in a process of its own.",
         "Share of peak: the operations that no side can do without, over what a product of two "
         f"{PRODUCT_SIZE} x {PRODUCT_SIZE} matrices reached in the same rounds; "
         "against oneDNN's product for the side that uses it. " + "; ".join(rates) + ".",
-        "A response for which the loss has no gradient counts forward only; with the backward pass that others "
-        f"make of it, the share of {PACKED!r} is "
-        + ", ".join(f"{name} {share:.0%}" for name, share in with_silent.items())
-        + ".",
+        "A response for which the loss has no gradient counts forward only; of a prompt's last layer count what its "
+        f"responses see of it. {VOICED!r} has rewards that contradict every score, so that the loss leaves no response "
+        "out of the backward pass; what the released computation does hangs on no reward.",
         "Largest relative error of loss, scores and gradients, measured before the timing: "
         + ", ".join(f"{name} {error:.1g}" for name, error in worst.items())
         + ".",
@@ -264,7 +307,7 @@ def draw(record: Mapping[str, Any], folder: Path) -> None:
         title="The training step",
         lead="One prompt with k candidates: forward, loss and backward of RRHF.",
         record=record,
-        tables=[(COLUMNS, cells(record))],
+        tables=[(COLUMNS, cells(record)), (USAGE_COLUMNS, usage_cells(record))],
         notes=[*(f"{row['name']}: {row['words']}." for row in record["rows"]), *notes(record)],
         figures={NAME: (figure, "Speed and extra memory of the sides, medians and quartiles over rounds.")},
     )

@@ -91,6 +91,11 @@ class Group:
                 found.append(i)
         return frozenset(found)
 
+    def contradicting(self, score_K: Tensor) -> Group:
+        """The same prompt and responses, the best where the score is lowest, and so on: every pair is violated, and of
+        an even number of responses none is silent."""
+        return replace(self, rewards=tuple((-score_K).argsort().argsort().double().tolist()))
+
     def first(self, k: int) -> Group:
         """The same prompt with its first k responses."""
         return Group(self.query, self.responses[:k], self.rewards[:k])
@@ -153,11 +158,15 @@ def useful_flops(shape: Shape, group: Group, silent: Collection[int] = ()) -> fl
     6 x (trunk weights x fed tokens + head weights x response tokens) + 12 x layers x hidden x (sum over fed tokens of
     the tokens that each attends to): 2 for each multiply-add, once forward and twice backward; attention has two
     products of ``hidden`` multiply-adds a pair of tokens. Fed are the query once and every response but for its last
-    token; only positions that predict a response token meet the head. Responses in ``silent``, by index, have no
-    gradient and go forward only. Norms, softmax, rotations are not counted.
+    token; only positions that predict a response token meet the head, and of the query's others the last layer needs
+    keys and values only. Responses in ``silent``, by index, have no gradient and go forward only. Norms, softmax,
+    rotations are not counted.
     """
     query = len(group.query)
     flops = _flops(shape, query, query * (query + 1) / 2, 0)
+    unasked = query - 1
+    beside_keys_and_values = 2 * shape.hidden**2 + 3 * shape.hidden * shape.ffn
+    flops -= 6.0 * beside_keys_and_values * unasked + 12.0 * shape.hidden * unasked * (unasked + 1) / 2
     for index, response in enumerate(group.responses):
         fed = len(response) - 1
         once = _flops(shape, fed, fed * query + fed * (fed + 1) / 2, len(response))

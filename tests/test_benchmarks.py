@@ -174,6 +174,8 @@ def test_useful_flops_by_counting():
         for position in range(segment):
             flops += 6 * trunk + 3 * 2 * shape.layers * 2 * shape.hidden * (before + position + 1)
     flops += 6 * 4 * 11 * 5
+    for position in range(2):  # of the prompt's tokens but the last, the last layer needs keys and values
+        flops -= 6 * (2 * 4 * 4 + 3 * 4 * 8) + 3 * 2 * 2 * shape.hidden * (position + 1)
     assert useful_flops(shape, group) == flops
     first = sum(6 * trunk + 3 * 2 * shape.layers * 2 * shape.hidden * (3 + i + 1) for i in range(3)) + 6 * 4 * 11 * 4
     assert useful_flops(shape, group, {0}) == pytest.approx(flops - first * 2 / 3)
@@ -191,6 +193,15 @@ def test_a_response_is_silent_where_its_score_has_no_gradient():
         assert found == {i for i in range(6) if grad[i] == 0}
         counts.append(len(found))
     assert 0 < sum(counts) < 300
+
+
+@pytest.mark.parametrize("k", [2, 6, 7])
+def test_where_rewards_contradict_every_score_hardly_anyone_is_silent(k):
+    score = torch.randn(k, generator=torch.Generator().manual_seed(0))
+    group = Group((2,), tuple((3,) for _ in range(k)), tuple(map(float, range(k)))).contradicting(score)
+    assert sorted(group.rewards) == list(range(k))
+    assert (np.argsort(group.rewards) == np.argsort(-score.numpy())).all()
+    assert len(group.silent(score)) == k % 2  # of an odd number the one in the middle
 
 
 def rank_loss(score, rewards):
@@ -270,6 +281,12 @@ def that_dies():
     return Side(os.abort)
 
 
+def that_maps():
+    """A side that asks for 40 MB that it has not had before, and touches them."""
+    kept = []
+    return Side(lambda: kept.append(torch.ones(10_000_000)))
+
+
 def told():
     """A side that fails at its third run, or unless it was prepared before each, in a process of its own."""
 
@@ -290,9 +307,16 @@ def test_sides_apart_are_prepared_and_run_in_processes_of_their_own():
         sides["a"].run()
         sides["b"].run()
         sides["a"].run()
+        assert len(sides["a"].usage()) == 2
         with pytest.raises(AssertionError, match="0, 1, 0, 1, 1"):  # what a side raises is raised here
             sides["b"].run()
     assert not counted
+    with apart({"maps": that_maps}) as sides:
+        sides["maps"].run()
+        (used,) = sides["maps"].usage()
+    if sys.platform == "linux":
+        assert used.pages >= 40_000_000 // os.sysconf("SC_PAGESIZE")
+        assert used.kernel_seconds > 0
     with apart({"dies": that_dies}) as sides, pytest.raises(StageError, match="dies: its process died"):
         sides["dies"].run()
 

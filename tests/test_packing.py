@@ -205,6 +205,9 @@ def test_a_pack_lets_a_token_see_its_prompt_and_itself_only(seed: int, tokens: i
     for part in parts:
         mask_LL = part.prefixes.mask_LL
         assert mask_LL.shape == (len(part.ids_L),) * 2
+        position_M, index_N = part.asked
+        assert torch.equal(position_M[index_N], part.predict_N)
+        assert torch.equal(part.last.mask_LL[position_M], mask_LL[position_M])
         start = 0
         for row in part.rows:
             predict = part.predict_N[start : start + batch.lengths[row]]
@@ -249,6 +252,27 @@ def test_queries_without_a_gradient_change_nothing(long: int, monkeypatch: pytes
         grad = torch.randn(1, 4, length, 16, dtype=torch.float64, generator=rng)
         for segment in silent:
             grad[:, :, slice(*prefixes.segments[segment])] = 0.0
+        wanted = torch.autograd.grad(expected, leaves, grad, retain_graph=True)
+        gotten = torch.autograd.grad(found, leaves, grad, retain_graph=True)
+        for a, b in zip(gotten, wanted, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("long", [10, 256])
+def test_where_only_some_positions_ask_they_get_the_same(long: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rrhf_bench.policy.batching.LONG", long)
+    (part,) = pack(ragged(3), 4096)
+    position_M, _ = part.asked
+    assert not part.last.whole
+    rng = torch.Generator().manual_seed(0)
+    qkv = (torch.randn(1, heads, len(part.ids_L), 16, dtype=torch.float64, generator=rng) for heads in (4, 2, 2))
+    leaves = [x.requires_grad_() for x in qkv]
+    expected = attention.dense_attention(*leaves, part.prefixes, 0.2)
+    found = attention.SharedPrefixAttention.apply(*leaves, part.last, 0.2)
+    torch.testing.assert_close(found[:, :, position_M], expected[:, :, position_M], rtol=0, atol=1e-14)
+    for asking in (position_M, position_M[::2], position_M[: len(position_M) // 3]):
+        grad = torch.zeros_like(found)
+        grad[:, :, asking] = torch.randn(1, 4, len(asking), 16, dtype=torch.float64, generator=rng)
         wanted = torch.autograd.grad(expected, leaves, grad, retain_graph=True)
         gotten = torch.autograd.grad(found, leaves, grad, retain_graph=True)
         for a, b in zip(gotten, wanted, strict=True):

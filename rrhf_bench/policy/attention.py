@@ -55,10 +55,14 @@ def attend(q_HLD: Tensor, k_HLD: Tensor, v_HLD: Tensor, prefixes: Prefixes, scal
 
     A token's output is the merge of a few pieces: its own segment, whole or in parts, and the prompt. With one
     log-sum-exp over all, each piece's backward is that of the whole restricted to its keys: gradients add up exactly.
+    What attends to nothing has zeros and the log-sum-exp of nothing.
     """
     qkv = q_HLD, _per_query_head(q_HLD, k_HLD), _per_query_head(q_HLD, v_HLD)
     out_HLD = by_head(q_HLD.new_empty(*(q_HLD.shape[i] for i in (2, 1, 3))))
     lse_HL = torch.empty(q_HLD.shape[:3], dtype=torch.promote_types(q_HLD.dtype, torch.float32))
+    if not prefixes.whole:
+        out_HLD.zero_()
+        lse_HL.fill_(-torch.inf)
     if prefixes.rectangle is not None:
         index_ST, real_ST = prefixes.rectangle
         part, lse = _forward(*(_take(x, index_ST) for x in qkv), 0.0, True, scale=scale)
@@ -107,7 +111,8 @@ def attend_backward(
         causal = [span for span in causal if positions[asked(span)]]
         full = [(live[asked(queries)], keys) for queries, keys in prefixes.full if positions[asked(queries)]]
     heads, groups = q_HLD.shape[1], q_HLD.shape[1] // k_HLD.shape[1]
-    total_LHD = (q_HLD.new_empty if live is None else q_HLD.new_zeros)(q_HLD.shape[2], 3 * heads, q_HLD.shape[3])
+    written = live is None and prefixes.whole  # before anything is added
+    total_LHD = (q_HLD.new_empty if written else q_HLD.new_zeros)(q_HLD.shape[2], 3 * heads, q_HLD.shape[3])
     found = [by_head(part) for part in total_LHD.split(heads, 1)]
     if prefixes.rectangle is not None:
         index_ST, real_ST = prefixes.rectangle

@@ -104,11 +104,23 @@ class Prefixes:
     """Who attends to whom in a pack: each segment to itself, causally; some also to all of one earlier segment.
 
     A prompt with one response is one segment with it. Of a prompt with several, the prompt is one, each response
-    another, and these lie behind one another, so that what attends to the prompt is one slice.
+    another, and these lie behind one another, so that what attends to the prompt is one slice. In the last layer only
+    positions that predict a token ask: each response is a segment, and what attends to the prompt begins with the
+    prompt's last token.
     """
 
-    segments: tuple[Span, ...]  # every position of the pack is in one
-    shared: tuple[tuple[Span, Span], ...]  # the responses to a prompt, the prompt
+    segments: tuple[Span, ...]
+    shared: tuple[tuple[Span, Span], ...]  # who attends to a prompt beside its own segment; the prompt
+
+    @cached_property
+    def length(self) -> int:
+        """Positions of the pack."""
+        return max(end for _, end in (*self.segments, *(queries for queries, _ in self.shared)))
+
+    @cached_property
+    def whole(self) -> bool:
+        """Whether every position is in a segment. One that is in none has no output but what it is shared."""
+        return sum(end - start for start, end in self.segments) == self.length
 
     @cached_property
     def rectangle(self) -> tuple[Tensor, Tensor] | None:
@@ -142,8 +154,7 @@ class Prefixes:
     @cached_property
     def mask_LL(self) -> Tensor:
         """(L, L) bool: [q, k], q attends to k. The definition that the fast forms are held to."""
-        length = max(end for _, end in self.segments)
-        mask_LL = torch.zeros(length, length, dtype=torch.bool)
+        mask_LL = torch.zeros(self.length, self.length, dtype=torch.bool)
         for start, end in self.segments:
             mask_LL[start:end, start:end] = torch.ones(end - start, end - start, dtype=torch.bool).tril()
         for (start, end), (prompt_start, prompt_end) in self.shared:
@@ -171,6 +182,13 @@ class Pack:
     position_L: Tensor
     predict_N: Tensor  # the position that predicts each response token
     prefixes: Prefixes
+    last: Prefixes  # of the last layer, where only those positions ask
+
+    @cached_property
+    def asked(self) -> tuple[Tensor, Tensor]:
+        """The M different positions of ``predict_N``, ascending, and which of them each of its N is."""
+        position_M, index_N = self.predict_N.unique(return_inverse=True)
+        return position_M, index_N
 
 
 def pack(batch: ResponseBatch, tokens: int) -> list[Pack]:
@@ -198,6 +216,8 @@ def _laid_out(batch: ResponseBatch, groups: Sequence[tuple[int, Sequence[int]]])
     predict: list[Tensor] = []
     segments: list[Span] = []
     shared: list[tuple[Span, Span]] = []
+    asking: list[Span] = []
+    asked: list[tuple[Span, Span]] = []
     for prompt, rows in groups:
         prompt_ids = batch.prompt_ids[prompt]
         start, end = len(ids), len(ids) + len(prompt_ids)
@@ -210,15 +230,23 @@ def _laid_out(batch: ResponseBatch, groups: Sequence[tuple[int, Sequence[int]]])
             predict.append(torch.tensor([end - 1, *range(*behind[-1])]))
             positions.append(torch.arange(len(prompt_ids), len(prompt_ids) + len(fed)))
             ids.extend(fed)
+        behind = [segment for segment in behind if segment[1] > segment[0]]
         if len(rows) == 1:
             segments.append((start, len(ids)))
-        else:
-            segments += [(start, end), *(segment for segment in behind if segment[1] > segment[0])]
-            if len(ids) > end:
-                shared.append(((end, len(ids)), (start, end)))
-    rows = tuple(row for _, rows in groups for row in rows)
+            asking.append(segments[-1])  # one call costs less than the rest of its prompt does
+            continue
+        segments += [(start, end), *behind]
+        asking += behind
+        asked.append(((end - 1, len(ids)), (start, end)))
+        if len(ids) > end:
+            shared.append(((end, len(ids)), (start, end)))
     return Pack(
-        rows, torch.tensor(ids), torch.cat(positions), torch.cat(predict), Prefixes(tuple(segments), tuple(shared))
+        tuple(row for _, rows in groups for row in rows),
+        torch.tensor(ids),
+        torch.cat(positions),
+        torch.cat(predict),
+        Prefixes(tuple(segments), tuple(shared)),
+        Prefixes(tuple(asking), tuple(asked)),
     )
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from rrhf_bench.data.dialogue import Template
 from rrhf_bench.errors import DataError
-from rrhf_bench.policy import activations, attention, embedding, linear, onednn, rotary
+from rrhf_bench.policy import activations, attention, embedding, last_layer, linear, onednn, rotary
 from rrhf_bench.policy.adapters import adapters_off, add_adapters, merge, merged_state
 from rrhf_bench.policy.batching import Pack, PaddedLayout, ResponseBatch, pack, padded, passes, places
 from rrhf_bench.policy.head import KEPT, token_logprobs
@@ -194,12 +194,15 @@ class TransformersPolicy:
         self._take_over_linear_layers()
         if self.device.type == "cpu":
             activations.take_over(model)
+        self._last_layer = last_layer.find(model)
         self.layout: Literal["packed", "padded"] = "padded"
         self.layout_reason = self._unpackable(getattr(config, "attn_logit_softcapping", None))
         if self.layout_reason is None:
             self.layout = "packed"
             if self.device.type == "cpu":
                 rotary.take_over(model)
+                trial, *_ = pack(self._trial(), 1 << 10)
+                last_layer.take_over(self._last_layer, lambda: self._packed(trial))
 
     @classmethod
     def load(
@@ -253,18 +256,13 @@ class TransformersPolicy:
         before = self.model.config._attn_implementation
         if before not in ("sdpa", attention.NAME):
             return f"its attention is {before}"
-        vocabulary = self.model.config.get_text_config().vocab_size
-        ids = [(11 + 37 * i) % vocabulary for i in range(40)]
-        prompts, replies = (tuple(ids[:7]), tuple(ids[7:10])), [(5, 0), (1, 0), (3, 0), (4, 1)]
-        group = ResponseBatch(
-            prompts, tuple(tuple(ids[12 + i : 12 + i + n]) for i, (n, _) in enumerate(replies)), (0, 0, 0, 1)
-        )
+        group = self._trial()
         expected_BT = self.token_logprobs(group)  # padded, as nothing else has been decided yet
         seen: list[Any] = []
         try:
             self.model.set_attn_implementation(attention.register())
             hidden_ND = torch.cat([self._packed(part, layers_seen=seen) for part in pack(group, 1 << 10)])
-            packed_BT = self._by_row(group, self._logprobs(hidden_ND, group, range(len(replies)), keep=0))
+            packed_BT = self._by_row(group, self._logprobs(hidden_ND, group, range(len(group.lengths)), keep=0))
         except (RuntimeError, ValueError, TypeError, AttributeError, LookupError) as error:
             packed_BT, reason = None, str(error).strip().partition("\n")[0] or type(error).__name__
         if packed_BT is not None:
@@ -274,6 +272,14 @@ class TransformersPolicy:
             reason = f"log-probs differ by {gap:.1g}" if seen else "its layers have an attention of their own"
         self.model.set_attn_implementation(before)
         return reason
+
+    def _trial(self) -> ResponseBatch:
+        """A small ragged group, and a prompt with one response."""
+        vocabulary = self.model.config.get_text_config().vocab_size
+        ids = [(11 + 37 * i) % vocabulary for i in range(40)]
+        prompts, replies = (tuple(ids[:7]), tuple(ids[7:10])), [(5, 0), (1, 0), (3, 0), (4, 1)]
+        responses = tuple(tuple(ids[12 + i : 12 + i + n]) for i, (n, _) in enumerate(replies))
+        return ResponseBatch(prompts, responses, tuple(prompt for _, prompt in replies))
 
     def fed_tokens(self, batch: ResponseBatch) -> int:
         return batch.fed(packed=self.layout == "packed")
@@ -308,6 +314,10 @@ class TransformersPolicy:
     def _packed(self, part: Pack, **extra: Any) -> Tensor:
         """(N, D) hidden states that predict the tokens of a pack's responses."""
         id_L, table = part.ids_L.to(self.device), self.model.get_input_embeddings()
+        at_N = part.predict_N.to(self.device)
+        if isinstance(self._last_layer, last_layer.LastLayer):
+            position_M, at_N = part.asked
+            extra["asked"] = last_layer.Asked(position_M, part.last)
         with self._checkpoints():
             plain = embedding.is_plain(table)
             fed = {"inputs_embeds": embedding.embed(table, id_L)[None]} if plain else {"input_ids": id_L[None]}
@@ -320,7 +330,7 @@ class TransformersPolicy:
                 prefixes=part.prefixes,
                 **extra,
             ).last_hidden_state
-        return states_1LD[0, part.predict_N.to(self.device)]
+        return states_1LD[0, at_N]
 
     def _padded(self, layout: PaddedLayout) -> Tensor:
         with self._checkpoints():
