@@ -115,6 +115,9 @@ def test_layers_that_are_not_all_alike_are_left_alone() -> None:
     model.model.layers[0].add_module("more", torch.nn.Identity())
     assert last_layer.find(model) is None
     model = made(PACKED["llama"])
+    del model.config.num_hidden_layers
+    assert last_layer.find(model) is None
+    model = made(PACKED["llama"])
     model.model.layers.append(made(PACKED["llama"]).model.layers[0])  # the model runs the first three only
     assert last_layer.find(model) is None
 

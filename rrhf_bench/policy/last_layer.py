@@ -50,7 +50,7 @@ class LastLayer(torch.nn.Module):
 
 def find(model: Any) -> torch.nn.Module | None:
     """A model's last layer, if it has the parts of one of Llama's."""
-    count = model.config.get_text_config().num_hidden_layers
+    count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
     layers = [module for module in model.modules() if {name for name, _ in module.named_children()} == PARTS]
     return layers[-1] if len(layers) == count else None
 
