@@ -55,7 +55,7 @@ from benchmarks.sides import (
     sides_for,
     timed_step,
 )
-from benchmarks.workloads import Group, Workload, make_model, total_tokens, useful_flops
+from benchmarks.workloads import SHAPES, Group, Workload, make_model, model_flops, total_tokens, useful_flops
 from rrhf_bench.errors import ConfigError, nearest
 from rrhf_bench.policy import onednn
 from rrhf_bench.policy.head import ROOMS
@@ -196,6 +196,7 @@ def summary(row: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         flops = row["useful_flops_voiced" if name == VOICED else "useful_flops"]
         achieved = [flops / took for took in seconds[name]]
         found[name] = {
+            "flops": flops,
             "seconds": spread(seconds[name]),
             "times_released": ratios(seconds[RELEASED], seconds[name]),
             "times_labelled": ratios(seconds[LABELLED], seconds[name]),
@@ -204,6 +205,12 @@ def summary(row: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
             "memory_share": memory[name] / memory[RELEASED] if memory.get(name) is not None else None,
         }
     return found
+
+
+def all_flops(row: Mapping[str, Any]) -> float:
+    """The operations of a row's steps as 2204.02311 counts them."""
+    (shape,) = (shape for shape in SHAPES.values() if shape.parameters == row["parameters"])
+    return sum(model_flops(shape, *of) for of in zip(row["queries"], row["responses"], strict=True))
 
 
 def brief(row: Mapping[str, Any]) -> str:
@@ -260,20 +267,30 @@ def notes(record: Mapping[str, Any]) -> list[str]:
         for name in (PRODUCT, PRODUCT_ONEDNN)
         if name in row["seconds"]
     ]
+    of_model = [
+        f"{name} "
+        + ", ".join(
+            f"{row['name']} {found['share_of_peak'].median * all_flops(row) / found['flops']:.0%}"
+            for row, found in ((row, summary(row)[name]) for row in record["rows"])
+        )
+        for name in (PACKED, VOICED)
+    ]
     worst = {row["name"]: max(max(error.values()) for error in row["errors"].values()) for row in record["rows"]}
     said = [
         "Speeds are medians of the ratios of each round, with the quartiles over rounds in brackets; higher is faster.",
         "A timed step adds to gradients that are there."
         if record["gradients"] == "kept"
         else "A timed step begins without gradients.",
-        "Kernel: processor time of the system, nearly all of it to map fresh memory, of both cores together.",
+        "Kernel: processor time of the system, nearly all of it to map fresh memory, of all threads together.",
         "Extra memory is what a step takes above weights and gradients at its peak, each side in a process of its own.",
         "Share of peak: the operations that no side can do without, over what a product of two "
         f"{PRODUCT_SIZE} x {PRODUCT_SIZE} matrices reached in the same rounds; "
         "against oneDNN's product for the side that uses it. " + "; ".join(rates) + ".",
-        "A response for which the loss has no gradient counts forward only; of a prompt's last layer count what its "
-        f"responses see of it. {VOICED!r} has rewards that contradict every score, so that the loss leaves no response "
-        "out of the backward pass; what the released computation does hangs on no reward.",
+        "A response for which the loss has no gradient counts forward only, and the last layer of a prompt only with "
+        f"what its responses see of it. {VOICED!r} has rewards that contradict every score, so that the loss leaves no "
+        "response out of the backward pass; what the released computation does hangs on no reward.",
+        "Counted as 2204.02311 does, every token forward and backward through everything, whatever a side leaves out, "
+        "the shares are: " + "; ".join(of_model) + ".",
         "Largest relative error of loss, scores and gradients, measured before the timing: "
         + ", ".join(f"{name} {error:.1g}" for name, error in worst.items())
         + ".",

@@ -152,26 +152,35 @@ class Workload:
         return Group(tokens(query), tuple(map(tokens, lengths)), rewards)
 
 
-def useful_flops(shape: Shape, group: Group, silent: Collection[int] = ()) -> float:
-    """Floating-point operations of a step that no way to compute it can do without.
+def model_flops(shape: Shape, query: int, responses: Sequence[int]) -> float:
+    """Floating-point operations of a step as 2204.02311 (appendix B) counts them, from the tokens of a query and of its
+    responses, each fed once: all of them forward and backward through everything, whoever leaves some of it out.
 
     6 x (trunk weights x fed tokens + head weights x response tokens) + 12 x layers x hidden x (sum over fed tokens of
     the tokens that each attends to): 2 for each multiply-add, once forward and twice backward; attention has two
     products of ``hidden`` multiply-adds a pair of tokens. Fed are the query once and every response but for its last
-    token; only positions that predict a response token meet the head, and of the query's others the last layer needs
-    keys and values only. Responses in ``silent``, by index, have no gradient and go forward only. Norms, softmax,
-    rotations are not counted.
+    token; only positions that predict a response token meet the head. Norms, softmax, rotations are not counted.
     """
-    query = len(group.query)
-    flops = _flops(shape, query, query * (query + 1) / 2, 0)
+    return _flops(shape, query, query * (query + 1) / 2, 0) + sum(_of_response(shape, query, n) for n in responses)
+
+
+def useful_flops(shape: Shape, group: Group, silent: Collection[int] = ()) -> float:
+    """Those of them that no way to compute the step can do without: responses in ``silent``, by index, have no gradient
+    and go forward only, and of the query but its last token the last layer needs keys and values only."""
+    query, responses = len(group.query), [len(response) for response in group.responses]
     unasked = query - 1
     beside_keys_and_values = 2 * shape.hidden**2 + 3 * shape.hidden * shape.ffn
-    flops -= 6.0 * beside_keys_and_values * unasked + 12.0 * shape.hidden * unasked * (unasked + 1) / 2
-    for index, response in enumerate(group.responses):
-        fed = len(response) - 1
-        once = _flops(shape, fed, fed * query + fed * (fed + 1) / 2, len(response))
-        flops += once / 3 if index in silent else once
-    return flops
+    return (
+        model_flops(shape, query, responses)
+        - sum(_of_response(shape, query, responses[index]) * 2 / 3 for index in silent)
+        - 6.0 * beside_keys_and_values * unasked
+        - 12.0 * shape.hidden * unasked * (unasked + 1) / 2
+    )
+
+
+def _of_response(shape: Shape, query: int, response: int) -> float:
+    fed = response - 1
+    return _flops(shape, fed, fed * query + fed * (fed + 1) / 2, response)
 
 
 def _flops(shape: Shape, fed: int, attended: float, predicted: int) -> float:

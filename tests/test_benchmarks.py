@@ -39,7 +39,17 @@ from benchmarks.sides import (
     sides_for,
     timed_step,
 )
-from benchmarks.workloads import IGNORE, SHAPES, Group, Shape, Workload, make_model, padded_rows, useful_flops
+from benchmarks.workloads import (
+    IGNORE,
+    SHAPES,
+    Group,
+    Shape,
+    Workload,
+    make_model,
+    model_flops,
+    padded_rows,
+    useful_flops,
+)
 from rrhf_bench.errors import ConfigError, StageError, StoreError
 from rrhf_bench.training.rrhf import rrhf_loss
 
@@ -174,9 +184,10 @@ def test_useful_flops_by_counting():
         for position in range(segment):
             flops += 6 * trunk + 3 * 2 * shape.layers * 2 * shape.hidden * (before + position + 1)
     flops += 6 * 4 * 11 * 5
+    assert model_flops(shape, 3, [4, 1]) == flops
     for position in range(2):  # of the prompt's tokens but the last, the last layer needs keys and values
         flops -= 6 * (2 * 4 * 4 + 3 * 4 * 8) + 3 * 2 * 2 * shape.hidden * (position + 1)
-    assert useful_flops(shape, group) == flops
+    assert useful_flops(shape, group) == pytest.approx(flops)
     first = sum(6 * trunk + 3 * 2 * shape.layers * 2 * shape.hidden * (3 + i + 1) for i in range(3)) + 6 * 4 * 11 * 4
     assert useful_flops(shape, group, {0}) == pytest.approx(flops - first * 2 / 3)
 

@@ -1,5 +1,5 @@
-"""The last layer over a pack: nobody sees a prompt's positions after it but the one that predicts a first token, so of
-the others it computes keys and values only.
+"""The last layer over a pack on a CPU. Nobody looks at a prompt behind it but at the position that predicts the first
+token of the responses: of the others it computes keys and values only.
 
 Letters: L tokens of a pack, M positions that predict a token, D hidden size.
 """
@@ -17,7 +17,6 @@ from rrhf_bench.policy.activations import ROUNDING
 from rrhf_bench.policy.batching import Prefixes
 
 PARTS = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
-
 
 # How far states may be apart, of the largest, whatever the dtype: norms round to float32, and a product follows them.
 BOUND = 1e-5
