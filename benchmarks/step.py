@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import statistics
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -55,7 +55,7 @@ from benchmarks.sides import (
     sides_for,
     timed_step,
 )
-from benchmarks.workloads import SHAPES, Group, Workload, make_model, model_flops, total_tokens, useful_flops
+from benchmarks.workloads import SHAPES, Group, Shape, Workload, make_model, model_flops, total_tokens, useful_flops
 from rrhf_bench.errors import ConfigError, nearest
 from rrhf_bench.policy import onednn
 from rrhf_bench.policy.head import ROOMS
@@ -107,11 +107,12 @@ def measure(workload: Workload, record: Mapping[str, Any], *, memory: bool, cons
         del steppers, two
         ROOMS.clear()
 
-        def maker(name: str, groups: Sequence[Group]) -> Callable[[], Side]:
-            arguments = workload.shape, groups, seed, workload.dtype, device, threads
-            return partial(timed_step, name, *arguments, record["gradients"])
+        def arguments(groups: Sequence[Group]) -> tuple[Shape, Sequence[Group], int, torch.dtype, torch.device, int]:
+            return workload.shape, groups, seed, workload.dtype, device, threads
 
-        with apart({**{name: maker(name, groups) for name in names}, VOICED: maker(PACKED, voiced)}) as steps:
+        makers = {name: partial(timed_step, name, *arguments(groups), record["gradients"]) for name in names}
+        makers[VOICED] = partial(timed_step, PACKED, *arguments(voiced), record["gradients"])
+        with apart(makers) as steps:
             sides: dict[str, Side] = {**steps, PRODUCT: product(workload.dtype, device)}
             if STEERED in names:
                 sides[PRODUCT_ONEDNN] = product(workload.dtype, device, onednn=True)
@@ -122,8 +123,7 @@ def measure(workload: Workload, record: Mapping[str, Any], *, memory: bool, cons
         used: dict[str, int | None] = {}
         for name in names if memory else ():
             status.update(f"{workload.name}: memory of {name}")
-            arguments = workload.shape, groups, seed, workload.dtype, device, threads
-            used[name] = in_own_process(extra_memory, name, *arguments)
+            used[name] = in_own_process(extra_memory, name, *arguments(groups))
     row = {
         "name": workload.name,
         "words": workload.words,

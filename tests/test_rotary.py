@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -95,10 +96,11 @@ def test_frozen_weights_get_nothing_and_take_nothing_from_the_others(
             assert relative(a.grad, b.grad) < 1e-6, key
 
 
-def test_what_only_looks_alike_is_left_alone() -> None:
+def with_angles(change: Callable[[Any, Any], Any]) -> type[torch.nn.Module]:
+    """A class of attention that is Llama's on angles that ``change(layer, angles)`` has been at."""
     from transformers.models.llama.modeling_llama import LlamaAttention
 
-    class Backwards(LlamaAttention):
+    class Changed(LlamaAttention):
         def forward(
             self,
             hidden_states: Tensor,
@@ -107,28 +109,23 @@ def test_what_only_looks_alike_is_left_alone() -> None:
             past_key_values: Any = None,
             **named: Any,
         ) -> Any:
-            cos, sin = position_embeddings
-            return super().forward(hidden_states, (cos, -sin), attention_mask, past_key_values, **named)
+            angles = change(self, position_embeddings)
+            return super().forward(hidden_states, angles, attention_mask, past_key_values, **named)
+
+    return Changed
+
+
+def test_what_only_looks_alike_is_left_alone() -> None:
+    from transformers.models.llama.modeling_llama import LlamaAttention
 
     class Unturned(LlamaAttention):
         def forward(self, hidden_states: Tensor, attention_mask: Any = None, **named: Any) -> Any:
             still = torch.ones(1, *hidden_states.shape[1:2], self.head_dim)
             return super().forward(hidden_states, (still, 0 * still), attention_mask, **named)
 
-    class Particular(LlamaAttention):
-        def forward(
-            self,
-            hidden_states: Tensor,
-            position_embeddings: Any,
-            attention_mask: Any = None,
-            past_key_values: Any = None,
-            **named: Any,
-        ) -> Any:
-            return super().forward(
-                hidden_states, position_embeddings.real, attention_mask, past_key_values, **named
-            )  # of a tensor, not of two
-
-    for kind in (Backwards, Unturned, Particular):
+    backwards = with_angles(lambda _, angles: (angles[0], -angles[1]))
+    particular = with_angles(lambda _, angles: angles.real)  # of a tensor, not of two
+    for kind in (backwards, Unturned, particular):
         model = made(PACKED["llama"])
         model.set_attn_implementation(attention.register())
         linear.take_over(model)
@@ -139,27 +136,16 @@ def test_what_only_looks_alike_is_left_alone() -> None:
 
 
 def test_a_head_that_turns_in_part_is_left_to_the_model() -> None:
-    from transformers.models.llama.modeling_llama import LlamaAttention
-
-    class Partly(LlamaAttention):
-        def forward(
-            self,
-            hidden_states: Tensor,
-            position_embeddings: Any,
-            attention_mask: Any = None,
-            past_key_values: Any = None,
-            **named: Any,
-        ) -> Any:
-            cos, sin = position_embeddings
-            still = self.head_dim - cos.shape[-1]
-            whole = torch.nn.functional.pad(cos, (0, still), value=1.0), torch.nn.functional.pad(sin, (0, still))
-            return super().forward(hidden_states, whole, attention_mask, past_key_values, **named)
+    def whole(layer: Any, angles: Any) -> Any:
+        cos, sin = angles
+        still = layer.head_dim - cos.shape[-1]
+        return torch.nn.functional.pad(cos, (0, still), value=1.0), torch.nn.functional.pad(sin, (0, still))
 
     model = made(PACKED["llama"])
     model.set_attn_implementation(attention.register())
     linear.take_over(model)
     layer = model.model.layers[0].self_attn
-    layer.__class__ = Partly
+    layer.__class__ = with_angles(whole)
     x_1LD = torch.randn(1, 5, layer.q_proj.in_features, generator=torch.Generator().manual_seed(1))
     half_1LE = torch.linspace(-1.0, 2.0, 5 * (layer.head_dim // 2)).view(1, 5, -1)
     pack = {"prefixes": Prefixes(((0, 5),), ())}

@@ -104,9 +104,8 @@ class Prefixes:
     """Who attends to whom in a pack: each segment to itself, causally; some also to all of one earlier segment.
 
     A prompt with one response is one segment with it. Of a prompt with several, the prompt is one, each response
-    another, and these lie behind one another, so that what attends to the prompt is one slice. In the last layer only
-    positions that predict a token ask: each response is a segment, and what attends to the prompt begins with the
-    prompt's last token.
+    another, and these lie behind one another, so that what attends to the prompt is one slice. In the last layer, where
+    of such a prompt only the last token asks, the prompt is no segment, and what attends to it begins with that token.
     """
 
     segments: tuple[Span, ...]
@@ -182,7 +181,7 @@ class Pack:
     position_L: Tensor
     predict_N: Tensor  # the position that predicts each response token
     prefixes: Prefixes
-    last: Prefixes  # of the last layer, where only those positions ask
+    last: Prefixes  # of the last layer, where of a prompt with several responses only its last token asks
 
     @cached_property
     def asked(self) -> tuple[Tensor, Tensor]:
@@ -216,8 +215,8 @@ def _laid_out(batch: ResponseBatch, groups: Sequence[tuple[int, Sequence[int]]])
     predict: list[Tensor] = []
     segments: list[Span] = []
     shared: list[tuple[Span, Span]] = []
-    asking: list[Span] = []
-    asked: list[tuple[Span, Span]] = []
+    last_segments: list[Span] = []
+    last_shared: list[tuple[Span, Span]] = []
     for prompt, rows in groups:
         prompt_ids = batch.prompt_ids[prompt]
         start, end = len(ids), len(ids) + len(prompt_ids)
@@ -233,11 +232,11 @@ def _laid_out(batch: ResponseBatch, groups: Sequence[tuple[int, Sequence[int]]])
         behind = [segment for segment in behind if segment[1] > segment[0]]
         if len(rows) == 1:
             segments.append((start, len(ids)))
-            asking.append(segments[-1])  # one call costs less than the rest of its prompt does
+            last_segments.append(segments[-1])  # one call costs less than the rest of its prompt does
             continue
         segments += [(start, end), *behind]
-        asking += behind
-        asked.append(((end - 1, len(ids)), (start, end)))
+        last_segments += behind
+        last_shared.append(((end - 1, len(ids)), (start, end)))
         if len(ids) > end:
             shared.append(((end, len(ids)), (start, end)))
     return Pack(
@@ -246,7 +245,7 @@ def _laid_out(batch: ResponseBatch, groups: Sequence[tuple[int, Sequence[int]]])
         torch.cat(positions),
         torch.cat(predict),
         Prefixes(tuple(segments), tuple(shared)),
-        Prefixes(tuple(asking), tuple(asked)),
+        Prefixes(tuple(last_segments), tuple(last_shared)),
     )
 
 
