@@ -9,6 +9,7 @@ Letters: M rows (positions), D hidden size, F inner size of a gated layer.
 
 from __future__ import annotations
 
+from functools import cache
 from inspect import signature
 from typing import Any, cast
 
@@ -107,6 +108,12 @@ class _GatedMLP(torch.autograd.Function):
             add_product_(d_x, d_up_MF, up_FD, product)
             d_x = among_zeros(d_x, live, len(grads[0]))
         return d_x, *d_weights, None
+
+
+@cache
+def before(first: Any, kind: Any) -> Any:
+    """A class named like ``kind``, a model's own, with ``first`` before it."""
+    return type(kind.__name__, (first, kind), {})
 
 
 def take_over(model: torch.nn.Module) -> int:

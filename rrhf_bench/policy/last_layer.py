@@ -7,13 +7,12 @@ Letters: L tokens of a pack, M positions that predict a token, D hidden size.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from rrhf_bench.policy.activations import ROUNDING
+from rrhf_bench.policy.activations import ROUNDING, before
 from rrhf_bench.policy.batching import Prefixes
 
 PARTS = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
@@ -61,7 +60,7 @@ def take_over(layer: torch.nn.Module | None, states: Callable[[], Tensor]) -> bo
     kind = type(layer)
     with torch.no_grad():
         expected = states()
-        layer.__class__ = _before(cast(Any, kind))
+        layer.__class__ = before(LastLayer, cast(Any, kind))
         try:
             found = states()
             bound = max(BOUND, ROUNDING[found.dtype])
@@ -71,9 +70,3 @@ def take_over(layer: torch.nn.Module | None, states: Callable[[], Tensor]) -> bo
     if not same:
         layer.__class__ = kind
     return same
-
-
-@cache
-def _before(kind: Any) -> Any:
-    """A class of that name, the model's own behind ``LastLayer``."""
-    return type(kind.__name__, (LastLayer, kind), {})

@@ -314,10 +314,11 @@ class TransformersPolicy:
     def _packed(self, part: Pack, **extra: Any) -> Tensor:
         """(N, D) hidden states that predict the tokens of a pack's responses."""
         id_L, table = part.ids_L.to(self.device), self.model.get_input_embeddings()
-        at_N = part.predict_N.to(self.device)
         if isinstance(self._last_layer, last_layer.LastLayer):
             position_M, at_N = part.asked
             extra["asked"] = last_layer.Asked(position_M, part.last)
+        else:
+            at_N = part.predict_N.to(self.device)
         with self._checkpoints():
             plain = embedding.is_plain(table)
             fed = {"inputs_embeds": embedding.embed(table, id_L)[None]} if plain else {"input_ids": id_L[None]}

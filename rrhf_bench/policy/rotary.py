@@ -7,14 +7,13 @@ Letters: L tokens of a pack, D hidden size, H heads, E size of a head, N outputs
 
 from __future__ import annotations
 
-from functools import cache
 from inspect import signature
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from rrhf_bench.policy.activations import ROUNDING
+from rrhf_bench.policy.activations import ROUNDING, before
 from rrhf_bench.policy.attention import attend, attend_backward, by_head
 from rrhf_bench.policy.batching import Prefixes
 from rrhf_bench.policy.linear import Linear, Product, add_product_, among_zeros, weight_gradient, with_gradient
@@ -149,7 +148,7 @@ def take_over(model: torch.nn.Module) -> int:
         try:
             with torch.no_grad():
                 expected, _ = module(x_1LD, turn, None, prefixes=prefixes)
-                module.__class__ = _before(cast(Any, kind))
+                module.__class__ = before(RotaryAttention, cast(Any, kind))
                 found, _ = module(x_1LD, turn, None, prefixes=prefixes)
             same = bool((found - expected).abs().max() <= ROUNDING[x_1LD.dtype] * expected.abs().max())
         except (RuntimeError, ValueError, TypeError, AttributeError, LookupError):  # it is called otherwise
@@ -165,9 +164,3 @@ def _looks_like_it(module: torch.nn.Module) -> bool:
     own = {name for name, _ in module.named_children()} == set(PROJECTIONS)
     named = {"position_embeddings", "past_key_values"} <= set(signature(type(module).forward).parameters)
     return own and named and hasattr(module, "head_dim") and hasattr(module, "scaling")
-
-
-@cache
-def _before(kind: Any) -> Any:
-    """A class of that name, the model's own behind ``RotaryAttention``."""
-    return type(kind.__name__, (RotaryAttention, kind), {})
