@@ -70,12 +70,17 @@ class Candidates:
 
 @dataclass(frozen=True, slots=True)
 class Preference:
-    """A labelled pair of replies to one prompt; or, without ``rejected``, the one reply that a data set has to it."""
+    """A labelled pair of replies to one prompt, or the single reply of a data set to it (``rejected`` is then None).
+
+    ``cluster`` names what several prompts have in common, such as their topic. Prompts of one cluster are not
+    independent, and the intervals take that into account. None: the prompt is a cluster of its own.
+    """
 
     prompt: Prompt
     chosen: str
     rejected: str | None = None
-    ended: bool = True  # False where the single reply was cut: it has no end to learn
+    ended: bool = True  # False if the single reply was cut, so that it has no end to learn
+    cluster: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

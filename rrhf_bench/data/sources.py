@@ -85,7 +85,8 @@ class LabelledText:
     prompt: Prompt
     reply: str
     label: str  # as in the data; a policy is not trained on it
-    ended: bool = True  # False where the reply was cut
+    ended: bool = True  # False if the reply was cut
+    cluster: str | None = None  # as in ``Preference``
 
     def candidates(self) -> Candidates:
         """The prompt with its reply as a candidate of source "reply"."""
@@ -137,7 +138,8 @@ def load_preferences(
     ``split`` "train" unless named) or ``"files"`` with ``path``: a file, a folder or a glob of ``*.jsonl``,
     ``*.jsonl.gz`` and ``*.parquet``, of which ``split`` picks those named after it (``train.jsonl.gz``,
     ``test-00000-of-00001.parquet``). Rows are ``{"prompt", "chosen", "rejected"}`` (Dahoas/rm-static) or two whole
-    transcripts ``{"chosen", "rejected"}`` (Anthropic/hh-rlhf); other fields are not read.
+    transcripts ``{"chosen", "rejected"}`` (Anthropic/hh-rlhf). A row may name the ``cluster`` of its prompt (text or a
+    whole number: its topic, document or user); prompts of one cluster are not independent. Other fields are not read.
 
     Counts: ``rows``, ``kept``, those of ``DROPPED``; of all rows ``diverging`` (transcripts that part before the last
     turn); of the rows kept ``duplicate_prompt``, ``prompt_rewritten`` (a bare question made a transcript, stray white
@@ -188,7 +190,7 @@ def load_texts(
     """Texts with a label, each parted into a prompt and the reply that follows it in the data set.
 
     The source is one of ``load_preferences``; rows are ``{"text", "label"}`` (stanfordnlp/imdb), the label text or a
-    whole number, and other fields are not read. The prompt is the first ``prompt_words`` words, split on white space,
+    whole number. A row may name its ``cluster`` as in ``load_preferences``; other fields are not read. The prompt is the first ``prompt_words`` words, split on white space,
     the reply the rest, its leading white space included, or its first ``reply_words`` words. 48 words are some 64
     tokens of GPT-2, the prompt of arXiv 2304.05302 Appendix D, whose completions of 48 tokens are some 36 words.
 
@@ -217,7 +219,7 @@ def load_texts(
         last = len(words) if reply_words is None else min(len(words), prompt_words + reply_words)
         cut = last < len(words)
         reply = text[end : words[last - 1].end() if cut else len(text)]
-        kept.append(LabelledText(Prompt(text[start:end]), reply, str(label), ended=not cut))
+        kept.append(LabelledText(Prompt(text[start:end]), reply, str(label), not cut, _cluster(row, where)))
         counts["duplicate_prompt"] += kept[-1].prompt in seen
         counts["leading_space"] += start > 0
         counts["reply_cut"] += cut
@@ -395,6 +397,16 @@ def _text(row: Mapping[str, Any], field: str, where: str) -> str:
     raise DataError(f"{where}: {field}: found {shown(value)}; expected text")
 
 
+def _cluster(row: Mapping[str, Any], where: str) -> str | None:
+    """Return the name of the row's cluster, or None if the row names none. Raises DataError for any other value."""
+    value = row.get("cluster")
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        raise DataError(f"{where}: cluster: found {shown(value)}; expected text or a whole number")
+    return str(value)
+
+
 def _read_row(row: Mapping[str, Any], where: str, diverging: Diverging) -> tuple[Preference | None, list[str]]:
     """(the pair, or None where a rule drops it; the counts it adds to)."""
     chosen, rejected = _text(row, "chosen", where), _text(row, "rejected", where)
@@ -422,7 +434,7 @@ def _read_row(row: Mapping[str, Any], where: str, diverging: Diverging) -> tuple
         prompt, chosen, rejected = parts
     if not (chosen.strip() and rejected.strip()):
         return None, [*notes, "empty_reply"]
-    preference = Preference(prompt, as_reply(chosen), as_reply(rejected))
+    preference = Preference(prompt, as_reply(chosen), as_reply(rejected), cluster=_cluster(row, where))
     if preference.chosen == preference.rejected:
         return None, [*notes, "identical_replies"]
     if rewritten:

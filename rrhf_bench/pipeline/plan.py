@@ -25,7 +25,7 @@ from rrhf_bench.settings import READ, SEARCH_KEYS, CandidateSettings, MethodSett
 
 # Raised when a stage's code would give another result for the same settings: old artifacts are then not used.
 VERSIONS = {
-    "data": 2,
+    "data": 3,
     "model": 2,
     "reward model": 1,
     "prompts": 3,

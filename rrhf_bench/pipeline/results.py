@@ -48,3 +48,4 @@ class RunRecords:
     command: str  # that reproduces the run
     environment: Mapping[str, str]  # versions, device
     failures: Mapping[Row, str] = field(default_factory=dict)  # rows without records: the stage that failed, and why
+    clusters: Mapping[str, str] = field(default_factory=dict)  # prompt id -> cluster, of the prompts that have one

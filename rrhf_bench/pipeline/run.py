@@ -31,7 +31,7 @@ from rrhf_bench.pipeline.store import (
     sealed,
     write_atomically,
 )
-from rrhf_bench.records import Candidates, CurvePoint, Evaluated, PairScored, PoolScored
+from rrhf_bench.records import Candidates, CurvePoint, Evaluated, PairScored, PoolScored, Preference
 from rrhf_bench.sampling.backend import installed
 
 T = TypeVar("T")
@@ -219,6 +219,12 @@ def load_run(folder: Path, store: Store | None = None) -> RunRecords:
         failures=failures,
         command=run.json["command"],
         environment=_read_json(folder / "environment.json"),
+        clusters={
+            pair.prompt.id: pair.cluster
+            for split in ("train", "test")
+            for pair in run.records(first["inputs"]["prompts"], f"{split}.jsonl", Preference)
+            if pair.cluster is not None
+        },
     )
 
 

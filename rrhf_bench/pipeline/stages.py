@@ -103,7 +103,7 @@ def _read(s: Mapping[str, Any]) -> tuple[str, Mapping[str, int], Mapping[str, in
         texts = load_texts(s["source"], s.get("path"), **where, **words)
         parts = split_texts(texts.texts, train=None, **sizes)
         single = [
-            [Preference(text.prompt, text.reply, None, text.ended) for text in part]
+            [Preference(text.prompt, text.reply, None, text.ended, text.cluster) for text in part]
             for part in (parts.train, parts.dev, parts.test)
         ]
         return texts.identity, texts.counts, parts.counts, (single[0], single[1], single[2])

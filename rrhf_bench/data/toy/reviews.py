@@ -249,7 +249,8 @@ def _pair(rng: np.random.Generator, prompt: str) -> Preference:
     chosen = rejected = write_completion(rng, prompt, _liking(rng, True))
     while rejected == chosen:
         rejected = write_completion(rng, prompt, _liking(rng, False))
-    return Preference(Prompt(prompt), chosen=chosen, rejected=rejected)
+    # Prompts with one opening differ in their second sentence alone, so the opening is the cluster.
+    return Preference(Prompt(prompt), chosen=chosen, rejected=rejected, cluster=prompt.partition(".")[0])
 
 
 def _one(rng: np.random.Generator, sentences: Sequence[str]) -> str:

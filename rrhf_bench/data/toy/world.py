@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -160,8 +160,8 @@ def _held_out_pairs(seed: int, count: int, ways: Ways) -> tuple[Preference, ...]
 
 
 def _labelled_pair(rng: np.random.Generator, text: str, topic: Topic) -> Preference:
-    """Two different replies of independent quality, labelled."""
+    """Write two different replies of independent quality and label them; the topic is the pair's cluster."""
     first = second = grammar.write_reply(rng, topic, rng.beta(*PAIR_QUALITY))
     while second == first:
         second = grammar.write_reply(rng, topic, rng.beta(*PAIR_QUALITY))
-    return labeller.label(rng, Prompt(text), first, second)
+    return replace(labeller.label(rng, Prompt(text), first, second), cluster=topic.name)
