@@ -56,6 +56,15 @@ def contradictions(experiment: Experiment, unread: Collection[str]) -> Iterator[
         for row in claim.rows():
             if row not in (*rows, *unread):
                 yield f"claims.{name}: found the row {row!r}; allowed are {', '.join(rows)}{nearest(row, rows)}"
+    named = experiment.report.primary or ()
+    for i, pair in enumerate(named):
+        for row in pair:
+            if row not in (*rows, *unread):
+                yield f"report.primary: found the row {row!r}; allowed are {', '.join(rows)}{nearest(row, rows)}"
+        if pair[0] == pair[1]:
+            yield f"report.primary: found {pair[0]!r} on both sides; a row cannot be compared with itself"
+        elif pair in named[:i] or pair[::-1] in named[:i]:
+            yield f"report.primary: found {list(pair)} twice; a comparison may stand once only"
 
 
 def _model_faults(experiment: Experiment, unread: Collection[str]) -> Iterator[str]:

@@ -252,6 +252,14 @@ class EvaluationSettings(Settings):
     pool_samples: Positive = 32
 
 
+class ReportSettings(Settings):
+    """What a report gives a verdict on. It decides no artifact and enters no key."""
+
+    # Pairs of rows, such as [["ppo", "rrhf"], ["rrhf", "base"]]: the comparisons that get a verdict. None: each trained
+    # row against the first RRHF row and against its initial policy.
+    primary: Annotated[tuple[Annotated[tuple[str, str], Field(strict=False)], ...] | None, Field(strict=False)] = None
+
+
 class RuntimeSettings(Settings):
     """Recorded, never part of a key: none of these changes a result beyond rounding."""
 
@@ -282,6 +290,7 @@ class Experiment(Settings):
     methods: Mapping[str, SerializeAsAny[MethodSettings]] = Field(default_factory=dict)
     evaluation: EvaluationSettings = EvaluationSettings()
     claims: Mapping[str, SerializeAsAny[ClaimSettings]] = Field(default_factory=dict)
+    report: ReportSettings = ReportSettings()
     runtime: RuntimeSettings = RuntimeSettings()
 
     def initial(self, method: MethodSettings | None) -> PolicySettings:

@@ -1,46 +1,62 @@
-"""Is the difference real: intervals, paired tests and correlations over per-prompt values.
+"""Intervals, paired tests and correlations over values per training seed and prompt.
 
-Letters: S training seeds, P prompts (or items), R replicates. Every function that draws takes its generator; nothing
-here reads a global random state. Bad input (not finite, empty, shapes that do not fit) raises DataError, a ValueError.
+Letters: S training seeds, P prompts (or items), K clusters of prompts, R bootstrap replicates, N rows of a table.
+Functions that draw take their generator; nothing here reads a global random state. Bad input (not finite, empty, shapes
+that do not fit) raises DataError, a ValueError.
 
-Why the bootstrap is crossed. Every seed answers the same evaluation prompts, so a value is mean + seed + prompt + rest,
-and the prompt's share is common to all seeds. Resampling prompts anew *within* each seed (the usual two-level scheme,
-right where each run has its own test set) averages that common share over the seeds and makes it S times too small in
-variance: simulated with 3 or 5 seeds, such 95% intervals covered 77 to 88%. So seeds and prompts are resampled
-independently and each replicate takes their product (the "pigeonhole" bootstrap, doi 10.1214/07-AOAS122; arXiv
-1106.2125). It errs on the safe side: the variance of the rest counts three times.
+**One statistic.** The interval of a difference, its p-value and its verdict come from one Student's t statistic. Its
+variance treats seeds and clusters of prompts as random and crossed (the two-way cluster-robust variance of Cameron,
+Gelbach and Miller 2011, doi 10.1198/jbes.2010.07136):
 
-Why that is not all. Where the spread between seeds dominates, no resampling of three of them knows it: on the greedy
-replies of real runs seeds have two to five times the prompts' share of the standard error, and the bootstrap alone
-called two copies of one method different 8 to 19 times in 100. So an interval of several seeds is never shorter than
-Student's t makes it from the variance between seeds and the few degrees of freedom of that (``_seeds_margin``): then it
-is 0 to 5 times in 100. One seed tells nothing of the spread; its interval says so. Print the per-seed values beside.
+    variance = between seeds / S  +  max(0, between clusters - seeds within clusters)
+
+* Seeds are paired: the variance between seeds is that of the S differences of seed means, so what two methods share
+  (their candidates, their sampling seeds) cancels.
+* Every seed answers the same prompts. The share of the prompts is therefore common to all seeds and no number of seeds
+  averages it out. Prompts with one cluster label (a topic) are not independent, so the cluster is the random unit.
+* The degrees of freedom are Satterthwaite's (doi 10.2307/3002019) for the sum of the two non-negative parts. They are
+  never fewer than the smaller of the parts' own, S - 1 or more and K - 1.
+
+**Pooled variance between seeds.** Three seeds leave two degrees of freedom, and Holm's adjustment over eleven
+comparisons then finds almost nothing. ``pool_seed_variance`` therefore estimates one variance between seeds from all
+trained rows of a decoding and reward (moderated t, Smyth 2004, doi 10.2202/1544-6115.1027) and
+``paired_difference(..., pooled=...)`` combines it with the pair's own. Departure from Smyth: rows differ in their
+spread (PPO's is several times SFT's), so a pair is never given a smaller variance than its own seeds show, and the
+degrees of freedom of the pooled part are bounded (``POOLED_FREEDOM``). ``python -m benchmarks.statistics`` simulates
+the error rates and the power that follow.
+
+One seed says nothing of the spread between seeds; the interval then covers prompts alone and ``method`` says so.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import stats
+from scipy import special, stats
 
 from rrhf_bench.errors import DataError
 
 Floats: TypeAlias = NDArray[np.float64]
 
-_ONE_SEED = "bootstrap over prompts; one seed, so the interval leaves out the variance between seeds"
-_CROSSED = "bootstrap over seeds and prompts, crossed; at least Student's t on the seeds' spread"
+# Bounds on the degrees of freedom of the pooled variance. They were fixed on simulated families before any report was
+# made with them: with the noise of real runs a higher upper bound finds a little more, and lets one row whose spread is
+# ten times the others' raise the rate of families with a false verdict above 7%.
+POOLED_FREEDOM = (2.0, 4.0)
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
     """A number with what is needed to judge it.
 
-    ``low`` and ``high`` bound the percentile interval at ``level``; ``n`` counts the prompts (or items), ``seeds`` the
-    training seeds (1 where items have none); ``p`` is two-sided, None where no test was made; ``method`` says how.
+    ``low`` and ``high`` bound the interval at ``level``. ``n`` counts the prompts (or items), ``clusters`` the groups
+    of prompts that count as independent, ``seeds`` the training seeds (1 if items have none). ``p`` is two-sided
+    against zero; None if no test was made. ``error`` is the standard error and ``freedom`` the degrees of freedom of
+    the t statistic; None for an interval that is not Student's. ``method`` says how the interval was made.
     """
 
     value: float
@@ -51,46 +67,120 @@ class Estimate:
     p: float | None
     method: str
     level: float = 0.95
+    error: float | None = None
+    freedom: float | None = None
+    clusters: int | None = None
 
     @property
     def significant(self) -> bool:
-        """The interval excludes zero and p, where there is one, is below 1 - level.
+        """Whether p is below 1 - level; without a p, whether the interval excludes zero.
 
-        Both, because p speaks of the models as trained and the interval also of training them again. For a family of
-        comparisons put Holm's p in first: ``dataclasses.replace(estimate, p=adjusted)``.
+        For a family of comparisons, replace p by its adjusted value: ``dataclasses.replace(estimate, p=adjusted)``.
         """
-        return not self.low <= 0.0 <= self.high and (self.p is None or self.p < 1.0 - self.level)
+        return not self.low <= 0.0 <= self.high if self.p is None else self.p < 1.0 - self.level
+
+    def p_above(self, threshold: float) -> float:
+        """Return the one-sided p of the claim that the true value lies above ``threshold``."""
+        assert self.error is not None, "only a t statistic has a p against a threshold"
+        assert self.freedom is not None
+        distance = self.value - threshold
+        if self.error == 0.0:  # every difference is the same number
+            return float(distance <= 0.0)
+        return float(stats.t.sf(distance / self.error, self.freedom))
+
+    def p_below(self, threshold: float) -> float:
+        """Return the one-sided p of the claim that the true value lies below ``threshold``."""
+        return replace(self, value=-self.value).p_above(-threshold)
+
+
+@dataclass(frozen=True, slots=True)
+class SeedVariance:
+    """The variance between training seeds of one row's mean, pooled over ``rows`` rows, and its degrees of freedom."""
+
+    variance: float
+    freedom: float
+    rows: int
+
+
+def pool_seed_variance(means_NS: Sequence[ArrayLike]) -> SeedVariance | None:
+    """Estimate one variance between seeds from the seed means of several rows (Smyth 2004, section 6.2).
+
+    Each item of ``means_NS`` holds one row's mean per seed; rows may have different numbers of seeds. A row of one
+    seed, and a row whose seeds agree exactly, say nothing and are left out. Returns None if fewer than two rows remain.
+
+    The row variances s2 with d degrees of freedom are taken as s2 ~ v chi2_d / d with 1 / v ~ chi2_f / (f v0): their
+    logarithms give v0 (the result's ``variance``) and f (``freedom``), which is held within ``POOLED_FREEDOM``.
+    """
+    rows = [_finite("pool_seed_variance", "seed means", means_S).ravel() for means_S in means_NS]
+    varying = [row_S for row_S in rows if len(row_S) > 1 and row_S.min() < row_S.max()]
+    if len(varying) < 2:
+        return None
+    half_N = np.array([(len(row_S) - 1) / 2 for row_S in varying])
+    # The expectation of log s2 is log v + digamma(d/2) - log(d/2), its variance trigamma(d/2).
+    log_N = np.log([row_S.var(ddof=1) for row_S in varying]) - special.digamma(half_N) + np.log(half_N)
+    excess = float(log_N.var(ddof=1) - special.polygamma(1, half_N).mean())
+    lowest, highest = POOLED_FREEDOM
+    freedom = min(max(2 * _inverse_trigamma(excess), lowest), highest)
+    centre = log_N.mean() + special.digamma(freedom / 2) - math.log(freedom / 2)
+    return SeedVariance(float(np.exp(centre)), freedom, len(varying))
 
 
 def bootstrap_mean(
-    values_SP: ArrayLike, *, rng: np.random.Generator, replicates: int = 2000, level: float = 0.95
+    values_SP: ArrayLike,
+    *,
+    rng: np.random.Generator,
+    replicates: int = 2000,
+    level: float = 0.95,
+    clusters_P: Sequence[Hashable] | None = None,
+    pooled: SeedVariance | None = None,
 ) -> Estimate:
-    """Mean over seeds and prompts with an interval of the crossed bootstrap, widened where seeds spread (see the top).
+    """Return the mean over seeds and prompts with a bootstrap interval.
 
-    ``values_SP`` is (seeds, prompts), the same prompts in every row, or (prompts,) for one seed; the interval of one
-    seed is over prompts alone, and ``method`` says so. Raises DataError on one prompt: the spread is unknown.
+    ``values_SP`` is (seeds, prompts), the same prompts in every row, or (prompts,) for one seed. Seeds and clusters of
+    prompts are resampled independently and each replicate takes their product (the crossed bootstrap, doi
+    10.1214/07-AOAS122): prompts resampled anew within each seed would count the share that all seeds have in common S
+    times. Whole clusters are resampled, not prompts within them again, which would count the spread within a cluster
+    twice. Three seeds do not show their own spread to a bootstrap, so the interval of several seeds is never shorter
+    than that of the t statistic (see the top of this file). Raises DataError on one prompt.
     """
     values_SP = _seeds_by_prompts("bootstrap_mean", "values", values_SP)
-    return _mean(values_SP, [values_SP], None, rng, replicates, level)
+    cluster_P, clusters = _numbered("bootstrap_mean", clusters_P, values_SP.shape[1])
+    error, freedom = _error(values_SP, cluster_P, clusters, _varying([values_SP]), pooled)
+    found = _student(values_SP, error, freedom, clusters, level, pooled)
+    # A resample of a mean needs only how often each unit was drawn: (R, S) and (R, K) counts, not (R, S, P) values.
+    seeds = len(values_SP)
+    sum_SK = np.stack([np.bincount(cluster_P, row_P, clusters) for row_P in values_SP])
+    count_RS = rng.multinomial(seeds, np.full(seeds, 1 / seeds), size=replicates)
+    count_RK = rng.multinomial(clusters, np.full(clusters, 1 / clusters), size=replicates)
+    size_R = count_RK @ np.bincount(cluster_P, minlength=clusters)
+    mean_R = np.einsum("rs,rs->r", count_RS, count_RK @ sum_SK.T) / (seeds * size_R)
+    low, high = np.quantile(mean_R, [0.5 - level / 2, 0.5 + level / 2])
+    units = "prompts" if clusters == found.n else f"{clusters} clusters of prompts"
+    method = f"bootstrap over {units}; one seed, so the interval leaves out the variance between seeds"
+    if seeds > 1:
+        low, high = min(low, found.low), max(high, found.high)
+        method = f"bootstrap over seeds and {units}, crossed; at least {found.method}"
+    return replace(found, low=float(low), high=float(high), p=None, error=None, freedom=None, method=method)
 
 
 def paired_difference(
     a_SP: ArrayLike,
     b_SP: ArrayLike,
     *,
-    rng: np.random.Generator,
-    replicates: int = 2000,
+    rng: np.random.Generator | None = None,
     level: float = 0.95,
+    clusters_P: Sequence[Hashable] | None = None,
+    pooled: SeedVariance | None = None,
 ) -> Estimate:
-    """Mean of a - b, paired on prompts and seeds: crossed bootstrap interval and the p of a sign-flip permutation test.
+    """Return the mean of a - b, paired on prompts and seeds, with the interval and p of one t statistic.
 
-    Rows are seeds, columns the same prompts in the same order in both; a side without training seeds (the base model,
-    the data set's replies) comes as one row, or one-dimensional, and stands against every row of the other.
+    Rows are seeds, columns the same prompts in the same order on both sides. A side without training seeds (the base
+    model, the data set's replies) has one row, or one dimension, and stands against every row of the other.
+    ``clusters_P`` names the cluster of each prompt; None: every prompt is its own. ``pooled`` is the variance between
+    seeds of all rows that are read together (``pool_seed_variance``). See the top of this file for the statistic.
 
-    p flips the sign of each prompt's difference, averaged over seeds; it enumerates all 2^P flips where they are at
-    most ``replicates``, and else counts the observed one in: (1 + hits) / (1 + replicates). It takes the trained models
-    as given: that another training run would differ shows in the interval alone (where seeds spread as much as prompts,
-    p alone calls two identical methods different 15% of the time), so read both: ``Estimate.significant``.
+    ``rng`` is accepted because every estimator of this file takes it; nothing is drawn. Raises DataError on sides that
+    do not pair, and on one prompt.
     """
     a_SP = _seeds_by_prompts("paired_difference", "a", a_SP)
     b_SP = _seeds_by_prompts("paired_difference", "b", b_SP)
@@ -104,9 +194,10 @@ def paired_difference(
             f"paired_difference: found {a_SP.shape[0]} seeds in a and {b_SP.shape[0]} in b; expected as many in both, "
             "or one in a side without training; keep the seeds that both have"
         )
+    cluster_P, clusters = _numbered("paired_difference", clusters_P, a_SP.shape[1])
     difference_SP = a_SP - b_SP
-    p = _sign_flip_p(difference_SP.mean(axis=0), rng, replicates)
-    return _mean(difference_SP, [a_SP, b_SP], p, rng, replicates, level)
+    error, freedom = _error(difference_SP, cluster_P, clusters, _varying([a_SP, b_SP]), pooled)
+    return _student(difference_SP, error, freedom, clusters, level, pooled)
 
 
 def rank_correlation(
@@ -173,87 +264,102 @@ def sign_test(wins: int, losses: int) -> float:
 
 
 def smallest_detectable_difference(estimate: Estimate, *, power: float = 0.8) -> float:
-    """The smallest true difference that this comparison would have found with probability ``power``.
+    """Return the smallest true difference that this comparison alone would have found with probability ``power``.
 
-    (z_(1 - alpha/2) + z_power) standard errors, alpha = 1 - level, the standard error read off the width of the
-    estimate's own interval: what made the verdict also says how fine it is. At 95% and 80% power that is 0.715 interval
-    widths. It is an order of size, exact only for a normal interval; a row "no difference" is to be read with it.
+    (t_(1 - alpha/2) + t_power) standard errors, alpha = 1 - level; for an estimate without a standard error, the normal
+    quantiles and the error read off the interval's width. With few seeds the error is itself a rough estimate, so the
+    result is an order of size. The adjustment for a family of comparisons makes it larger.
     """
     if not 0.0 < power < 1.0:
         raise DataError(f"smallest_detectable_difference: found power {power}; expected between 0 and 1, such as 0.8")
+    if estimate.error is not None and estimate.freedom is not None:
+        return float(estimate.error * stats.t.ppf([0.5 + estimate.level / 2, power], estimate.freedom).sum())
     z = stats.norm.ppf(0.5 + estimate.level / 2)
     return float((z + stats.norm.ppf(power)) * (estimate.high - estimate.low) / (2 * z))
 
 
-def _mean(
-    values_SP: Floats,
-    sides: Sequence[Floats],
-    p: float | None,
-    rng: np.random.Generator,
-    replicates: int,
-    level: float,
-) -> Estimate:
-    """``sides``: what ``values_SP`` is the difference of, or itself; each (S, P)."""
-    seeds, prompts = values_SP.shape
-    if prompts < 2:
-        raise DataError("statistics: found 1 prompt; expected at least 2 for an interval; evaluate on more prompts")
-    # A resample of a mean needs only how often each unit was drawn: (R, S) and (R, P) counts, not (R, S, P) values.
-    count_RS = rng.multinomial(seeds, np.full(seeds, 1 / seeds), size=replicates)
-    count_RP = rng.multinomial(prompts, np.full(prompts, 1 / prompts), size=replicates)
-    mean_R = np.einsum("rs,rs->r", count_RS, count_RP @ values_SP.T) / (seeds * prompts)
-    method = _CROSSED if seeds > 1 else _ONE_SEED
-    found = _percentiles(float(values_SP.mean()), mean_R, prompts, seeds, p, method, level)
-    margin = _seeds_margin(values_SP, sides, level)
-    return replace(found, low=min(found.low, found.value - margin), high=max(found.high, found.value + margin))
+def _error(
+    values_SP: Floats, cluster_P: NDArray[np.intp], clusters: int, sides: int, pooled: SeedVariance | None
+) -> tuple[float, float]:
+    """Return (standard error, degrees of freedom) of the mean of ``values_SP``; the formula stands at the top.
 
-
-def _seeds_margin(values_SP: Floats, sides: Sequence[Floats], level: float) -> float:
-    """Half an interval by Student's t that knows how little few seeds tell of their spread; 0 where none has several.
-
-    The variance of the mean is that between the seeds of each side, found from the mean squares of a two-way layout
-    (nothing, where they spread no more than their prompts explain), plus that of the prompts. Its degrees of freedom
-    are Satterthwaite's (doi 10.2307/3002019): S - 1 a side where seeds are all that spreads. Sides are taken as trained
-    independently: a seed that two methods share makes their difference spread less, never more.
+    ``sides`` is the number of rows whose seeds differ: 2 for a difference of two trained rows, 1 for one of a trained
+    row and a fixed model. The pooled variance is that of one row and counts once for each.
     """
     seeds, prompts = values_SP.shape
-    between = [(_mean_squares(side_SP), len(side_SP)) for side_SP in sides if len(side_SP) > 1]
-    if not between or not values_SP.any():  # the second: a side against itself
-        return 0.0
-    excess = [(s, s - rest, prompts * n, n - 1) for (s, _, rest), n in between if s > rest]
-    _, of_prompts, rest = _mean_squares(values_SP)
-    within = max(of_prompts, rest) / (seeds * prompts)
-    variance = within + sum(more / size for _, more, size, _ in excess)
-    if variance == 0.0:  # every value is the same
-        return 0.0
-    spread = within**2 / (prompts - 1) + sum((s / size) ** 2 / free for s, _, size, free in excess)
-    return float(stats.t.ppf(0.5 + level / 2, variance**2 / spread) * np.sqrt(variance))
+    seed_S, prompt_P = values_SP.mean(axis=1), values_SP.mean(axis=0)
+    of_cluster_K = np.bincount(cluster_P, prompt_P - prompt_P.mean(), clusters) / prompts
+    between_clusters = clusters / (clusters - 1) * float((of_cluster_K**2).sum())
+    if seeds == 1 or not sides:
+        return math.sqrt(between_clusters), clusters - 1.0
+    rest_SP = values_SP - seed_S[:, None] - prompt_P + values_SP.mean()
+    cell_SK = np.stack([np.bincount(cluster_P, row_P, clusters) for row_P in rest_SP]) / prompts
+    within = clusters / (seeds * (seeds - 1) * (clusters - 1)) * float((cell_SK**2).sum())
+    variance, freedom = float(seed_S.var(ddof=1)), seeds - 1.0
+    if pooled is not None:
+        both = freedom + pooled.freedom
+        variance = max(variance, (pooled.freedom * sides * pooled.variance + freedom * variance) / both)
+        freedom = both
+    of_seeds, of_prompts = variance / seeds, max(0.0, between_clusters - within)
+    total = of_seeds + of_prompts
+    if total == 0.0:
+        return 0.0, freedom
+    return math.sqrt(total), total**2 / (of_seeds**2 / freedom + of_prompts**2 / (clusters - 1))
 
 
-def _mean_squares(values_SP: Floats) -> tuple[float, float, float]:
-    """(between seeds, between prompts, rest) of a two-way layout with one value a cell."""
+def _student(
+    values_SP: Floats, error: float, freedom: float, clusters: int, level: float, pooled: SeedVariance | None
+) -> Estimate:
+    """Return the mean of ``values_SP`` with the interval and the p (against zero) of Student's t."""
+    if not 0.0 < level < 1.0:
+        raise DataError(f"statistics: found level {level}; expected a share between 0 and 1, such as 0.95")
     seeds, prompts = values_SP.shape
-    mean = values_SP.mean()
-    of_seed_S, of_prompt_P = values_SP.mean(axis=1) - mean, values_SP.mean(axis=0) - mean
-    rest_SP = values_SP - mean - of_seed_S[:, None] - of_prompt_P
-    freedom = seeds - 1, prompts - 1
-    return (
-        prompts * float((of_seed_S**2).sum()) / freedom[0],
-        seeds * float((of_prompt_P**2).sum()) / freedom[1],
-        float((rest_SP**2).sum()) / (freedom[0] * freedom[1]),
+    value = float(values_SP.mean())
+    margin = error * float(stats.t.ppf(0.5 + level / 2, freedom))
+    units = "prompts" if clusters == prompts else f"{clusters} clusters of prompts"
+    method = f"Student's t over {units}; one seed, so the interval leaves out the variance between seeds"
+    if seeds > 1:
+        method = f"Student's t over seeds and {units}"
+        if pooled is not None:
+            method += f", variance between seeds pooled over {pooled.rows} rows"
+    found = Estimate(
+        value, value - margin, value + margin, prompts, seeds, None, method, level, error, freedom, clusters
     )
+    return replace(found, p=min(1.0, 2 * min(found.p_above(0.0), found.p_below(0.0))))
 
 
-def _sign_flip_p(difference_P: Floats, rng: np.random.Generator, replicates: int) -> float:
-    prompts = len(difference_P)
-    exact = prompts <= 30 and 2**prompts <= replicates
-    if exact:
-        flip_RP = np.arange(2**prompts)[:, None] >> np.arange(prompts) & 1
-    else:
-        flip_RP = rng.integers(2, size=(replicates, prompts))
-    sum_R = np.abs((1 - 2 * flip_RP) @ difference_P)
-    # Flips that tie with the observed sum must count, and float sums of the same terms differ in their last digits.
-    hits = int(np.count_nonzero(sum_R >= abs(difference_P.sum()) - 1e-10 * np.abs(difference_P).sum()))
-    return hits / 2**prompts if exact else (1 + hits) / (1 + replicates)
+def _varying(sides: Sequence[Floats]) -> int:
+    """Return how many of the (S, P) sides differ between seeds."""
+    return sum(bool((side_SP != side_SP[:1]).any()) for side_SP in sides)
+
+
+def _numbered(where: str, clusters_P: Sequence[Hashable] | None, prompts: int) -> tuple[NDArray[np.intp], int]:
+    """Return (the number of each prompt's cluster, how many clusters there are).
+
+    A single cluster has no spread between clusters; the prompts then count one by one, as without labels.
+    """
+    if prompts < 2:
+        raise DataError("statistics: found 1 prompt; expected at least 2 for an interval; evaluate on more prompts")
+    if clusters_P is not None and len(clusters_P) != prompts:
+        raise DataError(f"{where}: found {len(clusters_P)} clusters of {prompts} prompts; expected one of each prompt")
+    number = {name: k for k, name in enumerate(dict.fromkeys(clusters_P or ()))}
+    if clusters_P is None or len(number) < 2:
+        return np.arange(prompts), prompts
+    return np.array([number[name] for name in clusters_P]), len(number)
+
+
+def _inverse_trigamma(value: float) -> float:
+    """Return y with trigamma(y) = value, infinity for values that are not positive (Smyth 2004, appendix)."""
+    if value <= 0.0:
+        return math.inf
+    y = 0.5 + 1 / value
+    for _ in range(50):  # Newton's method, which converges monotonically from this start
+        trigamma = float(special.polygamma(1, y))
+        step = trigamma * (1 - trigamma / value) / float(special.polygamma(2, y))
+        y += step
+        if -step < 1e-10 * y:
+            break
+    return y
 
 
 def _correlation(x_RP: Floats, y_RP: Floats) -> Floats:

@@ -11,12 +11,13 @@ from rrhf_bench.pipeline.results import RunRecords
 from rrhf_bench.report.compare import Comparison, adjusted
 from rrhf_bench.report.table import Missing, Table
 from rrhf_bench.report.tables import DIFFERENCE_COLUMNS, DIFFERENCE_NOTES, difference_row
-from rrhf_bench.report.view import View, difference_between
+from rrhf_bench.report.view import View, difference_between, pool
 
 
 def compare_runs(a: RunRecords, b: RunRecords, rows: Sequence[str] = ()) -> list[Comparison]:
-    """Rows of run ``a`` minus rows of run ``b``, under every decoding and reward that both have; Holm's adjustment is
-    over the rows of one decoding and reward.
+    """Compare rows of run ``a`` with rows of run ``b``, under every decoding and reward that both have.
+
+    The comparisons of one decoding and reward are a family: all are primary, and Holm's adjustment is over them.
 
     ``rows``: pairs such as "rrhf,ppo", a row of ``a`` and one of ``b``; none: the rows of equal names. Raises
     StoreError where the arenas differ, naming what does, and ConfigError for a row that is not there.
@@ -30,8 +31,8 @@ def compare_runs(a: RunRecords, b: RunRecords, rows: Sequence[str] = ()) -> list
         for measure in [measure for measure in one.measures if measure in other.measures]:
             family = []
             for row, its in pairs:
-                draws = ("across", row, its, decoding, measure)
-                estimate = difference_between(one, row, other, its, decoding, measure, draws)
+                pooled = pool(decoding, measure, one, other)
+                estimate = difference_between(one, row, other, its, decoding, measure, pooled)
                 family.append(Comparison(row, its, decoding, measure, estimate))
             found += adjusted(family)
     return found

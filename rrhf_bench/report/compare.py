@@ -1,4 +1,8 @@
-"""What is compared with what, and the word for each outcome; tables, sentences and figures read it from here."""
+"""Which rows are compared, and the verdict on each primary comparison; tables, sentences and figures read both here.
+
+A family is what is read together: the primary comparisons of one decoding and measure. Holm's adjustment is over a
+family. A comparison outside the family is exploratory: its interval is shown and no verdict is given.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +14,15 @@ from typing import Literal
 from rrhf_bench.evaluation.statistics import Estimate, holm, smallest_detectable_difference
 from rrhf_bench.records import Candidates, Decoding
 from rrhf_bench.report.table import Missing
-from rrhf_bench.report.view import DECODING_WORDS, Found, Measure, View, mean_of, paired, unmeasured
+from rrhf_bench.report.view import DECODING_WORDS, Found, Measure, View, paired, unmeasured
 
 Verdict = Literal["higher", "lower", "inside noise"]
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """a - b under one decoding and measure. ``estimate.p`` is before Holm's adjustment, ``p`` after it."""
+    """a - b under one decoding and measure. ``estimate.p`` is the p of this comparison alone, ``p`` is Holm's over its
+    family; ``p`` is None if the comparison is exploratory or could not be computed."""
 
     a: str
     b: str
@@ -28,8 +33,8 @@ class Comparison:
 
     @property
     def verdict(self) -> Verdict | None:
-        """None where the difference could not be computed."""
-        if isinstance(self.estimate, Missing):
+        """Higher or lower if the adjusted p is below 0.05, else inside noise; None for an exploratory comparison."""
+        if isinstance(self.estimate, Missing) or self.p is None:
             return None
         if not replace(self.estimate, p=self.p).significant:
             return "inside noise"
@@ -37,7 +42,7 @@ class Comparison:
 
     @property
     def detectable(self) -> float | None:
-        """The smallest true difference that would have been found four times in five."""
+        """The smallest true difference that this comparison alone would have found four times in five."""
         return None if isinstance(self.estimate, Missing) else smallest_detectable_difference(self.estimate)
 
 
@@ -45,56 +50,73 @@ MANY = 10  # rows of one initial policy; beyond these not every one is compared 
 
 
 def comparisons(view: View) -> list[Comparison]:
-    """The pairs of ``comparison_pairs`` under every decoding and both rewards."""
-    return compare(view, comparison_pairs(view), view.measures)
+    """Return the primary and the exploratory comparisons under every decoding and reward, the primary ones first."""
+    primary, exploratory = comparison_pairs(view)
+    return [*compare(view, primary, view.measures), *compare(view, exploratory, view.measures, primary=False)]
 
 
-def compare(view: View, pairs: Sequence[tuple[str, str]], measures: Sequence[Measure]) -> list[Comparison]:
-    """Every pair under every decoding and measure; Holm's adjustment is over the pairs of one decoding and measure."""
+def compare(
+    view: View, pairs: Sequence[tuple[str, str]], measures: Sequence[Measure], *, primary: bool = True
+) -> list[Comparison]:
+    """Return every pair under every decoding and measure; the primary pairs of a decoding and measure are a family."""
     found: list[Comparison] = []
     for decoding in view.decodings:
         for measure in measures:
             family = [Comparison(a, b, decoding, measure, view.difference(a, b, decoding, measure)) for a, b in pairs]
-            found += adjusted(family)
+            found += adjusted(family) if primary else family
     return found
 
 
 def adjusted(family: Sequence[Comparison]) -> list[Comparison]:
-    """Comparisons that are read together, with Holm's p."""
+    """Return the comparisons of one family with Holm's p."""
     ps = [c.estimate.p for c in family if isinstance(c.estimate, Estimate) and c.estimate.p is not None]
     found: Iterator[float] = iter(holm(ps).tolist() if ps else [])
     return [replace(c, p=next(found)) if isinstance(c.estimate, Estimate) else c for c in family]
 
 
-def comparison_pairs(view: View) -> list[tuple[str, str]]:
-    """What is compared, by initial policy, PPO first: every other row with the first RRHF row, or, where the rows are
-    many, RRHF's best on the dev prompts with PPO's; then every row with the initial policy that it started from."""
-    pairs: list[tuple[str, str]] = []
+Pairs = list[tuple[str, str]]
+
+
+def comparison_pairs(view: View) -> tuple[Pairs, Pairs]:
+    """Return (primary, exploratory) pairs of rows.
+
+    ``[report] primary`` names the primary ones. By default they are, for each initial policy, each trained row against
+    the first RRHF row (of more than MANY rows only RRHF's best on the dev prompts against PPO's) and against the
+    initial policy itself. The default pairs that are not primary, and those of a row that is not trained, are
+    exploratory.
+    """
+    against_rrhf: Pairs = []
     for initial in view.policies:
         rows = view.rows_from(initial)
         if len(rows) > MANY:
             best = [_best(view, initial, kind) for kind in ("ppo", "rrhf")]
-            pairs += [(a, b) for a, b in [best] if a is not None and b is not None]
+            against_rrhf += [(a, b) for a, b in [best] if a is not None and b is not None]
         elif rrhf := view.rows_from(initial, "rrhf"):
             others = [row for row in rows if row != rrhf[0]]
             others.sort(key=lambda row: view.kind(row) != "ppo")  # stable: the rest stays in the file's order
-            pairs += [(row, rrhf[0]) for row in others]
-    return [*pairs, *((row, view.initial(row)) for initial in view.policies for row in view.rows_from(initial))]
+            against_rrhf += [(row, rrhf[0]) for row in others]
+    against_initial = [(row, initial) for initial in view.policies for row in view.rows_from(initial)]
+    pairs = [*against_rrhf, *against_initial]
+    named = view.experiment.report.primary
+    primary = [pair for pair in pairs if pair[0] in view.trained] if named is None else list(named)
+    return primary, [pair for pair in pairs if pair not in primary and (pair[1], pair[0]) not in primary]
 
 
 def comparison_words(view: View) -> str:
-    """What ``comparison_pairs`` chose, for a note."""
+    """Say which comparisons are primary and which are exploratory, for a note."""
+    if view.experiment.report.primary is not None:
+        return "Primary: the comparisons that the experiment file names ([report] primary). All others are exploratory."
     many = [initial for initial in view.policies if len(view.rows_from(initial)) > MANY]
-    words = "Each row is compared with the initial policy that it started from"
+    words = "Primary: each trained row against the initial policy that it started from"
     if len(many) < len(view.policies):
-        words += ", and with the first RRHF row that started there"
+        words += ", and against the first RRHF row that started there"
     if many:
         words += (
-            f"; where more than {MANY} rows start from one policy ({', '.join(many)}), only one RRHF and one PPO row "
-            "are compared with each other: of the plain row and those that differ from it in hyper-parameters alone, "
-            f"that with the highest {DECODING_WORDS[view.decodings[0]]} reward on the dev prompts"
+            f"; if more than {MANY} rows start from one policy ({', '.join(many)}), only one RRHF and one PPO row are "
+            "compared with each other: of the plain row and those that differ from it in hyper-parameters alone, that "
+            f"with the highest {DECODING_WORDS[view.decodings[0]]} reward on the dev prompts"
         )
-    return words + "."
+    return words + ". Comparisons of rows that are not trained are exploratory."
 
 
 def _best(view: View, initial: str, kind: str) -> str | None:
@@ -155,12 +177,14 @@ def best_of_n_learners(view: View) -> list[BestOfNLearner]:
 
 def candidate_mean(view: View, row: str) -> Found:
     key = ("candidates", "mean", row)
-    return view.once(key, lambda: mean_of(view.candidates[row].array(_mean), *key))
+    block = view.candidates[row]
+    return view.once(key, lambda: view.mean_of(block.array(_mean), block.prompts, *key))
 
 
 def candidate_maximum(view: View, row: str) -> Found:
     key = ("candidates", "maximum", row)
-    return view.once(key, lambda: mean_of(view.candidates[row].array(_maximum), *key))
+    block = view.candidates[row]
+    return view.once(key, lambda: view.mean_of(block.array(_maximum), block.prompts, *key))
 
 
 def _mean(candidates: Candidates) -> float:
@@ -178,4 +202,5 @@ def _paired_gap(view: View, row: str, decoding: Decoding) -> Found:
     if replies is None:
         return view.absent(row)
     reason = unmeasured("reward", replies.items)
-    return reason or paired(drawn, _maximum, replies, lambda reply: reply.reward, ("eq7", row, decoding))
+    pooled = view.pooled(decoding, "reward")
+    return reason or paired(drawn, _maximum, replies, lambda reply: reply.reward, view.clusters, pooled=pooled)

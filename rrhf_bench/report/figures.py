@@ -44,7 +44,7 @@ from rrhf_bench.report.drawing import (
 from rrhf_bench.report.frontier import frontiers
 from rrhf_bench.report.published import counterpart
 from rrhf_bench.report.table import Missing
-from rrhf_bench.report.view import BASE, DECODING_WORDS, GIVEN, MEASURE_WORDS, Block, Measure, View, mean_of
+from rrhf_bench.report.view import BASE, DECODING_WORDS, GIVEN, MEASURE_WORDS, Block, Measure, View
 from rrhf_bench.seeding import generator
 
 FEW = 5  # points below which a correlation and its interval say nothing
@@ -385,7 +385,7 @@ def best_of_n_curve(view: View) -> Iterator[Made]:
     measures: list[Measure] = ["reward", "gold"] if golds else ["reward"]
     figure, axes = new_panels(1, len(measures), height=3.0, width=WIDTH if golds else 4.2)
     for ax, measure in zip(axes[0], measures, strict=True):
-        _draw_best_of_n(ax, pool, measure, ns, samples)
+        _draw_best_of_n(ax, view, pool, measure, ns, samples)
         shown = [row for row in rows if _method_point(ax, view, row, measure, pool)]
         kl_axis(ax)
         ax.set_ylabel(f"{MEASURE_WORDS[measure]} (sampled)")
@@ -405,7 +405,7 @@ def best_of_n_curve(view: View) -> Iterator[Made]:
     yield Drawn("best_of_n", "Best-of-n and the trained methods", caption), figure
 
 
-def _draw_best_of_n(ax: Axes, pool: Block[Any], measure: Measure, ns: Sequence[int], samples: int) -> None:
+def _draw_best_of_n(ax: Axes, view: View, pool: Block[Any], measure: Measure, ns: Sequence[int], samples: int) -> None:
     found: list[Estimate] = []
     scores_SP = [np.array([item.rewards[:samples] for item in items_P]) for items_P in pool.items_SP]
     values_SP = scores_SP
@@ -413,7 +413,7 @@ def _draw_best_of_n(ax: Axes, pool: Block[Any], measure: Measure, ns: Sequence[i
         values_SP = [np.array([item.golds[:samples] for item in items_P]) for items_P in pool.items_SP]
     for n in ns:
         best_SP = [expected_best_of_n(s, n, value_BN=v) for s, v in zip(scores_SP, values_SP, strict=True)]
-        estimate = mean_of(np.array(best_SP), "best of n", measure, str(n))
+        estimate = view.mean_of(np.array(best_SP), pool.prompts, "best of n", measure, str(n))
         if isinstance(estimate, Missing):
             return
         found.append(estimate)
@@ -442,14 +442,14 @@ def _method_point(ax: Axes, view: View, row: str, measure: Measure, pool: Block[
     part = replies.only(replies.seeds, prompts)
     if any(getattr(reply, measure) is None for reply in part.items):
         return False
-    y = mean_of(part.array(lambda reply: getattr(reply, measure)), "best of n", row, measure)
+    y = view.mean_of(part.array(lambda reply: getattr(reply, measure)), prompts, "best of n", row, measure)
     x: Estimate | float | Missing
     if view.kind(row) == "best_of_n":
         x = best_of_n_kl(view.methods[row].n or 1)
     elif any(reply.kl is None for reply in part.items):
         return False
     else:
-        x = mean_of(part.array(lambda reply: reply.kl or 0.0), "best of n", row, "kl")
+        x = view.mean_of(part.array(lambda reply: reply.kl or 0.0), prompts, "best of n", row, "kl")
     if isinstance(y, Missing) or isinstance(x, Missing):
         return False
     colour = colours(view)[row]

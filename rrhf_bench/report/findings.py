@@ -67,14 +67,16 @@ def findings(view: View) -> list[str]:
 
 
 def _against(view: View, compared: Sequence[Comparison], b: str) -> Iterator[str]:
-    """One sentence a decoding and measure: which rows are higher than ``b``, which lower, which inside noise."""
+    """Yield one sentence per decoding and measure: the rows that are higher than ``b``, lower, inside noise, and those
+    that were compared without a verdict."""
     for decoding in view.decodings:
         for measure in view.measures:
             family = [c for c in compared if (c.b, c.decoding, c.measure) == (b, decoding, measure)]
             parts = []
-            for verdict in ("higher", "lower", "inside noise"):
-                some = sorted((c for c in family if c.verdict == verdict), key=lambda c: -_value(c))
-                parts += [f"{verdict}: {_list(list(map(_difference, some)))}"] if some else []
+            for verdict in ("higher", "lower", "inside noise", None):
+                some = [c for c in family if c.verdict == verdict and isinstance(c.estimate, Estimate)]
+                some.sort(key=lambda c: -_value(c))
+                parts += [f"{verdict or 'exploratory'}: {_list(list(map(_difference, some)))}"] if some else []
             if parts:
                 where = f"{MEASURE_WORDS[measure]}, {DECODING_WORDS[decoding]}"
                 yield f"Against **{markdown(b)}** on the {where}, {'; '.join(parts)}."
@@ -86,15 +88,34 @@ def _list(parts: Sequence[str]) -> str:
 
 
 def _difference(c: Comparison) -> str:
+    """Return the difference with its interval, at as many digits as it takes to show on which side of 0 each end lies;
+    with the adjusted p if there is a verdict, and what could have been detected if the difference is inside noise."""
     assert isinstance(c.estimate, Estimate)
-    text = f"{markdown(c.a)} by {_signed(c.estimate.value)} {interval(c.estimate.low, c.estimate.high, 2)}"
+    found = c.estimate
+    digits = _digits(found.value, found.low, found.high)
+    text = f"{markdown(c.a)} by {_signed(found.value, digits)} {interval(found.low, found.high, digits)}"
+    if c.p is None:
+        return text
+    words = [f"p {_p_words(c.p)}"]
     if c.verdict == "inside noise" and c.detectable is not None:
-        text += f" (detectable: {number(c.detectable, 2)})"
-    return text
+        words.append(f"detectable: {number(c.detectable, 2)}")
+    return f"{text} ({', '.join(words)})"
+
+
+def _digits(*values: float) -> int:
+    """Return the digits after the point, 2 to 4, at which no value that is not 0 is printed as 0."""
+    return next((d for d in (2, 3, 4) if all(value == 0 or round(value, d) for value in values)), 4)
+
+
+def _p_words(p: float) -> str:
+    """Return p with the digit that decides whether it is below 0.05."""
+    if p < 0.001:
+        return "< 0.001"
+    return number(p, 3) if round(p, 3) != 0.05 else number(p, 5)
 
 
 def trades(compared: Sequence[Comparison]) -> Iterator[str]:
-    """Rows that beat another on the proxy and lose to it on the gold reward: the proxy was over-optimised."""
+    """Yield the rows that beat another on the proxy and lose to it on the gold reward, by verdict on both."""
     gold = {(c.a, c.b, c.decoding): c.verdict for c in compared if c.measure == "gold"}
     beaten: dict[tuple[str, Decoding], list[str]] = defaultdict(list)
     for c in compared:
@@ -104,50 +125,54 @@ def trades(compared: Sequence[Comparison]) -> Iterator[str]:
         for decoding in dict.fromkeys(decoding for _, decoding in beaten):
             some = [markdown(a) for a, where in beaten if where == decoding]
             yield (
-                f"**{len(some)} rows buy proxy reward with gold reward** ({DECODING_WORDS[decoding]}), higher than "
-                f"another row on the proxy and lower on gold: {', '.join(some)}."
+                f"**{len(some)} rows over-optimise the proxy** ({DECODING_WORDS[decoding]}): each is higher than another "
+                f"row on the proxy and lower on gold: {', '.join(some)}."
             )
         return
     for (a, decoding), rows in beaten.items():
         yield (
-            f"**{markdown(a)} buys proxy reward with gold reward** ({DECODING_WORDS[decoding]}): higher than "
-            f"{markdown(' and '.join(rows))} on the proxy, lower on gold."
+            f"**{markdown(a)} over-optimises the proxy** ({DECODING_WORDS[decoding]}): it is higher than "
+            f"{markdown(' and '.join(rows))} on the proxy and lower on gold."
         )
 
 
 def _learners(view: View, learners: Sequence[BestOfNLearner]) -> Iterator[str]:
-    """A sentence each, or of many, one a decoding."""
+    """Yield a sentence for each row, or for many rows one per decoding. Eq. 7 is tested by a claim alone
+    (``best_of_n_learner``, an equivalence test), so these sentences give intervals and no verdict."""
     found = [learner for learner in learners if isinstance(learner.paired_gap, Estimate)]
     if len({learner.row for learner in found}) <= MANY:
         yield from map(_learner, found)
         return
     for decoding in view.decodings:
-        words: dict[str, list[str]] = {"fall short of": [], "exceed": [], "cannot be told from": []}
-        for learner in found:
-            gap = learner.paired_gap
-            if learner.decoding == decoding and isinstance(gap, Estimate):
-                verdict = (
-                    "cannot be told from" if not gap.significant else "fall short of" if gap.value > 0 else "exceed"
-                )
-                words[verdict].append(markdown(learner.row))
-        parts = [f"{len(rows)} {verdict} it ({', '.join(rows)})" for verdict, rows in words.items() if rows]
-        if parts:
+        some = [learner for learner in found if learner.decoding == decoding]
+        some.sort(key=lambda learner: _gap(learner).value)
+        if some:
             yield (
-                f"Eq. 7 ({DECODING_WORDS[decoding]}), each row against the best of its candidates on the same "
-                f"evaluation prompts: {'; '.join(parts)}. These p are not adjusted for their number."
+                f"Eq. 7 ({DECODING_WORDS[decoding]}): the best candidate on the same evaluation prompts minus the row's "
+                f"reward is, over {len(some)} rows, from {_gap_words(some[0])} ({markdown(some[0].row)}) to "
+                f"{_gap_words(some[-1])} ({markdown(some[-1].row)}); exploratory."
             )
 
 
+def _gap(learner: BestOfNLearner) -> Estimate:
+    assert isinstance(learner.paired_gap, Estimate)
+    return learner.paired_gap
+
+
+def _gap_words(learner: BestOfNLearner) -> str:
+    gap = _gap(learner)
+    digits = _digits(gap.value, gap.low, gap.high)
+    return f"{_signed(gap.value, digits)} {interval(gap.low, gap.high, digits)}"
+
+
 def _learner(learner: BestOfNLearner) -> str:
-    gap, way = learner.paired_gap, learner.way
-    assert isinstance(gap, Estimate)
+    way = learner.way
     head = f"Eq. 7: **{markdown(learner.row)}** ({DECODING_WORDS[learner.decoding]})"
     if not isinstance(way, Missing):
-        head += f" stands at {100 * way:.0f}% of the way from the mean to the maximum of its training candidates. It"
-    verdict = ("falls short of" if gap.value > 0 else "exceeds") if gap.significant else "cannot be told from"
+        head += f" stands at {100 * way:.0f}% of the way from the mean to the maximum of its training candidates. There"
     return (
-        f"{head} {verdict} the best candidate on the same evaluation prompts: that one minus its reward is "
-        f"{_signed(gap.value)} {interval(gap.low, gap.high, 2)}."
+        f"{head} the best candidate on the same evaluation prompts minus its reward is {_gap_words(learner)} "
+        "(exploratory)."
     )
 
 
@@ -167,8 +192,8 @@ def _value(c: Comparison) -> float:
     return c.estimate.value if isinstance(c.estimate, Estimate) else 0.0
 
 
-def _signed(value: float) -> str:
-    text = number(value, 2)
+def _signed(value: float, digits: int) -> str:
+    text = number(value, digits)
     return text if text.startswith("-") or float(text.replace(",", "")) == 0 else f"+{text}"
 
 

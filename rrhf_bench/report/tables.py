@@ -20,7 +20,6 @@ from rrhf_bench.report.view import (
     Block,
     Found,
     View,
-    mean_of,
     unmeasured,
 )
 
@@ -88,7 +87,7 @@ def _main_row(view: View, row: str, decoding: Decoding) -> tuple[Cell, ...]:
         *head,
         Cell.of(view.mean(row, decoding, "reward")),
         Cell.of(view.mean(row, decoding, "gold")),
-        *likelihood_cells(block, row, decoding),
+        *likelihood_cells(view, block, row, decoding),
         _kl_cell(view, row, decoding),
         Cell.of(view.mean(row, decoding, "tokens")),
         _distinct(block),
@@ -108,8 +107,10 @@ def absent(view: View, row: str, decoding: Decoding) -> Missing:
     return view.absent(row)
 
 
-def likelihood_cells(block: Block[Evaluated], row: str, decoding: Decoding) -> tuple[Cell, Cell, Cell]:
-    """PPL, PPL per text and NLL per token."""
+def likelihood_cells(
+    view: View, block: Block[Evaluated], row: str, decoding: Decoding
+) -> tuple[Cell, Cell, Cell]:
+    """Return the cells of PPL, PPL per text and NLL per token."""
     reason = unmeasured("nll", block.items) or unmeasured("nll_tokens", block.items)
     perplexity = None if reason else metrics.perplexity(block.items)
     if perplexity is None:
@@ -119,7 +120,7 @@ def likelihood_cells(block: Block[Evaluated], row: str, decoding: Decoding) -> t
         nlls = [reply.nll / reply.nll_tokens for reply in block.items if reply.nll is not None and reply.nll_tokens]
         nll = _sized(math.fsum(nlls) / len(nlls), block)
     else:
-        nll = Cell.of(mean_of(block.array(_nll_per_token), "mean", row, decoding, "nll"))
+        nll = Cell.of(view.mean_of(block.array(_nll_per_token), block.prompts, "mean", row, decoding, "nll"))
     return _sized(perplexity.pooled, block), _sized(perplexity.per_text, block), nll
 
 
@@ -177,34 +178,46 @@ DIFFERENCE_COLUMNS = (
     Column("verdict"),
     Column("detectable", 3),
     Column("prompts", 0),
+    Column("clusters", 0),
     Column("seeds", 0),
 )
 DIFFERENCE_NOTES = (
-    "Difference: mean over the prompts and seeds that both have. p: sign-flip permutation test over prompts; "
-    "Holm: adjusted over the comparisons of the same decoding and reward. p takes the trained models as given; "
-    "that another training run would differ too shows in the interval.",
-    "Higher or lower: the 95% interval excludes 0 and Holm's p is below 0.05. Otherwise the difference is "
-    "inside noise, which is no proof of equality: read it with the next column.",
-    "Detectable: the smallest true difference that this comparison would find four times in five.",
+    "Difference: mean over the prompts and seeds that both have. Interval and p come from one t statistic, which treats "
+    "training seeds and clusters of prompts as random; its variance between seeds is pooled over the trained rows of the "
+    "same decoding and reward. The interval is at 95% and the p is of this comparison alone.",
+    "Holm: p adjusted over the primary comparisons of the same decoding and reward. Higher or lower: this p is below "
+    "0.05, so that at most one family in twenty holds a false verdict. Otherwise the difference is inside noise, which "
+    "is no proof of equality: read it with the next column. An exploratory comparison gets no verdict.",
+    "Detectable: the smallest true difference that this comparison alone would find four times in five; an order of "
+    "size, since few seeds tell little of their own spread, and more is needed in a family.",
 )
 
 
+def level_words(view: View) -> str:
+    """Say which kinds of repetition the intervals cover, for a note."""
+    clusters = {name for row, decoding in view.blocks for name in view.clusters(view.blocks[row, decoding].prompts)}
+    prompts = {prompt for block in view.blocks.values() for prompt in block.prompts}
+    seeds, grouped = len(view.experiment.seeds), len(clusters) < len(prompts)
+    words = f"Intervals cover {len(prompts)} evaluation prompts" + (f" in {len(clusters)} clusters" if grouped else "")
+    words += f" and {seeds} training seeds" if seeds > 1 else "; one seed, so training again is not covered"
+    return f"{words}. They do not cover other data, another reward model or another initial policy: all rows share one."
+
+
 def differences_table(view: View) -> Table:
-    """Paired differences with Holm's p and a word for each."""
+    """Return the paired differences: those that are primary with Holm's p and a verdict, then the exploratory ones."""
     rows = tuple(map(difference_row, comparisons(view)))
-    notes = (comparison_words(view), *DIFFERENCE_NOTES)
+    notes = (comparison_words(view), *DIFFERENCE_NOTES, level_words(view))
     return Table("differences", "Paired differences", DIFFERENCE_COLUMNS, rows, notes, view.records.arena, group=2)
 
 
 def difference_row(c: Comparison) -> tuple[Cell, ...]:
     head = (Cell(f"{c.a} - {c.b}"), Cell(DECODING_WORDS[c.decoding]), Cell(MEASURE_WORDS[c.measure].split()[0]))
     if isinstance(c.estimate, Missing):
-        return (*head, *[Cell.of(c.estimate)] * 7)
-    assert c.verdict is not None
+        return (*head, *[Cell.of(c.estimate)] * 8)
     assert c.detectable is not None
-    p = [Cell(c.estimate.p) if c.estimate.p is not None else Cell.of(Missing("no test")), Cell(c.p)]
-    sizes = (Cell(c.estimate.n), Cell(c.estimate.seeds))
-    return (*head, Cell.of(c.estimate), *p, Cell(c.verdict), Cell(c.detectable), *sizes)
+    p = [Cell(c.estimate.p), Cell.of(Missing("exploratory: in no family")) if c.p is None else Cell(c.p)]
+    sizes = (Cell(c.estimate.n), Cell(c.estimate.clusters), Cell(c.estimate.seeds))
+    return (*head, Cell.of(c.estimate), *p, Cell(c.verdict or "exploratory"), Cell(c.detectable), *sizes)
 
 
 def seeds_table(view: View) -> Table:
@@ -277,7 +290,7 @@ def accuracy(view: View, row: str) -> Found:
     block = view.pairs.get(row)
     if block is None:
         return view.absent(row)
-    return view.once(("accuracy", row), lambda: mean_of(block.array(right), "accuracy", row))
+    return view.once(("accuracy", row), lambda: view.mean_of(block.array(right), block.prompts, "accuracy", row))
 
 
 def right(pair: PairScored) -> float:

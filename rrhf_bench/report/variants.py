@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from rrhf_bench.evaluation.statistics import Estimate, holm
 from rrhf_bench.records import Decoding
-from rrhf_bench.report.compare import Comparison, compare
+from rrhf_bench.report.compare import compare
 from rrhf_bench.report.table import Cell, Column, Missing, Table, interval, markdown, number
 from rrhf_bench.report.tables import accuracy, likelihood_cells, right
 from rrhf_bench.report.view import DECODING_WORDS, MEASURE_WORDS, Found, Measure, View, paired
@@ -57,9 +56,8 @@ def variants_table(view: View) -> Table | None:
         digits = 1 if measure == "tokens" else 2
         columns += [Column(MEASURE_WORDS[measure], digits, interval=measure != "tokens")]
         columns += [Column(f"{MEASURE_WORDS[measure]}: less paper", digits, interval=True)]
-        columns += [Column(f"{MEASURE_WORDS[measure]}: p (Holm)", 4)]
     columns += [Column("p_i accuracy", 3), Column("p_i accuracy: less paper", 3, interval=True)]
-    columns += [Column("p_i accuracy: p (Holm)", 4), Column("PPL", 2), Column("prompts", 0), Column("seeds", 0)]
+    columns += [Column("PPL", 2), Column("prompts", 0), Column("seeds", 0)]
     rows = []
     for group in groups:
         found = _differences(view, group)
@@ -69,18 +67,18 @@ def variants_table(view: View) -> Table | None:
                 cells = [Cell(row), Cell(_variant(view, row)), Cell(DECODING_WORDS[decoding])]
                 for measure in measures:
                     cells.append(Cell.of(view.mean(row, decoding, measure)))
-                    cells += _difference_cells(found.get((row, decoding, measure)))
-                cells += [Cell.of(accuracy(view, row)), *_difference_cells(orders.get(row))]
+                    cells.append(Cell.of(found.get((row, decoding, measure), _OWN)))
+                cells += [Cell.of(accuracy(view, row)), Cell.of(orders.get(row, _OWN))]
                 block = view.block(row, decoding)
                 ends = [Cell.of(view.absent(row))] * 3
                 if block is not None:
-                    ppl = likelihood_cells(block, row, decoding)[0]
+                    ppl = likelihood_cells(view, block, row, decoding)[0]
                     ends = [ppl, Cell(len(block.prompts)), Cell(len(block.seeds))]
                 rows.append((*cells, *ends))
     notes = (
         "Rows of one group differ in the variant alone: the same candidates, data order and optimiser. Less paper: "
-        "paired difference over the prompts (for the accuracy: pairs) and seeds that both have. Holm: over the other "
-        "variants, of one measure and decoding. Length: tokens of a reply.",
+        "paired difference over the prompts (for the accuracy: pairs) and seeds that both have, with its interval; these "
+        "differences are exploratory. Length: tokens of a reply.",
         "p_i is the mean log-probability here for every row, also for the one that trained on another.",
         "No published table has this comparison: the paper prints one row, and its code computes another.",
     )
@@ -88,32 +86,21 @@ def variants_table(view: View) -> Table | None:
     return Table("variants", title, tuple(columns), tuple(rows), notes, view.records.arena, group=2) if rows else None
 
 
-def _differences(view: View, group: Sequence[str]) -> dict[tuple[str, Decoding, Measure], Comparison]:
-    found = compare(view, [(row, group[0]) for row in group[1:]], _MEASURES)
-    return {(c.a, c.decoding, c.measure): c for c in found}
+def _differences(view: View, group: Sequence[str]) -> dict[tuple[str, Decoding, Measure], Found]:
+    """Return each row minus the first of its group."""
+    pairs = [(row, group[0]) for row in group[1:]]
+    return {(c.a, c.decoding, c.measure): c.estimate for c in compare(view, pairs, _MEASURES, primary=False)}
 
 
-def _accuracy_differences(view: View, group: Sequence[str]) -> dict[str, Comparison]:
+def _accuracy_differences(view: View, group: Sequence[str]) -> dict[str, Found]:
+    """Return the difference in p_i accuracy of each row to the first of its group."""
     found: dict[str, Found] = {}
     for row in group[1:]:
         blocks = view.pairs.get(row), view.pairs.get(group[0])
         found[row] = view.absent(row)
         if blocks[0] is not None and blocks[1] is not None:
-            found[row] = paired(blocks[0], right, blocks[1], right, (row, group[0], "accuracy"))
-    ps = [e.p for e in found.values() if isinstance(e, Estimate) and e.p is not None]
-    adjusted = iter(holm(ps).tolist() if ps else [])
-    return {
-        row: Comparison(row, group[0], "given", "reward", e, next(adjusted) if isinstance(e, Estimate) else None)
-        for row, e in found.items()
-    }
-
-
-def _difference_cells(c: Comparison | None) -> list[Cell]:
-    if c is None:
-        return [Cell.of(_OWN)] * 2
-    if isinstance(c.estimate, Missing):
-        return [Cell.of(c.estimate)] * 2
-    return [Cell.of(c.estimate), Cell.of(Missing("no test") if c.p is None else c.p)]
+            found[row] = paired(blocks[0], right, blocks[1], right, view.clusters)
+    return found
 
 
 def variant_sentences(view: View) -> list[str]:
@@ -140,11 +127,8 @@ def variant_sentences(view: View) -> list[str]:
     return sentences
 
 
-def _words(c: Comparison, scale: float, digits: int) -> str | None:
-    """The verdict with its numbers times ``scale``; None where there is no difference to judge."""
-    if isinstance(c.estimate, Missing) or c.verdict is None or c.detectable is None:
+def _words(found: Found, scale: float, digits: int) -> str | None:
+    """Return the difference with its interval, times ``scale``; None if there is none."""
+    if isinstance(found, Missing):
         return None
-    size = number(scale * c.estimate.value, digits)
-    bounds = interval(scale * c.estimate.low, scale * c.estimate.high, digits)
-    noise = f"; detectable {number(scale * c.detectable, digits)}" if c.verdict == "inside noise" else ""
-    return f"{c.verdict} ({size} {bounds}{noise})"
+    return f"{number(scale * found.value, digits)} {interval(scale * found.low, scale * found.high, digits)}"

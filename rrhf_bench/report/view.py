@@ -15,7 +15,14 @@ from typing import Generic, Literal, Protocol, TypeAlias, TypeVar
 import numpy as np
 
 from rrhf_bench.evaluation.claims import DECODING_WORDS
-from rrhf_bench.evaluation.statistics import Estimate, Floats, bootstrap_mean, paired_difference
+from rrhf_bench.evaluation.statistics import (
+    Estimate,
+    Floats,
+    SeedVariance,
+    bootstrap_mean,
+    paired_difference,
+    pool_seed_variance,
+)
 from rrhf_bench.pipeline.results import RunRecords
 from rrhf_bench.records import Candidates, CurvePoint, Decoding, Evaluated, PairScored, PoolScored, Prompt
 from rrhf_bench.report.table import Missing
@@ -103,6 +110,7 @@ class View:
         self.experiment = records.experiment
         self.methods: Mapping[str, MethodSettings] = records.experiment.methods
         self._found: dict[tuple[str, ...], Found] = {}
+        self._pooled: dict[tuple[Decoding, Measure], SeedVariance | None] = {}
 
     @cached_property
     def blocks(self) -> dict[tuple[str, Decoding], Block[Evaluated]]:
@@ -300,20 +308,50 @@ class View:
             return self.absent(row)
         return unmeasured(measure, block.items) or block.array(lambda reply: getattr(reply, measure))
 
+    @property
+    def trained(self) -> list[str]:
+        """The rows that are trained once per seed."""
+        return [row for row, settings in self.methods.items() if settings.family != "inference"]
+
+    def pooled(self, decoding: Decoding, measure: Measure) -> SeedVariance | None:
+        """Return the variance between seeds over all trained rows; None if fewer than two rows have one."""
+        key = decoding, measure
+        if key not in self._pooled:
+            self._pooled[key] = pool(decoding, measure, self)
+        return self._pooled[key]
+
+    def clusters(self, prompts: Sequence[str]) -> list[str]:
+        """Return the cluster of each prompt of a block; a prompt without a label is a cluster of its own."""
+        named = self.records.clusters
+        return [named.get(prompt.partition("/")[0], prompt) for prompt in prompts]
+
     def mean(self, row: str, decoding: Decoding, measure: Measure) -> Found:
-        """Mean over seeds and prompts, with its interval."""
+        """Return the mean over seeds and prompts, with its interval."""
         return self.once(("mean", row, decoding, measure), lambda: self._mean(row, decoding, measure))
 
     def _mean(self, row: str, decoding: Decoding, measure: Measure) -> Found:
-        values = self.values(row, decoding, measure)
-        return values if isinstance(values, Missing) else mean_of(values, "mean", row, decoding, measure)
+        values, block = self.values(row, decoding, measure), self.block(row, decoding)
+        if isinstance(values, Missing):
+            return values
+        assert block is not None
+        pooled = self.pooled(decoding, measure) if row in self.trained else None
+        return self.mean_of(values, block.prompts, "mean", row, decoding, measure, pooled=pooled)
+
+    def mean_of(
+        self, values_SP: Floats, prompts: Sequence[str], *name: str, pooled: SeedVariance | None = None
+    ) -> Found:
+        """Return the mean of values (seeds, prompts) with its interval; its draws are named by ``name``."""
+        if values_SP.shape[1] < 2:
+            return Missing("one prompt only: its mean has no interval")
+        rng = generator("report", *name)
+        return bootstrap_mean(values_SP, rng=rng, clusters_P=self.clusters(prompts), pooled=pooled)
 
     def difference(self, a: str, b: str, decoding: Decoding, measure: Measure) -> Found:
         """Mean of a - b on the prompts and seeds that both have."""
         return self.once(("difference", a, b, decoding, measure), lambda: self._difference(a, b, decoding, measure))
 
     def _difference(self, a: str, b: str, decoding: Decoding, measure: Measure) -> Found:
-        return difference_between(self, a, self, b, decoding, measure, (a, b, decoding, measure))
+        return difference_between(self, a, self, b, decoding, measure, self.pooled(decoding, measure))
 
     def once(self, key: tuple[str, ...], make: Callable[[], Found]) -> Found:
         """What ``make`` gives, made the first time it is asked for under ``key``."""
@@ -322,11 +360,17 @@ class View:
         return self._found[key]
 
 
+def pool(decoding: Decoding, measure: Measure, *views: View) -> SeedVariance | None:
+    """Return the variance between seeds over the trained rows of one or more runs."""
+    found = [view.values(row, decoding, measure) for view in views for row in view.trained]
+    return pool_seed_variance([values.mean(axis=1) for values in found if not isinstance(values, Missing)])
+
+
 def difference_between(
-    one: View, a: str, other: View, b: str, decoding: Decoding, measure: Measure, name: Sequence[str]
+    one: View, a: str, other: View, b: str, decoding: Decoding, measure: Measure, pooled: SeedVariance | None
 ) -> Found:
-    """Mean of row ``a`` of one run minus row ``b`` of another, or the same, on the prompts and seeds that both have;
-    its draws are named by ``name``. Both runs must be of one arena."""
+    """Return the mean of row ``a`` of one run minus row ``b`` of another, or of the same, on the prompts and seeds that
+    both have. Both runs must be of one arena. ``pooled``: the variance between seeds of the rows read together."""
     blocks = [one.block(a, decoding), other.block(b, decoding)]
     for view, row, block in zip((one, other), (a, b), blocks, strict=True):
         if block is None and row in view.failures:
@@ -342,7 +386,7 @@ def difference_between(
         return float(getattr(reply, measure))
 
     alone = (one.one_model(a) and len(first.seeds) == 1) or (other.one_model(b) and len(second.seeds) == 1)
-    return paired(first, value, second, value, name, every_seed=alone)
+    return paired(first, value, second, value, one.clusters, every_seed=alone, pooled=pooled)
 
 
 # Where a row comes from and how it comes to its candidates, which is not what its method does with them.
@@ -365,12 +409,13 @@ def paired(
     a_value: Callable[[A], float],
     b: Block[B],
     b_value: Callable[[B], float],
-    name: Sequence[str],
+    clusters: Callable[[Sequence[str]], list[str]],
     *,
     every_seed: bool = False,
+    pooled: SeedVariance | None = None,
 ) -> Found:
-    """Mean of a - b where both have the prompt and the seed; ``every_seed``: the side with one seed stands against all
-    seeds of the other."""
+    """Return the mean of a - b on the prompts and seeds that both have. ``clusters`` gives the cluster of each prompt.
+    With ``every_seed``, the side with one seed stands against all seeds of the other."""
     prompts = tuple(sorted(set(a.prompts) & set(b.prompts)))
     if len(prompts) < 2:
         return Missing("fewer than 2 prompts in common")
@@ -381,15 +426,9 @@ def paired(
     return paired_difference(
         a.only(a_seeds, prompts).array(a_value),
         b.only(b_seeds, prompts).array(b_value),
-        rng=generator("report", "difference", *name),
+        clusters_P=clusters(prompts),
+        pooled=pooled,
     )
-
-
-def mean_of(values_SP: Floats, *name: str) -> Found:
-    """The mean of values on any prompts, with its interval; its draws are named by ``name``."""
-    if values_SP.shape[1] < 2:
-        return Missing("one prompt only: its mean has no interval")
-    return bootstrap_mean(values_SP, rng=generator("report", *name))
 
 
 def unmeasured(field: str, replies: Sequence[Evaluated]) -> Missing | None:
