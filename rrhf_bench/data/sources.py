@@ -190,9 +190,10 @@ def load_texts(
     """Texts with a label, each parted into a prompt and the reply that follows it in the data set.
 
     The source is one of ``load_preferences``; rows are ``{"text", "label"}`` (stanfordnlp/imdb), the label text or a
-    whole number. A row may name its ``cluster`` as in ``load_preferences``; other fields are not read. The prompt is the first ``prompt_words`` words, split on white space,
-    the reply the rest, its leading white space included, or its first ``reply_words`` words. 48 words are some 64
-    tokens of GPT-2, the prompt of arXiv 2304.05302 Appendix D, whose completions of 48 tokens are some 36 words.
+    whole number. A row may name its ``cluster`` as in ``load_preferences``; other fields are not read. The prompt is
+    the first ``prompt_words`` words, split on white space, the reply the rest, its leading white space included, or its
+    first ``reply_words`` words. 48 words are some 64 tokens of GPT-2, the prompt of arXiv 2304.05302 Appendix D, whose
+    completions of 48 tokens are some 36 words.
 
     Counts: ``rows``, ``kept``, ``too_short`` (texts that end within the prompt); of the rows kept ``duplicate_prompt``,
     ``leading_space`` (white space removed before the first word), ``reply_cut`` and ``label_<label>``.

@@ -1,36 +1,32 @@
-"""The paper's claims (arXiv 2304.05302) as hypotheses: each a number theta, a threshold fixed beforehand, a verdict.
+"""The paper's claims (arXiv 2304.05302) as hypotheses: each a number theta, a threshold, and a verdict.
 
-Letters: S training seeds, P prompts, R replicates, K rows, N runs (rows x seeds).
+Letters: S training seeds, P prompts, K rows.
 
-What a verdict needs, for claims of three shapes:
+Every part of a claim is one statistic with one interval and a one-sided p on either side of its threshold; all come
+from the same estimate (statistics.py; for correlations Fisher's z over rows). The claims of a run are one family:
+Holm's adjustment is over all claims and decodings that have a p. A claim is supported or refuted if its adjusted
+two-sided p is below 0.05, and inconclusive otherwise, which is no proof of the contrary. A claim for which a run has no
+numbers is not tested.
 
-* theta > m (superiority; theta > -m where no more is asked than to be no worse by m, non-inferiority). Supported: the
-  95% interval lies above the threshold, and Holm's p is below 0.05. Refuted: it lies below, with the same p.
-* abs(theta) <= m (equivalence). Supported: the 95% interval lies within [-m, m], the ends included, and Holm's p is
-  below 0.05. Refuted: it lies wholly outside, with the same p.
-* Compound: every part that must hold, and at least one of two others. Its intervals are of 97.5%. Supported: the
-  intervals of the needed parts lie above their thresholds. Refuted: that of a part that must hold lies below, or those
-  of both others do (where only one of these was measured, it refutes nothing). Holm's p as before.
+The two-sided p is twice the smaller of p(for) and p(against), each one-sided:
 
-Everything else is inconclusive, which is no proof of the contrary. What a run has no numbers for is not tested.
-
-p is two-sided, so that one number serves both verdicts: twice the smaller of p(for) and p(against), each one-sided.
-For a mean these come from the sign-flip test of theta minus the threshold: half its p on the side where theta lies, the
-rest on the other. Equivalence: p(for) is the larger of the two tests against -m and m, p(against) the smaller.
-Compound, with k others: p(for) = max(the parts that must hold, k x the least of the others), which is
-intersection-union with Bonferroni inside; p(against) = the number of ways to fail x min(the parts that must hold, the
-largest of the others). Correlations and spreads, which are no means, take p from the bootstrap of their interval.
-Holm's adjustment is over all claims and decodings of a run that have a p. Interval and p are both asked for because p
-takes the trained models as given and the interval does not (statistics.py).
+* theta > m (superiority; theta > -m if no more is asked than to be no worse by m, non-inferiority): p(for) is that of
+  theta above the threshold, p(against) that of theta below it.
+* abs(theta) <= m (equivalence): p(for) is the larger of the two one-sided tests against -m and m, p(against) the
+  smaller. Doubling makes it a test at 2.5% on each side: it asks for a 95% interval within [-m, m], stricter than the
+  usual 90%.
+* Compound, such as over-optimisation (the proxy reward rises, and the gold reward falls or the text grows less likely):
+  the needed parts and one decider must all hold. The decider is the gold reward if the run has one, and only without it
+  the likelihood of the text. p(for) is the largest of their p (intersection-union); p(against) is their smallest times
+  their number. If gold decides and the likelihood goes significantly the other way, the claim is at most inconclusive.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol, TypeAlias, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
 from scipy import stats
@@ -41,7 +37,6 @@ from rrhf_bench.evaluation.claims_settings import (
     BestOfNOverRowsSettings,
     BetterRewardModelSettings,
     ClaimSettings,
-    FewerModelsSettings,
     KLRepairsSettings,
     OrderedSettings,
     OveroptimisesSettings,
@@ -52,8 +47,11 @@ from rrhf_bench.evaluation.claims_settings import (
 from rrhf_bench.evaluation.statistics import (
     Estimate,
     Floats,
+    SeedVariance,
     holm,
     paired_difference,
+    pool_seed_variance,
+    slope,
     smallest_detectable_difference,
 )
 from rrhf_bench.records import Decoding
@@ -65,8 +63,6 @@ T = TypeVar("T")
 
 ALPHA = 0.05
 LEVEL = 1 - ALPHA
-COMPOUND_LEVEL = 1 - ALPHA / 2  # Bonferroni over the two ways in which a compound claim can come out
-AT_ONCE = 20_000_000  # numbers drawn at a time
 FEWEST_ROWS = 5  # with fewer, even a perfect order of the rows comes by chance once in 24 times
 DECODING_WORDS: Mapping[Decoding, str] = {"greedy": "greedy", "sample": "sampled", "given": "data set"}
 MEASURE_WORDS: Mapping[Measure, str] = {
@@ -79,7 +75,7 @@ MEASURE_WORDS: Mapping[Measure, str] = {
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """Values (S, P) of one row, nan where a reply has none. ``one_model``: its model is the same whatever the seed."""
+    """Values (S, P) of one row, nan if a reply has none. ``one_model``: every seed evaluates the same model."""
 
     seeds: tuple[int, ...]
     prompts: tuple[str, ...]
@@ -97,16 +93,24 @@ class Scores:
 
 
 class Evidence(Protocol):
-    """What a run has measured, by row. In place of a number there may be a reason, in words, why there is none."""
+    """The measurements of a run, by row. In place of a number there may be a reason, in words, why there is none."""
 
     @property
     def decodings(self) -> tuple[Decoding, ...]:
-        """Those of the run, greedy first."""
+        """The decodings of the run, greedy first."""
+
+    @property
+    def trained(self) -> Sequence[str]:
+        """The rows that are trained once per seed, over which the variance between seeds is pooled."""
+
+    def clusters(self, prompts: Sequence[str]) -> Sequence[str]:
+        """The cluster of each prompt."""
 
     def values(self, row: str, decoding: Decoding, measure: Measure) -> Grid | str:
-        """Of the replies to the evaluation prompts; "nll": per token, in nats."""
+        """The values of the replies to the evaluation prompts; "nll" is per token, in nats."""
 
-    def candidates(self, row: str) -> Scores | str: ...
+    def candidates(self, row: str) -> Scores | str:
+        """The scores of the candidates that a row was trained on."""
 
     def best_candidates(self, row: str) -> Grid | str:
         """The best score among a row's candidates, drawn on the evaluation prompts."""
@@ -115,21 +119,19 @@ class Evidence(Protocol):
         """Of p_i on held-out pairs: 1 right, 0.5 tied, 0 wrong."""
 
     def dev_reward(self, row: str, decoding: Decoding) -> float | str:
-        """Mean proxy reward on the dev prompts at the end of training."""
-
-    def models(self, row: str) -> tuple[str, ...] | str:
-        """Those in memory while the row trains."""
+        """The mean proxy reward on the dev prompts at the end of training."""
 
 
 @dataclass(frozen=True, slots=True)
 class ClaimResult:
-    """One claim under one decoding. ``p`` before Holm's adjustment and ``p_holm`` after it are None where no test was
-    made; ``estimate`` of a compound claim is of the part that decides. ``detectable``: the distance from the threshold
-    that would have been found four times in five, were this the only claim. ``counted``: what ``estimate.n`` counts."""
+    """One claim under one decoding. ``p`` before Holm's adjustment and ``p_holm`` after it are None if no test was
+    made; ``estimate`` of a compound claim is of the part that decides. ``detectable`` is the distance from the
+    threshold that this claim alone would have found four times in five. ``counted`` names what ``estimate.n`` counts.
+    """
 
     name: str
     sentence: str
-    decoding: Decoding | None  # None: no replies enter
+    decoding: Decoding | None  # None if no replies enter
     margin: float
     verdict: Verdict
     reason: str
@@ -165,21 +167,18 @@ class ClaimResult:
 
 
 def evaluate_claims(
-    claims: Mapping[str, ClaimSettings],
-    evidence: Evidence,
-    *,
-    rng_name: Sequence[str | int] = ("claims",),
-    replicates: int = 10_000,
+    claims: Mapping[str, ClaimSettings], evidence: Evidence, *, rng_name: Sequence[str | int] = ("claims",)
 ) -> list[ClaimResult]:
-    """Every claim in the order given, under every decoding where replies enter. The rules are at the top of this file.
+    """Return every claim in the order given, under every decoding if replies enter. The rules are at the top.
 
-    Draws are named by ``rng_name``, claim and decoding, so that no result depends on the other claims but for Holm's
-    adjustment. A claim without the numbers it needs is "not tested", with the reason; nothing is raised for it.
+    A claim without the numbers it needs is "not tested", with the reason; nothing is raised for it. ``rng_name`` names
+    the draws of the one bootstrap that is printed beside a correlation; no verdict depends on a draw.
     """
     found: list[tuple[str, ClaimSettings, Decoding | None, _Finding | str]] = []
+    pools: dict[tuple[str, Decoding | None], SeedVariance | None] = {}
     for name, claim in claims.items():
         for decoding in evidence.decodings if claim.decoded else (None,):
-            test = _Test(evidence, decoding, (*rng_name, name, decoding or ""), replicates)
+            test = _Test(evidence, decoding, (*rng_name, name, decoding or ""), pools)
             try:
                 finding: _Finding | str = _TESTS[claim.kind](test, claim)
             except _Untested as error:
@@ -208,7 +207,7 @@ def evaluate_claims(
                 finding.counted,
                 finding.p,
                 p_holm,
-                smallest_detectable_difference(finding.estimate) if finding.drawn else None,
+                smallest_detectable_difference(finding.estimate),
                 finding.picked,
                 finding.parts,
                 finding.beside,
@@ -219,23 +218,20 @@ def evaluate_claims(
 
 # -- from a test to its verdict -------------------------------------------------------------------------------------
 
-Lean: TypeAlias = Literal["supported", "refuted", "inconclusive"]
-
 
 @dataclass(frozen=True, slots=True)
 class _Finding:
-    """A claim before its family is known. ``lean``: where its interval points; ``toward``: where its p does."""
+    """A claim before its family is known."""
 
     statistic: str
     unit: str
     estimate: Estimate
     margin: float
-    lean: Lean
-    where: str  # the interval lies, in words
-    p_for: float | None = None  # one-sided
+    where: str  # how the interval lies to the threshold, in words
+    p_for: float | None = None  # one-sided; None if no test was made
     p_against: float | None = None
+    against: str = ""  # a part that goes significantly the other way, in words: the claim cannot be supported
     counted: str = "prompts"
-    drawn: bool = True  # False: counted, so that nothing is uncertain
     picked: tuple[str, ...] = ()
     parts: tuple[str, ...] = ()
     beside: tuple[str, ...] = ()
@@ -246,24 +242,24 @@ class _Finding:
             return None
         return min(1.0, 2 * min(self.p_for, self.p_against))
 
-    @property
-    def toward(self) -> Lean:
-        if self.p_for is None or self.p_against is None:
-            return self.lean
-        return "supported" if self.p_for <= self.p_against else "refuted"
-
 
 def _verdict(finding: _Finding, p_holm: float | None) -> tuple[Verdict, str]:
-    if finding.lean == "inconclusive" or p_holm is None:
-        return finding.lean, finding.where
-    if finding.toward == finding.lean and p_holm < ALPHA:
-        return finding.lean, finding.where
-    return "inconclusive", f"{finding.where}, but p is {_p(p_holm)} after Holm's adjustment"
+    if p_holm is None or finding.p is None:
+        return "inconclusive", finding.where
+    assert finding.p_for is not None
+    assert finding.p_against is not None
+    supported = finding.p_for <= finding.p_against
+    if p_holm >= ALPHA:
+        alone = f", but p is {_p(p_holm)} after Holm's adjustment" if finding.p < ALPHA else ""
+        return "inconclusive", finding.where + alone
+    if supported and finding.against:
+        return "inconclusive", f"{finding.where}, but {finding.against}"
+    return "supported" if supported else "refuted", finding.where
 
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """One statistic against its threshold, with one-sided p of its being above and below."""
+    """One statistic against its threshold, with the one-sided p of lying above and below it."""
 
     statistic: str
     unit: str
@@ -274,85 +270,54 @@ class _Part:
     counted: str = "prompts"
 
     @property
-    def above(self) -> bool:
-        return self.estimate.low > self.threshold
-
-    @property
-    def below(self) -> bool:
-        return self.estimate.high < self.threshold
-
-    @property
     def words(self) -> str:
         return f"{self.statistic} {_interval(self.estimate)} against {_signed(self.threshold)}"
 
 
 def _directional(part: _Part, margin: float) -> _Finding:
-    """theta above the part's threshold."""
-    lean: Lean = "supported" if part.above else "refuted" if part.below else "inconclusive"
-    where = {"supported": "lies above", "refuted": "lies below", "inconclusive": "does not lie to one side of"}[lean]
+    """The claim that theta lies above the part's threshold."""
+    low, high = part.estimate.low, part.estimate.high
+    lies = "above" if low > part.threshold else "below" if high < part.threshold else "on both sides of"
+    where = f"its interval lies {lies} {_signed(part.threshold)}"
     return _Finding(
-        part.statistic,
-        part.unit,
-        part.estimate,
-        margin,
-        lean,
-        f"its interval {where} {_signed(part.threshold)}",
-        part.p_above,
-        part.p_below,
-        part.counted,
+        part.statistic, part.unit, part.estimate, margin, where, part.p_above, part.p_below, counted=part.counted
     )
 
 
 def _equivalent(lower: _Part, upper: _Part, margin: float) -> _Finding:
-    """|theta| <= margin: two one-sided tests, ``lower`` against -margin and ``upper`` against margin."""
+    """The claim that |theta| <= margin: two one-sided tests, ``lower`` against -margin and ``upper`` against margin."""
     low, high = lower.estimate.low, lower.estimate.high
-    within, outside = -margin <= low and high <= margin, low > margin or high < -margin
-    lean: Lean = "supported" if within else "refuted" if outside else "inconclusive"
-    where = {"supported": "lies within", "refuted": "lies outside", "inconclusive": "reaches over an end of"}[lean]
-    return _Finding(
-        lower.statistic,
-        lower.unit,
-        lower.estimate,
-        margin,
-        lean,
-        f"its interval {where} ±{margin:.3f}",
-        max(lower.p_above, upper.p_below),
-        min(lower.p_below, upper.p_above),
-        lower.counted,
-    )
+    lies = "lies within" if -margin <= low and high <= margin else "reaches over an end of"
+    if low > margin or high < -margin:
+        lies = "lies outside"
+    p_for, p_against = max(lower.p_above, upper.p_below), min(lower.p_below, upper.p_above)
+    where = f"its interval {lies} ±{margin:.3f}"
+    return _Finding(lower.statistic, lower.unit, lower.estimate, margin, where, p_for, p_against, counted=lower.counted)
 
 
-def _compound(must: Sequence[_Part], others: Sequence[_Part], of: int) -> _Finding:
-    """All of ``must``, and one at least of ``others``, of which the claim names ``of``."""
-    whole = len(others) == of  # an unmeasured part might have held
-    other_for = min(1.0, len(others) * min(part.p_above for part in others))
-    other_against = max(part.p_below for part in others) if whole else 1.0
-    p_for = max([other_for, *(part.p_above for part in must)])
-    ways = [other_against, *(part.p_below for part in must)]
-    p_against = min(1.0, len(ways) * min(ways))
-    holds = all(part.above for part in must) and any(part.above for part in others)
-    fails = any(part.below for part in must) or (whole and all(part.below for part in others))
-    lean: Lean = "supported" if holds else "refuted" if fails else "inconclusive"
+def _compound(must: Sequence[_Part], gold: _Part | None, nll: _Part | None) -> _Finding:
+    """The claim that all of ``must`` hold, and the decider: the gold reward, or without one the likelihood."""
+    decider = gold or nll
+    assert decider is not None
+    needed = [*must, decider]
+    p_for = max(part.p_above for part in needed)
+    p_against = min(1.0, len(needed) * min(part.p_below for part in needed))
     if p_for <= p_against:
-        shown = max([min(others, key=lambda part: part.p_above), *must], key=lambda part: part.p_above)
+        shown = max(needed, key=lambda part: part.p_above)
     else:
-        failing = [max(others, key=lambda part: part.p_below)] if whole else []
-        shown = min([*must, *failing], key=lambda part: part.p_below)
-    where = {
-        "supported": "the intervals of the parts that it needs lie above their thresholds",
-        "refuted": "the interval of what it needs lies below its threshold",
-        "inconclusive": "the intervals of its parts do not decide",
-    }[lean]
-    return _Finding(
-        shown.statistic,
-        shown.unit,
-        shown.estimate,
-        shown.threshold,
-        lean,
-        where,
-        p_for,
-        p_against,
-        parts=tuple(part.words for part in (*must, *others)),
+        shown = min(needed, key=lambda part: part.p_below)
+    against = ""
+    if gold is not None and nll is not None and 2 * nll.p_below < ALPHA:
+        against = f"the likelihood of the text goes the other way ({nll.words})"
+    finding = _directional(shown, shown.threshold)
+    parts = tuple(part.words for part in (*must, *filter(None, (gold, nll))))
+    return replace(
+        finding,
+        p_for=p_for,
+        p_against=p_against,
+        against=against,
+        where=f"of its parts, that of the {shown.unit} decides: {finding.where}",
+        parts=parts,
     )
 
 
@@ -365,60 +330,56 @@ class _Untested(Exception):
 
 @dataclass(frozen=True)
 class _Test:
-    """One claim under one decoding: the evidence, and draws that are named by the claim and what is drawn."""
+    """One claim under one decoding: the evidence, the names of its draws, and the pooled variances of the run."""
 
     evidence: Evidence
     decoding: Decoding | None
     name: tuple[str | int, ...]
-    replicates: int
-
-    def draw(self, *what: str) -> np.random.Generator:
-        return generator(*self.name, *what)
-
-    def draws(self, units: int) -> int:
-        """Replicates over that many prompts: fewer where they are many, for memory's sake, yet 2,000 at least."""
-        return min(self.replicates, max(2000, AT_ONCE // units))
+    pools: dict[tuple[str, Decoding | None], SeedVariance | None]
 
     def values(self, row: str, measure: Measure) -> Grid:
         assert self.decoding is not None
         return _known(row, self.evidence.values(row, self.decoding, measure))
 
-    def difference(
-        self, a: str, b: str, measure: Measure, threshold: float, *, level: float = LEVEL, words: str = ""
-    ) -> _Part:
+    def pooled(self, measure: str, grid: Callable[[str], Grid | str]) -> SeedVariance | None:
+        """Return the variance between seeds of a measure over the trained rows of the run, computed once."""
+        key = measure, self.decoding
+        if key not in self.pools:
+            grids = [found for row in self.evidence.trained if not isinstance(found := grid(row), str)]
+            self.pools[key] = pool_seed_variance([np.nanmean(found.values_SP, axis=1) for found in grids])
+        return self.pools[key]
+
+    def difference(self, a: str, b: str, measure: Measure, threshold: float) -> _Part:
         """a - b on the evaluation prompts."""
         pair = self.values(a, measure), self.values(b, measure)
-        statistic = words or f"{MEASURE_WORDS[measure]} of {a} minus {b}"
         unit = "nats a token" if measure == "nll" else "nats" if measure == "kl" else MEASURE_WORDS[measure]
-        return self.part(*pair, f"{a}, {b}, {measure}", statistic, unit, threshold, level=level)
+        return self.part(*pair, measure, f"{MEASURE_WORDS[measure]} of {a} minus {b}", unit, threshold)
 
-    def part(
-        self,
-        a: Grid,
-        b: Grid,
-        drawn: str,
-        statistic: str,
-        unit: str,
-        threshold: float,
-        *,
-        level: float = LEVEL,
-        counted: str = "prompts",
-    ) -> _Part:
-        """Mean of a - b against a threshold, paired on seeds and prompts."""
-        a_SP, b_SP = _paired(a, b)
-        # The sign-flip test is of zero: taking the threshold off one side makes it a test of the threshold.
-        shifted = paired_difference(
-            a_SP - threshold, b_SP, rng=self.draw(drawn), replicates=self.draws(a_SP.shape[1]), level=level
+    def part(self, a: Grid, b: Grid, measure: Measure, statistic: str, unit: str, threshold: float) -> _Part:
+        """The mean of a - b, whose trained sides are of ``measure``, against a threshold."""
+        decoding = self.decoding
+        assert decoding is not None
+        pooled = self.pooled(measure, lambda row: self.evidence.values(row, decoding, measure))
+        return self.against(a, b, pooled, statistic, unit, threshold)
+
+    def accuracy(self, a: Grid, b: Grid, statistic: str, threshold: float) -> _Part:
+        """The mean of a - b, accuracies on the held-out pairs, against a threshold."""
+        part = self.against(
+            a, b, self.pooled("accuracy", self.evidence.accuracy), statistic, "share of pairs", threshold
         )
-        assert shifted.p is not None
-        near, far = shifted.p / 2, 1 - shifted.p / 2
-        p_above, p_below = (near, far) if shifted.value >= 0 else (far, near)
-        moved = {key: getattr(shifted, key) + threshold for key in ("value", "low", "high")}
-        return _Part(statistic, unit, replace(shifted, p=None, **moved), threshold, p_above, p_below, counted)
+        return replace(part, counted="pairs")
+
+    def against(
+        self, a: Grid, b: Grid, pooled: SeedVariance | None, statistic: str, unit: str, threshold: float
+    ) -> _Part:
+        """The mean of a - b against a threshold, paired on seeds and prompts."""
+        a_SP, b_SP, prompts = _paired(a, b)
+        found = paired_difference(a_SP, b_SP, level=LEVEL, clusters_P=self.evidence.clusters(prompts), pooled=pooled)
+        return _Part(statistic, unit, found, threshold, found.p_above(threshold), found.p_below(threshold))
 
     def best_on_dev(self, rows: Sequence[str]) -> tuple[str, tuple[str, ...]]:
-        """The row of the highest reward on the dev prompts, the first of equals, and a note where there was a choice.
-        Nothing of the evaluation prompts is looked at."""
+        """Return the row of the highest reward on the dev prompts (of equals the first) and a note if there was a
+        choice. The evaluation prompts do not enter."""
         if len(rows) == 1:
             return rows[0], ()
         assert self.decoding is not None
@@ -440,7 +401,7 @@ def _best_of_n_learner(test: _Test, claim: BestOfNLearnerSettings) -> _Finding:
     words = f"proxy reward of {claim.row} minus the best of its candidates on the same prompts"
 
     def against(threshold: float) -> _Part:
-        return test.part(reward, best, "best candidate", words, MEASURE_WORDS["reward"], threshold)
+        return test.part(reward, best, "reward", words, MEASURE_WORDS["reward"], threshold)
 
     return _equivalent(against(-claim.margin), against(claim.margin), claim.margin)
 
@@ -458,123 +419,122 @@ def _ordered(test: _Test, claim: OrderedSettings) -> _Finding:
 
 
 def _overoptimises(test: _Test, claim: OveroptimisesSettings) -> _Finding:
-    row, reference, level = claim.row, claim.reference, COMPOUND_LEVEL
-    proxy = test.difference(row, reference, "reward", claim.margin, level=level)
-    others = _measured(
-        lambda: test.difference(reference, row, "gold", claim.margin, level=level),
-        lambda: test.difference(row, reference, "nll", claim.nll_margin, level=level),
+    row, reference = claim.row, claim.reference
+    proxy = test.difference(row, reference, "reward", claim.margin)
+    gold, nll = _measured(
+        lambda: test.difference(reference, row, "gold", claim.margin),
+        lambda: test.difference(row, reference, "nll", claim.nll_margin),
     )
-    finding = _compound([proxy], others, of=2)
-    return replace(finding, beside=_beside(test, row, reference, "kl"))
+    return replace(_compound([proxy], gold, nll), beside=_beside(test, row, reference, "kl"))
 
 
 def _kl_repairs(test: _Test, claim: KLRepairsSettings) -> _Finding:
-    row, reference, level = claim.row, claim.reference, COMPOUND_LEVEL
-    others = _measured(
-        lambda: test.difference(row, reference, "gold", claim.margin, level=level),
-        lambda: test.difference(reference, row, "nll", claim.nll_margin, level=level),
+    row, reference = claim.row, claim.reference
+    gold, nll = _measured(
+        lambda: test.difference(row, reference, "gold", claim.margin),
+        lambda: test.difference(reference, row, "nll", claim.nll_margin),
     )
-    finding = _compound([], others, of=2)
-    return replace(finding, beside=_beside(test, row, reference, "kl"))
+    return replace(_compound([], gold, nll), beside=_beside(test, row, reference, "kl"))
 
 
 def _better_reward_model(test: _Test, claim: BetterRewardModelSettings) -> _Finding:
     row, reference = (_known(name, test.evidence.accuracy(name)) for name in (claim.row, claim.reference))
     words = f"accuracy of p_i of {claim.row} minus {claim.reference}"
-    part = test.part(row, reference, "accuracy", words, "share of pairs", claim.margin, counted="pairs")
-    return _directional(part, claim.margin)
+    return _directional(test.accuracy(row, reference, words, claim.margin), claim.margin)
 
 
 def _base_below_chance(test: _Test, claim: BaseBelowChanceSettings) -> _Finding:
     row = _known(claim.row, test.evidence.accuracy(claim.row))
     chance = replace(row, values_SP=np.full_like(row.values_SP, 0.5))
     words = f"one half minus the accuracy of p_i of {claim.row}"
-    part = test.part(chance, row, "accuracy", words, "share of pairs", claim.margin, counted="pairs")
-    return _directional(part, claim.margin)
-
-
-def _fewer_models(test: _Test, claim: FewerModelsSettings) -> _Finding:
-    """Counted, not estimated: RRHF's rows have at most 2 models, and PPO's more than those by over the margin."""
-    models = {row: _known(row, test.evidence.models(row)) for row in claim.rows()}
-    most, least = max(len(models[row]) for row in claim.rrhf), min(len(models[row]) for row in claim.ppo)
-    value = float(least - most)
-    estimate = Estimate(value, value, value, len(models), 1, None, "counted")
-    lean: Lean = "supported" if most <= 2 and value > claim.margin else "refuted"
-    counts = [f"{row} {len(names)} ({', '.join(names)})" for row, names in models.items()]
-    paper = (
-        "the paper counts 1 to 2 for RRHF, and for PPO 4, with a value model of its own; a value head on the policy "
-        "makes PPO's 3, and low-rank adapters, whose base is the reference, 2"
-    )
-    words = "models in memory of the leanest PPO row minus the largest RRHF row"
-    where = f"RRHF has {most} at most and PPO {least} at least"
-    return _Finding(
-        words, "models", estimate, claim.margin, lean, where, counted="rows", drawn=False, beside=(*counts, paper)
-    )
+    return _directional(test.accuracy(chance, row, words, claim.margin), claim.margin)
 
 
 def _spread_shrinks(test: _Test, claim: SpreadShrinksSettings) -> _Finding:
-    """Standard deviations of all responses pooled, as in Table 6; seeds and prompts are resampled crossed, together in
-    both rows, because all seeds and both rows share the training prompts."""
+    """Standard deviations of all responses pooled, as in Table 6, paired on seeds and training prompts."""
     row, reference = (_known(name, test.evidence.candidates(name)) for name in (claim.row, claim.reference))
-    seeds, prompts = _common(row.seeds, reference.seeds), _common(row.prompts, reference.prompts)
-    if not seeds or len(prompts) < 2:
-        raise _Untested("the two rows have no seed or fewer than 2 training prompts in common")
-    wide, narrow = (_moments(scores, seeds, prompts) for scores in (reference, row))
 
-    def theta(weights_RS: Floats, weights_RP: Floats) -> Floats:
-        return _pooled_std(wide, weights_RS, weights_RP) - _pooled_std(narrow, weights_RS, weights_RP)
+    def grid(name: str) -> Grid | str:
+        scores = test.evidence.candidates(name)
+        return scores if isinstance(scores, str) else _linear_std(scores)
 
-    rng, R, at_once = test.draw("spread"), test.draws(len(prompts)), max(1, AT_ONCE // len(prompts))
-    sizes = [min(at_once, R - made) for made in range(0, R, at_once)]
-    theta_R = np.concatenate([theta(_counts(rng, len(seeds), n), _counts(rng, len(prompts), n)) for n in sizes])
-    value = theta(np.ones((1, len(seeds))), np.ones((1, len(prompts))))[0]
     words = f"standard deviation of the training scores of {claim.reference} minus {claim.row}"
-    method = "bootstrap over seeds and prompts, crossed"
-    estimate = _percentile(value, theta_R, len(prompts), len(seeds), method)
-    above, below = _tails(theta_R, claim.margin)
-    part = _Part(words, MEASURE_WORDS["reward"], estimate, claim.margin, above, below, "training prompts")
-    return _directional(part, claim.margin)
+    pooled = test.pooled("spread", grid)
+    part = test.against(_linear_std(reference), _linear_std(row), pooled, words, MEASURE_WORDS["reward"], claim.margin)
+    return _directional(replace(part, counted="training prompts"), claim.margin)
+
+
+def _linear_std(scores: Scores) -> Grid:
+    """Return values (S, P) whose mean is the standard deviation of all scores pooled, linearised per seed and prompt.
+
+    A standard deviation s = sqrt(v) is no mean, but near its value it moves as one: a score x moves it by
+    ((x - mean)^2 - v) / (2 s N). The sum of that over a prompt's scores, times S P, plus s is the prompt's value, so
+    that the t statistic of means gives s its standard error (the infinitesimal jackknife, or delta method).
+    """
+    seeds, prompts = len(scores.seeds), len(scores.prompts)
+    every = np.concatenate([np.asarray(scores_P) for row in scores.scores_SP for scores_P in row])
+    mean, variance = every.mean(), every.var()
+    spread = math.sqrt(variance)
+    if spread == 0.0:
+        return Grid(scores.seeds, scores.prompts, np.zeros((seeds, prompts)))
+    excess_SP = np.array(
+        [[((np.asarray(scores_P) - mean) ** 2 - variance).sum() for scores_P in row] for row in scores.scores_SP]
+    )
+    return Grid(scores.seeds, scores.prompts, spread + excess_SP * (seeds * prompts) / (2 * spread * len(every)))
 
 
 def _over_rows(
     test: _Test, rows: Sequence[str], margin: float, of: Callable[[tuple[float, ...]], float], words: str
 ) -> _Finding:
-    """Rank correlation of test reward with candidates over runs; rows are resampled whole, with all their seeds.
+    """Spearman's correlation of test reward with candidates over rows, each the mean over its seeds.
 
-    Runs of a row are not independent and rows are few, so with fewer than five no test is made, and p is the larger of
-    two. Above: of the bootstrap's, and of a permutation test over row means (against no correlation at all). Below: of
-    the bootstrap's, and of Fisher's z over row means (standard error sqrt(1.06 / (K - 3))), 1 / K! at least.
+    Rows are the random unit. Interval and p come from Fisher's z with the standard error sqrt(1.06 / (K - 3)) (Fieller,
+    Hartley and Pearson 1957, doi 10.1093/biomet/44.3-4.470), so with fewer than five rows no test is made. Rows of one
+    run share prompts and candidates, which this takes as independent.
     """
-    x_N, y_N, row_N = _runs(test, rows, of)
+    x_K, y_K = np.array([_row_means(test, row, of) for row in rows]).T
     K = len(rows)
-    if x_N.min() == x_N.max() or y_N.min() == y_N.max():
-        raise _Untested("every run has the same candidates or the same reward, so that there is nothing to correlate")
-    once, drawn = np.ones((1, len(x_N))), _counts(test.draw("rows"), K, test.replicates)[:, row_N]
-    rho_R = _weighted_spearman(x_N, y_N, drawn)
-    seeds = max(np.bincount(row_N).tolist())
-    method = "bootstrap over rows, each with all its seeds"
-    estimate = _percentile(_weighted_spearman(x_N, y_N, once)[0], rho_R, len(x_N), seeds, method)
-    slope = _percentile(_weighted_slope(x_N, y_N, once)[0], _weighted_slope(x_N, y_N, drawn), len(x_N), seeds, method)
-    statistic = f"rank correlation of test reward with the {words}, over runs"
+    if x_K.min() == x_K.max() or y_K.min() == y_K.max():
+        raise _Untested("every row has the same candidates or the same reward, so that there is nothing to correlate")
+    rho = float(stats.spearmanr(x_K, y_K)[0])
+    line = slope(x_K, y_K, rng=generator(*test.name, "slope"))
+    statistic = f"rank correlation of test reward with the {words}, over rows"
     beside = (
-        f"least-squares slope {_interval(slope)}",
-        f"{len(x_N)} runs are of {K} rows, which are few and not independent: the interval is a rough one",
+        f"least-squares slope {_interval(line)} (bootstrap over rows)",
+        f"{K} rows, which are few and share prompts and candidates: the interval is a rough one",
     )
-    above, below = _tails(rho_R, margin)
+    # A perfect order has an infinite z; it counts as half the step to the order that differs from it least.
+    z, error = math.atanh(max(-_largest(K), min(_largest(K), rho))), math.sqrt(1.06 / max(K - 3, 1))
+    reach = error * float(stats.norm.ppf(0.5 + LEVEL / 2))
+    low, high = min(rho, math.tanh(z - reach)), max(rho, math.tanh(z + reach))
+    estimate = Estimate(rho, low, high, K, 1, None, "Spearman, Fisher's z over rows", LEVEL)
     if K < FEWEST_ROWS:
         where = f"{K} rows are too few to test a correlation; {FEWEST_ROWS} are the fewest"
-        lean: Lean = "inconclusive"
-        return _Finding(statistic, "correlation", estimate, margin, lean, where, counted="runs", beside=beside)
-    x_K, y_K = (np.bincount(row_N, values) / np.bincount(row_N) for values in (x_N, y_N))
-    above = max(above, _permutation_p(x_K, y_K, test.draw("permutation"), test.replicates))
-    below = max(below, _fisher_below(x_K, y_K, margin), 1 / math.factorial(K))
-    part = _Part(statistic, "correlation", estimate, margin, above, below, "runs")
+        return _Finding(statistic, "correlation", estimate, margin, where, counted="rows", beside=beside)
+    distance = (z - math.atanh(margin)) / error
+    above, below = float(stats.norm.sf(distance)), float(stats.norm.cdf(distance))
+    part = _Part(statistic, "correlation", estimate, margin, above, below, "rows")
     return replace(_directional(part, margin), beside=beside)
+
+
+def _largest(rows: int) -> float:
+    """Return what a perfect rank correlation of so many rows counts as: 1 less half its smallest step."""
+    return 1 - 6 / (rows**3 - rows)
+
+
+def _row_means(test: _Test, row: str, of: Callable[[tuple[float, ...]], float]) -> tuple[float, float]:
+    """Return (mean of ``of`` over a row's candidates, its test reward), over the seeds that have both."""
+    candidates, reward = _known(row, test.evidence.candidates(row)), test.values(row, "reward")
+    seeds = _common(candidates.seeds, reward.seeds)
+    if not seeds:
+        raise _Untested(f"{row}: no seed has both candidates and replies")
+    x = [np.mean([of(scores) for scores in candidates.scores_SP[candidates.seeds.index(seed)]]) for seed in seeds]
+    y = [np.nanmean(reward.values_SP[reward.seeds.index(seed)]) for seed in seeds]
+    return float(np.mean(x)), float(np.mean(y))
 
 
 _TESTS: Mapping[str, Callable[[_Test, Any], _Finding]] = {
     "rrhf_reaches_ppo": _rrhf_reaches_ppo,
-    "fewer_models": _fewer_models,
     "best_of_n_learner": _best_of_n_learner,
     "best_of_n_over_rows": _best_of_n_over_rows,
     "reward_rises_with_sampling_quality": _rises_with_sampling_quality,
@@ -596,21 +556,23 @@ def _known(row: str, found: T | str) -> T:
     return found
 
 
-def _measured(*parts: Callable[[], _Part]) -> list[_Part]:
-    """Those that could be computed; where none could, the reasons of all."""
-    found, reasons = [], []
+def _measured(*parts: Callable[[], _Part]) -> list[_Part | None]:
+    """Return each part, None for one that was not measured. Raises _Untested with all reasons if none was."""
+    found: list[_Part | None] = []
+    reasons = []
     for part in parts:
         try:
             found.append(part())
         except _Untested as error:
+            found.append(None)
             reasons.append(str(error))
-    if not found:
+    if len(reasons) == len(parts):
         raise _Untested("; ".join(reasons))
     return found
 
 
 def _beside(test: _Test, a: str, b: str, measure: Measure) -> tuple[str, ...]:
-    """A further difference, in words; nothing where it was not measured."""
+    """Return a further difference in words, or nothing if it was not measured."""
     try:
         part = test.difference(a, b, measure, 0.0)
     except _Untested:
@@ -618,18 +580,20 @@ def _beside(test: _Test, a: str, b: str, measure: Measure) -> tuple[str, ...]:
     return (f"{part.statistic} {_interval(part.estimate)}",)
 
 
-def _paired(a: Grid, b: Grid) -> tuple[Floats, Floats]:
-    """Both on the prompts that every seed of both has a number for; one model stands against every seed."""
+def _paired(a: Grid, b: Grid) -> tuple[Floats, Floats, list[str]]:
+    """Return both sides and their prompts: those for which every seed of both has a number. One model stands against
+    every seed."""
     alone = any(grid.one_model and len(grid.seeds) == 1 for grid in (a, b))
     seeds = _common(a.seeds, b.seeds)
     if not (seeds or alone):
         raise _Untested("the two rows have no seed in common")
     prompts = _common(a.prompts, b.prompts)
     a_SP, b_SP = (_part_of(grid, grid.seeds if alone else seeds, prompts) for grid in (a, b))
-    finite_P = np.isfinite(a_SP).all(axis=0) & np.isfinite(b_SP).all(axis=0)
+    finite_P = np.isfinite(np.concatenate([a_SP, b_SP])).all(axis=0)
     if finite_P.sum() < 2:
         raise _Untested("the two rows have fewer than 2 prompts in common")
-    return a_SP[:, finite_P], b_SP[:, finite_P]
+    kept = [prompt for prompt, finite in zip(prompts, finite_P.tolist(), strict=True) if finite]
+    return a_SP[:, finite_P], b_SP[:, finite_P], kept
 
 
 def _part_of(grid: Grid, seeds: Sequence[int], prompts: Sequence[str]) -> Floats:
@@ -639,107 +603,9 @@ def _part_of(grid: Grid, seeds: Sequence[int], prompts: Sequence[str]) -> Floats
 
 
 def _common(a: Sequence[T], b: Sequence[T]) -> tuple[T, ...]:
-    """In the order of ``a``."""
+    """Return the items that both have, in the order of ``a``."""
     known = set(b)
     return tuple(item for item in a if item in known)
-
-
-def _counts(rng: np.random.Generator, units: int, replicates: int) -> Floats:
-    """(R, units): how often each unit was drawn."""
-    return rng.multinomial(units, np.full(units, 1 / units), size=replicates).astype(np.float64)
-
-
-def _moments(scores: Scores, seeds: Sequence[int], prompts: Sequence[str]) -> Floats:
-    """(3, S, P): number, sum and sum of squares of each prompt's scores, less the mean of all, which cancels."""
-    columns = {prompt: p for p, prompt in enumerate(scores.prompts)}
-    chosen_SP = [
-        [np.array(scores.scores_SP[scores.seeds.index(seed)][columns[prompt]]) for prompt in prompts] for seed in seeds
-    ]
-    centre = np.concatenate([part for part_P in chosen_SP for part in part_P]).mean()
-    return np.array([
-        [[f(part - centre) for part in part_P] for part_P in chosen_SP] for f in (len, np.sum, lambda x: (x**2).sum())
-    ])  # fmt: skip
-
-
-def _pooled_std(moments_3SP: Floats, weights_RS: Floats, weights_RP: Floats) -> Floats:
-    count_R, sum_R, square_R = (np.einsum("rs,rs->r", weights_RS, weights_RP @ m_SP.T) for m_SP in moments_3SP)
-    return np.sqrt(np.maximum(square_R / count_R - (sum_R / count_R) ** 2, 0.0))
-
-
-def _runs(
-    test: _Test, rows: Sequence[str], of: Callable[[tuple[float, ...]], float]
-) -> tuple[Floats, Floats, np.ndarray]:
-    """Of each run: its candidates' mean of ``of`` over prompts, its test reward, and the number of its row."""
-    x, y, row_of = [], [], []
-    for k, row in enumerate(rows):
-        candidates, reward = _known(row, test.evidence.candidates(row)), test.values(row, "reward")
-        seeds = _common(candidates.seeds, reward.seeds)
-        if not seeds:
-            raise _Untested(f"{row}: no seed has both candidates and replies")
-        for seed in seeds:
-            scores_P = candidates.scores_SP[candidates.seeds.index(seed)]
-            x.append(math.fsum(map(of, scores_P)) / len(scores_P))
-            y.append(float(np.nanmean(reward.values_SP[reward.seeds.index(seed)])))
-            row_of.append(k)
-    return np.array(x), np.array(y), np.array(row_of)
-
-
-def _weighted_spearman(x_N: Floats, y_N: Floats, weights_RN: Floats) -> Floats:
-    """Of samples in which item n stands weights_RN times: average ranks, then Pearson; nan where a side is constant."""
-
-    def ranks(values_N: Floats) -> Floats:
-        below_NN = (values_N[:, None] > values_N) + 0.5 * (values_N[:, None] == values_N)
-        return weights_RN @ below_NN.T
-
-    a_RN, b_RN = (_centred(ranks(values), weights_RN) for values in (x_N, y_N))
-    spread_R = np.sqrt((weights_RN * a_RN**2).sum(axis=1) * (weights_RN * b_RN**2).sum(axis=1))
-    return _ratio((weights_RN * a_RN * b_RN).sum(axis=1), spread_R)
-
-
-def _weighted_slope(x_N: Floats, y_N: Floats, weights_RN: Floats) -> Floats:
-    a_RN, b_RN = (_centred(np.broadcast_to(values, weights_RN.shape), weights_RN) for values in (x_N, y_N))
-    return _ratio((weights_RN * a_RN * b_RN).sum(axis=1), (weights_RN * a_RN**2).sum(axis=1))
-
-
-def _centred(values_RN: Floats, weights_RN: Floats) -> Floats:
-    return values_RN - (weights_RN * values_RN).sum(axis=1, keepdims=True) / weights_RN.sum(axis=1, keepdims=True)
-
-
-def _ratio(above_R: Floats, below_R: Floats) -> Floats:
-    # Spreads that are rounding alone count as none.
-    return np.divide(above_R, below_R, out=np.full_like(above_R, np.nan), where=below_R > 1e-20)
-
-
-def _permutation_p(x_K: Floats, y_K: Floats, rng: np.random.Generator, replicates: int) -> float:
-    """One-sided, of a positive rank correlation: all K! orders up to 7 rows, else drawn ones and the observed."""
-    a_K, b_K = (stats.rankdata(values) - (len(values) + 1) / 2 for values in (x_K, y_K))
-    K = len(a_K)
-    if K <= 7:
-        order_RK = np.array(list(itertools.permutations(range(K))))
-    else:
-        order_RK = np.vstack([np.arange(K), rng.permuted(np.tile(np.arange(K), (replicates, 1)), axis=1)])
-    return float(np.mean(b_K[order_RK] @ a_K >= a_K @ b_K - 1e-9))
-
-
-def _fisher_below(x_K: Floats, y_K: Floats, rho: float) -> float:
-    """One-sided, of a rank correlation below ``rho``, by Fisher's z."""
-    found = float(_weighted_spearman(x_K, y_K, np.ones((1, len(x_K))))[0])
-    if math.isnan(found):  # all rows alike on one side
-        return 1.0
-    found = min(max(found, -1 + 1e-12), 1 - 1e-12)
-    return float(stats.norm.cdf((math.atanh(found) - math.atanh(rho)) / math.sqrt(1.06 / (len(x_K) - 3))))
-
-
-def _tails(theta_R: Floats, threshold: float) -> tuple[float, float]:
-    """One-sided p of lying above and below, by the same replicates as the interval; undefined ones are left out."""
-    theta_R = theta_R[np.isfinite(theta_R)]
-    size = 1 + len(theta_R)
-    return (1 + int((theta_R <= threshold).sum())) / size, (1 + int((theta_R >= threshold).sum())) / size
-
-
-def _percentile(value: float, theta_R: Floats, n: int, seeds: int, method: str) -> Estimate:
-    low, high = np.nanquantile(theta_R, [0.5 - LEVEL / 2, 0.5 + LEVEL / 2])
-    return Estimate(float(value), float(low), float(high), n, seeds, None, method, LEVEL)
 
 
 # -- words ----------------------------------------------------------------------------------------------------------

@@ -81,19 +81,6 @@ class RRHFReachesPPOSettings(_Reaches):
         return f"RRHF ({', '.join(self.rrhf)}) reaches the reward of PPO ({', '.join(self.ppo)})."
 
 
-class FewerModelsSettings(_Reaches):
-    """``margin``: models by which the leanest PPO row must exceed the largest RRHF row; 0 asks for any excess."""
-
-    decoded: ClassVar[bool] = False
-
-    kind: Literal["fewer_models"] = "fewer_models"
-    margin: Margin = 0.0
-
-    @property
-    def sentence(self) -> str:
-        return "RRHF keeps one or two models in memory while it trains, fewer than PPO."
-
-
 class BestOfNLearnerSettings(ClaimSettings):
     """``margin``: proxy reward by which the model may miss its best candidate, on either side, and count as equal."""
 
@@ -117,7 +104,7 @@ class _OverRows(ClaimSettings):
 
 
 class BestOfNOverRowsSettings(_OverRows):
-    """``margin``: the rank correlation, over runs, that must be exceeded."""
+    """``margin``: the rank correlation, over rows, that must be exceeded."""
 
     kind: Literal["best_of_n_over_rows"] = "best_of_n_over_rows"
 
@@ -127,7 +114,7 @@ class BestOfNOverRowsSettings(_OverRows):
 
 
 class SamplingQualitySettings(_OverRows):
-    """``margin``: the rank correlation, over runs, that must be exceeded."""
+    """``margin``: the rank correlation, over rows, that must be exceeded."""
 
     kind: Literal["reward_rises_with_sampling_quality"] = "reward_rises_with_sampling_quality"
 
@@ -231,7 +218,6 @@ class BaseBelowChanceSettings(ClaimSettings):
 
 CLAIMS: dict[str, type[ClaimSettings]] = {
     "rrhf_reaches_ppo": RRHFReachesPPOSettings,
-    "fewer_models": FewerModelsSettings,
     "best_of_n_learner": BestOfNLearnerSettings,
     "best_of_n_over_rows": BestOfNOverRowsSettings,
     "reward_rises_with_sampling_quality": SamplingQualitySettings,

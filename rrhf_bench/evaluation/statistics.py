@@ -273,7 +273,8 @@ def smallest_detectable_difference(estimate: Estimate, *, power: float = 0.8) ->
     if not 0.0 < power < 1.0:
         raise DataError(f"smallest_detectable_difference: found power {power}; expected between 0 and 1, such as 0.8")
     if estimate.error is not None and estimate.freedom is not None:
-        return float(estimate.error * stats.t.ppf([0.5 + estimate.level / 2, power], estimate.freedom).sum())
+        quantiles = (float(stats.t.ppf(share, estimate.freedom)) for share in (0.5 + estimate.level / 2, power))
+        return estimate.error * sum(quantiles)
     z = stats.norm.ppf(0.5 + estimate.level / 2)
     return float((z + stats.norm.ppf(power)) * (estimate.high - estimate.low) / (2 * z))
 

@@ -20,6 +20,10 @@ class RunEvidence:
     def __init__(self, view: View) -> None:
         self.view = view
         self.decodings: tuple[Decoding, ...] = view.decodings
+        self.trained: Sequence[str] = view.trained
+
+    def clusters(self, prompts: Sequence[str]) -> Sequence[str]:
+        return self.view.clusters(prompts)
 
     def values(self, row: str, decoding: Decoding, measure: Measure) -> Grid | str:
         block = self.view.block(row, decoding)
@@ -59,13 +63,8 @@ class RunEvidence:
             return f"it has no {DECODING_WORDS[decoding]} reward on the dev prompts, by which it would be picked"
         return found
 
-    def models(self, row: str) -> tuple[str, ...] | str:
-        if row not in self.view.methods:
-            return "it is no method, and trains nothing"
-        return self.view.methods[row].models_in_memory()
-
     def _grid(self, row: str, block: Block[T], values_SP: Floats) -> Grid:
-        # What is no method is one model, or one text, whatever the training seed.
+        # A row that is no method is one model, or one text, for every training seed.
         return Grid(block.seeds, block.prompts, values_SP, one_model=row not in self.view.methods)
 
 
@@ -97,16 +96,16 @@ def claims_table(results: Sequence[ClaimResult], arena: str) -> Table:
     )
     rows = [_row(result) for result in results]
     notes = (
-        "Margins were fixed in the experiment file before the run. Supported: the 95% interval lies on the claimed "
-        "side of the threshold and Holm's p is below 0.05; refuted: it lies on the other side, with the same p; all "
-        "else is inconclusive, which is no proof of the contrary. To reach a method is to be no worse by the margin; "
-        "to come to a value is to lie within the margin on both sides of it.",
-        "p: two-sided, of the distance to the threshold (sign flips over prompts; for correlations and spreads, the "
-        "bootstrap of the interval). Holm: over all claims and decodings of this table that have a p.",
-        "Claims of several parts (over-optimisation and its repair) show the part that decides and its margin, with "
-        "intervals of 97.5%; the sentences have all parts.",
-        "Detectable: the distance from the threshold that would have been found four times in five, were it the only "
-        "claim. Prompts: pairs where p_i is meant, runs or rows where the statistic is over them.",
+        "Supported or refuted: Holm's p is below 0.05 and theta lies on the claimed or on the other side of the "
+        "threshold; all else is inconclusive, which is no proof of the contrary. To reach a method is to be no worse "
+        "by the margin; to come to a value is to lie within the margin on both sides of it (two one-sided tests).",
+        "p: two-sided, of the distance to the threshold, from the statistic of the interval (t over training seeds and "
+        "clusters of prompts; for correlations Fisher's z over rows). Holm: over all claims and decodings of this "
+        "table that have a p. Intervals are at 95%, each by itself.",
+        "Claims of several parts (over-optimisation and its repair) show the part that decides; the sentences have "
+        "all parts. If the run has a gold reward, it decides, and not the likelihood of the text.",
+        "Detectable: the distance from the threshold that this claim alone would have found four times in five; an "
+        "order of size. Prompts: pairs for p_i, rows for a statistic over rows.",
     )
     return Table("claims", "The paper's claims", columns, tuple(rows), notes, arena)
 
@@ -117,10 +116,10 @@ def _row(result: ClaimResult) -> tuple[Cell, ...]:
     if result.estimate is None:
         untested = Cell.of(Missing(result.reason))
         return (*head, *[untested] * 2, margin, *[untested] * 2, verdict, *[untested] * 3)
-    no_test = Missing("counted, or too few rows to test")
+    no_test = Missing("too few rows to test")
     p, p_holm = (Cell.of(no_test if value is None else value) for value in (result.p, result.p_holm))
-    counted = Missing("counted: nothing about it is uncertain")
-    detectable = Cell.of(counted if result.detectable is None else result.detectable)
+    assert result.detectable is not None
+    detectable = Cell(result.detectable)
     sizes = (Cell(result.estimate.n), Cell(result.estimate.seeds))
     return (*head, Cell(result.statistic), Cell.of(result.estimate), margin, p, p_holm, verdict, detectable, *sizes)
 

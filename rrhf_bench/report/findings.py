@@ -125,8 +125,8 @@ def trades(compared: Sequence[Comparison]) -> Iterator[str]:
         for decoding in dict.fromkeys(decoding for _, decoding in beaten):
             some = [markdown(a) for a, where in beaten if where == decoding]
             yield (
-                f"**{len(some)} rows over-optimise the proxy** ({DECODING_WORDS[decoding]}): each is higher than another "
-                f"row on the proxy and lower on gold: {', '.join(some)}."
+                f"**{len(some)} rows over-optimise the proxy** ({DECODING_WORDS[decoding]}): each is higher than "
+                f"another row on the proxy and lower on gold: {', '.join(some)}."
             )
         return
     for (a, decoding), rows in beaten.items():
@@ -148,9 +148,9 @@ def _learners(view: View, learners: Sequence[BestOfNLearner]) -> Iterator[str]:
         some.sort(key=lambda learner: _gap(learner).value)
         if some:
             yield (
-                f"Eq. 7 ({DECODING_WORDS[decoding]}): the best candidate on the same evaluation prompts minus the row's "
-                f"reward is, over {len(some)} rows, from {_gap_words(some[0])} ({markdown(some[0].row)}) to "
-                f"{_gap_words(some[-1])} ({markdown(some[-1].row)}); exploratory."
+                f"Eq. 7 ({DECODING_WORDS[decoding]}, exploratory): the best candidate on the same evaluation prompts "
+                f"minus the row's reward runs, over {len(some)} rows, from {_gap_words(some[0])} "
+                f"({markdown(some[0].row)}) to {_gap_words(some[-1])} ({markdown(some[-1].row)})."
             )
 
 
@@ -167,13 +167,10 @@ def _gap_words(learner: BestOfNLearner) -> str:
 
 def _learner(learner: BestOfNLearner) -> str:
     way = learner.way
-    head = f"Eq. 7: **{markdown(learner.row)}** ({DECODING_WORDS[learner.decoding]})"
+    head = f"Eq. 7: **{markdown(learner.row)}** ({DECODING_WORDS[learner.decoding]}, exploratory)"
     if not isinstance(way, Missing):
-        head += f" stands at {100 * way:.0f}% of the way from the mean to the maximum of its training candidates. There"
-    return (
-        f"{head} the best candidate on the same evaluation prompts minus its reward is {_gap_words(learner)} "
-        "(exploratory)."
-    )
+        head += f" stands at {100 * way:.0f}% of the way from the mean to the maximum of its training candidates"
+    return f"{head}. The best candidate on the same evaluation prompts minus its reward is {_gap_words(learner)}."
 
 
 def _accuracies(view: View) -> Iterator[str]:

@@ -479,8 +479,8 @@ def rank_ablation(view: View) -> Table | None:
     notes = (
         _SCALES,
         "Rows differ in the weight of the ranking term alone. Less full: paired difference to the row with weight 1 "
-        "over the prompts and seeds that both have. These differences are exploratory; the table of differences has the "
-        "verdicts.",
+        "over the prompts and seeds that both have. These differences are exploratory; verdicts stand in the table of "
+        "differences.",
         "The paper says of weights 10 and 100 that they did worse, without numbers. Published: Table 7 of arXiv "
         "2304.05302v2, the same in v3.",
     )

@@ -107,9 +107,7 @@ def absent(view: View, row: str, decoding: Decoding) -> Missing:
     return view.absent(row)
 
 
-def likelihood_cells(
-    view: View, block: Block[Evaluated], row: str, decoding: Decoding
-) -> tuple[Cell, Cell, Cell]:
+def likelihood_cells(view: View, block: Block[Evaluated], row: str, decoding: Decoding) -> tuple[Cell, Cell, Cell]:
     """Return the cells of PPL, PPL per text and NLL per token."""
     reason = unmeasured("nll", block.items) or unmeasured("nll_tokens", block.items)
     perplexity = None if reason else metrics.perplexity(block.items)
@@ -182,12 +180,12 @@ DIFFERENCE_COLUMNS = (
     Column("seeds", 0),
 )
 DIFFERENCE_NOTES = (
-    "Difference: mean over the prompts and seeds that both have. Interval and p come from one t statistic, which treats "
-    "training seeds and clusters of prompts as random; its variance between seeds is pooled over the trained rows of the "
-    "same decoding and reward. The interval is at 95% and the p is of this comparison alone.",
+    "Difference: mean over the prompts and seeds that both have. Interval and p come from one t statistic, which "
+    "treats training seeds and clusters of prompts as random; its variance between seeds is pooled over the trained "
+    "rows of the same decoding and reward. The interval is at 95% and p is of this comparison alone.",
     "Holm: p adjusted over the primary comparisons of the same decoding and reward. Higher or lower: this p is below "
-    "0.05, so that at most one family in twenty holds a false verdict. Otherwise the difference is inside noise, which "
-    "is no proof of equality: read it with the next column. An exploratory comparison gets no verdict.",
+    "0.05, which aims at a false verdict in at most one family in twenty. Otherwise the difference is inside noise, "
+    "which is no proof of equality: read it with the next column. An exploratory comparison gets no verdict.",
     "Detectable: the smallest true difference that this comparison alone would find four times in five; an order of "
     "size, since few seeds tell little of their own spread, and more is needed in a family.",
 )
