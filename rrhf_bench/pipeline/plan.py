@@ -34,7 +34,7 @@ VERSIONS = {
     "score": 2,
     "judge": 1,
     "score pairs": 1,
-    "train": 7,
+    "train": 8,
     "evaluate": 2,
     "evaluate pairs": 1,
 }
