@@ -8,8 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from baselines.best_of_n import best_of_n_kl, expected_best_of_n
+from baselines.best_of_n import BestOfN, best_of_n_kl, expected_best_of_n
+from baselines.best_of_n_settings import BestOfNSettings
 from rrhf_bench.errors import DataError
+from rrhf_bench.records import Candidates, Prompt, Response
+from rrhf_bench.sampling.sampler import SamplingSpec
 
 
 def by_enumeration(scores, n, values):
@@ -118,3 +121,30 @@ def test_kl_is_that_of_the_best_of_many_distinct_responses(n):
     kl = (best * np.log(best * outcomes)).sum()
     assert kl == pytest.approx(best_of_n_kl(n), abs=1e-8)  # 20,000 outcomes stand for a continuum: 3e-9 apart
     assert kl <= best_of_n_kl(n)
+
+
+@pytest.mark.parametrize("best", [0, 1, 2])
+def test_the_best_is_found_among_rewards_that_float32_would_tie(best):
+    rewards = [10.0 + 1e-9 * (i == best) for i in range(3)]
+    assert len(set(np.float32(rewards))) == 1
+
+    class Drawn:
+        tokenization, identity = None, "drawn"
+
+        def sample(self, prompts, spec):
+            assert spec.n == 3
+            return [Candidates(prompt, tuple(Response(f" {i}", "model") for i in range(3))) for prompt in prompts]
+
+    class Reward:
+        identity = "near ties"
+
+        def score(self, prompts, responses):
+            return np.array([rewards[int(response)] for response in responses])
+
+    sampler = BestOfN(BestOfNSettings(n=3)).wrap(Drawn(), Reward())
+    (row,) = sampler.sample([Prompt("Human: Hi\n\nAssistant:")], SamplingSpec(1, 1.0, 4, 0, "test"))
+    assert [response.text for response in row.responses] == [f" {best}"]
+    # The estimator from a pool compares the same numbers: the best of 3 is the one, the best of 1 their mean.
+    values = [[float(i == best) for i in range(3)]]
+    assert expected_best_of_n([rewards], 3, value_BN=values) == pytest.approx([1.0])
+    assert expected_best_of_n([rewards], 1, value_BN=values) == pytest.approx([1 / 3])

@@ -10,6 +10,7 @@ import json
 import os
 import pty
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -19,7 +20,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_tokenizer
+from conftest import make_llama, make_tokenizer
 
 from rrhf_bench import cli as program
 from rrhf_bench.config import load_experiment
@@ -513,6 +514,28 @@ def test_the_steps_in_a_row_print_json_alone(cli: Cli, rows: Any, model: Path, r
     records = [json.loads(line) for line in judged.read_text().splitlines()]
     rewards = [record["reward"] for record in records if record["decoding"] == "sample"]
     assert sampled["reward/mean"] == pytest.approx(sum(rewards) / 2)
+
+
+@pytest.mark.parametrize("other", ["swapped", "smaller"])
+def test_a_kl_to_a_model_of_another_vocabulary(
+    refused: Any, rows: Any, model: Path, reward: Any, out: Path, tmp_path: Path, other: str
+) -> None:
+    """Two tokens have each other's id, as many as before; or the vocabulary is a smaller one."""
+    initial = tmp_path / "initial"
+    if other == "swapped":
+        shutil.copytree(model, initial)
+        text = json.loads((initial / "tokenizer.json").read_text(encoding="utf-8"))
+        ids = text["model"]["vocab"]
+        ids["A"], ids["B"] = ids["B"], ids["A"]
+        (initial / "tokenizer.json").write_text(json.dumps(text), encoding="utf-8")
+    else:
+        small = make_tokenizer(vocabulary=300)
+        make_llama(small).save_pretrained(initial)
+        small.save_pretrained(initial)
+    words = ["--reward-model", reward(), "--prompts", rows({"prompt": "Hi"}), "--out", out, "--max-new-tokens", 8]
+    (line,) = refused("evaluate", "--model", model, "--initial", initial, *words, "--backend", "transformers")
+    assert line.startswith(f"--initial {initial}: ")
+    assert str(model) in line
 
 
 def test_plan_ls_and_doctor_print_json_alone(cli: Cli, model: Path, reward: Any, tmp_path: Path) -> None:

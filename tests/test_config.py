@@ -871,6 +871,7 @@ TEST_CANDIDATES = "candidates for test prompts (n=2, T=1.0), seed 0"
         ("evaluation.curve_points=2", TRAININGS),
         ("evaluation.prompts=30", {*EVALUATIONS, *PAIR_EVALUATIONS, TEST_CANDIDATES}),
         ("evaluation.temperature=0.9", {*EVALUATIONS, *TRAININGS, "best-of-n pool, seed 0"}),
+        ("evaluation.top_k=50", {*EVALUATIONS, *TRAININGS, "best-of-n pool, seed 0"}),
     ],
 )
 def test_a_setting_changes_the_keys_of_its_stage_and_of_those_below(override: str, roots: set[str]) -> None:
@@ -913,6 +914,16 @@ def test_rows_share_candidates_when_they_sample_alike(write: Write) -> None:
         candidates('[methods.rrhf]\n[methods.hot]\nkind = "rrhf"\nlr = 0.5\nepochs = 9\nsources = ["model"]') == alone
     )
     assert candidates('[methods.rrhf]\n[methods.hot]\nkind = "rrhf"\ntemperature = 0.5') == alone + 2  # train and test
+
+
+def test_the_pool_is_drawn_as_the_evaluation_draws(write: Write) -> None:
+    """So the best of one of the pool is the initial policy that is evaluated beside it."""
+    text = "[evaluation]\ntemperature = 0.9\ntop_k = 50\nmax_new_tokens = 24\n[methods.sft]"
+    stages = {stage.name: stage for stage in make_plan(load_experiment(write(text))).stages}
+    pool, arena = stages["best-of-n pool, seed 0"].settings, stages["evaluate base, seed 0"].settings["evaluation"]
+    how = ("temperature", "top_k", "max_new_tokens", "stop", "sampler", "dtype")
+    assert {key: pool[key] for key in how} == {key: arena[key] for key in how}
+    assert (pool["top_k"], pool["top_p"]) == (50, 1.0)
 
 
 def test_rows_that_search_alike_share_candidates_over_seeds_and_temperatures(write: Write) -> None:

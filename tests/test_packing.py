@@ -503,6 +503,33 @@ def test_onednn_multiplies_as_the_default_does() -> None:
     assert onednn.gain() > 0
 
 
+@pytest.mark.parametrize(("m", "k", "n"), [(4, 0, 8), (0, 5, 3), (3, 5, 0)])
+def test_a_product_of_empty_operands_is_zeros(m: int, k: int, n: int) -> None:
+    a_MK, b_KN = torch.ones(m, k), torch.ones(k, n)
+    assert torch.equal(onednn.product(a_MK, b_KN), torch.zeros(m, n))
+    assert torch.equal(onednn.product(a_MK.t().contiguous().t(), b_KN.t().contiguous().t()), torch.zeros(m, n))
+
+
+def test_adapters_train_under_onednn() -> None:
+    # The second factor of an adapter is zero at first. Its layer's input then has a gradient of zeros throughout, all
+    # rows are left out of the products, and the products have empty operands.
+    batch = ragged(0)
+    found = []
+    for steered in ("off", "on"):
+        policy = policy_of(made(PACKED["llama"]), onednn=steered)
+        policy.adapt(LoraSettings(rank=16), seed=0)
+        parameters = list(policy.parameters())
+        optimiser = torch.optim.SGD(parameters, lr=0.1)
+        for _ in range(2):
+            optimiser.zero_grad()
+            sft_loss(policy.token_logprobs(batch), batch.mask_BT).backward()
+            optimiser.step()
+        found.append([parameter.detach() for parameter in parameters])
+    assert policy.onednn_layers > 0
+    for steered_parameter, plain_parameter in zip(found[1], found[0], strict=True):
+        torch.testing.assert_close(steered_parameter, plain_parameter, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("vendor", "family", "flags", "taken"),
     [

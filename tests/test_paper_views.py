@@ -19,11 +19,12 @@ from rrhf_bench.experiment import Experiment
 from rrhf_bench.paper import table6
 from rrhf_bench.pipeline.results import RunRecords
 from rrhf_bench.records import Candidates, CurvePoint, Evaluated, PairScored, PoolScored, Prompt, Response
+from rrhf_bench.report.claims import RunEvidence
 from rrhf_bench.report.compare import Comparison, best_of_n_learners, comparison_pairs, comparison_words
-from rrhf_bench.report.figures import reward_curves, training_curves
+from rrhf_bench.report.figures import best_of_n_curve, reward_curves, training_curves
 from rrhf_bench.report.figures import test_reward as forest
 from rrhf_bench.report.findings import departures_table, findings, rows_table, trades
-from rrhf_bench.report.frontier import frontiers
+from rrhf_bench.report.frontier import frontiers, no_frontier
 from rrhf_bench.report.page import write_report
 from rrhf_bench.report.published import (
     accuracies,
@@ -36,7 +37,8 @@ from rrhf_bench.report.published import (
     samples_a_query,
     sampling_quality,
 )
-from rrhf_bench.report.table import Missing, Table
+from rrhf_bench.report.table import Cell, Missing, Table
+from rrhf_bench.report.tables import main_table
 from rrhf_bench.report.variants import variant_groups, variant_sentences, variants_table
 from rrhf_bench.report.view import View
 from rrhf_bench.seeding import generator
@@ -567,6 +569,40 @@ def test_a_frontier_joins_the_ppo_rows_of_a_learning_rate_in_order_of_their_pena
     assert sorted(texts) == sorted(["0", "0.03", "0.1", "0.3"] * 2 + ["0.1"])
     assert len(list(frontiers(view_of("rank_ablation")))) == 1  # three and more rank weights
     assert list(frontiers(view_of("main_table"))) == []
+
+
+def test_truncated_draws_have_no_kl_wherever_one_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even where the records of an older run hold log-ratios in its place."""
+    whole, cut = view_of("ppo_frontier"), view_of("ppo_frontier", "evaluation.top_k=50")
+    assert any(reply.kl is not None for reply in cut.records.evaluated)
+
+    def kl_cell(view: View, row: str) -> Cell:
+        table = main_table(view)
+        column = [column.name for column in table.columns].index("KL")
+        (cells,) = (cells for cells in table.rows if (cells[0].value, cells[1].value) == (row, "sampled"))
+        return cells[column]
+
+    assert kl_cell(whole, "ppo").value is not None
+    found = kl_cell(cut, "ppo")
+    assert found.value is None
+    assert "top-k 50" in found.reason
+    assert isinstance(cut.difference("ppo", "base", "sample", "kl"), Missing)
+    assert isinstance(RunEvidence(cut).values("ppo", "sample", "kl"), str)
+    assert not isinstance(RunEvidence(cut).values("ppo", "sample", "reward"), str)
+    assert list(frontiers(cut)) == []
+    assert no_frontier(whole) is None
+    assert no_frontier(view_of("main_table", "evaluation.top_k=50")) is None  # which has no rows for one anyway
+
+    ((drawn, figure),) = best_of_n_curve(cut)
+    assert "top-k 50" in drawn.caption
+    ((_, with_points),) = best_of_n_curve(whole)
+    assert len(figure.axes[0].lines) < len(with_points.axes[0].lines)
+
+    monkeypatch.setattr("rrhf_bench.report.figures._save", lambda *_: None)
+    page = write_report(cut.records, tmp_path / "report").read_text(encoding="utf-8")
+    (section,) = re.findall(r"\n## Reward against distance\n(.*?)\n## ", page, re.S)
+    assert "top-k 50" in section
+    assert "![" not in section
 
 
 def test_figures_of_many_rows_grow_or_leave_out() -> None:

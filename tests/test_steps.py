@@ -7,6 +7,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -18,6 +19,7 @@ from rrhf_bench.pipeline import steps
 from rrhf_bench.pipeline.services import ModelRef, Services
 from rrhf_bench.policy.policy import Tokenization, TransformersPolicy
 from rrhf_bench.records import Preference, Prompt, Response
+from rrhf_bench.sampling.sampler import SamplingSpec
 from rrhf_bench.training.method import TrainContext, TrainInputs
 from rrhf_bench.training.rrhf_settings import RRHFSettings
 
@@ -90,17 +92,60 @@ def test_a_reply_that_was_cut_before_it_said_anything_has_no_likelihood(gpt2):
     assert found[1][0] > 0
 
 
-def test_policies_of_one_shape_with_other_tokenizers_do_not_share_an_engine(llama_folder, tmp_path: Path) -> None:
-    """An engine decodes with the tokenizer that it was started with: sharing it would garble the other's text."""
-    shutil.copytree(llama_folder(0), tmp_path / "other")
-    text = (tmp_path / "other" / "tokenizer.json").read_text(encoding="utf-8")
-    vocabulary = json.loads(text)
-    ids = vocabulary["model"]["vocab"]
+@pytest.fixture
+def other_vocabulary(llama_folder, tmp_path: Path) -> Path:
+    """The folder of a policy in which two tokens have each other's id."""
+    folder = tmp_path / "other"
+    shutil.copytree(llama_folder(1), folder)
+    text = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    ids = text["model"]["vocab"]
     ids["A"], ids["B"] = ids["B"], ids["A"]
-    (tmp_path / "other" / "tokenizer.json").write_text(json.dumps(vocabulary), encoding="utf-8")
+    (folder / "tokenizer.json").write_text(json.dumps(text), encoding="utf-8")
+    return folder
+
+
+def test_policies_of_one_shape_with_other_tokenizers_do_not_share_an_engine(llama_folder, other_vocabulary) -> None:
+    """An engine decodes with the tokenizer that it was started with: sharing it would garble the other's text."""
     services = Services(RuntimeSettings(device="cpu"))
-    refs = [ModelRef(str(llama_folder(0))), ModelRef(str(llama_folder(1))), ModelRef(str(tmp_path / "other"))]
+    refs = [ModelRef(str(folder)) for folder in (llama_folder(0), llama_folder(1), other_vocabulary)]
     one, same, other = (services.sampler(services.policy(ref), ref, "transformers") for ref in refs)
     assert one.engine is same.engine
     assert other.engine is not one.engine
-    assert other.tokenization.decode([ids["A"]]) == "A"
+    for one_of_two, letter in (one, "A"), (other, "B"):
+        assert one_of_two.tokenization.decode([one.tokenization.tokenizer.get_vocab()["A"]]) == letter
+
+
+@pytest.mark.parametrize(
+    ("drawn", "initial", "estimated"),
+    [
+        ({}, "same vocabulary", True),
+        ({"temperature": 0.7}, "same vocabulary", True),
+        ({"temperature": 0.0}, "same vocabulary", False),
+        ({"top_k": 5}, "same vocabulary", False),
+        ({"top_p": 0.9}, "same vocabulary", False),
+        ({}, "other vocabulary", False),
+        ({}, None, False),
+    ],
+)
+def test_a_kl_is_estimated_from_draws_of_the_policy_alone(
+    llama_folder, other_vocabulary, drawn, initial, estimated
+) -> None:
+    services = Services(RuntimeSettings(device="cpu"))
+    ref = ModelRef(str(llama_folder(0)))
+    policy = services.policy(ref)
+    folders = {"same vocabulary": llama_folder(1), "other vocabulary": other_vocabulary}
+    reference = None if initial is None else services.fixed_policy(ModelRef(str(folders[initial])))
+    spec = SamplingSpec(**{"n": 1, "temperature": 1.0, "max_new_tokens": 6, "seed": 0, "purpose": "test", **drawn})
+    sampler = services.sampler(policy, ref, "transformers")
+    prompts = [QUESTION, PAIRS[1].prompt]
+    records = steps.evaluate("row", 0, sampler, prompts, steps.Judges(Length()), {"sample": spec}, policy, reference)
+    assert [record.kl is not None for record in records] == [estimated] * 2
+
+
+class Length:
+    """A reward model that pays for characters."""
+
+    identity = "length"
+
+    def score(self, prompts, responses):
+        return np.array([float(len(response)) for response in responses])

@@ -16,13 +16,14 @@ from baselines.sft import SFT, sft_loss
 from baselines.sft_settings import SFTSettings
 from rrhf_bench.data.dialogue import Template
 from rrhf_bench.errors import DataError, Diverged, StageError
+from rrhf_bench.evaluation.metrics import candidate_statistics
 from rrhf_bench.policy.batching import ResponseBatch
 from rrhf_bench.policy.logprobs import kl_k1, kl_k3, sequence_score
 from rrhf_bench.policy.policy import Tokenization, TransformersPolicy
 from rrhf_bench.records import Candidates, Preference, Prompt, Response
 from rrhf_bench.sampling.sampler import SamplingSpec, to_response
-from rrhf_bench.training.loop import OfflineTrainer, batches
-from rrhf_bench.training.method import LossOutput, MethodBatch, Progress, TrainContext, TrainInputs
+from rrhf_bench.training.loop import OfflineTrainer, batches, tally
+from rrhf_bench.training.method import Example, LossOutput, MethodBatch, Progress, TrainContext, TrainInputs
 from rrhf_bench.training.optimiser import lr_factor
 from rrhf_bench.training.rrhf import RRHF
 from rrhf_bench.training.rrhf_settings import RRHFSettings
@@ -263,6 +264,36 @@ def test_responses_cut_before_any_text_are_left_out_and_counted(policy, tmp_path
     silent = TrainInputs(candidates=[Candidates(prompt, (nothing, nothing)) for prompt in PROMPTS])
     with pytest.raises(DataError, match="none of 16 responses has a token to train on"):
         OfflineTrainer(RRHF(settings), settings).fit(policy, silent, context(tmp_path))
+
+
+NEAR = (10.0, 10.0 + 1e-9)  # two rewards that are equal in float32
+
+
+@pytest.mark.parametrize("better", [0, 1])
+def test_rewards_that_float32_would_tie_are_ranked(policy, better):
+    """The pair gives a ranking term, an accuracy and a best response, and nothing counts a tie.
+
+    By hand: with margin m, the ranking term is max(0, p_worse - p_better + m), for the ranks differ by 1. The paper's
+    L_ft is minus the summed log-prob of the better response.
+    """
+    assert torch.tensor(NEAR[0]) == torch.tensor(NEAR[1])
+    replies = (Response(" It is 3. Really.", "model"), Response(" No.", "model"))
+    rewards = NEAR if better == 1 else NEAR[::-1]
+    example = Example(PROMPTS[0], replies, rewards)
+    batch = MethodBatch.of([example], policy.tokenization, None)
+    with torch.no_grad():
+        logp_RT = policy.token_logprobs(batch.batch)
+        output = RRHF(RRHFSettings(margin=50.0)).loss(policy, batch)
+    p = sequence_score(logp_RT, batch.batch.mask_BT).tolist()
+    assert output.metrics["loss/rank"] == pytest.approx(p[1 - better] - p[better] + 50.0, abs=1e-4)
+    assert output.metrics["loss/sft"] == pytest.approx(-logp_RT.sum(-1)[better].item(), rel=1e-6)
+    assert output.metrics["rewards/accuracies"] == float(p[better] > p[1 - better])
+    assert output.loss.dtype == logp_RT.dtype == torch.float32
+    counts = tally([example], policy.tokenization, None)
+    assert (counts["groups_with_ties"], counts["groups_all_equal"]) == (0, 0)
+    scored = tuple(replace(reply, score=reward) for reply, reward in zip(replies, rewards, strict=True))
+    found = candidate_statistics([Candidates(PROMPTS[0], scored)])
+    assert (found.pairs, found.ties, found.tied_best) == (1, 0, 0)
 
 
 def test_nothing_to_rank_is_refused():

@@ -15,6 +15,7 @@ from rrhf_bench.pipeline import steps
 from rrhf_bench.pipeline.candidates import assemble, pair_candidates
 from rrhf_bench.pipeline.services import ModelRef, Services, context_of
 from rrhf_bench.pipeline.store import replacing
+from rrhf_bench.policy.policy import Tokenization
 from rrhf_bench.records import Candidates, Decoding, Evaluated, Preference, Prompt
 from rrhf_bench.rewards.gold import GoldReward
 from rrhf_bench.sampling.backend import BackendName
@@ -107,11 +108,18 @@ class PlainSteps:
         perplexity: ModelRef | None,
         gold: bool,
     ) -> tuple[list[Evaluated], dict[str, int]]:
-        """One judged record a prompt and decoding, as JSON lines; counts of what was read."""
+        """Write one judged record for each prompt and decoding as JSON lines; return them and counts of what was read.
+
+        Raises DataError if the vocabulary of ``initial`` is not that of ``model``.
+        """
         _, questions, counts = read_prompts(prompts)
         with replacing(out) as path:
             services = Services(self.runtime)
             policy = services.policy(model)
+            reference = None
+            if initial is not None:
+                reference = services.fixed_policy(initial)
+                _check_vocabularies(policy.tokenization, model, reference.tokenization, initial)
             judges = steps.Judges(
                 services.reward(reward),
                 GoldReward() if gold else None,
@@ -119,10 +127,22 @@ class PlainSteps:
                 self.runtime.score_batch,
             )
             sampler = services.sampler(policy, model, self.backend, self.progress)
-            reference = services.fixed_policy(initial) if initial is not None else None
             records = steps.evaluate(name, seed, sampler, questions, judges, decodings, policy, reference)
             write_jsonl(path, records)
         return records, counts
+
+
+def _check_vocabularies(own: Tokenization, model: ModelRef, other: Tokenization, initial: ModelRef) -> None:
+    """Raise DataError if a policy and its initial policy differ in vocabulary: the KL between them has no meaning."""
+    if own.has_vocabulary_of(other):
+        return
+    found, expected = other.tokenizer.get_vocab(), own.tokenizer.get_vocab()
+    alike = len(found.items() & expected.items())
+    raise DataError(
+        f"--initial {initial.source}: has another vocabulary than --model {model.source} ({len(found)} tokens against "
+        f"{len(expected)}, {alike} of them with the same id in both); expected the same tokens with the same ids, "
+        "without which a KL has no meaning; name the policy that the model was trained from, or leave --initial out"
+    )
 
 
 def read_prompts(path: Path, *, verbatim: bool = False) -> tuple[list[Preference], list[Prompt], dict[str, int]]:

@@ -34,8 +34,8 @@ VERSIONS = {
     "score": 2,
     "judge": 1,
     "score pairs": 1,
-    "train": 7,
-    "evaluate": 2,
+    "train": 8,
+    "evaluate": 3,
     "evaluate pairs": 1,
 }
 
@@ -346,13 +346,17 @@ class _Builder:
         return self._pairs("test", self.experiment.evaluation.pairs)
 
     def pool(self, seed: int) -> Stage:
-        """Many samples of the initial policy on the first evaluation prompts: what best-of-n is estimated from."""
+        """Return the stage of the pool that best-of-n is estimated from: samples of the initial policy.
+
+        The pool has the evaluation's prompts, temperature and top-k. Its n = 1 point is then the policy whose replies
+        are evaluated beside it.
+        """
         e = self.experiment
         settings = {
             "n": e.evaluation.pool_samples,
             "temperature": e.evaluation.temperature,
             "top_p": 1.0,
-            "top_k": 0,
+            "top_k": e.evaluation.top_k,
             "max_new_tokens": e.evaluation.max_new_tokens,
             "stop": list(e.sampling.stop),
             "split": "pool",

@@ -112,15 +112,19 @@ def evaluate(
     policy: TransformersPolicy,
     initial: TransformersPolicy | None,
 ) -> list[Evaluated]:
-    """One record a prompt and decoding. The sampler must hold the policy's weights.
+    """Return one record for each prompt and decoding. The sampler must hold the policy's weights.
 
-    KL to ``initial`` is estimated on sampled replies only: greedy ones are not draws from the policy.
+    The KL to ``initial`` is estimated only from draws of the policy's own distribution at the spec's temperature.
+    Greedy replies and draws truncated by top-k or top-p have no KL (None). A policy whose vocabulary differs from that
+    of ``initial`` has none either, because the two then give probabilities to different events.
     """
+    comparable = initial is not None and policy.tokenization.has_vocabulary_of(initial.tokenization)
     records = []
     for decoding, spec in decodings.items():
         replies = [(c.prompt, c.responses[0]) for c in sampler.sample(prompts, spec)]
         kls: Sequence[float | None] = [None] * len(replies)
-        if initial is not None and not spec.greedy:
+        if comparable and not (spec.greedy or spec.truncated):
+            assert initial is not None
             kls = log_ratios(policy, initial, replies, spec.temperature, judges.batch)
         for (prompt, reply), verdict, kl in zip(replies, judges.verdicts(replies), kls, strict=True):
             assert reply.token_ids is not None
@@ -183,7 +187,11 @@ def reply_nll(policy: TransformersPolicy, rows: Sequence[Row], batch: int) -> li
 
 
 def log_ratios(policy: Policy, initial: Policy, rows: Sequence[Row], temperature: float, batch: int) -> list[float]:
-    """log pi(y | x) - log pi_0(y | x) of each reply on the ids it was sampled as: k1 of KL(pi || pi_0), in nats."""
+    """Return log pi(y | x) - log pi_0(y | x) of each reply in nats, on the ids that it was sampled as.
+
+    Both log-probs are at the temperature of the draw. If the replies are draws from pi at that temperature, not
+    truncated, each value is the k1 estimate of KL(pi || pi_0).
+    """
     pairs = [(policy.tokenization.prompt_ids(prompt), cast(Ids, reply.token_ids)) for prompt, reply in rows]
 
     def log_ratio(batch: ResponseBatch) -> Tensor:

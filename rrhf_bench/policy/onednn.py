@@ -1,7 +1,7 @@
 """Matrix products of float32 models through oneDNN, for processors on which PyTorch's default BLAS is slower.
 
-That BLAS leaves AVX-512 unused on processors that are not its maker's; oneDNN goes by what the processor can do. On
-some of them it makes no difference.
+The default BLAS (MKL) leaves AVX-512 unused on processors of other makers. oneDNN uses what the processor has. On some
+processors both are equally fast.
 """
 
 from __future__ import annotations
@@ -16,15 +16,21 @@ from torch import Tensor
 
 
 def product(a_MK: Tensor, b_KN: Tensor) -> Tensor:
-    """a @ b in float32 on a CPU, by oneDNN: a private operator of the pinned torch."""
+    """Return a @ b in float32 on a CPU, computed by oneDNN through a private operator of the pinned torch.
+
+    The operator raises on empty operands. A product without rows, inner dimension or columns is therefore made here,
+    as zeros. Such products occur: a LoRA layer's first backward pass has no row whose gradient is not zero.
+    """
+    if not (a_MK.numel() and b_KN.numel()):
+        return a_MK.new_zeros(a_MK.shape[0], b_KN.shape[1])
     return cast(Tensor, torch.ops.mkldnn._linear_pointwise(a_MK, b_KN.t(), None, "none", [], ""))
 
 
 def worth_it(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
-    """Whether oneDNN is taken where nobody says: on AMD's processors whose AVX-512 is full width (Zen 5 and later).
+    """Return True if ``onednn = "auto"`` uses oneDNN: on AMD processors with full-width AVX-512 (Zen 5 and later).
 
-    The processor decides, not a measurement: two processes of one run would measure differently on a busy machine, and
-    their results would differ in the last place. ``gain`` measures.
+    The processor decides, not a measurement. On a busy machine two processes of one run would measure differently, and
+    their results would differ in the last place. ``gain`` measures the speed.
     """
     try:
         first = cpuinfo.read_text().partition("\n\n")[0]
@@ -37,7 +43,10 @@ def worth_it(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
 
 
 def gain() -> float:
-    """How many times as fast oneDNN multiplies here: both sides in turn, the median of the ratios. Some 40 ms."""
+    """Return how many times as fast as PyTorch's default oneDNN multiplies here.
+
+    Both sides multiply in turn, and the result is the median of the ratios. The measurement takes about 40 ms.
+    """
     a_MK, b_KN = torch.ones(512, 512), torch.ones(512, 512)
     ratios = []
     for turn in range(8):
@@ -46,6 +55,6 @@ def gain() -> float:
             started = time.perf_counter()
             multiply(a_MK, b_KN)
             seconds.append(time.perf_counter() - started)
-        if turn:  # the first warms up
+        if turn:  # the first turn only warms up
             ratios.append(seconds[0] / seconds[1])
     return statistics.median(ratios)

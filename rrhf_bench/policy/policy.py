@@ -82,6 +82,10 @@ class Tokenization:
         vocabulary = json.dumps(sorted(self.tokenizer.get_vocab().items()))
         return hashlib.sha256(f"{self.template.kind} {vocabulary}".encode()).hexdigest()
 
+    def has_vocabulary_of(self, other: Tokenization) -> bool:
+        """Return True if both tokenizers have the same tokens with the same ids."""
+        return self is other or bool(self.tokenizer.get_vocab() == other.tokenizer.get_vocab())
+
     def prompt_ids(self, prompt: Prompt) -> tuple[int, ...]:
         """Ids of the rendered prompt, with the tokenizer's own leading special token if it adds one; of a raw prompt
         ``tokenizer(text)``, whatever that is."""

@@ -11,7 +11,7 @@ from rrhf_bench.evaluation.statistics import Floats
 from rrhf_bench.records import Decoding, Evaluated
 from rrhf_bench.report.table import Cell, Column, Missing, Table, markdown, number
 from rrhf_bench.report.tables import accuracy, right
-from rrhf_bench.report.view import DECODING_WORDS, Block, T, View, unmeasured
+from rrhf_bench.report.view import DECODING_WORDS, Block, T, View
 
 
 class RunEvidence:
@@ -30,7 +30,7 @@ class RunEvidence:
         if block is None:
             return f"the run holds no {DECODING_WORDS[decoding]} replies of this row"
         for field in ("nll", "nll_tokens") if measure == "nll" else (measure,):
-            missing = unmeasured(field, block.items)
+            missing = self.view.unmeasured(field, decoding, block.items)
             if missing:
                 return missing.reason
         return self._grid(row, block, block.array(lambda reply: _value(reply, measure)))

@@ -372,7 +372,10 @@ def _correlation(x_N: Floats, y_N: Floats, *name: str) -> str:
 
 
 def best_of_n_curve(view: View) -> Iterator[Made]:
-    """Reward of the best of n against its KL, from one pool, with each trained method at its measured KL."""
+    """Yield the reward of the best of n against its KL, from one pool, with each trained method at its measured KL.
+
+    If the run's replies estimate no KL, no trained method is drawn and the caption gives the reason.
+    """
     pool = view.pool
     if pool is None:
         return
@@ -397,12 +400,23 @@ def best_of_n_curve(view: View) -> Iterator[Made]:
     caption = (
         "Best of n samples of the initial policy by proxy reward, estimated without bias from a pool of "
         f"{samples} samples on each of {len(pool.prompts)} prompts, against its KL log n - (n - 1) / n (an upper bound "
-        "where scores tie); bands: 95% bootstrap over seeds and prompts. Points: each method on the same prompts, "
-        "sampled, at its measured KL to the initial policy, with 95% intervals; a diamond is best-of-n as the run "
-        "sampled it, at its KL bound. Training spends KL otherwise than best-of-n does, so equal KL is no equal "
-        "footing: read the points as a map, not a race." + _left_out(view, view.rows_from(BASE), rows)
+        "where scores tie); bands: 95% bootstrap over seeds and prompts. "
+        + _points_words(view)
+        + _left_out(view, view.rows_from(BASE), rows)
     )
     yield Drawn("best_of_n", "Best-of-n and the trained methods", caption), figure
+
+
+def _points_words(view: View) -> str:
+    """Return what the caption says about the points of methods beside the best-of-n curve."""
+    diamond = "a diamond is best-of-n as the run sampled it, at its KL bound"
+    if view.kl_missing is not None:
+        return f"No trained method has a point, because {view.kl_missing.reason}; {diamond}."
+    return (
+        "Points: each method on the same prompts, sampled, at its measured KL to the initial policy, with 95% "
+        f"intervals; {diamond}. Training spends KL otherwise than best-of-n does, so equal KL is no equal footing: "
+        "read the points as a map, not a race."
+    )
 
 
 def _draw_best_of_n(ax: Axes, view: View, pool: Block[Any], measure: Measure, ns: Sequence[int], samples: int) -> None:
@@ -432,7 +446,7 @@ def _draw_best_of_n(ax: Axes, view: View, pool: Block[Any], measure: Measure, ns
 
 
 def _method_point(ax: Axes, view: View, row: str, measure: Measure, pool: Block[Any]) -> bool:
-    """Draw a method's point on the pool's prompts; False where the records do not hold one."""
+    """Draw a method's point on the pool's prompts, and return False if the records do not hold one."""
     replies = view.block(row, "sample")
     if replies is None:
         return False
@@ -446,7 +460,7 @@ def _method_point(ax: Axes, view: View, row: str, measure: Measure, pool: Block[
     x: Estimate | float | Missing
     if view.kind(row) == "best_of_n":
         x = best_of_n_kl(view.methods[row].n or 1)
-    elif any(reply.kl is None for reply in part.items):
+    elif view.unmeasured("kl", "sample", part.items):
         return False
     else:
         x = view.mean_of(part.array(lambda reply: reply.kl or 0.0), prompts, "best of n", row, "kl")

@@ -34,22 +34,31 @@ class _Frontier:
 
 
 def frontiers(view: View) -> Iterator[tuple[Drawn, Figure]]:
-    """One figure for each initial policy from which enough rows of PPO or RRHF start."""
+    """Yield one figure for each initial policy from which enough rows of PPO or RRHF start."""
     for initial in view.policies:
         found = _frontier(view, initial)
         if found is not None:
             yield _draw(view, found)
 
 
-def _frontier(view: View, initial: str) -> _Frontier | None:
-    ppo = [row for row in view.rows_from(initial, "ppo") if _measured(view, row)]
+def no_frontier(view: View) -> Missing | None:
+    """Return why the figure is left out of a run that has rows for one, or None if the run has none or the figure."""
+    if view.kl_missing is None or not any(_frontier(view, initial, "reward") for initial in view.policies):
+        return None
+    return Missing(f"No figure of reward against KL: {view.kl_missing.reason}.")
+
+
+def _frontier(view: View, initial: str, *measures: Measure) -> _Frontier | None:
+    """Return the rows that start from one initial policy and have the measures, by default reward and KL."""
+    needed = measures or ("kl", "reward")
+    ppo = [row for row in view.rows_from(initial, "ppo") if _measured(view, row, needed)]
     groups = view.alike("lr", "rank_weight")
-    own = [[row for row in rows if view.initial(row) == initial and _measured(view, row)] for rows in groups]
+    own = [[row for row in rows if view.initial(row) == initial and _measured(view, row, needed)] for rows in groups]
     rrhf = max(own, key=len, default=[])
     if len({repr(changed(view.methods[row])) for row in ppo}) < LEAST:
         ppo = ppo if len(rrhf) >= LEAST else []
     if len(rrhf) < LEAST:
-        plain = view.plain_row(row for row in view.rows_from(initial, "rrhf") if _measured(view, row))
+        plain = view.plain_row(row for row in view.rows_from(initial, "rrhf") if _measured(view, row, needed))
         rrhf = [plain] if plain is not None and ppo else []
     if max(len(ppo), len(rrhf)) < LEAST:
         return None
@@ -57,8 +66,8 @@ def _frontier(view: View, initial: str) -> _Frontier | None:
     return _Frontier(initial, tuple(ppo), tuple(rrhf), tuple(best))
 
 
-def _measured(view: View, row: str) -> bool:
-    return not any(isinstance(view.values(row, "sample", measure), Missing) for measure in ("kl", "reward"))
+def _measured(view: View, row: str, measures: Sequence[Measure]) -> bool:
+    return not any(isinstance(view.values(row, "sample", measure), Missing) for measure in measures)
 
 
 def _draw(view: View, frontier: _Frontier) -> tuple[Drawn, Figure]:

@@ -16,6 +16,7 @@ from rrhf_bench.report.claims import claim_results, claim_sentences, claims_tabl
 from rrhf_bench.report.drawing import Drawn
 from rrhf_bench.report.figures import write_figures
 from rrhf_bench.report.findings import departures_table, findings, rows_table, standing
+from rrhf_bench.report.frontier import no_frontier
 from rrhf_bench.report.health import noted
 from rrhf_bench.report.published import published_tables
 from rrhf_bench.report.table import Table, fenced, markdown, number, to_csv, to_markdown, write_table
@@ -90,6 +91,7 @@ def _write(view: View, folder: Path) -> None:
         figures=figures,
         curves=_family(figures, "reward_curves"),
         frontiers=_family(figures, "frontier"),
+        no_frontier=no_frontier(view),
         replies_of="every method's" if set(view.main_rows) == set(view.methods) else "the main rows'",
         dialogues=list(_dialogues(view)),
         cost=cost,

@@ -302,11 +302,23 @@ class View:
         return self.blocks.get((row, decoding))
 
     def values(self, row: str, decoding: Decoding, measure: Measure) -> Floats | Missing:
-        """(S, P), or why there is none."""
+        """Return the (S, P) values of a measure, or why there are none."""
         block = self.block(row, decoding)
         if block is None:
             return self.absent(row)
-        return unmeasured(measure, block.items) or block.array(lambda reply: getattr(reply, measure))
+        return self.unmeasured(measure, decoding, block.items) or block.array(lambda reply: getattr(reply, measure))
+
+    def unmeasured(self, field: str, decoding: Decoding, replies: Sequence[Evaluated]) -> Missing | None:
+        """Return why a row has no number for a field of its replies, or None if it has one."""
+        if field == "kl" and decoding == "sample" and self.kl_missing is not None:
+            return self.kl_missing  # whatever the records hold: older ones have log-ratios of truncated draws there
+        return unmeasured(field, replies)
+
+    @property
+    def kl_missing(self) -> Missing | None:
+        """Return why the run's sampled replies estimate no KL, or None if they do."""
+        top_k = self.experiment.evaluation.top_k
+        return Missing(f"replies were drawn with top-k {top_k}: their log-ratio estimates no KL") if top_k else None
 
     @property
     def trained(self) -> list[str]:
@@ -377,7 +389,7 @@ def difference_between(
             return view.absent(row)
         if block is None:
             return Missing(f"the run holds no {DECODING_WORDS[decoding]} replies of {row}")
-        reason = unmeasured(measure, block.items)
+        reason = view.unmeasured(measure, decoding, block.items)
         if reason:
             return Missing(f"{row}: {reason.reason}")
     first, second = (block for block in blocks if block is not None)
@@ -432,10 +444,12 @@ def paired(
 
 
 def unmeasured(field: str, replies: Sequence[Evaluated]) -> Missing | None:
-    """Why a row has no number for a field that not every reply holds."""
+    """Return why a row has no number for a field that not every reply holds, or None if every reply holds it."""
     missing = sum(getattr(reply, field) is None for reply in replies)
     if not missing:
         return None
+    if missing == len(replies) and field == "kl":
+        return Missing("no KL was measured here: only draws of a policy with the initial policy's vocabulary have one")
     if missing == len(replies):
         return Missing(f"no {MEASURE_WORDS.get(field, field)} was measured here")
     return Missing(f"{missing} of {len(replies)} replies have no {MEASURE_WORDS.get(field, field)}")

@@ -50,7 +50,13 @@ class SamplingSpec:
 
     @property
     def greedy(self) -> bool:
+        """True if each token is the most likely one, so that nothing is drawn."""
         return self.temperature == 0.0
+
+    @property
+    def truncated(self) -> bool:
+        """True if top-k or top-p leaves tokens out, so that draws are not from the policy's own distribution."""
+        return self.top_k > 0 or self.top_p < 1.0
 
 
 Progress = Callable[[int, int], None]  # (done, total)

@@ -202,7 +202,10 @@ def with_tokens(groups: Sequence[Candidates], tokenization: Tokenization) -> tup
 
 
 def tally(examples: Sequence[Example], tokenization: Tokenization, max_length: int | None) -> dict[str, int]:
-    """What is cut or tied in examples whose prompts fit."""
+    """Return the counts of responses that ``max_length`` cuts and of groups with tied rewards.
+
+    The prompts of all examples must fit. Ties are counted on the same float64 rewards that the loss compares.
+    """
     cut = 0
     if max_length is not None:
         for example in examples:

@@ -54,8 +54,18 @@ class MethodBatch:
         group_of = tuple(g for g, example in enumerate(examples) for _ in example.responses)
         return cls(tuple(examples), tokenization.batch(rows, max_length), group_of)
 
+    def rewards(self) -> Tensor:
+        """Return the (R,) rewards of the rows in float64, the precision in which the records hold them.
+
+        Losses compare rewards. In float32 two rewards that the reward model tells apart could tie.
+        """
+        return torch.tensor([r for example in self.examples for r in example.rewards], dtype=torch.float64)
+
     def grouped(self, value_R: Tensor) -> Tensor:
-        """(R, ...) values of the rows as (B, G, ...), G the widest group; zeros (False) where a group is narrower."""
+        """Return the (R, ...) values of the rows as (B, G, ...), with G the widest group.
+
+        Narrower groups are filled up with zeros (False).
+        """
         sizes = [len(example.responses) for example in self.examples]
         empty = value_R.new_zeros((len(sizes), max(sizes), *value_R.shape[1:]))
         present_BG = torch.arange(max(sizes)) < torch.tensor(sizes)[:, None]
@@ -63,7 +73,7 @@ class MethodBatch:
         return empty.masked_scatter(mask.expand_as(empty), value_R)
 
     def padded_lengths(self) -> Tensor:
-        """(B,) the longest query + response of each group, in tokens: the width the released RRHF code pads it to."""
+        """Return the (B,) longest query + response of each group in tokens, to which the released RRHF code pads it."""
         lengths = [0] * len(self.examples)
         for group, prompt, response in zip(self.group_of, self.batch.prompt_of, self.batch.response_ids, strict=True):
             lengths[group] = max(lengths[group], len(self.batch.prompt_ids[prompt]) + len(response))

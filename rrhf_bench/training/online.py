@@ -105,7 +105,11 @@ class OnlineExamples:
                 yield batch
 
     def _refreshed(self, number: int, given: Sequence[Candidates]) -> list[Example | None]:
-        """The examples of one refresh (from 0), one for each given group; None where nothing can be trained on."""
+        """Return the examples of one refresh (from 0), one for each given group.
+
+        A group without a response to train on has None. The refresh logs one line of metrics. With ``reward_kl`` it has
+        ``objective/log_ratio``, the mean log-ratio of the samples to the initial policy.
+        """
         done = number * self.refresh
         place = f"refresh {number + 1}, step {done + 1} of {self.steps}"
         assert self.context.reward is not None
@@ -126,11 +130,12 @@ class OnlineExamples:
         }
         if self.settings.reward_kl:
             log_ratio = self._log_ratios(groups)
-            # Of the samples: only they are draws from the policy.
+            # The mean is over the samples alone, which are the policy's own. It is no KL: they are drawn at another
+            # temperature, truncated or searched for.
             samples = [_key(row.prompt, reply) for row in drawn for reply in row.responses]
             ratios = [log_ratio[key] for key in samples if key in log_ratio]
             if ratios:
-                metrics["objective/kl"] = _mean(ratios)
+                metrics["objective/log_ratio"] = _mean(ratios)
             groups = _shaped(groups, log_ratio, self.settings.reward_kl)
             _check_finite(groups, f"{place}, less reward_kl x log-ratio")
         examples = self._examples([group for group in groups if group.responses])
@@ -183,9 +188,9 @@ class OnlineExamples:
 
     @torch.no_grad()
     def _log_ratios(self, groups: Sequence[Candidates]) -> dict[_Key, float]:
-        """log pi(y | x) - log ref(y | x) of every response, in nats, over the tokens that it is trained on.
+        """Return log pi(y | x) - log ref(y | x) of every response in nats, over the tokens that it is trained on.
 
-        Equal responses have one: computed in two batches, rounding would rank them.
+        Equal responses share one value. Computed in two batches, they would differ by rounding and be ranked.
         """
         settings, reference = self.settings, self.context.reference
         assert reference is not None

@@ -19,6 +19,8 @@ from rrhf_bench.training.rrhf_settings import RRHFSettings
 
 
 class RRHFLosses(NamedTuple):
+    """The terms of one batch, and the scores that they are computed from."""
+
     total: Tensor  # rank_weight * rank + sft_weight * sft
     rank: Tensor
     sft: Tensor
@@ -36,16 +38,23 @@ def rrhf_loss(
     margin: float = 0.0,
     padded_length_B: Tensor | None = None,
 ) -> RRHFLosses:
-    """The RRHF objective (2304.05302 Eqs. 1 to 5); every term is a mean over prompts.
+    """Return the RRHF objective (2304.05302 Eqs. 1 to 5). Every term is a mean over prompts.
 
-    p_i = mean log-prob of response i; L_rank = sum over r_i < r_j of max(0, p_i - p_j); L_ft = -log-prob of the best.
-    ``paper`` sums L_ft over tokens as Eq. 4 prints it; ``intended`` takes its token mean; ``official`` is what the
-    released train.py computes: p_i and L_ft are *sums* divided by ``padded_length_B``, the longest query + response
-    of the group, because the ignore marks are overwritten before the length is counted.
-    ``margin`` adds margin * (difference of ranks) inside the hinge, BRIO's form, which the paper drops; tied candidates
-    share a rank. Tied rewards make no pair; of tied best responses the first is the best. A candidate with no mask is
-    absent, whatever its reward. Raises ValueError for a prompt without candidates, a reward of a present candidate that
-    is not finite, or ``official`` without lengths.
+    p_i is the mean log-prob of response i. L_rank is the sum of max(0, p_i - p_j) over the pairs with r_i < r_j. L_ft
+    is the negative log-prob of the best response. Tied rewards make no pair; of tied best responses the first is the
+    best. A candidate without mask is absent, whatever its reward.
+
+    ``reward_BG`` is only compared, so the caller passes float64: float32 would tie rewards that the reward model tells
+    apart. The terms keep the dtype of ``logp_BGT``.
+
+    Variants: ``paper`` sums L_ft over tokens, as Eq. 4 prints it. ``intended`` takes the token mean of L_ft.
+    ``official`` is what the released train.py computes: p_i and L_ft are *sums* divided by ``padded_length_B``, the
+    longest query + response of the group, because that code overwrites the ignore marks before it counts the length.
+    ``margin`` adds margin * (difference of ranks) inside the hinge, which is BRIO's form and absent from the paper.
+    Tied candidates share a rank.
+
+    Raises ValueError if a prompt has no candidate, if the reward of a present candidate is not finite, or if
+    ``official`` has no lengths.
     """
     present_BG = mask_BGT.any(-1)
     if not present_BG.any(-1).all():
@@ -81,7 +90,7 @@ def rrhf_loss(
 
 
 class RRHF:
-    """RRHF as a LossMethod: an example is a prompt with all its scored candidates."""
+    """RRHF as a LossMethod. An example is a prompt with all its scored candidates."""
 
     requires = RRHFSettings.requires
 
@@ -89,7 +98,10 @@ class RRHF:
         self.settings = settings
 
     def examples(self, inputs: TrainInputs) -> Sequence[Example]:
-        """One example a prompt. Raises DataError where no group has two different rewards: nothing could be ranked."""
+        """Return one example for each prompt.
+
+        Raises DataError if no group has two different rewards, because then nothing can be ranked.
+        """
         examples = [Example(row.prompt, row.responses, row.scores) for row in inputs.candidates]
         if self.settings.rank_weight and not any(len(set(example.rewards)) > 1 for example in examples):
             raise DataError(
@@ -99,11 +111,11 @@ class RRHF:
         return examples
 
     def loss(self, policy: Policy, batch: MethodBatch) -> LossOutput:
+        """Return the loss over the batch's prompts, which are its weight, with the metrics of the ranking."""
         logp_RT = policy.token_logprobs(batch.batch)
         logp_BGT = batch.grouped(logp_RT)
         mask_BGT = batch.grouped(batch.batch.mask_BT.to(logp_RT.device))
-        reward_R = torch.tensor([r for e in batch.examples for r in e.rewards], device=logp_RT.device)
-        reward_BG = batch.grouped(reward_R)
+        reward_BG = batch.grouped(batch.rewards().to(logp_RT.device))
         s = self.settings
         losses = rrhf_loss(
             logp_BGT,
