@@ -25,6 +25,7 @@ from rrhf_bench.config import load_experiment
 from rrhf_bench.data.sources import load_candidates
 from rrhf_bench.experiment import RuntimeSettings
 from rrhf_bench.jsonl import read_jsonl
+from rrhf_bench.pipeline.memory import reset_peak
 from rrhf_bench.pipeline.run import load_run
 from rrhf_bench.pipeline.services import ModelRef, Services
 from rrhf_bench.pipeline.store import TIMING, Store
@@ -208,7 +209,9 @@ def test_the_run_folder_says_what_was_run(smoke: Smoke) -> None:
     with (smoke.folder / "timing.csv").open() as file:
         timings = list(csv.DictReader(file))
     assert len(timings) == len(smoke.json["stages"])
-    assert all(float(row["seconds"]) > 0 and float(row["peak_mib"]) > 0 for row in timings)
+    assert all(float(row["seconds"]) > 0 for row in timings)
+    measured = reset_peak(torch.device("cpu"))  # elsewhere the field is empty
+    assert all(float(row["peak_mib"]) > 0 if measured else row["peak_mib"] == "" for row in timings)
 
 
 def test_every_number_of_a_row_follows_from_its_records(smoke: Smoke) -> None:

@@ -20,7 +20,7 @@ from rrhf_bench.jsonl import read_jsonl, write_jsonl
 from rrhf_bench.pipeline.candidates import assemble
 from rrhf_bench.pipeline.locks import alone
 from rrhf_bench.pipeline.plan import PAIR_ROWS, Plan
-from rrhf_bench.pipeline.results import WARNINGS, Row, RunRecords, Timing
+from rrhf_bench.pipeline.results import STAGE_PEAK, WARNINGS, Row, RunRecords, Timing
 from rrhf_bench.pipeline.store import (
     TIMING,
     Store,
@@ -234,14 +234,18 @@ def _failures(run: _Run) -> dict[Row, str]:
 
 
 def write_metrics(records: RunRecords) -> None:
-    """metrics.jsonl and timing.csv of the run folder: every row's training log, every stage's cost."""
+    """Write metrics.jsonl and timing.csv into the run folder: the training log of each row, the cost of each stage.
+
+    A peak that was not measured is an empty field.
+    """
     lines = ({"method": row, "seed": seed, **line} for (row, seed), log in records.training.items() for line in log)
     with atomically(records.folder / "metrics.jsonl") as path:
         write_jsonl(path, lines)
     table = ["stage,method,seed,seconds,peak_mib\n"]
     for t in records.timings:
         seed = "" if t.seed is None else t.seed
-        table.append(f'"{t.stage}",{t.row or ""},{seed},{t.seconds:.3f},{t.peak_mib:.1f}\n')
+        peak = "" if t.peak_mib is None else f"{t.peak_mib:.1f}"
+        table.append(f'"{t.stage}",{t.row or ""},{seed},{t.seconds:.3f},{peak}\n')
     write_atomically(records.folder / "timing.csv", "".join(table))
 
 
@@ -364,7 +368,7 @@ def _timings(run: _Run) -> Iterable[Timing]:
         if not run.store.has(key):  # of a row that failed
             continue
         timing = run.read(key, TIMING)
-        yield Timing(stage["kind"], stage["row"], stage["seed"], timing["seconds"], timing["peak_mib"])
+        yield Timing(stage["kind"], stage["row"], stage["seed"], timing["seconds"], timing.get(STAGE_PEAK))
 
 
 def _lines(path: Path) -> list[Any]:

@@ -341,6 +341,23 @@ def budget(view: View, row: str) -> Budget:
     return Budget(_average(steps), _average([point.sampled_tokens for point in last.values()]))
 
 
+PEAK_NOTE = (
+    "Peak MiB: peak resident memory of the process while the stage ran, models and sampling engine that the process "
+    "keeps for later stages included; on a GPU the peak of what PyTorch allocated there. The largest of all runs."
+)
+_NO_PEAK = Missing(
+    "the peak of some stage was not measured: the system cannot reset its peak, or the stage was made before peaks "
+    "were reset"
+)
+
+
+def _peak(peaks: Iterable[float | None]) -> Cell:
+    """Return the largest peak, or the reason for a dash when one of them was not measured."""
+    found = list(peaks)
+    known = [peak for peak in found if peak is not None]
+    return Cell(max(known)) if known and len(known) == len(found) else Cell.of(_NO_PEAK)
+
+
 def cost_tables(view: View) -> list[Table]:
     """Seconds and memory: measured on one machine once, compared with nothing byte for byte."""
     return [table for table in (method_costs(view), stage_costs(view)) if table.rows]
@@ -365,7 +382,7 @@ def method_costs(view: View) -> Table:
             (
                 Cell(row),
                 Cell.of(untimed) if not timings else Cell(_seconds_a_seed(timings)),
-                Cell.of(untimed) if not timings else Cell(max(timing.peak_mib for timing in timings)),
+                Cell.of(untimed) if not timings else _peak(timing.peak_mib for timing in timings),
                 Cell.of(Missing("not recorded") if used.sampled_tokens is None else used.sampled_tokens),
                 Cell.of(Missing("not recorded") if used.steps is None else used.steps),
                 Cell(len(settings.models_in_memory())),
@@ -375,7 +392,7 @@ def method_costs(view: View) -> Table:
     notes = (
         "Seconds: all stages of this row, mean over seeds; stages that rows share are in the next table. Sampled "
         "tokens and optimiser steps: of training, mean over seeds, candidates included.",
-        "Peak: resident memory of the process so far, or of the device on a GPU.",
+        PEAK_NOTE,
     )
     return Table("cost", "Cost by method", columns, tuple(rows), notes, view.records.arena)
 
@@ -396,9 +413,12 @@ def stage_costs(view: View) -> Table:
     for (stage, row), timings in groups.items():
         seconds = [timing.seconds for timing in timings]
         mean = Cell(math.fsum(seconds) / len(seconds), min(seconds), max(seconds))
-        peak = max(timing.peak_mib for timing in timings)
-        rows.append((Cell(stage), Cell(row), Cell(len(timings)), mean, Cell(math.fsum(seconds)), Cell(peak)))
-    notes = ("Seconds: mean [least, most] over the runs of the stage, one a seed where seeds differ.",)
+        peak = _peak(timing.peak_mib for timing in timings)
+        rows.append((Cell(stage), Cell(row), Cell(len(timings)), mean, Cell(math.fsum(seconds)), peak))
+    notes = (
+        "Seconds: mean [least, most] over the runs of the stage, one run per seed when seeds differ.",
+        PEAK_NOTE,
+    )
     return Table("cost_stages", "Cost by stage", columns, tuple(rows), notes, view.records.arena)
 
 
