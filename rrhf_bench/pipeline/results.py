@@ -29,6 +29,17 @@ class Timing:
 
 
 @dataclass(frozen=True)
+class Cost:
+    """What one row took with one seed, all stages that its method needs included: see pipeline/costs.py."""
+
+    seconds: float
+    shared_seconds: float  # of these, in stages that other rows need as well
+    sampled_tokens: int
+    steps: int  # of the optimiser
+    train_peak_mib: float | None  # of its own last train stage; None when it was not measured
+
+
+@dataclass(frozen=True)
 class RunRecords:
     """A run as its report reads it. All sequences are in a fixed order (rows as in the experiment file, then seeds)."""
 
@@ -50,4 +61,5 @@ class RunRecords:
     notes: tuple[str, ...]  # what the reader must know: a fall-back sampler, a cut run
     command: str  # that reproduces the run
     environment: Mapping[str, str]  # versions, device
+    costs: Mapping[Row, Cost] = field(default_factory=dict)  # of the rows that train
     failures: Mapping[Row, str] = field(default_factory=dict)  # rows without records: the stage that failed, and why
