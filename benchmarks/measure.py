@@ -28,6 +28,7 @@ import torch
 import typer
 
 from rrhf_bench.errors import BenchError, ConfigError, StageError, StoreError
+from rrhf_bench.pipeline.memory import peak_bytes, reset_peak
 from rrhf_bench.pipeline.run import environment as versions
 
 T = TypeVar("T")
@@ -232,35 +233,20 @@ def product_rates(seconds: Sequence[float]) -> list[float]:
 
 
 def peak_above(run: Callable[[], object], device: torch.device) -> int | None:
-    """Bytes by which memory in use during the call exceeds, at its peak, what was in use before it; None where the
-    system does not say (no Linux, no GPU). For a process under MEMORY_ENVIRONMENT: else freed memory counts as used."""
+    """Return the bytes by which memory in use during the call exceeds, at its peak, the memory in use before it.
+
+    Returns None when the system cannot reset its peak (no Linux, no GPU). The process needs MEMORY_ENVIRONMENT: without
+    it, freed memory counts as used.
+    """
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        run()
-        return torch.cuda.max_memory_allocated(device) - before
-    if not _reset_peak():
+    if not reset_peak(device):
         return None
-    resident = psutil.Process().memory_info().rss
+    cuda = device.type == "cuda"
+    before = torch.cuda.memory_allocated(device) if cuda else psutil.Process().memory_info().rss
     run()
-    return peak_resident() - resident
-
-
-def peak_resident() -> int:
-    """Bytes of this process's largest resident set so far, or since `peak_above` put the mark back; on Linux."""
-    found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found, "Linux reports VmHWM for every process"
-    return int(found[1]) * 1024
-
-
-def _reset_peak() -> bool:
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # 5: the peak of the resident set is what is resident now
-    except OSError:
-        return False
-    return True
+    return peak_bytes(device) - before
 
 
 def in_own_process(

@@ -286,7 +286,7 @@ def of_bounds(rng: random.Random) -> Iterator[Broken]:
             yield Broken(f"{key} = {str(value)[:20]!r}", content.encode(), place)
     for of in ("methods", "policies", "sources", "claims"):
         for name in NAMES:
-            table: dict[str, Any] = {"kind": "sft"} if of == "methods" else {"kind": "fewer_models"}
+            table: dict[str, Any] = {"kind": "sft"} if of == "methods" else {"kind": "ordered"}
             table = {"policies": {}, "sources": {"model": "ppo"}}.get(of, table)
             content = tomli_w.dumps({**base, of: {name: table}})
             shown = r".*: a name is letters, digits, - and _"

@@ -22,12 +22,13 @@ from baselines.sft_settings import SFTSettings
 from rrhf_bench.errors import StoreError
 from rrhf_bench.evaluation.statistics import Estimate
 from rrhf_bench.experiment import Experiment, SamplingSettings
-from rrhf_bench.pipeline.results import RunRecords, Timing
+from rrhf_bench.pipeline.results import Cost, RunRecords, Timing
+from rrhf_bench.pipeline.run import write_metrics
 from rrhf_bench.records import Candidates, CurvePoint, Evaluated, PairScored, PoolScored, Prompt, Response
 from rrhf_bench.report.findings import standing
 from rrhf_bench.report.page import compared_tables, write_report
 from rrhf_bench.report.table import Cell, Column, Table, fenced, markdown, to_csv, write_table
-from rrhf_bench.report.tables import main_table
+from rrhf_bench.report.tables import main_table, method_costs
 from rrhf_bench.report.view import View
 from rrhf_bench.seeding import generator
 from rrhf_bench.training.rrhf_settings import RRHFSettings
@@ -77,6 +78,7 @@ def synthetic(folder: Path, *, gold_of: tuple[str, ...] = tuple(EFFECTS)) -> Run
         training={(row, seed): tuple(_log(row, seed)) for row in ("sft", "rrhf", "ppo") for seed in SEEDS},
         counts={"candidates": {"duplicates": 12, "cut_at_length": 3}},
         timings=tuple(_timings()),
+        costs=_costs(),
         curve_seconds={(row, seed): tuple(_clock(row)) for row in ("rrhf", "ppo") for seed in SEEDS},
         notes=("synthetic records",),
         command="rrhf-bench run experiments/synthetic.toml",
@@ -166,10 +168,25 @@ def _log(row: str, seed: int) -> list[Mapping[str, float]]:
 
 
 def _timings() -> list[Timing]:
-    shared = [Timing("policy", None, None, 66.0, 900.0), Timing("reward_model", None, None, 61.0, 950.0)]
+    shared = [Timing("policy", None, None, 66.0, 900.0), Timing("reward_model", None, None, 61.0, None)]
     return shared + [
         Timing("train", row, seed, 40.0 + seed, 1000.0) for row in ("sft", "rrhf", "ppo") for seed in SEEDS
     ]
+
+
+def _costs() -> dict[tuple[str, int], Cost]:
+    """Seconds, of these shared, sampled tokens, optimiser steps and peak; the peak of one sft run was not measured."""
+    one = {
+        "sft": Cost(30.0, 0.0, 0, 94, None),
+        "rrhf": Cost(54.0, 14.0, 60_000, 94, None),
+        "ppo": Cost(45.0, 0.0, 54_000, 224, None),
+    }
+    costs = {
+        (row, seed): replace(cost, seconds=cost.seconds + seed, train_peak_mib=1000.0 + seed)
+        for row, cost in one.items()
+        for seed in SEEDS
+    }
+    return {**costs, ("sft", 1): replace(costs["sft", 1], train_peak_mib=None)}
 
 
 @pytest.fixture(scope="module")
@@ -254,6 +271,40 @@ def test_a_missing_number_is_a_dash_with_its_reason_and_never_zero(report: Path)
     line = next(line for line in text.splitlines() if line.startswith("| sft | greedy |"))
     assert line.split("|")[4].strip() == "— (b)"
     assert "- — (b): no gold reward was measured here." in text
+
+
+def test_costs_are_means_over_seeds_and_the_largest_peak(report: Path) -> None:
+    """Seconds of rrhf: mean of 54, 55, 56. Peaks: 1000, 1001, 1002 MiB."""
+    row = row_of(report / "cost.csv", method="rrhf")
+    assert (row["seconds"], row["seconds seeds"], row["of these shared"]) == ("55.0", "3", "14.0")
+    assert (row["sampled tokens"], row["optimiser steps"]) == ("60000.0", "94.0")
+    assert (row["train peak MiB"], row["models"]) == ("1002.0", "1")
+    page = (report / "cost.md").read_text(encoding="utf-8")
+    assert "counted from the method's settings, not measured" in page
+
+
+def test_a_peak_that_was_not_measured_is_a_dash_with_its_reason(records: RunRecords, report: Path) -> None:
+    """One of three sft runs lacks its peak, and the largest of the others would be no peak of all."""
+    for row in (
+        row_of(report / "cost.csv", method="sft"),
+        row_of(report / "cost_stages.csv", stage="reward_model"),
+    ):
+        assert "the peak of some stage was not measured" in row["missing"]
+        assert row.get("train peak MiB", row.get("peak MiB")) == ""
+    write_metrics(records)
+    lines = (records.folder / "timing.csv").read_text(encoding="utf-8").splitlines()
+    assert '"policy",,,66.000,900.0' in lines
+    assert '"reward_model",,,61.000,' in lines
+
+
+def test_the_cost_of_best_of_n_is_at_inference_and_that_of_a_failed_row_unknown(records: RunRecords) -> None:
+    costs = {row: cost for row, cost in records.costs.items() if row[0] != "ppo"}
+    failures = {("ppo", seed): "train ppo: the loss is not finite" for seed in SEEDS}
+    table = method_costs(View(replace(records, costs=costs, failures=failures)))
+    reasons = {row[0].value: {cell.reason for cell in row[1:6]} for row in table.rows}
+    (failed,), (inference,) = reasons["ppo"], reasons["best_of_n"]
+    assert "the loss is not finite" in failed
+    assert inference.startswith("it trains nothing: its cost is at inference")
 
 
 def test_tables_are_the_same_bytes_in_a_second_write_and_in_any_order_of_records(

@@ -11,6 +11,7 @@ from rrhf_bench.experiment import Experiment
 from rrhf_bench.records import Candidates, CurvePoint, Evaluated, PairScored, PoolScored
 
 Row = tuple[str, int]  # (row of the tables: a method's name, "base", "chosen" or "rejected"; seed)
+STAGE_PEAK = "stage_peak_mib"  # in timing.json; an earlier "peak_mib" held the peak of all stages up to this one
 WARNINGS = "warnings.json"  # of an artifact: what the reader of the report must know of how it was made
 
 
@@ -18,11 +19,24 @@ WARNINGS = "warnings.json"  # of an artifact: what the reader of the report must
 class Timing:
     """Wall-clock and memory of one stage, as measured when it was made; never part of a compared table."""
 
-    stage: str  # such as "candidates", "train"
+    stage: str  # such as "sample", "train"
     row: str | None
     seed: int | None
     seconds: float
-    peak_mib: float  # resident memory of the process at its peak so far (on a GPU: of the device, in this stage)
+    # Peak memory of the process while the stage ran: resident, or on a GPU what PyTorch held there. Models and engine
+    # that the process keeps for later stages are included. None when the peak could not be reset before the stage.
+    peak_mib: float | None
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one row took with one seed, all stages that its method needs included: see pipeline/costs.py."""
+
+    seconds: float
+    shared_seconds: float  # of these, in stages that other rows need as well
+    sampled_tokens: int
+    steps: int  # of the optimiser
+    train_peak_mib: float | None  # of its own last train stage; None when it was not measured
 
 
 @dataclass(frozen=True)
@@ -47,5 +61,6 @@ class RunRecords:
     notes: tuple[str, ...]  # what the reader must know: a fall-back sampler, a cut run
     command: str  # that reproduces the run
     environment: Mapping[str, str]  # versions, device
+    costs: Mapping[Row, Cost] = field(default_factory=dict)  # of the rows that train
     failures: Mapping[Row, str] = field(default_factory=dict)  # rows without records: the stage that failed, and why
     clusters: Mapping[str, str] = field(default_factory=dict)  # prompt id -> cluster, of the prompts that have one

@@ -18,9 +18,10 @@ from rrhf_bench.errors import StoreError
 from rrhf_bench.experiment import Experiment
 from rrhf_bench.jsonl import read_jsonl, write_jsonl
 from rrhf_bench.pipeline.candidates import assemble
+from rrhf_bench.pipeline.costs import StageCost, needed_stages, row_costs, sampled_inputs, total
 from rrhf_bench.pipeline.locks import alone
 from rrhf_bench.pipeline.plan import PAIR_ROWS, Plan
-from rrhf_bench.pipeline.results import WARNINGS, Row, RunRecords, Timing
+from rrhf_bench.pipeline.results import STAGE_PEAK, WARNINGS, Cost, Row, RunRecords, Timing
 from rrhf_bench.pipeline.store import (
     TIMING,
     Store,
@@ -184,6 +185,7 @@ def load_run(folder: Path, store: Store | None = None) -> RunRecords:
             pairs += [replace(record, method=row, seed=seed) for record in scored]
         if "trained" in stage["inputs"]:
             trained[row, seed] = stage["inputs"]["trained"]
+    costs, before = _costs(run, experiment, trained)
     first = run.stage(evaluations[0]["key"])
     about = run.read(first["inputs"]["prompts"], "about.json")
     arena, arena_words = _arena(run, experiment, first, evaluated, about)
@@ -200,7 +202,7 @@ def load_run(folder: Path, store: Store | None = None) -> RunRecords:
             if row.scores[1:]  # a data set of texts has single replies
         ),
         pools=_pools(run),
-        curves=tuple(point for row, key in trained.items() for point in _curve(run, row, key)),
+        curves=tuple(point for row, key in trained.items() for point in _curve(run, row, key, before[row])),
         candidates={row: groups for row, key in trained.items() if (groups := _candidates(run, experiment, row, key))},
         test_candidates=_test_candidates(run, experiment),
         training={row: tuple(_lines(run.artifact(key) / "metrics.jsonl")) for row, key in trained.items()},
@@ -214,7 +216,8 @@ def load_run(folder: Path, store: Store | None = None) -> RunRecords:
             },
         },
         timings=tuple(_timings(run)),
-        curve_seconds={row: _curve_seconds(run, key) for row, key in trained.items()},
+        curve_seconds={row: _curve_seconds(run, key, before[row]) for row, key in trained.items()},
+        costs=costs,
         notes=(*run.json["notes"], *run.warnings),
         failures=failures,
         command=run.json["command"],
@@ -240,14 +243,18 @@ def _failures(run: _Run) -> dict[Row, str]:
 
 
 def write_metrics(records: RunRecords) -> None:
-    """metrics.jsonl and timing.csv of the run folder: every row's training log, every stage's cost."""
+    """Write metrics.jsonl and timing.csv into the run folder: the training log of each row, the cost of each stage.
+
+    A peak that was not measured is an empty field.
+    """
     lines = ({"method": row, "seed": seed, **line} for (row, seed), log in records.training.items() for line in log)
     with atomically(records.folder / "metrics.jsonl") as path:
         write_jsonl(path, lines)
     table = ["stage,method,seed,seconds,peak_mib\n"]
     for t in records.timings:
         seed = "" if t.seed is None else t.seed
-        table.append(f'"{t.stage}",{t.row or ""},{seed},{t.seconds:.3f},{t.peak_mib:.1f}\n')
+        peak = "" if t.peak_mib is None else f"{t.peak_mib:.1f}"
+        table.append(f'"{t.stage}",{t.row or ""},{seed},{t.seconds:.3f},{peak}\n')
     write_atomically(records.folder / "timing.csv", "".join(table))
 
 
@@ -296,7 +303,7 @@ def _candidates(run: _Run, experiment: Experiment, row: Row, key: str) -> tuple[
     inputs = run.stage(key)["inputs"]
     if "judged" in inputs:
         return tuple(run.records(inputs["judged"], "candidates.jsonl", Candidates))
-    sampled = {name.removeprefix("scores "): run.scored(stage) for name, stage in _sampled(inputs)}
+    sampled = {source: run.scored(stage) for source, stage in sampled_inputs(inputs)}
     return tuple(assemble(method.sources or (), sampled, run.pair_scores["train"]))
 
 
@@ -310,11 +317,6 @@ def _test_candidates(run: _Run, experiment: Experiment) -> dict[Row, tuple[Candi
         if set(method.sources or ()) <= {*sampled, *PAIR_ROWS, "reply"}:
             groups[entry["row"], entry["seed"]] = tuple(assemble(method.sources or (), sampled, pairs))
     return groups
-
-
-def _sampled(inputs: Mapping[str, str]) -> Iterable[tuple[str, str]]:
-    """(role, key) of the sampled responses among a stage's inputs."""
-    return ((role, key) for role, key in inputs.items() if role.startswith(("scores ", "candidates ")))
 
 
 def _pools(run: _Run) -> dict[int, tuple[PoolScored, ...]]:
@@ -331,38 +333,37 @@ def _pools(run: _Run) -> dict[int, tuple[PoolScored, ...]]:
     return pools
 
 
-def _curve(run: _Run, row: Row, key: str) -> Iterable[CurvePoint]:
-    """Curve points with the tokens of the candidates, which were sampled before step 0."""
-    before = _before(run, key)[0]
+def _curve(run: _Run, row: Row, key: str, before: StageCost) -> Iterable[CurvePoint]:
+    """Yield the curve points of a train stage, their tokens counted from the first stage that the row needs."""
     for point in run.records(key, "curve.jsonl", CurvePoint):
-        yield replace(point, method=row[0], seed=row[1], sampled_tokens=point.sampled_tokens + before)
+        yield replace(point, method=row[0], seed=row[1], sampled_tokens=point.sampled_tokens + before.sampled_tokens)
 
 
-def _curve_seconds(run: _Run, key: str) -> tuple[tuple[float, float], ...]:
-    offset = _before(run, key)[1]
-    return tuple((fraction, seconds + offset) for fraction, seconds in run.read(key, TIMING)["curve"])
+def _curve_seconds(run: _Run, key: str, before: StageCost) -> tuple[tuple[float, float], ...]:
+    """Return (fraction, seconds) of the curve points, counted from the first stage that the row needs."""
+    return tuple((fraction, seconds + before.seconds) for fraction, seconds in run.read(key, TIMING)["curve"])
 
 
-def _before(run: _Run, key: str) -> tuple[int, float]:
-    """(tokens sampled, seconds) for a row's candidates before it trains, the rounds before its last included."""
-    inputs = run.stage(key)["inputs"]
-    tokens, seconds = 0, run.read(inputs["pair scores"], TIMING)["seconds"] if "pair scores" in inputs else 0.0
-    if "judged" in inputs:
-        seconds += run.read(inputs["judged"], TIMING)["seconds"]
-        inputs = run.stage(inputs["judged"])["inputs"]
-    for role, stage in _sampled(inputs):
-        drawn = stage
-        if "candidates" in run.stage(stage)["inputs"]:
-            seconds += run.read(stage, TIMING)["seconds"]
-            drawn = run.stage(stage)["inputs"]["candidates"]
-        seconds += run.read(drawn, TIMING)["seconds"]
-        tokens += sum(len(r.token_ids or ()) for group in run.scored(drawn) for r in group.responses)
-        model = run.stage(drawn)["inputs"].get("policy")
-        if role.endswith(" model") and model is not None and run.stage(model)["kind"] == "train":  # a round before
-            earlier = _before(run, model)
-            tokens += run.read(model, "about.json")["sampled_tokens"] + earlier[0]
-            seconds += run.read(model, TIMING)["train"] + earlier[1]
-    return tokens, seconds
+def _costs(
+    run: _Run, experiment: Experiment, trained: Mapping[Row, str]
+) -> tuple[dict[Row, Cost], dict[Row, StageCost]]:
+    """Return by row what it costs in all, and the part of that before its last train stage, whose key is given."""
+    given = {name for name, source in experiment.sources.items() if source.model in experiment.policies}
+    needed = {row: needed_stages(run.json["stages"], key, given) for row, key in trained.items()}
+    spent = {key: _stage_cost(run, key) for keys in needed.values() for key in keys}
+    peaks_mib = {row: run.read(key, TIMING).get(STAGE_PEAK) for row, key in trained.items()}
+    before = {row: total(spent[key] for key in keys if key != trained[row]) for row, keys in needed.items()}
+    return row_costs(needed, spent, peaks_mib), before
+
+
+def _stage_cost(run: _Run, key: str) -> StageCost:
+    """Return the seconds, sampled tokens and optimiser steps of one stage that a method needs."""
+    timing, kind = run.read(key, TIMING), run.stage(key)["kind"]
+    if kind == "train":
+        about = run.read(key, "about.json")
+        return StageCost(timing["train"], about["sampled_tokens"], about["steps"])
+    responses = (r for group in run.scored(key) for r in group.responses) if kind == "sample" else ()
+    return StageCost(timing["seconds"], sum(len(r.token_ids or ()) for r in responses))
 
 
 def _timings(run: _Run) -> Iterable[Timing]:
@@ -370,7 +371,7 @@ def _timings(run: _Run) -> Iterable[Timing]:
         if not run.store.has(key):  # of a row that failed
             continue
         timing = run.read(key, TIMING)
-        yield Timing(stage["kind"], stage["row"], stage["seed"], timing["seconds"], timing["peak_mib"])
+        yield Timing(stage["kind"], stage["row"], stage["seed"], timing["seconds"], timing.get(STAGE_PEAK))
 
 
 def _lines(path: Path) -> list[Any]:

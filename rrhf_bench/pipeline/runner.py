@@ -6,7 +6,6 @@ import json
 import logging
 import multiprocessing
 import os
-import resource
 import threading
 import time
 import warnings
@@ -20,6 +19,7 @@ from typing import Any, Protocol
 from rrhf_bench.errors import BenchError, Diverged, StageError
 from rrhf_bench.experiment import RuntimeSettings
 from rrhf_bench.pipeline.plan import Plan, Stage
+from rrhf_bench.pipeline.results import STAGE_PEAK
 from rrhf_bench.pipeline.store import TIMING, Store, on_disk, sealed
 from rrhf_bench.sampling.backend import BackendName
 
@@ -116,11 +116,15 @@ def make(
     progress: Any,
     note: Callable[[str], None] = lambda text: None,
 ) -> float | None:
-    """Make one artifact in this process; the seconds it took. Any BenchError names the stage.
+    """Make one artifact in this process and return the seconds that it took. Any BenchError names the stage.
 
-    Where another process is at it, ``note`` is told who, and the seconds are None once that has made it.
+    When another process is making the artifact, ``note`` receives the name of that process, and the return value is
+    None. Seconds and peak memory of the stage go to timing.json; the peak is null when the system cannot reset it.
     """
+    import torch
+
     from rrhf_bench.pipeline.job import Job
+    from rrhf_bench.pipeline.memory import peak_bytes, reset_peak
     from rrhf_bench.pipeline.stages import BODIES
 
     started = time.monotonic()
@@ -144,10 +148,13 @@ def make(
         ):
             services = _services(runtime)
             job = Job(stage.kind, settings, inputs, folder, services, backend, progress, stage.row, scratch)
+            device = torch.device(services.device)
+            measured = reset_peak(device)  # else a stage would report the peak of a stage before it
             with quiet():
                 BODIES[stage.kind](job)
             seconds = time.monotonic() - started
-            timing = {"seconds": seconds, "peak_mib": _peak_mib(), **job.seconds}
+            peak_mib = peak_bytes(device) / 2**20 if measured else None
+            timing = {"seconds": seconds, STAGE_PEAK: peak_mib, **job.seconds}
             (folder / TIMING).write_text(json.dumps(sealed(timing)))
     return seconds
 
@@ -180,14 +187,6 @@ def _services(runtime: RuntimeSettings) -> Any:
     if _process.get("runtime") != runtime:
         _process.update(runtime=runtime, services=Services(runtime))
     return _process["services"]
-
-
-def _peak_mib() -> float:
-    import torch
-
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 @contextmanager

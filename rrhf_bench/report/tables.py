@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 
 from rrhf_bench.evaluation import metrics
 from rrhf_bench.pipeline.results import Timing
-from rrhf_bench.records import CurvePoint, Decoding, Evaluated, PairScored
+from rrhf_bench.records import Decoding, Evaluated, PairScored
 from rrhf_bench.report.compare import Comparison, comparison_words, comparisons
 from rrhf_bench.report.table import Cell, Column, Missing, Table
 from rrhf_bench.report.view import (
@@ -334,34 +333,56 @@ def counts_table(view: View) -> Table:
     return Table("counts", "Counts", columns, tuple(rows), (), view.records.arena)
 
 
-@dataclass(frozen=True, slots=True)
-class Budget:
-    """What a row's training used, mean over seeds; None where nothing was recorded."""
+PEAK_NOTE = (
+    "Peak MiB: peak resident memory of the process while the stage ran, models and sampling engine that the process "
+    "keeps for later stages included; on a GPU the peak of what PyTorch allocated there. The largest of all runs."
+)
+_NO_PEAK = Missing(
+    "the peak of some stage was not measured: the system cannot reset its peak, or the stage was made before peaks "
+    "were reset"
+)
 
-    steps: float | None
-    sampled_tokens: float | None
 
-
-def budget(view: View, row: str) -> Budget:
-    last: dict[int, CurvePoint] = {}
-    for point in view.records.curves:
-        if point.method == row and (point.seed not in last or point.fraction >= last[point.seed].fraction):
-            last[point.seed] = point
-    logs = [log[-1] for (name, _), log in view.records.training.items() if name == row and log]
-    steps = [float(point.step) for point in last.values()] or [float(log["step"]) for log in logs if "step" in log]
-    return Budget(_average(steps), _average([point.sampled_tokens for point in last.values()]))
+def _peak(peaks: Iterable[float | None]) -> Cell:
+    """Return the largest peak, or the reason for a dash when one of them was not measured."""
+    found = list(peaks)
+    known = [peak for peak in found if peak is not None]
+    return Cell(max(known)) if known and len(known) == len(found) else Cell.of(_NO_PEAK)
 
 
 def cost_tables(view: View) -> list[Table]:
-    """Seconds and memory: measured on one machine once, compared with nothing byte for byte."""
+    """Return the tables of seconds and memory: measured on one machine once, compared with nothing byte for byte."""
     return [table for table in (method_costs(view), stage_costs(view)) if table.rows]
 
 
+COST_NOTES = (
+    "Seconds, optimiser steps, sampled tokens: of all that a row's method needs, mean over seeds. They hold sampling, "
+    "scoring and judging its training candidates, its training, all earlier rounds, and the training of the rows whose "
+    "models it samples. Of a train stage the seconds are those of the method alone, without loading and without the "
+    "rewards on the dev prompts along the way; of the other stages they are those of the whole stage, with loading.",
+    "Of these shared: seconds of stages that other rows of the run use as well. Each row that uses a shared stage is "
+    "charged for it in full, so the rows do not add up to the cost of the run. A search for candidates that all seeds "
+    "share is charged to each seed in full.",
+    "Not charged: data, training of the initial policy, of the reward model and of the perplexity model, evaluation, "
+    "and the samples on evaluation prompts, which judge every row alike. An initial policy that is itself a row, such "
+    "as sft, is given to the rows that start from it or sample it: its training is charged to that row alone.",
+    "Train peak MiB: of the row's last train stage alone, the largest of its seeds, since other stages hold other "
+    "models. It is the peak resident memory of the process while that stage ran, models and sampling engine that the "
+    "process keeps for later stages included; on a GPU it is the peak of what PyTorch allocated there.",
+    "Models, models in memory: counted from the method's settings, not measured. They are what the algorithm needs "
+    "while it trains.",
+)
+_AT_INFERENCE = Missing("it trains nothing: its cost is at inference, n samples and n scores a reply")
+_NO_COST = Missing("no cost of this row was recorded")
+
+
 def method_costs(view: View) -> Table:
+    """Return what each row costs in all, mean over seeds, and the models that its settings name."""
     columns = (
         Column("method"),
         Column("seconds", 1),
-        Column("peak MiB", 0),
+        Column("of these shared", 1),
+        Column("train peak MiB", 0),
         Column("sampled tokens", 0),
         Column("optimiser steps", 0),
         Column("models", 0),
@@ -369,29 +390,32 @@ def method_costs(view: View) -> Table:
     )
     rows = []
     for row, settings in view.methods.items():
-        timings = [timing for timing in view.records.timings if timing.row == row]
-        used = budget(view, row)
-        untimed = Missing("no stage of this row was timed")
-        rows.append(
-            (
-                Cell(row),
-                Cell.of(untimed) if not timings else Cell(_seconds_a_seed(timings)),
-                Cell.of(untimed) if not timings else Cell(max(timing.peak_mib for timing in timings)),
-                Cell.of(Missing("not recorded") if used.sampled_tokens is None else used.sampled_tokens),
-                Cell.of(Missing("not recorded") if used.steps is None else used.steps),
-                Cell(len(settings.models_in_memory())),
-                Cell(", ".join(settings.models_in_memory())),
-            )
-        )
-    notes = (
-        "Seconds: all stages of this row, mean over seeds; stages that rows share are in the next table. Sampled "
-        "tokens and optimiser steps: of training, mean over seeds, candidates included.",
-        "Peak: resident memory of the process so far, or of the device on a GPU.",
+        models = settings.models_in_memory()
+        rows.append((Cell(row), *_cost_cells(view, row), Cell(len(models)), Cell(", ".join(models))))
+    return Table("cost", "Cost by method", columns, tuple(rows), COST_NOTES, view.records.arena)
+
+
+def _cost_cells(view: View, row: str) -> tuple[Cell, ...]:
+    """Return seconds, of these shared, train peak MiB, sampled tokens and optimiser steps of a row."""
+    costs = [cost for (name, _), cost in view.records.costs.items() if name == row]
+    if not costs:
+        missing = view.absent(row) if row in view.failures else _NO_COST
+        return (Cell.of(_AT_INFERENCE if view.methods[row].family == "inference" else missing),) * 5
+
+    def mean(values: Iterable[float]) -> Cell:
+        return Cell(math.fsum(values) / len(costs), seeds=len(costs))
+
+    return (
+        mean(cost.seconds for cost in costs),
+        mean(cost.shared_seconds for cost in costs),
+        _peak(cost.train_peak_mib for cost in costs),
+        mean(cost.sampled_tokens for cost in costs),
+        mean(cost.steps for cost in costs),
     )
-    return Table("cost", "Cost by method", columns, tuple(rows), notes, view.records.arena)
 
 
 def stage_costs(view: View) -> Table:
+    """Return the seconds and peak memory of each kind of stage, by row."""
     columns = (
         Column("stage"),
         Column("row"),
@@ -407,19 +431,11 @@ def stage_costs(view: View) -> Table:
     for (stage, row), timings in groups.items():
         seconds = [timing.seconds for timing in timings]
         mean = Cell(math.fsum(seconds) / len(seconds), min(seconds), max(seconds))
-        peak = max(timing.peak_mib for timing in timings)
-        rows.append((Cell(stage), Cell(row), Cell(len(timings)), mean, Cell(math.fsum(seconds)), Cell(peak)))
-    notes = ("Seconds: mean [least, most] over the runs of the stage, one a seed where seeds differ.",)
+        peak = _peak(timing.peak_mib for timing in timings)
+        rows.append((Cell(stage), Cell(row), Cell(len(timings)), mean, Cell(math.fsum(seconds)), peak))
+    notes = (
+        "Seconds: of the whole stage, mean [least, most] over its runs, one run per seed when seeds differ. Those of a "
+        "train stage include loading and the rewards on the dev prompts along the way.",
+        PEAK_NOTE,
+    )
     return Table("cost_stages", "Cost by stage", columns, tuple(rows), notes, view.records.arena)
-
-
-def _seconds_a_seed(timings: Iterable[Timing]) -> float:
-    """Each stage's mean over its runs, summed over stages."""
-    stages: dict[str, list[float]] = defaultdict(list)
-    for timing in timings:
-        stages[timing.stage].append(timing.seconds)
-    return math.fsum(math.fsum(seconds) / len(seconds) for seconds in stages.values())
-
-
-def _average(values: Sequence[float]) -> float | None:
-    return math.fsum(values) / len(values) if values else None

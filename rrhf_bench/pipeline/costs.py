@@ -1,0 +1,97 @@
+"""What the trained policy of a row costs: one walk backwards over the stages that its method needs.
+
+Charged to a row: drawing, scoring and judging its training candidates, reading them from a file, its own training, all
+earlier rounds, and the training of the rows whose models it samples, with all that these need in turn. Stages that
+several rows need are charged in full to each of them.
+
+Not charged: what every row is given (data, prompts, initial policies, reward and perplexity model), and evaluation. An
+initial policy that is itself a trained row, such as sft, is given as well: its training is charged to that row alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from rrhf_bench.pipeline.plan import PAIR_ROWS
+from rrhf_bench.pipeline.results import Cost, Row
+
+Stages = Mapping[str, Mapping[str, Any]]  # run.json: by key, the kind, settings and inputs of each stage
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """What one stage took, of what a method needs: a train stage without loading and its curve on the dev prompts."""
+
+    seconds: float
+    sampled_tokens: int = 0
+    steps: int = 0  # of the optimiser
+
+
+def needed_stages(stages: Stages, trained: str, given: Collection[str]) -> list[str]:
+    """Return the keys of all stages charged to the policy of a train stage, each once, that stage first.
+
+    ``given`` names the sources whose model is an initial policy: their samples are charged, their training is not.
+    """
+    found: dict[str, None] = {}
+
+    def add_trained(key: str) -> None:
+        if key in found:
+            return
+        found[key] = None
+        inputs = own = stages[key]["inputs"]
+        if "judged" in own:
+            found[own["judged"]] = None
+            inputs = stages[own["judged"]]["inputs"]
+        elif {*PAIR_ROWS, "reply"} & {*(stages[key]["settings"]["method"].get("sources") or ())}:
+            found[own["pair scores"]] = None
+        for source, candidates in sampled_inputs(inputs):
+            drawn = drawn_by(stages, candidates)
+            found.update({candidates: None, drawn: None})
+            model = stages[drawn]["inputs"].get("policy")  # none: read from a file
+            is_given = model == own["policy"] if source == "model" else source in given
+            if model is not None and stages[model]["kind"] == "train" and not is_given:
+                add_trained(model)
+
+    add_trained(trained)
+    return list(found)
+
+
+def sampled_inputs(inputs: Mapping[str, str]) -> Iterable[tuple[str, str]]:
+    """Return (source, key) of the sampled responses among the inputs of a train or judge stage."""
+    return [(role.split(" ", 1)[1], key) for role, key in inputs.items() if role.startswith(("scores ", "candidates "))]
+
+
+def drawn_by(stages: Stages, candidates: str) -> str:
+    """Return the key of the stage that drew or read the responses: the input of a score stage, or the stage itself."""
+    return stages[candidates]["inputs"].get("candidates", candidates)
+
+
+def total(stages: Iterable[StageCost]) -> StageCost:
+    """Return the sum over stages."""
+    all_ = list(stages)
+    return StageCost(
+        math.fsum(stage.seconds for stage in all_),
+        sum(stage.sampled_tokens for stage in all_),
+        sum(stage.steps for stage in all_),
+    )
+
+
+def row_costs(
+    needed: Mapping[Row, Collection[str]], spent: Mapping[str, StageCost], peaks_mib: Mapping[Row, float | None]
+) -> dict[Row, Cost]:
+    """Return the cost of each row and seed from the stages that it needs; shared are those that another row needs."""
+    users: dict[str, set[str]] = defaultdict(set)
+    for (row, _), keys in needed.items():
+        for key in keys:
+            users[key].add(row)
+
+    def cost(keys: Collection[str], peak_mib: float | None) -> Cost:
+        whole = total(spent[key] for key in keys)
+        shared = math.fsum(spent[key].seconds for key in keys if len(users[key]) > 1)
+        return Cost(whole.seconds, shared, whole.sampled_tokens, whole.steps, peak_mib)
+
+    return {row_and_seed: cost(keys, peaks_mib[row_and_seed]) for row_and_seed, keys in needed.items()}
