@@ -18,7 +18,8 @@ The two-sided p is twice the smaller of p(for) and p(against), each one-sided:
 * Compound, such as over-optimisation (the proxy reward rises, and the gold reward falls or the text grows less likely):
   the needed parts and one decider must all hold. The decider is the gold reward if the run has one, and only without it
   the likelihood of the text. p(for) is the largest of their p (intersection-union); p(against) is their smallest times
-  their number. If gold decides and the likelihood goes significantly the other way, the claim is at most inconclusive.
+  their number, without the likelihood, since a gold reward that was not measured might have held. If gold decides and
+  the likelihood goes significantly the other way, the claim is at most inconclusive.
 """
 
 from __future__ import annotations
@@ -300,12 +301,13 @@ def _compound(must: Sequence[_Part], gold: _Part | None, nll: _Part | None) -> _
     decider = gold or nll
     assert decider is not None
     needed = [*must, decider]
+    refuting = [*must, gold] if gold is not None else [*must]  # a gold reward that was not measured might have held
     p_for = max(part.p_above for part in needed)
-    p_against = min(1.0, len(needed) * min(part.p_below for part in needed))
+    p_against = min(1.0, len(refuting) * min(part.p_below for part in refuting)) if refuting else 1.0
     if p_for <= p_against:
         shown = max(needed, key=lambda part: part.p_above)
     else:
-        shown = min(needed, key=lambda part: part.p_below)
+        shown = min(refuting, key=lambda part: part.p_below)
     against = ""
     if gold is not None and nll is not None and 2 * nll.p_below < ALPHA:
         against = f"the likelihood of the text goes the other way ({nll.words})"
@@ -374,6 +376,8 @@ class _Test:
     ) -> _Part:
         """The mean of a - b against a threshold, paired on seeds and prompts."""
         a_SP, b_SP, prompts = _paired(a, b)
+        if len(a_SP) == len(b_SP) == 1 and not (a.one_model and b.one_model):
+            raise _Untested("one training seed does not show how far another training run would differ")
         found = paired_difference(a_SP, b_SP, level=LEVEL, clusters_P=self.evidence.clusters(prompts), pooled=pooled)
         return _Part(statistic, unit, found, threshold, found.p_above(threshold), found.p_below(threshold))
 
@@ -458,10 +462,20 @@ def _spread_shrinks(test: _Test, claim: SpreadShrinksSettings) -> _Finding:
         scores = test.evidence.candidates(name)
         return scores if isinstance(scores, str) else _linear_std(scores)
 
+    seeds, prompts = _common(row.seeds, reference.seeds), _common(row.prompts, reference.prompts)
+    if not seeds or len(prompts) < 2:
+        raise _Untested("the two rows have no seed or fewer than 2 training prompts in common")
+    wide, narrow = (_linear_std(_restricted(scores, seeds, prompts)) for scores in (reference, row))
     words = f"standard deviation of the training scores of {claim.reference} minus {claim.row}"
-    pooled = test.pooled("spread", grid)
-    part = test.against(_linear_std(reference), _linear_std(row), pooled, words, MEASURE_WORDS["reward"], claim.margin)
+    part = test.against(wide, narrow, test.pooled("spread", grid), words, MEASURE_WORDS["reward"], claim.margin)
     return _directional(replace(part, counted="training prompts"), claim.margin)
+
+
+def _restricted(scores: Scores, seeds: Sequence[int], prompts: Sequence[str]) -> Scores:
+    """Return the scores of these seeds and prompts, in their order."""
+    columns = {prompt: p for p, prompt in enumerate(scores.prompts)}
+    rows = (scores.scores_SP[scores.seeds.index(seed)] for seed in seeds)
+    return Scores(tuple(seeds), tuple(prompts), tuple(tuple(row[columns[p]] for p in prompts) for row in rows))
 
 
 def _linear_std(scores: Scores) -> Grid:

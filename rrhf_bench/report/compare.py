@@ -22,7 +22,8 @@ Verdict = Literal["higher", "lower", "inside noise"]
 @dataclass(frozen=True, slots=True)
 class Comparison:
     """a - b under one decoding and measure. ``estimate.p`` is the p of this comparison alone, ``p`` is Holm's over its
-    family; ``p`` is None if the comparison is exploratory or could not be computed."""
+    family; ``p`` is None if the comparison is in no family: it is exploratory, has one training seed, or could not be
+    computed."""
 
     a: str
     b: str
@@ -33,12 +34,19 @@ class Comparison:
 
     @property
     def verdict(self) -> Verdict | None:
-        """Higher or lower if the adjusted p is below 0.05, else inside noise; None for an exploratory comparison."""
+        """Higher or lower if the adjusted p is below 0.05, else inside noise; None without an adjusted p."""
         if isinstance(self.estimate, Missing) or self.p is None:
             return None
         if not replace(self.estimate, p=self.p).significant:
             return "inside noise"
         return "higher" if self.estimate.value > 0 else "lower"
+
+    @property
+    def standing(self) -> str:
+        """The verdict, or in one word or two why there is none."""
+        if self.verdict is not None or isinstance(self.estimate, Missing):
+            return self.verdict or "missing"
+        return "one seed" if self.estimate.seeds == 1 else "exploratory"
 
     @property
     def detectable(self) -> float | None:
@@ -68,10 +76,18 @@ def compare(
 
 
 def adjusted(family: Sequence[Comparison]) -> list[Comparison]:
-    """Return the comparisons of one family with Holm's p."""
-    ps = [c.estimate.p for c in family if isinstance(c.estimate, Estimate) and c.estimate.p is not None]
+    """Return the comparisons of one family with Holm's p.
+
+    A comparison of one training seed gets none: its p takes the trained models as given, and with the seed noise of
+    real runs two copies of one method would be called different in a third or more of all runs.
+    """
+    ps = [p for c in family if (p := _own_p(c)) is not None]
     found: Iterator[float] = iter(holm(ps).tolist() if ps else [])
-    return [replace(c, p=next(found)) if isinstance(c.estimate, Estimate) else c for c in family]
+    return [c if _own_p(c) is None else replace(c, p=next(found)) for c in family]
+
+
+def _own_p(c: Comparison) -> float | None:
+    return c.estimate.p if isinstance(c.estimate, Estimate) and c.estimate.seeds > 1 else None
 
 
 Pairs = list[tuple[str, str]]

@@ -118,8 +118,8 @@ def test_reward(view: View) -> Iterator[Made]:
         handles.append(legend_key("one seed", marker="|", filled=True))
     legend_above(figure, handles)
     caption = (
-        "Mean reward on the held-out prompts, 95% intervals of a bootstrap crossed over seeds and prompts; ticks "
-        "are single seeds. Proxy is the reward model that methods optimise"
+        "Mean reward on the held-out prompts, 95% intervals of a bootstrap crossed over seeds and clusters of prompts; "
+        "ticks are single seeds. Proxy is the reward model that methods optimise"
         + ("; gold is the world's true reward, on a scale of its own." if "gold" in measures else ".")
     )
     if len(view.policies) > 1:
@@ -400,7 +400,7 @@ def best_of_n_curve(view: View) -> Iterator[Made]:
     caption = (
         "Best of n samples of the initial policy by proxy reward, estimated without bias from a pool of "
         f"{samples} samples on each of {len(pool.prompts)} prompts, against its KL log n - (n - 1) / n (an upper bound "
-        "where scores tie); bands: 95% bootstrap over seeds and prompts. "
+        "where scores tie); bands: 95% bootstrap over seeds and clusters of prompts. "
         + _points_words(view)
         + _left_out(view, view.rows_from(BASE), rows)
     )

@@ -73,10 +73,11 @@ def _against(view: View, compared: Sequence[Comparison], b: str) -> Iterator[str
         for measure in view.measures:
             family = [c for c in compared if (c.b, c.decoding, c.measure) == (b, decoding, measure)]
             parts = []
-            for verdict in ("higher", "lower", "inside noise", None):
-                some = [c for c in family if c.verdict == verdict and isinstance(c.estimate, Estimate)]
+            for words in ("higher", "lower", "inside noise", "one seed", "exploratory"):
+                some = [c for c in family if c.standing == words]
                 some.sort(key=lambda c: -_value(c))
-                parts += [f"{verdict or 'exploratory'}: {_list(list(map(_difference, some)))}"] if some else []
+                words = "one seed, no verdict" if words == "one seed" else words
+                parts += [f"{words}: {_list(list(map(_difference, some)))}"] if some else []
             if parts:
                 where = f"{MEASURE_WORDS[measure]}, {DECODING_WORDS[decoding]}"
                 yield f"Against **{markdown(b)}** on the {where}, {'; '.join(parts)}."

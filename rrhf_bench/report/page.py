@@ -27,6 +27,7 @@ from rrhf_bench.report.tables import (
     counts_table,
     differences_table,
     features_table,
+    level_words,
     main_table,
     seeds_table,
 )
@@ -84,6 +85,7 @@ def _write(view: View, folder: Path) -> None:
         question=_methods_words(view),
         standing=standing(view.experiment),
         findings=findings(view),
+        levels=level_words(view),
         claims=claim_sentences(claims),
         power=power_words(claims),
         variants=variant_sentences(view),

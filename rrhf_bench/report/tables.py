@@ -28,9 +28,9 @@ REWARD_MODEL = "reward model"
 _WEIGHTLESS = Missing("best-of-n has no log-probabilities of its own: it reranks the initial policy's samples")
 _NO_MODEL = Missing("a reply of the data set, written by no model of this run")
 _INTERVALS = (
-    "Brackets: 95% intervals, the percentiles of a bootstrap that resamples seeds and prompts, crossed, and never "
-    "shorter than Student's t makes them from the spread between seeds, which few seeds hardly tell. With one seed "
-    "they leave it out: see the values of each seed."
+    "Brackets: 95% intervals, the percentiles of a bootstrap that resamples seeds and clusters of prompts, crossed. "
+    "They are never shorter than those of Student's t, since few seeds tell little of their own spread. With one seed "
+    "they leave that spread out: see the values of each seed."
 )
 
 
@@ -190,6 +190,12 @@ DIFFERENCE_NOTES = (
 )
 
 
+_IN_NO_FAMILY = {
+    "exploratory": Missing("exploratory: in no family of comparisons"),
+    "one seed": Missing("one training seed does not show how far another training run would differ"),
+}
+
+
 def level_words(view: View) -> str:
     """Say which kinds of repetition the intervals cover, for a note."""
     clusters = {name for row, decoding in view.blocks for name in view.clusters(view.blocks[row, decoding].prompts)}
@@ -212,9 +218,9 @@ def difference_row(c: Comparison) -> tuple[Cell, ...]:
     if isinstance(c.estimate, Missing):
         return (*head, *[Cell.of(c.estimate)] * 8)
     assert c.detectable is not None
-    p = [Cell(c.estimate.p), Cell.of(Missing("exploratory: in no family")) if c.p is None else Cell(c.p)]
+    p = [Cell(c.estimate.p), Cell.of(_IN_NO_FAMILY[c.standing]) if c.p is None else Cell(c.p)]
     sizes = (Cell(c.estimate.n), Cell(c.estimate.clusters), Cell(c.estimate.seeds))
-    return (*head, Cell.of(c.estimate), *p, Cell(c.verdict or "exploratory"), Cell(c.detectable), *sizes)
+    return (*head, Cell.of(c.estimate), *p, Cell(c.standing), Cell(c.detectable), *sizes)
 
 
 def seeds_table(view: View) -> Table:
