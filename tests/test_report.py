@@ -21,14 +21,15 @@ from baselines.ppo_settings import PPOSettings
 from baselines.sft_settings import SFTSettings
 from rrhf_bench.errors import StoreError
 from rrhf_bench.evaluation.statistics import Estimate
-from rrhf_bench.experiment import Experiment, SamplingSettings
+from rrhf_bench.experiment import Experiment, ReportSettings, SamplingSettings
 from rrhf_bench.pipeline.results import Cost, RunRecords, Timing
 from rrhf_bench.pipeline.run import write_metrics
 from rrhf_bench.records import Candidates, CurvePoint, Evaluated, PairScored, PoolScored, Prompt, Response
+from rrhf_bench.report.compare import comparisons
 from rrhf_bench.report.findings import standing
 from rrhf_bench.report.page import compared_tables, write_report
 from rrhf_bench.report.table import Cell, Column, Table, fenced, markdown, to_csv, write_table
-from rrhf_bench.report.tables import main_table, method_costs
+from rrhf_bench.report.tables import level_words, main_table, method_costs
 from rrhf_bench.report.view import View
 from rrhf_bench.seeding import generator
 from rrhf_bench.training.rrhf_settings import RRHFSettings
@@ -249,13 +250,64 @@ def test_a_planted_difference_is_called_and_equal_methods_are_inside_noise(repor
     }
     assert words["ppo - rrhf", "proxy"] == "higher"
     assert words["ppo - rrhf", "gold"] == "lower"
-    assert words["best_of_n - rrhf", "proxy"] == words["best_of_n - rrhf", "gold"] == "inside noise"
+    assert words["best_of_n - rrhf", "proxy"] == words["best_of_n - rrhf", "gold"] == "exploratory"  # not trained
     assert words["rrhf - base", "proxy"] == "higher"
     row = row_of(table, comparison="best_of_n - rrhf", decoding="sampled", reward="proxy")
     assert float(row["detectable"]) > 0
+    assert row["p (Holm)"] == ""
+    row = row_of(table, comparison="ppo - rrhf", decoding="sampled", reward="proxy")
     assert float(row["p (Holm)"]) >= float(row["p"])
     page = (report / "report.md").read_text(encoding="utf-8")
-    assert "**ppo buys proxy reward with gold reward** (sampled)" in page
+    assert "**ppo over-optimises the proxy** (sampled)" in page
+
+
+def named_primary(records: RunRecords, *pairs: tuple[str, str]) -> View:
+    report = ReportSettings(primary=pairs)
+    return View(replace(records, experiment=records.experiment.model_copy(update={"report": report})))
+
+
+def test_the_experiment_file_names_the_primary_comparisons(records: RunRecords) -> None:
+    """A family of one: its p is not adjusted. Everything else is exploratory, and no verdict word is left for it."""
+    found = comparisons(named_primary(records, ("ppo", "rrhf")))
+    verdicts = {(c.a, c.b): c.verdict for c in found if (c.decoding, c.measure) == ("sample", "reward")}
+    assert verdicts.pop(("ppo", "rrhf")) == "higher"
+    assert set(verdicts.values()) == {None}
+    assert ("rrhf", "base") in verdicts
+    for c in found:
+        if (c.a, c.b) == ("ppo", "rrhf") and isinstance(c.estimate, Estimate):
+            assert c.p == c.estimate.p
+    turned = comparisons(named_primary(records, ("rrhf", "ppo")))  # named the other way round: not shown twice
+    assert len(turned) == len(found)
+    assert {c.verdict for c in turned if (c.a, c.decoding, c.measure) == ("rrhf", "sample", "reward")} == {
+        "lower",
+        None,
+    }
+
+
+def test_one_training_seed_gets_no_verdict(records: RunRecords) -> None:
+    """Its p takes the trained model as given."""
+    one = replace(
+        records,
+        experiment=records.experiment.model_copy(update={"seeds": (0,)}),
+        evaluated=tuple(r for r in records.evaluated if r.seed == 0),
+    )
+    found = [c for c in comparisons(View(one)) if isinstance(c.estimate, Estimate)]
+    assert found
+    assert {c.verdict for c in found} == {None}
+    assert {c.standing for c in found if c.a != "best_of_n"} == {"one seed"}
+    assert "one seed, so training again is not covered" in level_words(View(one))
+
+
+def test_prompts_that_share_a_cluster_count_as_one_unit(records: RunRecords) -> None:
+    prompts = sorted({r.prompt.id for r in records.evaluated})
+    topics = {prompt: f"topic {i // 10}" for i, prompt in enumerate(prompts)}
+    view = View(replace(records, clusters=topics))
+    for c in (c for c in comparisons(view) if isinstance(c.estimate, Estimate)):
+        assert (c.estimate.n, c.estimate.clusters) == (60, 6)
+    mean = view.mean("rrhf", "greedy", "reward")
+    assert isinstance(mean, Estimate)
+    assert mean.clusters == 6
+    assert "60 evaluation prompts in 6 clusters and 3 training seeds" in level_words(view)
 
 
 def test_base_with_one_greedy_run_stands_against_every_seed(report: Path) -> None:
