@@ -1,6 +1,6 @@
 """From records to verdicts, with the noise that real runs have: how often equal rows are told apart, what is found.
 
-The rates themselves are simulated by ``python -m benchmarks.statistics``; the slow test here holds them to their bounds.
+The rates are simulated by ``python -m benchmarks.statistics``; the slow test here holds them to their bounds.
 """
 
 from __future__ import annotations

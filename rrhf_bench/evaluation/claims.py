@@ -634,7 +634,10 @@ def _interval(estimate: Estimate) -> str:
 
 
 def _p(value: float) -> str:
-    return "below 0.001" if value < 0.001 else f"{value:.3f}"
+    """Return p with the digit that decides whether it is below the level."""
+    if value < 0.001:
+        return "below 0.001"
+    return f"{value:.3f}" if round(value, 3) != ALPHA else f"{value:.5f}"
 
 
 def _plural(word: str, count: int) -> str:

@@ -1,4 +1,4 @@
-"""Settings of the claims that a run tests: tables [claims.NAME] of an experiment file, fixed before the run."""
+"""Settings of the claims that a run tests: tables [claims.NAME] of an experiment file."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from rrhf_bench.experiment import Experiment
 from rrhf_bench.records import Decoding
 from rrhf_bench.report.compare import BestOfNLearner, Comparison, best_of_n_learners, comparisons
 from rrhf_bench.report.health import health_sentences
-from rrhf_bench.report.table import Cell, Column, Missing, Table, interval, markdown, number
+from rrhf_bench.report.table import Cell, Column, Missing, Table, deciding_digits, interval, markdown, number
 from rrhf_bench.report.tables import accuracy, samples_as
 from rrhf_bench.report.view import DECODING_WORDS, MEASURE_WORDS, View, changed
 from rrhf_bench.settings import ONLINE_KL, REVIEWS_KL, CandidateSettings, MethodSettings
@@ -93,7 +93,7 @@ def _difference(c: Comparison) -> str:
     with the adjusted p if there is a verdict, and what could have been detected if the difference is inside noise."""
     assert isinstance(c.estimate, Estimate)
     found = c.estimate
-    digits = _digits(found.value, found.low, found.high)
+    digits = deciding_digits((found.value, found.low, found.high), 2, 0.0)
     text = f"{markdown(c.a)} by {_signed(found.value, digits)} {interval(found.low, found.high, digits)}"
     if c.p is None:
         return text
@@ -103,16 +103,9 @@ def _difference(c: Comparison) -> str:
     return f"{text} ({', '.join(words)})"
 
 
-def _digits(*values: float) -> int:
-    """Return the digits after the point, 2 to 4, at which no value that is not 0 is printed as 0."""
-    return next((d for d in (2, 3, 4) if all(value == 0 or round(value, d) for value in values)), 4)
-
-
 def _p_words(p: float) -> str:
     """Return p with the digit that decides whether it is below 0.05."""
-    if p < 0.001:
-        return "< 0.001"
-    return number(p, 3) if round(p, 3) != 0.05 else number(p, 5)
+    return "< 0.001" if p < 0.001 else number(p, deciding_digits((p,), 3, 0.05))
 
 
 def trades(compared: Sequence[Comparison]) -> Iterator[str]:
@@ -162,7 +155,7 @@ def _gap(learner: BestOfNLearner) -> Estimate:
 
 def _gap_words(learner: BestOfNLearner) -> str:
     gap = _gap(learner)
-    digits = _digits(gap.value, gap.low, gap.high)
+    digits = deciding_digits((gap.value, gap.low, gap.high), 2, 0.0)
     return f"{_signed(gap.value, digits)} {interval(gap.low, gap.high, digits)}"
 
 

@@ -10,7 +10,7 @@ import csv
 import io
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,11 +59,16 @@ class Cell:
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """``digits`` after the point; None for words. ``interval``: print it in the cell, not only in the CSV."""
+    """``digits`` after the point; None for words. ``interval``: print it in the cell, not only in the CSV.
+
+    ``decides`` is a value on whose side a number must be seen to lie, such as the level of a p-value: a cell gets up to
+    three digits more if rounding would print that value for another.
+    """
 
     name: str
     digits: int | None = None
     interval: bool = False
+    decides: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +123,15 @@ def number(value: float, digits: int) -> str:
     """A number as the tables print it; no minus sign before a rounded zero."""
     text = f"{value:,.{digits}f}"
     return text.lstrip("-") if float(text.replace(",", "")) == 0 else text
+
+
+def deciding_digits(values: Iterable[float], digits: int, threshold: float) -> int:
+    """Return ``digits``, or up to three more if with fewer some value is rounded to the threshold without being it."""
+    values = list(values)
+    for more in range(digits, digits + 3):
+        if all(value == threshold or round(value, more) != round(threshold, more) for value in values):
+            return more
+    return digits + 3
 
 
 def interval(low: float, high: float, digits: int) -> str:
@@ -196,10 +210,14 @@ def _printed(table: Table, c: int, cell: Cell, escape: Callable[[str], str]) -> 
     if isinstance(cell.value, str):
         return escape(cell.value)
     assert column.digits is not None, f"table {table.name}: a number in the column of words {column.name}"
-    text = number(cell.value, column.digits)
+    bounds = None
     if column.interval and cell.low is not None and cell.high is not None:
-        text += f" {interval(cell.low, cell.high, column.digits)}"
-    return text
+        bounds = cell.low, cell.high
+    digits = column.digits
+    if column.decides is not None:
+        digits = deciding_digits((cell.value, *(bounds or ())), digits, column.decides)
+    text = number(cell.value, digits)
+    return text if bounds is None else f"{text} {interval(*bounds, digits)}"
 
 
 def notes(table: Table) -> list[str]:

@@ -6,6 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 
+from baselines.best_of_n import best_of_n_kl
 from rrhf_bench.evaluation import metrics
 from rrhf_bench.pipeline.results import Timing
 from rrhf_bench.records import Decoding, Evaluated, PairScored
@@ -69,7 +70,8 @@ def main_table(view: View) -> Table:
         "seeds.",
         "Fake turn, at cap: share of replies cut where they began another turn, or at the length cap.",
         "p_i accuracy: share of held-out pairs whose chosen reply has the higher length-normalised log-probability.",
-        f"Models in memory while training: {in_memory or 'no methods'}.",
+        f"Models in memory while training, counted from the settings: {in_memory or 'no methods'}.",
+        "Seeds of an initial policy, of sampled replies: draws of its replies, since it is not trained anew.",
         *_dropped(view),
     ]
     return Table("main", "Main comparison", columns, rows, tuple(notes), view.records.arena, group=1)
@@ -136,7 +138,8 @@ def _kl_cell(view: View, row: str, decoding: Decoding) -> Cell:
     if row in GIVEN:
         return Cell.of(_NO_MODEL)
     if view.kind(row) == "best_of_n":
-        return Cell.of(_WEIGHTLESS)
+        n = view.methods[row].n or 1
+        return Cell.of(Missing(f"{_WEIGHTLESS.reason}; for n = {n} its KL is at most {best_of_n_kl(n):.2f}"))
     if decoding != "sample":
         return Cell.of(Missing("a KL is a mean over sampled replies"))
     return Cell.of(view.mean(row, decoding, "kl"))
@@ -169,9 +172,9 @@ DIFFERENCE_COLUMNS = (
     Column("comparison"),
     Column("decoding"),
     Column("reward"),
-    Column("difference", 3, interval=True),
-    Column("p", 4),
-    Column("p (Holm)", 4),
+    Column("difference", 3, interval=True, decides=0.0),
+    Column("p", 4, decides=0.05),
+    Column("p (Holm)", 4, decides=0.05),
     Column("verdict"),
     Column("detectable", 3),
     Column("prompts", 0),
@@ -203,7 +206,13 @@ def level_words(view: View) -> str:
     seeds, grouped = len(view.experiment.seeds), len(clusters) < len(prompts)
     words = f"Intervals cover {len(prompts)} evaluation prompts" + (f" in {len(clusters)} clusters" if grouped else "")
     words += f" and {seeds} training seeds" if seeds > 1 else "; one seed, so training again is not covered"
-    return f"{words}. They do not cover other data, another reward model or another initial policy: all rows share one."
+    words += ". They do not cover other data, another reward model or another initial policy: all rows share one."
+    given = {name: by for name, policy in view.experiment.policies.items() if (by := policy.trained_by) is not None}
+    for name, row in given.items():
+        words += (
+            f" All seeds of the rows that start from {name} share one checkpoint, what {row} trained with one seed."
+        )
+    return words
 
 
 def differences_table(view: View) -> Table:

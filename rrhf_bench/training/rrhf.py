@@ -50,6 +50,7 @@ def rrhf_loss(
     Variants: ``paper`` sums L_ft over tokens, as Eq. 4 prints it. ``intended`` takes the token mean of L_ft.
     ``official`` is what the released train.py computes: p_i and L_ft are *sums* divided by ``padded_length_B``, the
     longest query + response of the group, because that code overwrites the ignore marks before it counts the length.
+    ``official`` is the loss alone: the released tokenisation also puts a BOS at the head of each response of a LLaMA.
     ``margin`` adds margin * (difference of ranks) inside the hinge, which is BRIO's form and absent from the paper.
     Tied candidates share a rank.
 
