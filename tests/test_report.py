@@ -28,7 +28,7 @@ from rrhf_bench.records import Candidates, CurvePoint, Evaluated, PairScored, Po
 from rrhf_bench.report.compare import comparisons
 from rrhf_bench.report.findings import standing
 from rrhf_bench.report.page import compared_tables, write_report
-from rrhf_bench.report.table import Cell, Column, Table, fenced, markdown, to_csv, write_table
+from rrhf_bench.report.table import Cell, Column, Table, fenced, markdown, printed, to_csv, write_table
 from rrhf_bench.report.tables import level_words, main_table, method_costs
 from rrhf_bench.report.view import View
 from rrhf_bench.seeding import generator
@@ -308,6 +308,21 @@ def test_prompts_that_share_a_cluster_count_as_one_unit(records: RunRecords) -> 
     assert isinstance(mean, Estimate)
     assert mean.clusters == 6
     assert "60 evaluation prompts in 6 clusters and 3 training seeds" in level_words(view)
+
+
+def test_the_digit_that_decides_is_printed() -> None:
+    columns = (Column("difference", 3, interval=True, decides=0.0), Column("p", 4, decides=0.05))
+    rows = (
+        (Cell(-0.2, -0.41, -0.0004), Cell(0.049998)),
+        (Cell(0.2, 0.0, 0.4), Cell(0.05)),  # exactly these
+        (Cell(0.2, 0.1, 0.4), Cell(2e-7)),
+    )
+    table = Table("t", "T", columns, rows, (), "0" * 12)
+    assert printed(table, str) == [
+        ["-0.2000 [-0.4100, -0.0004]", "0.049998"],
+        ["0.200 [0.000, 0.400]", "0.0500"],
+        ["0.200 [0.100, 0.400]", "< 0.0001"],
+    ]
 
 
 def test_base_with_one_greedy_run_stands_against_every_seed(report: Path) -> None:

@@ -62,7 +62,7 @@ class Column:
     """``digits`` after the point; None for words. ``interval``: print it in the cell, not only in the CSV.
 
     ``decides`` is a value on whose side a number must be seen to lie, such as the level of a p-value: a cell gets up to
-    three digits more if rounding would print that value for another.
+    three digits more if rounding would print that value for another. A p-value is never printed as 0.
     """
 
     name: str
@@ -217,6 +217,8 @@ def _printed(table: Table, c: int, cell: Cell, escape: Callable[[str], str]) -> 
     if column.decides is not None:
         digits = deciding_digits((cell.value, *(bounds or ())), digits, column.decides)
     text = number(cell.value, digits)
+    if column.decides and 0 < cell.value < 0.5 * 10**-digits:  # a p-value that would be printed as 0
+        text = f"< {number(10**-digits, digits)}"
     return text if bounds is None else f"{text} {interval(*bounds, digits)}"
 
 
