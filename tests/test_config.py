@@ -655,6 +655,14 @@ KNOWN = "BP, DP, SP, D, P, B, IP-n, OP-k, OP-k+KL (n rounds, k optimiser steps)"
             f'{RAW}[claims.a]\nkind = "ordered"\nhigher = "raw"\nlower = "chosen"\nmargin = 0.0',
             ["claims.a: found the row 'chosen'; allowed are base, raw"],
         ),
+        (
+            '[report]\nprimary = [["rrhf", "bas"], ["rrhf", "rrhf"], ["rrhf", "base"], ["base", "rrhf"]]\n[methods.rrhf]',
+            [
+                "report.primary: found the row 'bas'; allowed are base, rrhf; did you mean 'base'?",
+                "report.primary: found 'rrhf' on both sides; a row cannot be compared with itself",
+                "report.primary: found ['base', 'rrhf'] twice; a comparison may stand once only",
+            ],
+        ),
         ("[claims.orderd]\nmargin = 0.0", [CLAIM := "claims.orderd.kind: found 'orderd'; allowed are "]),
         ("[defaults.rhf]\nlr = 0.1", [DEFAULT := "defaults.rhf: no kind of method; allowed are rrhf, sft, "]),
         ("[defaults]\nrrhf = 3\n[methods.rrhf]", ["defaults.rrhf: found 3; expected a table of the method's settings"]),
@@ -887,6 +895,7 @@ def test_a_setting_changes_the_keys_of_its_stage_and_of_those_below(override: st
         "runtime.workers=3",
         "runtime.kv_cache_mib=64",
         "runtime.gpu_memory=0.5",
+        'report.primary=[["rrhf", "base"]]',
     ],
 )
 def test_where_and_under_what_name_it_runs_changes_no_key(override: str) -> None:

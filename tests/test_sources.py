@@ -21,6 +21,7 @@ from rrhf_bench.data.sources import (
     load_pairs,
     load_preferences,
     load_prompts,
+    load_texts,
     read_rrhf,
     split_preferences,
     write_rrhf,
@@ -71,6 +72,16 @@ def test_rows_with_a_prompt(write: Write) -> None:
     )
     assert nonzero(data.counts) == {"rows": 2, "kept": 2}
     assert data.revision is None
+
+
+def test_a_row_names_the_cluster_of_its_prompt(write: Write) -> None:
+    path = write(pair(0) | {"cluster": "bread"}, pair(1) | {"cluster": 7}, pair(2), pair(3) | {"cluster": None})
+    assert [p.cluster for p in load_pairs(path).preferences] == ["bread", "7", None, None]
+    for value, found in ((True, "true"), (1.5, "1.5"), (["a"], '"a"')):
+        with pytest.raises(DataError, match=f"pairs.jsonl:1: cluster: found .*{found}.*; expected text or a whole"):
+            load_pairs(write(pair(0) | {"cluster": value}))
+    texts = write({"text": "one two three four", "label": "1", "cluster": "a"}, name="texts.jsonl")
+    assert [t.cluster for t in load_texts("files", texts, prompt_words=2).texts] == ["a"]
 
 
 def test_rows_of_whole_transcripts(write: Write) -> None:
