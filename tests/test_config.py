@@ -656,7 +656,8 @@ KNOWN = "BP, DP, SP, D, P, B, IP-n, OP-k, OP-k+KL (n rounds, k optimiser steps)"
             ["claims.a: found the row 'chosen'; allowed are base, raw"],
         ),
         (
-            '[report]\nprimary = [["rrhf", "bas"], ["rrhf", "rrhf"], ["rrhf", "base"], ["base", "rrhf"]]\n[methods.rrhf]',
+            "[report]\nprimary = [['rrhf', 'bas'], ['rrhf', 'rrhf'], ['rrhf', 'base'], ['base', 'rrhf']]\n"
+            "[methods.rrhf]",
             [
                 "report.primary: found the row 'bas'; allowed are base, rrhf; did you mean 'base'?",
                 "report.primary: found 'rrhf' on both sides; a row cannot be compared with itself",
