@@ -7,12 +7,7 @@ A world draws, for each row, a seed effect, an effect of its own on each topic a
 deviations that an analysis of variance found in real runs of hh_compare.toml (``REAL``). All comparisons of a family
 are then made by the code of the report: pooled variance, paired differences, Holm's adjustment, verdict at 0.05.
 
-* **false family**: all rows are equal in truth, and at least one comparison gets a verdict. At most 0.07 is asked for.
-* **miss**: the share of 95% intervals, each by itself, that leave out the true difference.
-* **power**: the first row is better than all others by ``effect``; the share of its comparisons that are called so.
-* **power, known spread**: the same if the variance between seeds were known, so the difference is the price of having
-  to estimate that variance from few seeds; with one comparison in place of the family (**power alone**), the price of
-  the family.
+``COLUMN_WORDS`` says what each column holds. At most 0.07 of the families of equal rows may hold a verdict.
 """
 
 from __future__ import annotations
@@ -194,6 +189,34 @@ COLUMNS = {
 }  # fmt: skip
 
 
+COLUMN_WORDS = {
+    "false family": "all rows are equal in truth, and at least one comparison of the family gets a verdict.",
+    "miss": "the share of 95% intervals, each by itself, that leave out the true difference, which is 0.",
+    "power": "the first row is better than all others by the effect; the share of its comparisons that are called so.",
+    "power, known spread": "the same if the variance between seeds were known: the price of estimating it is the rest.",
+    "power alone": "the same if each comparison were the only one: the price of the family is the rest.",
+}
+
+
+def page(found: Sequence[Rates]) -> str:
+    """Return the table as a Markdown page that says what it holds and how it was made."""
+    words = [f"* **{name}**: {text}" for name, text in COLUMN_WORDS.items()]
+    return "\n".join([
+        "# How often verdicts are wrong, and what they find",
+        "",
+        f"Simulated with the code of the report: {PROMPTS} prompts in {TOPICS} topics, the seed noise of real runs, "
+        f"{found[0].worlds} worlds a row (a share of 0.05 is known to 0.011). The settings and their noise stand in "
+        "`benchmarks/statistics.py`.",
+        "",
+        *words,
+        "",
+        markdown(found),
+        "",
+        f"Made by `python -m benchmarks.statistics --worlds {found[0].worlds} --out reports/statistics`.",
+        "",
+    ])  # fmt: skip
+
+
 def markdown(found: Sequence[Rates]) -> str:
     """Return the table as Markdown."""
     lines = ["| " + " | ".join(COLUMNS.values()) + " |", "| :--- |" + " ---: |" * (len(COLUMNS) - 1)]
@@ -223,7 +246,7 @@ def main() -> None:
     if options.out is not None:
         options.out.mkdir(parents=True, exist_ok=True)
         (options.out / "statistics.json").write_text(json.dumps([asdict(row) for row in found], indent=1) + "\n")
-        (options.out / "statistics.md").write_text(text + "\n", encoding="utf-8")
+        (options.out / "statistics.md").write_text(page(found), encoding="utf-8")
 
 
 if __name__ == "__main__":
