@@ -5,7 +5,7 @@ from itertools import combinations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from baselines.best_of_n import BestOfN, best_of_n_kl, expected_best_of_n
@@ -37,6 +37,7 @@ def test_by_hand():
     assert expected_best_of_n([[2.0, 2.0, 1.0]], 2, value_BN=[[0.0, 6.0, 100.0]]) == pytest.approx([3.0])
 
 
+@settings(deadline=None)  # a busy machine is no fault
 @given(
     data=st.data(),
     samples=st.integers(1, 7),

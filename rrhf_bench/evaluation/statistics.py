@@ -288,6 +288,8 @@ def _error(
     row and a fixed model. The pooled variance is that of one row and counts once for each.
     """
     seeds, prompts = values_SP.shape
+    if not values_SP.any():  # a row beside itself, which no other training run would change
+        return 0.0, max(seeds, clusters) - 1.0
     seed_S, prompt_P = values_SP.mean(axis=1), values_SP.mean(axis=0)
     of_cluster_K = np.bincount(cluster_P, prompt_P - prompt_P.mean(), clusters) / prompts
     between_clusters = clusters / (clusters - 1) * float((of_cluster_K**2).sum())

@@ -33,7 +33,8 @@ def compare_runs(a: RunRecords, b: RunRecords, rows: Sequence[str] = ()) -> list
             for row, its in pairs:
                 pooled = pool(decoding, measure, one, other)
                 estimate = difference_between(one, row, other, its, decoding, measure, pooled)
-                family.append(Comparison(row, its, decoding, measure, estimate))
+                fixed = one.one_model(row) and other.one_model(its)
+                family.append(Comparison(row, its, decoding, measure, estimate, fixed=fixed))
             found += adjusted(family)
     return found
 

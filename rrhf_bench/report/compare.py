@@ -23,7 +23,7 @@ Verdict = Literal["higher", "lower", "inside noise"]
 class Comparison:
     """a - b under one decoding and measure. ``estimate.p`` is the p of this comparison alone, ``p`` is Holm's over its
     family; ``p`` is None if the comparison is in no family: it is exploratory, has one training seed, or could not be
-    computed."""
+    computed. ``fixed``: neither side is trained, so there are no training seeds to cover."""
 
     a: str
     b: str
@@ -31,6 +31,7 @@ class Comparison:
     measure: Measure
     estimate: Found
     p: float | None = None
+    fixed: bool = False
 
     @property
     def verdict(self) -> Verdict | None:
@@ -46,7 +47,7 @@ class Comparison:
         """The verdict, or in one word or two why there is none."""
         if self.verdict is not None or isinstance(self.estimate, Missing):
             return self.verdict or "missing"
-        return "one seed" if self.estimate.seeds == 1 else "exploratory"
+        return "one seed" if self.estimate.seeds == 1 and not self.fixed else "exploratory"
 
     @property
     def detectable(self) -> float | None:
@@ -70,7 +71,13 @@ def compare(
     found: list[Comparison] = []
     for decoding in view.decodings:
         for measure in measures:
-            family = [Comparison(a, b, decoding, measure, view.difference(a, b, decoding, measure)) for a, b in pairs]
+            family = [
+                Comparison(
+                    a, b, decoding, measure, view.difference(a, b, decoding, measure),
+                    fixed=view.one_model(a) and view.one_model(b),
+                )
+                for a, b in pairs
+            ]  # fmt: skip
             found += adjusted(family) if primary else family
     return found
 
@@ -87,7 +94,7 @@ def adjusted(family: Sequence[Comparison]) -> list[Comparison]:
 
 
 def _own_p(c: Comparison) -> float | None:
-    return c.estimate.p if isinstance(c.estimate, Estimate) and c.estimate.seeds > 1 else None
+    return c.estimate.p if isinstance(c.estimate, Estimate) and (c.estimate.seeds > 1 or c.fixed) else None
 
 
 Pairs = list[tuple[str, str]]
