@@ -83,7 +83,7 @@ class DataSettings(Settings):
             )
         if self.source == "files" and self.path is None:
             raise ValueError(
-                'path: missing; source = "files" reads .jsonl, .jsonl.gz or .parquet: --set data.path=FILE names one'
+                'path: missing; source = "files" reads JSON, Parquet and Arrow files: --set data.path=FILE names one'
             )
         if self.source == "files" and self.path is not None and not _exists(self.path):
             raise ValueError(f"path: found {self.path!r}, which does not exist; expected a file, a folder or a pattern")
