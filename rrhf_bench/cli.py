@@ -60,6 +60,10 @@ RewardSource = Annotated[str, typer.Option("--reward-model", help="hub id or fol
 Layout = Annotated[Literal["classifier", "value-head"], typer.Option(help="of the reward model")]
 Label = Annotated[str | None, typer.Option(help="of a classifier of several labels: its probability is the reward")]
 Out = Annotated[Path, typer.Option(help="what to write")]
+FaultyRowsOption = Annotated[
+    Literal["error", "drop"],
+    typer.Option("--faulty-rows", help="rows that cannot be used: stop at the first, or leave them out and count them"),
+]
 Cut = Annotated[bool, typer.Option("--cut/--no-cut", help="cut replies at a fake turn")]
 
 
@@ -444,6 +448,7 @@ def sample(
     pad_token: PadToken = None,
     backend: Backend = "vllm",
     device: Device = "auto",
+    faulty_rows: FaultyRowsOption = "error",
     as_json: Json = False,
 ) -> None:
     """Sample responses to prompts, or search for them with beams, and write them as {"query", "responses"}.
@@ -474,7 +479,7 @@ def sample(
         penalty = diversity_penalty
         spec = replace(spec, strategy=strategy, n=beams, beams=beams, groups=groups, diversity_penalty=penalty)
     ref = model_ref(model, template=template, dtype=dtype, pad_token=pad_token)
-    with _steps(device, backend, "sampling", as_json, strategy) as steps:
+    with _steps(device, backend, "sampling", as_json, faulty_rows, strategy) as steps:
         counts = steps.sample(ref, prompts, out, spec, names)
     _done(as_json, f"{spec.n} samples a prompt ({_words(counts)}): {out}", {"counts": counts, "out": str(out)})
 
@@ -490,13 +495,14 @@ def score(
     dtype: DtypeName = "float32",
     pad_token: PadToken = None,
     device: Device = "auto",
+    faulty_rows: FaultyRowsOption = "error",
     as_json: Json = False,
 ) -> None:
     """Score responses with a reward model and write them as {"query", "responses", "scores"}."""
     from rrhf_bench.pipeline.plain import model_ref
 
     ref = model_ref(reward_model, template=template, dtype=dtype, pad_token=pad_token, layout=layout, label=label)
-    with _steps(device, "transformers", "scoring", as_json) as steps:
+    with _steps(device, "transformers", "scoring", as_json, faulty_rows) as steps:
         counts = steps.score(ref, candidates, out)
     _done(as_json, f"{_words(counts)}: {out}", {"counts": counts, "out": str(out)})
 
@@ -521,6 +527,7 @@ def train(
     pad_token: PadToken = None,
     backend: Backend = "vllm",
     device: Device = "auto",
+    faulty_rows: FaultyRowsOption = "error",
     as_json: Json = False,
 ) -> None:
     """Train a policy by one method and write it as a transformers folder."""
@@ -533,7 +540,7 @@ def train(
     reward = None
     if reward_model is not None:
         reward = model_ref(reward_model, template=template, pad_token=pad_token, layout=layout, label=label)
-    with _steps(device, backend, f"training {method}", as_json) as steps:
+    with _steps(device, backend, f"training {method}", as_json, faulty_rows) as steps:
         result = steps.train(
             settings,
             ref,
@@ -569,6 +576,7 @@ def evaluate(
     pad_token: PadToken = None,
     backend: Backend = "vllm",
     device: Device = "auto",
+    faulty_rows: FaultyRowsOption = "error",
     as_json: Json = False,
 ) -> None:
     """Judge a policy on prompts: one record a prompt and decoding."""
@@ -594,7 +602,7 @@ def evaluate(
     )
     assert policy is not None
     assert judge is not None
-    with _steps(device, backend, "evaluating", as_json) as steps:
+    with _steps(device, backend, "evaluating", as_json, faulty_rows) as steps:
         records, counts = steps.evaluate(
             policy,
             judge,
@@ -657,7 +665,12 @@ def _spec(
 
 @contextmanager
 def _steps(
-    device: Any, backend: BackendName, words: str, as_json: bool, strategy: Strategy = "sample"
+    device: Any,
+    backend: BackendName,
+    words: str,
+    as_json: bool,
+    faulty_rows: Literal["error", "drop"],
+    strategy: Strategy = "sample",
 ) -> Iterator[PlainSteps]:
     """The plain-file steps with a progress bar on standard error."""
     from rrhf_bench.pipeline.plain import PlainSteps
@@ -669,7 +682,8 @@ def _steps(
         _errors().print(f"note: {chosen.note}")
     with TerminalReporter(_errors()) as reporter, quiet():
         reporter.begin(words)
-        yield PlainSteps(RuntimeSettings(device=device), chosen.name, lambda i, n: reporter.progress(words, i, n))
+        runtime = RuntimeSettings(device=device)
+        yield PlainSteps(runtime, chosen.name, lambda i, n: reporter.progress(words, i, n), faulty_rows)
 
 
 def _done(as_json: bool, words: str, value: dict[str, Any]) -> None:

@@ -72,7 +72,7 @@ class DataSettings(Settings):
     prompt_words: Positive = 48  # of a text: some 64 tokens of GPT-2
     reply_words: Positive | None = None  # of a text; none: all the rest
     diverging: Literal["drop", "common-prefix"] = "drop"  # pairs that part before the last turn
-    faulty_rows: Literal["error", "drop"] = "error"  # texts that are no transcript, or that end with the Human
+    faulty_rows: Literal["error", "drop"] = "error"  # no pair, or refused by a chat template
     long_prompts: Literal["error", "drop"] = "drop"  # prompts that leave no room for a reply in the context
 
     @model_validator(mode="after")
@@ -83,7 +83,7 @@ class DataSettings(Settings):
             )
         if self.source == "files" and self.path is None:
             raise ValueError(
-                'path: missing; source = "files" reads .jsonl, .jsonl.gz or .parquet: --set data.path=FILE names one'
+                'path: missing; source = "files" reads JSON, Parquet and Arrow files: --set data.path=FILE names one'
             )
         if self.source == "files" and self.path is not None and not _exists(self.path):
             raise ValueError(f"path: found {self.path!r}, which does not exist; expected a file, a folder or a pattern")

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import gzip
+import io
 import json
 import math
+import re
 import types
+import zlib
+from codecs import BOM_UTF8
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import MISSING, fields, is_dataclass
 from functools import cache
 from pathlib import Path
@@ -41,42 +47,112 @@ def write_jsonl(path: Path, records: Iterable[Any]) -> int:
     return count
 
 
-def read_objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number, object) of each non-blank line. Raises DataError naming file and line."""
+def read_objects(path: Path, digest: Any = None) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield (line number, object) of each object of a file of JSON lines, or of a ``.json`` file that is one array.
+
+    A name that ends with ``.gz`` is unpacked. Blank lines and a byte order mark are skipped. ``digest`` is updated with
+    the unpacked bytes. Raises DataError naming file and line.
+    """
+    name = path.name.lower()
     try:
-        with path.open("rb") as file:
-            for number, line in enumerate(file, 1):
+        with (gzip.open if name.endswith(".gz") else open)(path, "rb") as stream:
+            lines: Iterable[bytes] = stream
+            if name.endswith(".json"):
+                content = stream.read()
+                if content.removeprefix(BOM_UTF8).lstrip().startswith(b"["):
+                    if digest is not None:
+                        digest.update(content)
+                    yield from _array(content, path)
+                    return
+                lines = io.BytesIO(content)
+            for number, line in enumerate(lines, 1):
+                if digest is not None:
+                    digest.update(line)
+                line = line.removeprefix(BOM_UTF8) if number == 1 else line
                 if line.strip():
                     yield number, parse_line(line, f"{path}:{number}")
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); give the path of a JSONL file") from error
+    except (OSError, EOFError, zlib.error) as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200] or type(error).__name__
+        raise DataError(f"{path}: cannot be read ({reason}); give the path of a JSONL file") from error
 
 
 def parse_line(line: bytes, where: str) -> dict[str, Any]:
-    """The object of a line, which ``where`` names in a message. Lines end at LF alone: JSON's text may hold any other
-    mark that ends one, U+2028 among them. Raises DataError for what is no object in UTF-8, and for what could be read
-    in two ways or written nowhere: a key that is there twice, half of a surrogate pair, a number of endless digits.
+    """Return the object of a line, which ``where`` names in a message.
+
+    Lines end at LF alone: JSON's text may hold any other mark that ends a line, U+2028 among them. Raises DataError for
+    a line that is no object in UTF-8, and for an object that could be read in two ways or could not be written again:
+    a key that is there twice, half of a surrogate pair, a number of endless digits.
     """
+    with _explained(where, "one JSON object a line"):
+        text = line.decode()
+        return _object(json.loads(text, object_pairs_hook=_distinct), text, where, "one JSON object a line")
+
+
+_SPACE = re.compile(r"[ \t\r\n]*")
+
+
+def _array(content: bytes, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield (number of the line on which it begins, object) of each object of a JSON array."""
+    expected = "a JSON array of objects"
+    with _explained(str(path), expected, unit="file"):
+        text = content.decode("utf-8-sig")
+    decoder = json.JSONDecoder(object_pairs_hook=_distinct)
+    line, counted = 1, 0
+    position = text.index("[")
+    ended = _next(text, position + 1)[0] == "]"
+    while not ended:
+        _, position = _next(text, position + 1)
+        line, counted = line + text.count("\n", counted, position), position
+        where = f"{path}:{line}"
+        with _explained(where, expected):
+            value, end = decoder.raw_decode(text, position)
+            value = _object(value, text[position:end], where, expected)
+        yield line, value
+        mark, position = _next(text, end)
+        if mark not in (",", "]"):
+            raise DataError(f"{where}: is not JSON (found {mark!r} after the object); expected ',' or ']'")
+        ended = mark == "]"
+    rest, _ = _next(text, text.index("]", position) + 1)
+    if rest:
+        raise DataError(f"{path}: is not JSON (found {rest!r} after the array); expected {expected}")
+
+
+def _next(text: str, position: int) -> tuple[str, int]:
+    """Return (the next character that is not white space, or "" at the end of the text; its position)."""
+    found = _SPACE.match(text, position)
+    assert found is not None
+    return text[found.end() : found.end() + 1], found.end()
+
+
+def _object(value: Any, text: str, where: str, expected: str) -> dict[str, Any]:
+    """Return a value that was parsed from a text if it is an object that can be written again."""
+    if "\\u" in text:  # the only way to half of a pair
+        json.dumps(value, ensure_ascii=False).encode()
+    if not isinstance(value, dict):
+        raise DataError(f"{where}: found {shown(value)}; expected {expected}")
+    return value
+
+
+@contextmanager
+def _explained(where: str, expected: str, unit: str = "line") -> Iterator[None]:
+    """Turn the errors of decoding and parsing into a DataError."""
     try:
-        value = json.loads(line.decode(), object_pairs_hook=_distinct)
-        if b"\\u" in line:  # the only way to half of a pair
-            json.dumps(value, ensure_ascii=False).encode()
+        yield
+    except DataError:
+        raise
     except UnicodeDecodeError as error:
-        raise DataError(f"{where}: is not UTF-8 text (byte {error.start} of the line); save it as UTF-8") from error
+        raise DataError(f"{where}: is not UTF-8 text (byte {error.start} of the {unit}); save it as UTF-8") from error
     except UnicodeEncodeError as error:
         raise DataError(
             f"{where}: holds {error.object[error.start]!r}, half of a surrogate pair; mend the text"
         ) from error
     except json.JSONDecodeError as error:
-        raise DataError(f"{where}: is not JSON ({error.msg}); expected one JSON object a line") from error
+        raise DataError(f"{where}: is not JSON ({error.msg}); expected {expected}") from error
     except RecursionError as error:
-        raise DataError(f"{where}: is not JSON (nested too deeply); expected one JSON object a line") from error
+        raise DataError(f"{where}: is not JSON (nested too deeply); expected {expected}") from error
     except ValueError as error:  # the key of _distinct, or a number that Python will not read
         reason = error.args[0] if isinstance(error, _Twice) else "a whole number of too many digits"
-        raise DataError(f"{where}: is not JSON ({reason}); expected one JSON object a line") from error
-    if not isinstance(value, dict):
-        raise DataError(f"{where}: found {shown(value)}; expected one JSON object a line")
-    return value
+        raise DataError(f"{where}: is not JSON ({reason}); expected {expected}") from error
 
 
 class _Twice(ValueError):

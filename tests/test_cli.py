@@ -24,6 +24,8 @@ from conftest import make_llama, make_tokenizer
 
 from rrhf_bench import cli as program
 from rrhf_bench.config import load_experiment
+from rrhf_bench.data.sources import load_candidates
+from rrhf_bench.errors import BenchError
 from rrhf_bench.pipeline.plan import Plan, make_plan
 from rrhf_bench.pipeline.runner import run_plan
 from rrhf_bench.pipeline.store import Store
@@ -143,8 +145,6 @@ def model(llama_folder: Callable[..., Path]) -> Path:
 
 def without(folder: Path, token: str, tmp_path: Path) -> Path:
     """A copy of a model folder whose tokenizer lacks ``pad_token`` or ``eos_token``."""
-    import shutil
-
     bare = shutil.copytree(folder, tmp_path / "bare")
     for path in bare.glob("tokenizer*"):
         path.unlink()
@@ -243,7 +243,7 @@ def test_a_run_that_meets_a_bad_row_says_where_and_stores_nothing(cli: Cli, rows
     assert result.code == 2
     assert result.err == (
         f"error: data: {path}:2: chosen: ends with a Human turn; expected the last turn to be the assistant's; "
-        'mend the row, or drop and count such rows with faulty_rows = "drop"\n'
+        'mend the row, or drop and count such rows with faulty_rows = "drop" (--faulty-rows drop)\n'
     )
     assert list((tmp_path / "runs" / "store").iterdir()) == []
     assert not (tmp_path / "runs" / "smoke" / "report").exists()
@@ -343,7 +343,7 @@ def test_files_and_models_that_are_missing(refused: Any, rows: Any, model: Path,
     missing = tmp_path / "none.jsonl"
     for words in (sample(model, missing, out), score(model, missing, out), train("rrhf", model, missing, out)):
         (line,) = refused(*words)
-        assert line == f"{missing}: cannot be read (No such file or directory); give the path of a JSONL file"
+        assert line.startswith(f"{missing}: is missing; expected ")
     prompts, scored = rows({"prompt": "Hi"}, name="prompts.jsonl"), rows(SCORED, name="scored.jsonl")
     for words in (sample(missing, prompts, out), score(missing, scored, out), train("rrhf", missing, scored, out)):
         (line,) = refused(*words)
@@ -360,7 +360,98 @@ def test_a_folder_that_holds_something_is_not_overwritten(refused: Any, rows: An
 def test_a_prompt_beyond_the_context(refused: Any, rows: Any, model: Path, out: Path) -> None:
     path = rows({"prompt": "bread " * 600})
     (line,) = refused(*sample(model, path, out))
-    assert re.match(r"prompt [0-9a-f]{16}: \d+ tokens and 8 new ones exceed the context of 512; drop the prompt", line)
+    assert re.match(rf"{re.escape(str(path))}:1: prompt [0-9a-f]{{16}}: has \d+ tokens, at most 504 fit; ", line)
+
+
+LONG = {"prompt": "bread " * 600}
+
+
+def test_faulty_rows_are_an_error_or_counted_where_files_are_read(
+    refused: Any, cli: Cli, rows: Any, model: Path, reward: Any, out: Path
+) -> None:
+    path = rows({"prompt": "Hi"}, LONG, {"prompt": " "}, {"prompt": "Ho"})
+    (line,) = refused(*sample(model, path, out))
+    assert line.startswith(f"{path}:3: prompt: the prompt is empty")
+    assert "--faulty-rows drop" in line
+    counts = cli(*sample(model, path, out, "--faulty-rows", "drop", "--json")).json["counts"]
+    assert counts.items() >= {"rows": 4, "prompts": 3, "not_a_prompt": 1, "long_prompt": 1}.items()
+    assert len(load_candidates(out, scored=False).candidates) == 2
+    pairs = rows(pair("a"), pair("b", chosen=" Yes.\n\nHuman: Why?"), name="pairs.jsonl")
+    words = ["--faulty-rows", "drop", "--set", "epochs=1", "--json"]
+    counts = cli(*train("sft", model, pairs, out.with_name("trained"), *words)).json["counts"]
+    assert counts.items() >= {"rows": 2, "kept": 1, "not_ending_with_assistant": 1}.items()
+    unscored = rows(SCORED, {**SCORED, "query": QUESTION + " Done."}, name="c.jsonl")
+    found = cli(*score(reward(), unscored, out.with_name("scored"), "--faulty-rows", "drop", "--json")).json
+    assert (found["counts"]["not_a_prompt"], found["counts"]["prompts"]) == (1, 1)
+
+
+def test_a_prompt_without_room_names_its_row_before_it_is_sampled_for_training_or_judged(
+    refused: Any, rows: Any, model: Path, reward: Any, out: Path
+) -> None:
+    path, judge = rows({"prompt": "Hi"}, LONG), ["--reward-model", reward(), "--max-new-tokens", 8]
+    ppo = train("ppo", model, path, out, *judge, "--set", "iterations=1", "--set", "rollouts=2", "--set", "minibatch=2")
+    evaluate = ["evaluate", "--model", model, "--prompts", path, "--out", out, "--backend", "transformers", *judge]
+    for words in (ppo, evaluate):
+        (line,) = refused(*words)
+        assert re.match(rf"{re.escape(str(path))}:2: prompt [0-9a-f]{{16}}: has \d+ tokens, at most 504 fit; ", line)
+
+
+ALTERNATING = (
+    "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+)
+
+
+@pytest.fixture
+def alternating(model: Path, tmp_path: Path) -> Path:
+    """A policy whose chat template refuses a system message and two turns of one role."""
+    folder = shutil.copytree(model, tmp_path / "alternating")
+    (folder / "chat_template.jinja").write_text(ALTERNATING)
+    return folder
+
+
+TWICE = "\n\nHuman: Hi\n\nAssistant: Hello.\n\nAssistant: Still there?\n\nHuman: Yes\n\nAssistant:"
+
+
+def test_a_dialogue_that_the_chat_template_refuses_names_its_row_or_is_counted(
+    refused: Any, cli: Cli, rows: Any, alternating: Path, out: Path
+) -> None:
+    system = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+    for prompt in (TWICE, "\n\nAssistant: Hi\n\nHuman: Hi\n\nAssistant:", "\n\nAssistant:", system):
+        path = rows({"prompt": "Hi"}, {"prompt": prompt})
+        (line,) = refused(*sample(alternating, path, out, "--template", "chat"))
+        assert re.match(
+            rf"{re.escape(str(path))}:2: prompt [0-9a-f]{{16}}: the chat template refuses the dialogue", line
+        )
+        words = ["--template", "chat", "--faulty-rows", "drop", "--json"]
+        counts = cli(*sample(alternating, path, out.with_name("dropped"), *words)).json["counts"]
+        assert counts.items() >= {"prompts": 2, "refused_by_template": 1}.items()
+    path = rows(SCORED, {**SCORED, "query": TWICE})
+    (line,) = refused(*train("rrhf", alternating, path, out, "--template", "chat"))
+    assert line.startswith(f"{path}:2: prompt ")
+
+
+@pytest.mark.parametrize("faulty_rows", ["error", "drop"])
+def test_an_experiment_finds_what_the_chat_template_refuses_before_it_samples(
+    rows: Any, alternating: Path, tmp_path: Path, faulty_rows: str
+) -> None:
+    twice = {side: f"{TWICE} {side}" for side in ("chosen", "rejected")}
+    path = rows(*(pair(f"question {i}") for i in range(3)), twice)
+    overrides = experiment_on(path, f"data.faulty_rows={faulty_rows}", "data.train_prompts=1")
+    policy = [f"policy.source={alternating}", "policy.template=chat", "reward_model.template=chat"]
+    experiment = load_experiment(SMOKE, [o for o in overrides if o != "policy.source=scratch"] + policy)
+    plan = make_plan(experiment)
+    prompts = next(stage for stage in plan.stages if stage.kind == "prompts")
+    needed = tuple(stage for stage in plan.stages if stage is prompts or stage in prompts.inputs.values())
+    store = Store(tmp_path / "store")
+    part = Plan(experiment, plan.backend, needed)
+    if faulty_rows == "error":
+        with pytest.raises(BenchError, match=rf"{re.escape(str(path))}:4: prompt .* refuses the dialogue"):
+            run_plan(part, store, Quiet())
+        return
+    run_plan(part, store, Quiet())
+    counts = json.loads((store.folder(prompts.key) / "about.json").read_text())["counts"]
+    assert sum(counts.get(f"{split}_refused_by_template", 0) for split in ("train", "dev", "test")) == 1
 
 
 def test_a_training_prompt_beyond_the_context_is_left_out_and_counted(
@@ -440,10 +531,9 @@ def test_what_a_step_leaves_out_of_its_input_is_counted(cli: Cli, rows: Any, mod
     found = cli(*train("sft", model, path, out.with_name("trained"), "--set", "epochs=1", "--json")).json
     assert found["counts"].items() >= expected.items()
     prompts = rows({"prompt": "a"}, {"prompt": "a"}, name="prompts.jsonl")
-    assert cli(*sample(model, prompts, out.with_name("again"), "--json")).json["counts"] == {
-        "prompts": 2,
-        "duplicate_prompt": 1,
-    }
+    counts = cli(*sample(model, prompts, out.with_name("again"), "--json")).json["counts"]
+    expected = {"rows": 2, "prompts": 2, "duplicate_prompt": 1, "prompt_rewritten": 2}
+    assert {name: count for name, count in counts.items() if count} == expected
 
 
 @pytest.mark.parametrize(

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from rrhf_bench.data.dialogue import (
+    RefusedDialogue,
     Template,
     Turn,
     as_prompt,
     as_reply,
     cut_at_stop,
     prompt_of,
+    prompt_of_messages,
+    repaired,
     split_transcript,
     transcript_of,
     turns,
+    turns_of_messages,
 )
 from rrhf_bench.errors import DataError
 from rrhf_bench.records import Prompt
@@ -85,6 +91,12 @@ def test_what_is_no_transcript_is_refused(text: str) -> None:
         ("Human: Hi\n\nAssistant: ", "\n\nHuman: Hi\n\nAssistant:"),
         ("\n\nHuman: Hi", "\n\nHuman: Hi\n\nAssistant:"),
         ("  What is bread?\n", "\n\nHuman: What is bread?\n\nAssistant:"),
+        ("\r\n\r\nHuman: Hi\r\n\r\nAssistant:", "\n\nHuman: Hi\n\nAssistant:"),
+        (" \t\n\nHuman: Hi\n\nAssistant:", "\n\nHuman: Hi\n\nAssistant:"),
+        ("\ufeffHuman: Hi\n\nAssistant:", "\n\nHuman: Hi\n\nAssistant:"),
+        ("Hi\n\nAssistant:", "\n\nHuman: Hi\n\nAssistant:"),  # begins in the middle of a Human turn
+        ("System: Be brief.\n\nHuman: Hi", "\n\nSystem: Be brief.\n\nHuman: Hi\n\nAssistant:"),
+        ("\n\nHuman: a\r\nb", "\n\nHuman: a\r\nb\n\nAssistant:"),  # no marker after CRLF: text like any other
     ],
 )
 def test_as_prompt(text: str, expected: str) -> None:
@@ -93,11 +105,94 @@ def test_as_prompt(text: str, expected: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "reason"), [(" \n", "the prompt is empty"), ("\n\nHuman: Hi\n\nAssistant: Ho", "finished assistant turn")]
+    ("text", "reason"),
+    [
+        (" \n", "the prompt is empty"),
+        ("\n\nHuman: Hi\n\nAssistant: Ho", "finished assistant turn"),
+        ("A talk.\n\nHuman: Hi\n\nAssistant:", "before the first 'Human:'"),
+        ("Human: Hi\nAssistant:", "without a blank line"),
+        ("Human: Hi\nAssistant: Ho\nHuman: Go", "without a blank line"),
+        ("Hi\nAssistant:", "without a blank line"),
+        ("System: Be brief.", "System turn alone"),
+    ],
 )
 def test_as_prompt_refuses(text: str, reason: str) -> None:
     with pytest.raises(DataError, match=f"p.jsonl:7: .*{reason}"):
         as_prompt(text, "p.jsonl:7")
+
+
+WHOLE = "\n\nHuman: How do I bake bread?\n\nAssistant: First, mix the flour.\n\nHuman: And then?\n\nAssistant:"
+
+
+@pytest.mark.parametrize(
+    ("cut", "first"),
+    [
+        (9, "Human: How do I bake bread?"),
+        (24, "Human: read?"),
+        (44, "Assistant: rst, mix the flour."),
+        (60, "Assistant: ur."),
+    ],
+)
+def test_a_dialogue_cut_on_the_left_begins_with_the_rest_of_its_turn(cut: int, first: str) -> None:
+    text = as_prompt(WHOLE[cut:], cut_on_the_left=True).text
+    assert text.startswith(f"\n\n{first}\n\n")
+    assert text.endswith(WHOLE[cut:].lstrip().split("\n\n", 1)[1])
+    roles = [turn.role for turn in turns(text)]
+    assert all(one != other for one, other in pairwise(roles))
+
+
+@given(st.integers(0, len(WHOLE) - len("And then?\n\nAssistant:") - 1))
+def test_no_cut_nests_or_doubles_a_marker(cut: int) -> None:
+    text = as_prompt(WHOLE[cut:], cut_on_the_left=True).text
+    assert text.count("Assistant:") <= 2
+    assert text.endswith(" And then?\n\nAssistant:")
+    assert as_prompt(text) == Prompt(text)
+
+
+def test_a_system_turn_is_the_first_or_text() -> None:
+    text = "\n\nSystem: Be brief.\n\nHuman: Hi\n\nSystem: x\n\nAssistant:"
+    assert turns(text) == (
+        Turn("system", " Be brief."),
+        Turn("user", " Hi\n\nSystem: x"),
+        Turn("assistant", ""),
+    )
+    assert transcript_of(turns(text)) == text
+
+
+def test_repair_changes_only_what_keeps_a_transcript_from_being_read() -> None:
+    for text in ("What?\r\nThat.", " What?", "Human: Hi", "\n\n\nHuman: a\r\n"):
+        assert repaired(text) == text
+
+
+def message(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+def test_messages_become_a_transcript() -> None:
+    messages = [
+        message("system", "Be brief.\n"),
+        message("user", " Hi "),
+        message("assistant", "Ho"),
+        message("user", "Go"),
+    ]
+    text = "\n\nSystem: Be brief.\n\nHuman: Hi\n\nAssistant: Ho\n\nHuman: Go\n\nAssistant:"
+    assert prompt_of_messages(messages) == Prompt(text)
+    assert turns_of_messages([*messages, message("assistant", "\nNo. \n")], "x")[-1] == Turn("assistant", " \nNo. \n")
+
+
+@pytest.mark.parametrize(
+    ("messages", "reason"),
+    [
+        ([message("user", "a"), message("system", "b"), message("user", "c")], r"x\[1\]: found a system message"),
+        ([message("user", "a\n\nAssistant: b"), message("user", "c")], r"x\[0\]: the content contains"),
+        ([message("user", "a"), message("assistant", "b")], "the last message is the assistant's"),
+        ([message("system", "a")], "the last message is the system's"),
+        ([message("user", " \n")], "the last message is empty"),
+    ],
+)
+def test_messages_that_ask_nothing_or_would_be_read_in_another_way(messages: list[dict[str, str]], reason: str) -> None:
+    with pytest.raises(DataError, match=reason):
+        prompt_of_messages(messages, "x")
 
 
 def test_as_reply_adds_one_space_where_there_is_none() -> None:
@@ -149,3 +244,34 @@ def test_chat_template(tokenizer: PreTrainedTokenizerFast) -> None:
 def test_chat_template_missing(tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(DataError, match="has no chat template"):
         Template("chat").render_prompt(Prompt("\n\nHuman: Hi\n\nAssistant:"), tokenizer)
+
+
+ALTERNATING = (
+    "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "\n\nHuman: Hi\n\nAssistant: Ho\n\nAssistant: Still there?\n\nHuman: Yes\n\nAssistant:",
+        "\n\nAssistant: Hello\n\nHuman: Hi\n\nAssistant:",
+        "\n\nSystem: Be brief.\n\nHuman: Hi\n\nAssistant:",
+        "\n\nAssistant:",
+    ],
+)
+def test_a_dialogue_that_the_chat_template_refuses(tokenizer: PreTrainedTokenizerFast, text: str) -> None:
+    tokenizer.chat_template = ALTERNATING
+    with pytest.raises(RefusedDialogue, match=f"prompt {Prompt(text).id}: .*refuses the dialogue"):
+        Template("chat").render_prompt(Prompt(text), tokenizer)
+    assert Template("hh").render_prompt(Prompt(text), tokenizer)[0] == text
+
+
+def test_a_system_message_is_rendered_or_refused(tokenizer: PreTrainedTokenizerFast) -> None:
+    prompt = Prompt("\n\nSystem: Be brief.\n\nHuman: Hi\n\nAssistant:")
+    tokenizer.chat_template = CHAT_TEMPLATE
+    assert Template("chat").render_prompt(prompt, tokenizer)[0] == "<system>Be brief.</s><user>Hi</s><assistant>"
+    tokenizer.chat_template = "{% for m in messages if m.role != 'system' %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    with pytest.raises(RefusedDialogue, match="leaves the system message out"):
+        Template("chat").render_prompt(prompt, tokenizer)

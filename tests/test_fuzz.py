@@ -491,18 +491,17 @@ def of_files(reader: str, rng: random.Random) -> Iterator[Broken]:
     content = "".join(json.dumps(row) + "\n" for row in rows).encode()
     yield Broken(f"empty ({reader})", b"", ": ", reader=reader)
     yield Broken(f"blank ({reader})", b" \n\t\r\n" * rng.randrange(1, 9), ": ", reader=reader)
-    yield Broken(f"byte-order mark ({reader})", b"\xef\xbb\xbf" + content, ":1: is not JSON .*BOM", reader=reader)
+    yield Broken(f"two marks ({reader})", b"\xef\xbb\xbf" * 2 + content, ":1: is not JSON", reader=reader)
     yield Broken(f"UTF-16 ({reader})", content.decode().encode("utf-16"), ":1: is not UTF-8", reader=reader)
     yield Broken(f"CR alone ({reader})", content.replace(b"\n", b"\r"), ":1: is not JSON", reader=reader)
     yield Broken(f"one array ({reader})", json.dumps(rows, indent=rng.randrange(4)).encode(), ":1: ", reader=reader)
     yield Broken(f"indented ({reader})", json.dumps(rows[0], indent=1).encode(), ":1: is not JSON", reader=reader)
     yield Broken(f"CSV ({reader})", b"prompt,chosen,rejected\na,b,c\n", ":1: is not JSON", reader=reader)
     yield Broken(f"compressed ({reader})", gzip.compress(content), ":1: is not UTF-8", reader=reader)
-    if reader not in ("ppo", "sample", "evaluate"):  # told apart by the first line of what is not compressed
-        packed = gzip.compress(content)
-        cut = packed[: rng.randrange(12, len(packed) - 9)]
-        yield Broken(f"cut gzip ({reader})", cut, ": cannot be read", suffix=".gz", reader=reader)
-        yield Broken(f"no gzip ({reader})", content, ": cannot be read", suffix=".gz", reader=reader)
+    packed = gzip.compress(content)
+    cut = packed[: rng.randrange(12, len(packed) - 9)]
+    yield Broken(f"cut gzip ({reader})", cut, ": cannot be read", suffix=".gz", reader=reader)
+    yield Broken(f"no gzip ({reader})", content, ": cannot be read", suffix=".gz", reader=reader)
 
 
 def broken_lines() -> list[Broken]:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from rrhf_bench.data import sources
+from rrhf_bench.data.dialogue import RefusedDialogue
 from rrhf_bench.data.sources import (
     DROPPED,
     count_candidates,
@@ -20,6 +21,7 @@ from rrhf_bench.data.sources import (
     load_candidates,
     load_pairs,
     load_preferences,
+    load_prompt_data,
     load_prompts,
     load_texts,
     read_rrhf,
@@ -27,6 +29,7 @@ from rrhf_bench.data.sources import (
     write_rrhf,
 )
 from rrhf_bench.errors import DataError
+from rrhf_bench.pipeline.plain import read_prompts
 from rrhf_bench.records import Candidates, Preference, Prompt, Response
 
 ASK = "\n\nHuman: Ask\n\nAssistant:"
@@ -193,7 +196,223 @@ def test_parquet_faults_name_the_row(tmp_path: Path) -> None:
         load_pairs(tmp_path / "p.parquet")
 
 
+# Lists of messages
+
+
+def said(*contents: str, system: str | None = None) -> list[dict[str, str]]:
+    """Messages of user and assistant in turn."""
+    first = [] if system is None else [{"role": "system", "content": system}]
+    return first + [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(contents)]
+
+
+def assistant(text: str) -> list[dict[str, str]]:
+    return [{"role": "assistant", "content": text}]
+
+
+TALK = "\n\nHuman: Hi\n\nAssistant: Ho\n\nHuman: Go\n\nAssistant:"
+EXPECTED = Preference(Prompt(TALK), " Gladly.", " No!")
+FORMS: dict[str, dict[str, Any]] = {
+    "TRL, prompt apart": {
+        "prompt": said("Hi", "Ho", "Go"), "chosen": assistant("Gladly."), "rejected": assistant("No!"),
+    },
+    "TRL, prompt within": {"chosen": said("Hi", "Ho", "Go", "Gladly."), "rejected": said("Hi", "Ho", "Go", "No!")},
+    "UltraFeedback": {
+        "prompt": TALK, "chosen": said("Hi", "Ho", "Go", "Gladly."), "rejected": said("Hi", "Ho", "Go", "No!"),
+        "score_chosen": 8.5, "score_rejected": 6.0, "messages": said("Hi", "Ho", "Go", "Gladly."), "prompt_id": "x",
+    },
+    "text and messages": {"prompt": said("Hi", "Ho", "Go"), "chosen": "Gladly.", "rejected": assistant("No!")},
+    "transcript and messages": {"chosen": TALK + " Gladly.", "rejected": said("Hi", "Ho", "Go", "No!")},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_lists_of_messages(write: Write, form: str) -> None:
+    assert load_pairs(write(FORMS[form])).preferences == (EXPECTED,)
+
+
+def test_a_bare_prompt_beside_whole_dialogues_is_their_question(write: Write) -> None:
+    row = {"prompt": "Go\n", "chosen": said("Go\n", "Gladly."), "rejected": said("Go\n", "No!")}
+    data = load_pairs(write(row))
+    assert data.preferences == (Preference(Prompt("\n\nHuman: Go\n\nAssistant:"), " Gladly.", " No!"),)
+    assert nonzero(data.counts) == {"rows": 1, "kept": 1, "prompt_rewritten": 1}
+
+
+def test_a_system_message_begins_the_prompt(write: Write) -> None:
+    row = {"chosen": said("Go", "Gladly.", system="Be brief."), "rejected": said("Go", "No!", system="Be brief.")}
+    prompt = Prompt("\n\nSystem: Be brief.\n\nHuman: Go\n\nAssistant:")
+    assert load_pairs(write(row)).preferences == (Preference(prompt, " Gladly.", " No!"),)
+    assert load_prompts(write({"prompt": said("Go", system="Be brief.")})) == [prompt]
+    text = {side: prompt.text + reply for side, reply in (("chosen", " Gladly."), ("rejected", " No!"))}
+    assert load_pairs(write(text)).preferences == (Preference(prompt, " Gladly.", " No!"),)
+
+
+@pytest.mark.parametrize(
+    ("row", "kind"),
+    [
+        ({"prompt": "Come", "chosen": said("Go", "Gladly."), "rejected": said("Go", "No!")}, "prompt_differs"),
+        ({"chosen": said("Go", "Oh", "Now"), "rejected": said("Go", "No!")}, "not_ending_with_assistant"),
+        ({"chosen": assistant("Gladly."), "rejected": assistant("No!")}, "not_a_transcript"),
+        (
+            {"chosen": said("Go\n\nHuman: x", "Gladly."), "rejected": said("Go\n\nHuman: x", "No!")},
+            "not_a_transcript",
+        ),
+        ({"prompt": said("Hi", "Ho"), "chosen": "Gladly.", "rejected": "No!"}, "not_a_prompt"),
+    ],
+)
+def test_messages_that_are_no_pair(write: Write, row: Any, kind: str) -> None:
+    path = write(pair(0), row)
+    with pytest.raises(DataError, match=r'pairs.jsonl:2: .*faulty_rows = "drop"'):
+        load_pairs(path)
+    assert nonzero(load_pairs(path, faulty_rows="drop").counts) == {"rows": 2, "kept": 1, kind: 1}
+
+
+@pytest.mark.parametrize(
+    "value",
+    [[], ["a"], [{"role": "user"}], [{"role": "tool", "content": "a"}], [{"role": "user", "content": [{"text": "a"}]}]],
+)
+def test_what_is_no_list_of_messages(write: Write, value: Any) -> None:
+    with pytest.raises(DataError, match=r"pairs.jsonl:1: chosen: found \["):
+        load_preferences("files", write({"prompt": ASK, "chosen": value, "rejected": " b"}), faulty_rows="drop")
+
+
+def test_dialogues_in_messages_that_part_early_follow_the_rule_for_transcripts(write: Write) -> None:
+    path = write({"chosen": said("Go", "a", "b", "c"), "rejected": said("Go", "x", "b", "c")}, pair(0))
+    assert nonzero(load_pairs(path).counts) == {"rows": 2, "kept": 1, "diverging": 1, "diverging_dropped": 1}
+    kept = load_preferences("files", path, diverging="common-prefix").preferences[0]
+    assert kept == Preference(
+        Prompt("\n\nHuman: Go\n\nAssistant:"), " a\n\nHuman: b\n\nAssistant: c", " x\n\nHuman: b\n\nAssistant: c"
+    )
+
+
+def test_a_held_out_prompt_with_a_system_turn_is_found_inside_a_training_text() -> None:
+    asked = "\n\nSystem: s\n\nHuman: q\n\nAssistant:"
+    around = Preference(Prompt("\n\nHuman: first\n\nAssistant:"), f" a{asked} b", " no")
+    assert asked in set(sources._prompts_inside(around))
+
+
+# Containers
+
+
+def container(name: str, rows: list[dict[str, Any]], folder: Path) -> Path:
+    """The rows in a file or folder of one kind."""
+    import datasets
+    import pyarrow
+    import pyarrow.parquet
+
+    path = folder / name
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    if name.lower().endswith(".parquet"):
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    elif name == "saved":
+        datasets.disable_progress_bars()
+        datasets.Dataset.from_list(rows).save_to_disk(path)
+        (path / "cache-0123456789abcdef.arrow").write_bytes(b"left by a map() of the user")
+    elif name == "splits":
+        datasets.disable_progress_bars()
+        table = datasets.Dataset.from_list(rows)
+        datasets.DatasetDict({"train": table, "test": table.select([0])}).save_to_disk(path)
+    elif name.startswith("array"):
+        bom = b"\xef\xbb\xbf" if "bom" in name else b""
+        path.write_bytes(bom + json.dumps(rows, indent=1, ensure_ascii=False).encode())
+    else:
+        bom = b"\xef\xbb\xbf" if "bom" in name else b""
+        path.write_bytes(gzip.compress(bom + lines.encode()) if name.lower().endswith(".gz") else bom + lines.encode())
+    return path
+
+
+CONTAINERS = (
+    "a.jsonl", "a.JSONL", "a.jsonl.gz", "a.JSONL.GZ", "lines.json", "array.json", "array.JSON", "array.bom.json",
+    "bom.jsonl", "bom.jsonl.gz", "a.parquet", "a.PARQUET", "saved",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CONTAINERS)
+def test_each_container_holds_pairs_prompts_and_candidates(tmp_path: Path, name: str) -> None:
+    row = {"chosen": said("Wie geht’s?", "Gut."), "rejected": said("Wie geht’s?", "Nein."), "score_chosen": 8.5}
+    prompt = Prompt("\n\nHuman: Wie geht’s?\n\nAssistant:")
+    pairs = container(name, [row, row], tmp_path)
+    assert load_pairs(pairs).preferences == (Preference(prompt, " Gut.", " Nein."),) * 2
+    read = read_prompts(pairs)
+    assert (len(read.pairs), read.prompts) == (2, [prompt] * 2)
+
+    for asked in ("Wie geht’s?", said("Wie geht’s?")):
+        folder = tmp_path / type(asked).__name__
+        folder.mkdir()
+        read = read_prompts(container(name, [{"prompt": asked}, {"prompt": asked}], folder))
+        assert (read.pairs, read.prompts) == ([], [prompt] * 2)
+        assert read.counts["duplicate_prompt"] == 1
+    (tmp_path / "c").mkdir()
+    scores = container(name, [{"query": "Wie geht’s?", "responses": ["a", "b"], "scores": [1.0, 0.0]}], tmp_path / "c")
+    assert [item.scores for item in load_candidates(scores).candidates] == [(1.0, 0.0)]
+
+
+def test_a_saved_dictionary_of_splits(tmp_path: Path) -> None:
+    path = container("splits", [pair(0), pair(1)], tmp_path)
+    assert len(load_pairs(path).preferences) == 3
+    assert [item.chosen for item in load_preferences("files", path, split="test").preferences] == [" good 0"]
+
+
+def test_a_fault_in_an_array_names_the_line_of_its_object(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    for rows, expected in (
+        ('[\n{"prompt": "a"},\n\n{"prompt": 3}]', r"a.json:4: prompt: found 3"),
+        ('[\n{"prompt": "a"},\n{"prompt": "b", }]', r"a.json:3: is not JSON"),
+        ('[\n{"prompt": "a"},\n3]', r"a.json:3: found 3; expected a JSON array of objects"),
+        ('[{"prompt": "a"}\n{"prompt": "b"}]', r"a.json:1: is not JSON \(found '{'"),
+        ('[{"prompt": "a"},]', r"a.json:1: is not JSON"),
+        ('[{"prompt": "a"}', r"a.json:1: is not JSON"),
+        ('[{"prompt": "a"}] x', r"a.json: is not JSON \(found 'x' after"),
+        ('[{"prompt": "a", "prompt": "b"}]', r"a.json:1: is not JSON .*twice"),
+        ('[{"prompt": "\\ud800"}]', r"a.json:1: holds .*half of a surrogate pair"),
+        ("[]", r"a.json: holds no prompts"),
+        ('{"prompt": "a"}\n[3]', r"a.json:2: found \[3\]"),
+    ):
+        path.write_text(rows)
+        with pytest.raises(DataError, match=expected):
+            load_prompts(path)
+
+
 # Preference pairs: the rules
+
+
+DAMAGED = {
+    "CRLF": "\r\n\r\nHuman: Ask\r\n\r\nAssistant:",
+    "CRLF between turns": "Human: Ask\r\n\r\nAssistant:",
+    "a leading blank": " " + ASK,
+    "a leading tab": "\t" + ASK,
+    "a byte order mark": "\ufeff" + ASK,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_line_ends_and_leading_white_space_are_repaired_and_counted(write: Write, damage: str) -> None:
+    text = DAMAGED[damage]
+    beside = load_pairs(write({"prompt": text, "chosen": " a", "rejected": " b"}))
+    assert beside.preferences == (Preference(Prompt(ASK), " a", " b"),)
+    assert beside.counts["prompt_rewritten"] == 1
+    whole = load_pairs(write({"chosen": text + " a", "rejected": text + " b"}))
+    assert whole.preferences == beside.preferences
+    assert whole.counts["transcript_repaired"] == 1
+    prompts = load_prompt_data(write({"prompt": text}))
+    assert (prompts.prompts, prompts.counts["prompt_rewritten"]) == ((Prompt(ASK),), 1)
+    candidates = load_candidates(write({"query": text, "responses": ["a"], "scores": [1]}))
+    assert candidates.candidates[0].prompt == Prompt(ASK)
+    assert (candidates.counts["prompt_rewritten"], candidates.counts["cut_on_the_left"]) == (1, 0)
+
+
+def test_a_transcript_with_crlf_beside_a_prompt_is_no_reply(write: Write) -> None:
+    reply = "Human: Ask\r\n\r\nAssistant: a"
+    with pytest.raises(DataError, match="chosen: found a transcript beside a prompt"):
+        load_pairs(write({"prompt": ASK, "chosen": reply, "rejected": " b"}))
+
+
+def test_text_before_the_first_turn_is_refused_or_dropped(write: Write) -> None:
+    path = write({"prompt": "A talk." + ASK}, {"prompt": ASK})
+    with pytest.raises(DataError, match=r"pairs.jsonl:1: prompt: found 'A talk.*before the first 'Human:'"):
+        load_prompts(path)
+    data = load_prompt_data(path, faulty_rows="drop")
+    assert nonzero(data.counts) == {"rows": 2, "prompts": 1, "not_a_prompt": 1}
+    assert data.places == {Prompt(ASK): f"{path}:2"}
 
 
 @pytest.mark.parametrize(
@@ -449,11 +668,32 @@ def test_fit_context() -> None:
     pairs = [Preference(Prompt("x" * n), " a", " b") for n in (3, 5, 4)]
     kept, counts = fit_context(pairs, lambda prompt: len(prompt.text), 4)
     assert [len(item.prompt.text) for item in kept] == [3, 4]
-    assert counts == {"kept": 2, "long_prompt": 1}
+    assert nonzero(counts) == {"kept": 2, "long_prompt": 1}
     with pytest.raises(DataError, match=rf"prompt {pairs[1].prompt.id}: has 5 tokens, at most 4 fit"):
         fit_context(pairs, lambda prompt: len(prompt.text), 4, long_prompts="error")
     with pytest.raises(DataError, match="all 3 prompts are longer than 2 tokens"):
         fit_context(pairs, lambda prompt: len(prompt.text), 2)
+    places = {pairs[1].prompt: "a.jsonl:7"}
+    with pytest.raises(DataError, match=r"^a.jsonl:7: prompt .* has 5 tokens"):
+        fit_context(pairs, lambda prompt: len(prompt.text), 4, long_prompts="error", places=places)
+
+
+def test_dialogues_that_a_template_refuses_are_an_error_or_counted() -> None:
+    pairs = [Preference(Prompt("x" * n), " a", " b") for n in (3, 5, 4)]
+    places = {pair.prompt: f"a.jsonl:{i}" for i, pair in enumerate(pairs, 1)}
+
+    def length(prompt: Prompt) -> int:
+        if len(prompt.text) == 5:
+            raise RefusedDialogue("roles must alternate")
+        return len(prompt.text)
+
+    with pytest.raises(DataError, match=r"^a.jsonl:2: roles must alternate"):
+        fit_context(pairs, length, 9, places=places)
+    kept, counts = fit_context(pairs, length, 9, faulty_rows="drop")
+    assert [len(pair.prompt.text) for pair in kept] == [3, 4]
+    assert nonzero(counts) == {"kept": 2, "refused_by_template": 1}
+    with pytest.raises(DataError, match=r"no prompt is left .*a.jsonl:2: roles must alternate"):
+        fit_context(pairs[1:2], length, 9, faulty_rows="drop", places=places)
 
 
 # Prompts
@@ -482,7 +722,7 @@ def test_bad_prompts(write: Write, row: Any, expected: str) -> None:
 def test_no_prompts(write: Write, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="holds no prompts"):
         load_prompts(write())
-    with pytest.raises(DataError, match=r"nowhere.jsonl: cannot be read \(No such file"):
+    with pytest.raises(DataError, match=r"nowhere.jsonl: is missing; expected"):
         load_prompts(tmp_path / "nowhere.jsonl")
 
 
@@ -562,6 +802,24 @@ def test_bad_candidates_name_file_line_and_field(write: Write, change: Any, expe
     path = write(row, row | change, name="scored.jsonl")
     with pytest.raises(DataError, match=f"scored.jsonl:2: {expected}"):
         read_rrhf(path)
+
+
+def test_queries_cut_on_the_left_and_queries_that_are_none(write: Write) -> None:
+    whole = "\n\nHuman: How?\n\nAssistant: So.\n\nHuman: And then?\n\nAssistant:"
+    rest = {"responses": ["a", "b"], "scores": [1.0, 0.0]}
+    path = write({"query": whole[10:], **rest}, {"query": whole[27:], **rest}, {"query": "Why?", **rest})
+    data = load_candidates(path)
+    assert [item.prompt.text for item in data.candidates] == [
+        "\n\nHuman: ow?\n\nAssistant: So.\n\nHuman: And then?\n\nAssistant:",
+        "\n\nAssistant: o.\n\nHuman: And then?\n\nAssistant:",
+        "\n\nHuman: Why?\n\nAssistant:",
+    ]
+    assert (data.counts["cut_on_the_left"], data.counts["prompt_rewritten"]) == (2, 3)
+    path = write({"query": whole + " Done.", **rest}, {"query": whole, **rest})
+    with pytest.raises(DataError, match=r"pairs.jsonl:1: query: ends with a finished.*--faulty-rows drop"):
+        load_candidates(path)
+    data = load_candidates(path, faulty_rows="drop")
+    assert (len(data.candidates), data.counts["not_a_prompt"]) == (1, 1)
 
 
 def test_what_ranking_cannot_use_is_counted(write: Write) -> None:

@@ -1,5 +1,5 @@
 """Real inputs: preference pairs and labelled texts from the hub or from files, prompts, and the official RRHF file of
-scored responses.
+scored responses. Dialogues are transcripts or lists of messages.
 
 Nothing is repaired silently: what a rule drops, keeps or changes is counted, and the counts travel with the data.
 """
@@ -7,22 +7,35 @@ Nothing is repaired silently: what a rule drops, keeps or changes is counted, an
 from __future__ import annotations
 
 import glob
-import gzip
 import hashlib
 import json
 import re
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
-from rrhf_bench.data.dialogue import ASSISTANT, Turn, as_prompt, as_reply, prompt_of, transcript_of, turns
+from rrhf_bench.data.dialogue import (
+    ASSISTANT,
+    SYSTEM,
+    RefusedDialogue,
+    Turn,
+    as_prompt,
+    as_reply,
+    begins_within_a_turn,
+    is_message,
+    prompt_of,
+    prompt_of_messages,
+    repaired,
+    transcript_of,
+    turns,
+    turns_of_messages,
+)
 from rrhf_bench.errors import DataError
-from rrhf_bench.jsonl import finite, parse_line, shown, write_jsonl
+from rrhf_bench.jsonl import finite, read_objects, shown, write_jsonl
 from rrhf_bench.records import Candidates, Finish, Preference, Prompt, Response
 from rrhf_bench.seeding import derive_seed
 
@@ -32,8 +45,11 @@ Diverging = Literal["drop", "common-prefix"]
 FaultyRows = Literal["error", "drop"]
 LongPrompts = Literal["drop", "error"]
 
-JSONL_SUFFIXES = (".jsonl", ".jsonl.gz")
-SUFFIXES = (*JSONL_SUFFIXES, ".parquet")
+# Of data files, in lower or upper case. The folders that ``datasets.save_to_disk`` writes hold .arrow files.
+TABLE_SUFFIXES = (".parquet", ".arrow")
+SUFFIXES = (".jsonl", ".jsonl.gz", ".json", *TABLE_SUFFIXES)
+# Files that ``datasets`` puts beside its data: descriptions, and results of functions that it has cached.
+_BESIDE_DATA = re.compile(r"(dataset_infos?|dataset_dict|state)\.json|cache-.*\.arrow")
 
 Row = tuple[str, Mapping[str, Any]]  # where it stands, for messages, and its fields
 
@@ -46,9 +62,19 @@ class PreferenceData:
     counts: Mapping[str, int]
     identity: str  # what decides the rows: the hub's commit, or the sha256 of the contents
     revision: str | None = None  # the hub's commit, where it is known
+    places: Mapping[Prompt, str] = field(default_factory=dict)  # file and line of the first row of each prompt
 
 
-# Rows that a rule drops, by the first rule that holds. The last four only with faulty_rows = "drop".
+@dataclass(frozen=True, slots=True)
+class PromptData:
+    """Prompts in file order. ``rows`` = ``prompts`` + ``not_a_prompt``; the other counts are of prompts kept."""
+
+    prompts: tuple[Prompt, ...]
+    counts: Mapping[str, int]
+    places: Mapping[Prompt, str]  # file and line of the first row of each prompt
+
+
+# Rows that a rule drops, by the first rule that holds. The last five only with faulty_rows = "drop".
 DROPPED = (
     "diverging_dropped",
     "empty_reply",
@@ -57,6 +83,7 @@ DROPPED = (
     "not_ending_with_assistant",
     "not_a_prompt",
     "reply_is_a_transcript",
+    "prompt_differs",
 )
 
 
@@ -66,6 +93,7 @@ class CandidateData:
 
     candidates: tuple[Candidates, ...]
     counts: Mapping[str, int]
+    places: Mapping[Prompt, str] = field(default_factory=dict)  # file and line of the first row of each prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,11 +141,14 @@ class TextSplit:
     counts: Mapping[str, int]
 
 
+_DROP = 'faulty_rows = "drop" (--faulty-rows drop)'
+
+
 class _FaultyRow(DataError):
     """A row of the right shape whose text cannot be a pair of replies; ``kind`` is the count it goes to."""
 
     def __init__(self, kind: str, message: str) -> None:
-        super().__init__(f'{message}; mend the row, or drop and count such rows with faulty_rows = "drop"')
+        super().__init__(f"{message}; mend the row, or drop and count such rows with {_DROP}")
         self.kind = kind
 
 
@@ -132,29 +163,33 @@ def load_preferences(
     diverging: Diverging = "drop",
     faulty_rows: FaultyRows = "error",
 ) -> PreferenceData:
-    """Preference pairs; the hub and Parquet files are read through ``datasets``.
+    """Return preference pairs of files or of a hub data set, which is read through ``datasets``.
 
     ``source`` is ``"hub:<dataset>"`` (``config``, ``data_dir`` and ``revision`` as for ``datasets.load_dataset``,
-    ``split`` "train" unless named) or ``"files"`` with ``path``: a file, a folder or a glob of ``*.jsonl``,
-    ``*.jsonl.gz`` and ``*.parquet``, of which ``split`` picks those named after it (``train.jsonl.gz``,
-    ``test-00000-of-00001.parquet``). Rows are ``{"prompt", "chosen", "rejected"}`` (Dahoas/rm-static) or two whole
-    transcripts ``{"chosen", "rejected"}`` (Anthropic/hh-rlhf). A row may name the ``cluster`` of its prompt (text or a
-    whole number: its topic, document or user); prompts of one cluster are not independent. Other fields are not read.
+    ``split`` "train" unless named) or ``"files"`` with ``path``: a file, a folder or a glob of ``SUFFIXES``. Of these
+    files ``split`` picks those named after it (``train.jsonl.gz``, ``test-00000-of-00001.parquet``), and the tables
+    in a folder of that name.
 
-    Counts: ``rows``, ``kept``, those of ``DROPPED``; of all rows ``diverging`` (transcripts that part before the last
-    turn); of the rows kept ``duplicate_prompt``, ``prompt_rewritten`` (a bare question made a transcript, stray white
-    space removed) and ``separator_added`` (a pair with a reply that needed its leading space).
+    Rows are ``{"prompt", "chosen", "rejected"}`` (Dahoas/rm-static) or two whole dialogues ``{"chosen", "rejected"}``
+    (Anthropic/hh-rlhf). Each field is text or a list of messages ``{"role", "content"}``. Whole dialogues in messages
+    may stand beside their own prompt (UltraFeedback). A row may name the ``cluster`` of its prompt (text or a whole
+    number: its topic, document or user); prompts of one cluster are not independent. Other fields are not read.
 
-    Raises DataError for a source that cannot be read, for a missing field or one that is not text, for a row that
-    cannot be a pair (unless ``faulty_rows`` is "drop"), and where no row is left. It names file and line of a JSONL
-    file, and file or data set and row of the rest.
+    Counts: ``rows``, ``kept``, those of ``DROPPED``; of all rows ``diverging`` (dialogues that part before the last
+    turn); of the rows kept ``duplicate_prompt``, ``prompt_rewritten`` (a bare question became a transcript, or line
+    ends or stray white space were changed), ``transcript_repaired`` (the same change of line ends or white space in a
+    whole transcript) and ``separator_added`` (a pair with a reply that needed its leading space).
+
+    Raises DataError for a source that cannot be read, for a missing field or a field of another type, for a row that
+    cannot be a pair (unless ``faulty_rows`` is "drop"), and if no row is left. The message names file and line of a
+    JSON file, and file or data set and row of the rest.
     """
     assert diverging in get_args(Diverging), diverging
     assert faulty_rows in get_args(FaultyRows), faulty_rows
     rows = _open(source, path, split, revision, config, data_dir)
     counts: Counter[str] = Counter(dict.fromkeys(("rows", "kept", "diverging", *DROPPED), 0))
-    counts.update(dict.fromkeys(("duplicate_prompt", "prompt_rewritten", "separator_added"), 0))
-    seen: set[Prompt] = set()
+    counts.update(dict.fromkeys(("duplicate_prompt", "prompt_rewritten", "transcript_repaired", "separator_added"), 0))
+    places: dict[Prompt, str] = {}
     kept: list[Preference] = []
     for where, row in rows.rows:
         counts["rows"] += 1
@@ -168,12 +203,12 @@ def load_preferences(
         counts.update(notes)
         if preference is not None:
             kept.append(preference)
-            counts["duplicate_prompt"] += preference.prompt in seen
-            seen.add(preference.prompt)
+            counts["duplicate_prompt"] += preference.prompt in places
+            places.setdefault(preference.prompt, where)
     counts["kept"] = len(kept)
     if not kept:
         raise DataError(f"{path or source}: no usable pair is left; found {_said(counts) or 'no rows'}")
-    return PreferenceData(tuple(kept), dict(counts), rows.identity(), rows.commit)
+    return PreferenceData(tuple(kept), dict(counts), rows.identity(), rows.commit, places)
 
 
 def load_texts(
@@ -267,77 +302,122 @@ def _open(
     return _Rows(rows, commit, lambda: f"{name}@{commit or 'sha256:' + digest.hexdigest()}")
 
 
-def load_pairs(path: str | Path) -> PreferenceData:
-    """Pairs from one's own file, by the default rules of ``load_preferences``."""
-    return load_preferences("files", path)
+def load_pairs(path: str | Path, *, faulty_rows: FaultyRows = "error") -> PreferenceData:
+    """Return the pairs of one's own file, by the default rules of ``load_preferences``."""
+    return load_preferences("files", path, faulty_rows=faulty_rows)
+
+
+def holds_pairs(path: str | Path) -> bool:
+    """Return True if the first row of a file, folder or glob has a "chosen" reply."""
+    return "chosen" in next((row for _, row in _file_rows(find_files(path))), {})
 
 
 def load_prompts(path: str | Path, *, verbatim: bool = False) -> list[Prompt]:
-    """Prompts from JSON lines ``{"prompt": text}``: transcripts that end with ``Assistant:``, or bare questions, which
-    become such. ``verbatim``: any text, as it is.
+    """Return the prompts of a file; ``load_prompt_data`` gives the counts with them."""
+    return list(load_prompt_data(path, verbatim=verbatim).prompts)
 
-    Other fields are not read. Raises DataError naming file and line, also for an empty prompt or a file without any.
+
+def load_prompt_data(path: str | Path, *, verbatim: bool = False, faulty_rows: FaultyRows = "error") -> PromptData:
+    """Return the prompts of rows ``{"prompt"}`` of a file, a folder or a glob of ``SUFFIXES``.
+
+    A prompt is a transcript that ends with ``Assistant:``, or a bare question, which becomes one, or a list of messages
+    ``{"role", "content"}``. With ``verbatim`` it is any text, which is not changed. Other fields are not read.
+
+    Counts: ``rows``, ``prompts``, ``not_a_prompt`` (dropped, with ``faulty_rows`` "drop" only), ``duplicate_prompt``
+    and ``prompt_rewritten``. Raises DataError naming file and line, also for an empty prompt and a file without any.
     """
-    prompts = []
-    for where, row in _json_objects(Path(path)):
-        text = _text(row, "prompt", where)
-        if verbatim and not text:
-            raise DataError(f"{where}: prompt: is empty; expected text")
-        prompts.append(Prompt(text) if verbatim else as_prompt(text, f"{where}: prompt"))
+    assert faulty_rows in get_args(FaultyRows), faulty_rows
+    counts = dict.fromkeys(("rows", "prompts", "not_a_prompt", "duplicate_prompt", "prompt_rewritten"), 0)
+    prompts: list[Prompt] = []
+    places: dict[Prompt, str] = {}
+    for where, row in _file_rows(find_files(path)):
+        counts["rows"] += 1
+        said = _text(row, "prompt", where) if verbatim else _said_by(row, "prompt", where)
+        try:
+            if verbatim and not said:
+                raise _FaultyRow("not_a_prompt", f"{where}: prompt: is empty; expected text")
+            prompt = Prompt(str(said)) if verbatim else _prompt(said, f"{where}: prompt")
+        except _FaultyRow as fault:
+            if faulty_rows == "error":
+                raise DataError(str(fault)) from fault
+            counts[fault.kind] += 1
+            continue
+        prompts.append(prompt)
+        counts["duplicate_prompt"] += prompt in places
+        counts["prompt_rewritten"] += isinstance(said, str) and said != prompt.text
+        places.setdefault(prompt, where)
+    counts["prompts"] = len(prompts)
     if not prompts:
-        raise DataError(f'{path}: holds no prompts; expected one {{"prompt": text}} a line')
-    return prompts
+        found = _said(counts) or "no rows"
+        raise DataError(f'{path}: holds no prompts; found {found}; expected rows such as {{"prompt": text}}')
+    return PromptData(tuple(prompts), counts, places)
 
 
 def find_files(path: str | Path, split: str | None = None) -> list[Path]:
-    """The data files of a file, folder or glob in the order of their names, those of ``split`` where one is named.
+    """Return the data files of a file, folder or glob in the order of their names, those of ``split`` if it is named.
 
-    Raises DataError for a missing path, for a named file of another kind, and where nothing is left.
+    Raises DataError for a missing path, for a named file of another kind, and if nothing is left.
     """
     given = Path(path)
-    if given.is_dir():
-        files = [file for file in given.rglob("*") if file.is_file() and file.name.endswith(SUFFIXES)]
-    elif given.is_file():
-        files = [given]
-    else:
-        files = [Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file()]
+    try:
+        if given.is_dir():
+            files = [file for file in given.rglob("*") if file.is_file() and _has_data(file)]
+        elif given.is_file():
+            files = [given]
+        else:
+            files = [Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file()]
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); give a file, a folder or a glob") from error
     expected = ", ".join("*" + suffix for suffix in SUFFIXES)
     if not files:
         found = "holds no data file" if given.is_dir() else "is missing"
         raise DataError(f"{path}: {found}; expected a file, a folder or a glob of {expected}")
     for file in files:
-        if not file.name.endswith(SUFFIXES):
+        if not file.name.lower().endswith(SUFFIXES):
             raise DataError(f"{file}: found a {file.suffix or 'nameless'} file; expected {expected}")
     if split is not None:
         names = sorted({file.name for file in files})
-        files = [file for file in files if re.split(r"[.\-_]", file.name)[0] == split]
+        files = [file for file in files if split in (re.split(r"[.\-_]", file.name)[0], _folder_of_split(file))]
         if not files:
             raise DataError(f"{path}: no file of split {split!r}; found {', '.join(names[:5])}")
     return sorted(files)
 
 
-def _file_rows(files: Sequence[Path], digest: Any) -> Iterator[Row]:
+def _has_data(file: Path) -> bool:
+    return file.name.lower().endswith(SUFFIXES) and not _BESIDE_DATA.fullmatch(file.name)
+
+
+def _folder_of_split(file: Path) -> str | None:
+    """Return the name of the folder of an .arrow file: ``save_to_disk`` names it after the split."""
+    return file.parent.name if file.suffix.lower() == ".arrow" else None
+
+
+def _file_rows(files: Sequence[Path], digest: Any = None) -> Iterator[Row]:
+    """Yield the rows of data files. A file whose suffix is none of ``SUFFIXES`` is read as JSON lines."""
     for file in files:
-        if file.name.endswith(JSONL_SUFFIXES):
+        if file.name.lower().endswith(TABLE_SUFFIXES):
+            if digest is not None:
+                with file.open("rb") as stream:
+                    digest.update(hashlib.file_digest(stream, "sha256").digest())
+            yield from _table_rows(file)
+        else:
             # Not through `datasets`: it knows no line numbers, turns a column of dates into dates, and fails on a blank
             # line beside a field of changing type.
-            yield from _json_objects(file, digest)
-        else:
-            with file.open("rb") as stream:
-                digest.update(hashlib.file_digest(stream, "sha256").digest())
-            yield from _parquet_rows(file)
+            for number, row in read_objects(file, digest):
+                yield f"{file}:{number}", row
 
 
-def _parquet_rows(file: Path) -> Iterator[Row]:
+def _table_rows(file: Path) -> Iterator[Row]:
     from datasets import load_dataset
 
+    kind = file.suffix.lower().removeprefix(".")
     # Streamed: a user's file is not copied into a cache, and no progress bar is drawn.
     try:
-        table = load_dataset("parquet", data_files=[glob.escape(str(file))], split="train", streaming=True)
+        table = load_dataset(kind, data_files=[glob.escape(str(file))], split="train", streaming=True)
         for index, row in enumerate(table):
             yield f"{file} row {index}", row
     except Exception as error:  # whatever the format's own reader raises
-        raise DataError(f"{file}: cannot be read as Parquet ({_one_line(error)})") from error
+        raise DataError(f"{file}: cannot be read as {kind.capitalize()} ({_one_line(error)})") from error
 
 
 def _hub_rows(
@@ -374,21 +454,6 @@ def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
-def _json_objects(file: Path, digest: Any = None) -> Iterator[Row]:
-    """("file:line", object) of each line that is not blank, of a plain or gzipped file. DataError naming the line."""
-    opened = gzip.open if file.name.endswith(".gz") else open
-    try:
-        with opened(file, "rb") as stream:
-            for number, line in enumerate(stream, 1):
-                if digest is not None:
-                    digest.update(line)
-                if line.strip():
-                    yield f"{file}:{number}", parse_line(line, f"{file}:{number}")
-    except (OSError, EOFError, zlib.error) as error:
-        reason = getattr(error, "strerror", None) or _one_line(error)
-        raise DataError(f"{file}: cannot be read ({reason}); give the path of a JSONL file") from error
-
-
 def _text(row: Mapping[str, Any], field: str, where: str) -> str:
     value = row.get(field)
     if isinstance(value, str):
@@ -408,25 +473,32 @@ def _cluster(row: Mapping[str, Any], where: str) -> str | None:
     return str(value)
 
 
+def _said_by(row: Mapping[str, Any], name: str, where: str) -> str | list[Mapping[str, Any]]:
+    """Return the text or the messages of a field. Raises DataError for any other value."""
+    value = row.get(name)
+    if not isinstance(value, list):
+        return _text(row, name, where)
+    if not value or not all(map(is_message, value)):
+        raise DataError(
+            f'{where}: {name}: found {shown(value)}; expected text, or a list of messages {{"role", "content"}} with '
+            "the roles system, user and assistant and text as content"
+        )
+    return value
+
+
 def _read_row(row: Mapping[str, Any], where: str, diverging: Diverging) -> tuple[Preference | None, list[str]]:
-    """(the pair, or None where a rule drops it; the counts it adds to)."""
-    chosen, rejected = _text(row, "chosen", where), _text(row, "rejected", where)
+    """Return (the pair, or None if a rule drops the row; the counts that the row adds to)."""
+    replies = {name: _said_by(row, name, where) for name in ("chosen", "rejected")}
     notes: list[str] = []
-    rewritten = False
+    rewritten = repairs = False
     if row.get("prompt") is not None:
-        text = _text(row, "prompt", where)
-        prompt = _prompt(text, f"{where}: prompt")
-        for field, reply in (("chosen", chosen), ("rejected", rejected)):
-            # A reply of HH may begin with "Human:" and still be one: whoever wrote it imitated the other side.
-            if reply.lstrip().startswith("Human:") and ASSISTANT in reply:
-                raise _FaultyRow(
-                    "reply_is_a_transcript",
-                    f"{where}: {field}: found a transcript beside a prompt; expected the reply alone",
-                )
-        rewritten = prompt.text != text
+        said = _said_by(row, "prompt", where)
+        prompt = _prompt(said, f"{where}: prompt")
+        chosen, rejected = (_reply(reply, prompt, f"{where}: {name}") for name, reply in replies.items())
+        rewritten = isinstance(said, str) and prompt.text != said
     else:
-        chosen_turns = _transcript(chosen, f"{where}: chosen")
-        rejected_turns = _transcript(rejected, f"{where}: rejected")
+        chosen_turns, rejected_turns = (_whole(reply, f"{where}: {name}") for name, reply in replies.items())
+        repairs = any(isinstance(reply, str) and repaired(reply) != reply for reply in replies.values())
         if chosen_turns[:-1] != rejected_turns[:-1]:
             notes.append("diverging")
         parts = _fork(chosen_turns, rejected_turns, diverging)
@@ -440,28 +512,58 @@ def _read_row(row: Mapping[str, Any], where: str, diverging: Diverging) -> tuple
         return None, [*notes, "identical_replies"]
     if rewritten:
         notes.append("prompt_rewritten")
+    if repairs:
+        notes.append("transcript_repaired")
     if (preference.chosen, preference.rejected) != (chosen, rejected):
         notes.append("separator_added")
     return preference, notes
 
 
-def _prompt(text: str, where: str) -> Prompt:
+def _prompt(said: str | Sequence[Mapping[str, Any]], where: str) -> Prompt:
+    """Return the prompt that a text or a list of messages means. Raises _FaultyRow if it means none."""
     try:
-        return as_prompt(text, where)
+        return as_prompt(said, where) if isinstance(said, str) else prompt_of_messages(said, where)
     except DataError as error:
         raise _FaultyRow("not_a_prompt", str(error)) from error
 
 
-def _transcript(text: str, where: str) -> tuple[Turn, ...]:
+def _reply(said: str | Sequence[Mapping[str, Any]], prompt: Prompt, where: str) -> str:
+    """Return the reply to a prompt: a text, one message, or the last message of a whole dialogue with this prompt."""
+    if isinstance(said, str):
+        # A reply of HH may begin with "Human:" and still be one: whoever wrote it imitated the other side.
+        text = repaired(said)
+        if text.lstrip().startswith(("Human:", "System:")) and ASSISTANT in text:
+            raise _FaultyRow(
+                "reply_is_a_transcript",
+                f"{where}: found a transcript beside a prompt; expected the reply alone",
+            )
+        return said
+    dialogue = _dialogue(said, where)
+    if len(dialogue) > 1 and prompt_of(dialogue[:-1]) != prompt:
+        raise _FaultyRow(
+            "prompt_differs",
+            f"{where}: the messages before the last differ from the prompt; expected the reply alone, or the dialogue "
+            "of the prompt",
+        )
+    return dialogue[-1].text
+
+
+def _whole(said: str | Sequence[Mapping[str, Any]], where: str) -> tuple[Turn, ...]:
+    """Return the turns of a dialogue that includes its prompt. Raises _FaultyRow for a single message."""
+    if not isinstance(said, str) and len(said) == 1:
+        raise _FaultyRow("not_a_transcript", f"{where}: found one message and no prompt; expected the whole dialogue")
+    return _dialogue(said, where)
+
+
+def _dialogue(said: str | Sequence[Mapping[str, Any]], where: str) -> tuple[Turn, ...]:
+    """Return the turns of a transcript or of messages, the assistant's last. Raises _FaultyRow for anything else."""
     try:
-        dialogue = turns(text, where)
+        dialogue = turns(repaired(said), where) if isinstance(said, str) else turns_of_messages(said, where)
     except DataError as error:
         raise _FaultyRow("not_a_transcript", str(error)) from error
     if dialogue[-1].role != "assistant":
-        raise _FaultyRow(
-            "not_ending_with_assistant",
-            f"{where}: ends with a Human turn; expected the last turn to be the assistant's",
-        )
+        ends = "ends with a Human turn" if dialogue[-1].role == "user" else "holds a System turn alone"
+        raise _FaultyRow("not_ending_with_assistant", f"{where}: {ends}; expected the last turn to be the assistant's")
     return dialogue
 
 
@@ -555,7 +657,7 @@ def _beginnings_inside(item: LabelledText) -> Iterator[str]:
 def _prompts_inside(pair: Preference) -> Iterator[str]:
     """Every string inside a pair's text that could be a prompt: the runs of whole turns before an assistant's turn.
 
-    A prompt starts and ends with a turn marker and ``turns`` parts a text at every marker, so there are no others.
+    A prompt starts and ends with a turn marker, and ``turns`` parts a text at every marker but the System marker.
     """
     for reply in filter(None, (pair.chosen, pair.rejected)):
         dialogue = turns(pair.prompt.text + reply)
@@ -563,37 +665,64 @@ def _prompts_inside(pair: Preference) -> Iterator[str]:
             if turn.role == "assistant":
                 for start in range(end + 1):
                     yield prompt_of(dialogue[start:end]).text
+                    # Inside a turn a System marker is text, but a prompt may start with it.
+                    before = dialogue[start - 1].text if start > 0 else ""
+                    for marker in re.finditer(re.escape(SYSTEM), before):
+                        yield before[marker.start() :] + prompt_of(dialogue[start:end]).text
+
+
+Asked = TypeVar("Asked", Preference, Candidates)
 
 
 def fit_context(
-    preferences: Iterable[Preference],
+    items: Iterable[Asked],
     prompt_length: Callable[[Prompt], int],
     limit: int,
     *,
     long_prompts: LongPrompts = "drop",
-) -> tuple[tuple[Preference, ...], dict[str, int]]:
-    """(pairs whose prompt has at most ``limit`` tokens, counts ``kept`` and ``long_prompt``).
+    faulty_rows: FaultyRows = "error",
+    places: Mapping[Prompt, str] | None = None,
+) -> tuple[tuple[Asked, ...], dict[str, int]]:
+    """Return (the items whose prompt has at most ``limit`` tokens; the counts ``kept``, ``long_prompt`` and
+    ``refused_by_template``).
 
-    ``prompt_length`` is the policy's own count. Raises DataError for the first long prompt where ``long_prompts`` is
-    "error", and where none is left.
+    ``prompt_length`` is the policy's own count; it raises RefusedDialogue for a prompt that the chat template does not
+    render. ``places`` names file and line of a prompt for messages. Raises DataError for the first long prompt if
+    ``long_prompts`` is "error", for the first refused dialogue if ``faulty_rows`` is "error", and if none is left.
     """
     assert long_prompts in get_args(LongPrompts), long_prompts
-    kept: list[Preference] = []
-    dropped = 0
-    for preference in preferences:
-        length = prompt_length(preference.prompt)
+    assert faulty_rows in get_args(FaultyRows), faulty_rows
+    kept: list[Asked] = []
+    counts = {"kept": 0, "long_prompt": 0, "refused_by_template": 0}
+    reason = ""
+    for item in items:
+        place = (places or {}).get(item.prompt)
+        at = f"{place}: " if place else ""
+        try:
+            length = prompt_length(item.prompt)
+        except RefusedDialogue as error:
+            if faulty_rows == "error":
+                raise DataError(f"{at}{error}; {_DROP} leaves such rows out and counts them") from error
+            counts["refused_by_template"] += 1
+            reason = reason or f"{at}{error}"
+            continue
         if length <= limit:
-            kept.append(preference)
+            kept.append(item)
         elif long_prompts == "error":
             raise DataError(
-                f"prompt {preference.prompt.id}: has {length} tokens, at most {limit} fit; "
-                'shorten it, or drop and count long prompts with long_prompts = "drop"'
+                f"{at}prompt {item.prompt.id}: has {length} tokens, at most {limit} fit; shorten it, or drop and count "
+                'long prompts with long_prompts = "drop" (--faulty-rows drop)'
             )
         else:
-            dropped += 1
-    if dropped and not kept:
-        raise DataError(f"all {dropped} prompts are longer than {limit} tokens; expected some that fit the context")
-    return tuple(kept), {"kept": len(kept), "long_prompt": dropped}
+            counts["long_prompt"] += 1
+    counts["kept"] = len(kept)
+    if counts["refused_by_template"] and not kept:
+        raise DataError(f"no prompt is left (found {_said(counts)}); the first refusal is: {reason}")
+    if counts["long_prompt"] and not kept:
+        raise DataError(
+            f"all {counts['long_prompt']} prompts are longer than {limit} tokens; expected some that fit the context"
+        )
+    return tuple(kept), counts
 
 
 # The official file of github.com/GanjinZero/RRHF has "query", "responses" and "scores". The other keys are ours,
@@ -606,23 +735,37 @@ def read_rrhf(path: str | Path) -> list[Candidates]:
     return list(load_candidates(path).candidates)
 
 
-def load_candidates(path: str | Path, *, scored: bool = True) -> CandidateData:
-    """Candidates from JSON lines ``{"query", "responses", "scores"}`` (the file that RRHF's train.py reads).
+def load_candidates(path: str | Path, *, scored: bool = True, faulty_rows: FaultyRows = "error") -> CandidateData:
+    """Return candidates of rows ``{"query", "responses", "scores"}`` (the file that RRHF's train.py reads).
 
-    Without ``scored`` the scores may be absent and are not read.
+    The path is one of ``load_prompt_data``, or a file of JSON lines with any name. Without ``scored`` the scores may be
+    absent and are not read. RRHF's own data_generation cuts a long query on its left, so a query may begin in the
+    middle of a turn: that turn is then the Human's or the assistant's, as the turn after it requires.
 
     A response's source is "file" and its finish "given" unless the row says otherwise (``sources``, ``finish``,
-    ``token_ids``, ``logprobs``: one entry a response). Counts: those of ``count_candidates``, ``prompt_rewritten`` and
-    ``separator_added``. Raises DataError naming file and line for fields of the wrong type or length, for a score that
-    is not finite and for an empty response, unless it was sampled (its ``finish`` is not "given"): a policy may say
-    nothing, and what it said is taken to the letter.
+    ``token_ids``, ``logprobs``: one entry a response). Counts: those of ``count_candidates``, ``prompt_rewritten``,
+    ``cut_on_the_left``, ``not_a_prompt`` (dropped, with ``faulty_rows`` "drop" only) and ``separator_added``.
+
+    Raises DataError naming file and line for a query that is no prompt (unless ``faulty_rows`` is "drop"), for fields
+    of the wrong type or length, for a score that is not finite and for an empty response, unless it was sampled (its
+    ``finish`` is not "given"): a policy may say nothing, and its samples are not changed.
     """
-    rewritten = separators = 0
+    assert faulty_rows in get_args(FaultyRows), faulty_rows
+    notes = dict.fromkeys(("prompt_rewritten", "cut_on_the_left", "not_a_prompt", "separator_added"), 0)
     candidates: list[Candidates] = []
-    for where, row in _json_objects(Path(path)):
+    places: dict[Prompt, str] = {}
+    for where, row in _file_rows([Path(path)] if _is_file(path) else find_files(path)):
         query = _text(row, "query", where)
-        prompt = as_prompt(query, f"{where}: query")
-        rewritten += prompt.text != query
+        try:
+            prompt = as_prompt(query, f"{where}: query", cut_on_the_left=True)
+        except DataError as error:
+            if faulty_rows == "error":
+                raise DataError(str(_FaultyRow("not_a_prompt", str(error)))) from error
+            notes["not_a_prompt"] += 1
+            continue
+        notes["prompt_rewritten"] += prompt.text != query
+        notes["cut_on_the_left"] += begins_within_a_turn(query)
+        places.setdefault(prompt, where)
         texts = _listed(row, "responses", where, None)
         scores = _listed(row, "scores", where, len(texts)) if scored else [None] * len(texts)
         sources, finish, token_ids, logprobs = (
@@ -634,7 +777,7 @@ def load_candidates(path: str | Path, *, scored: bool = True) -> CandidateData:
             if not isinstance(text, str) or not (text.strip() or ended != "given"):
                 raise DataError(f"{where}: responses[{i}]: found {shown(text)}; expected text that is not empty")
             reply = as_reply(text) if ended == "given" else text
-            separators += reply != text
+            notes["separator_added"] += reply != text
             response = Response(reply, "file", ended)
             if scored:
                 response = replace(response, score=_number(score, f"{where}: scores[{i}]"))
@@ -655,9 +798,16 @@ def load_candidates(path: str | Path, *, scored: bool = True) -> CandidateData:
             responses.append(response)
         candidates.append(Candidates(prompt, tuple(responses)))
     if not candidates:
-        raise DataError(f'{path}: holds no candidates; expected one {{"query", "responses", "scores"}} a line')
-    counts = count_candidates(candidates) | {"prompt_rewritten": rewritten, "separator_added": separators}
-    return CandidateData(tuple(candidates), counts)
+        found = _said(notes) or "no rows"
+        raise DataError(f'{path}: holds no candidates; found {found}; expected rows {{"query", "responses", "scores"}}')
+    return CandidateData(tuple(candidates), count_candidates(candidates) | notes, places)
+
+
+def _is_file(path: str | Path) -> bool:
+    try:
+        return Path(path).is_file()
+    except OSError:  # a name that is too long
+        return False
 
 
 def write_rrhf(path: str | Path, candidates: Iterable[Candidates]) -> int:

@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from rrhf_bench.data.sources import load_candidates, load_pairs, load_prompts, write_rrhf
+from rrhf_bench.data.sources import (
+    FaultyRows,
+    count_candidates,
+    fit_context,
+    holds_pairs,
+    load_candidates,
+    load_pairs,
+    load_prompt_data,
+    write_rrhf,
+)
 from rrhf_bench.errors import DataError
 from rrhf_bench.experiment import RuntimeSettings
-from rrhf_bench.jsonl import read_objects, write_jsonl
+from rrhf_bench.jsonl import write_jsonl
 from rrhf_bench.pipeline import steps
 from rrhf_bench.pipeline.candidates import assemble, pair_candidates
 from rrhf_bench.pipeline.services import ModelRef, Services, context_of
 from rrhf_bench.pipeline.store import replacing
-from rrhf_bench.policy.policy import Tokenization
+from rrhf_bench.policy.policy import Tokenization, TransformersPolicy
 from rrhf_bench.records import Candidates, Decoding, Evaluated, Preference, Prompt
 from rrhf_bench.rewards.gold import GoldReward
 from rrhf_bench.sampling.backend import BackendName
@@ -28,34 +38,38 @@ Report = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class PlainSteps:
-    """What every plain-file step needs: the machine, the sampler's backend, where progress goes."""
+    """The steps on plain files. ``faulty_rows`` "drop" leaves out and counts the rows that a step cannot use."""
 
     runtime: RuntimeSettings
     backend: BackendName
     progress: Report
+    faulty_rows: FaultyRows = "error"
 
     def sample(
         self, model: ModelRef, prompts: Path, out: Path, spec: SamplingSpec, sources: Sequence[str]
     ) -> dict[str, int]:
-        """Sample n responses a prompt and write them in the RRHF layout, without scores; counts of what was read."""
-        pairs, questions, counts = read_prompts(prompts, verbatim=model.template == "raw")
-        if {"chosen", "rejected"} & set(sources) and not pairs:
+        """Sample n responses a prompt, write them in the RRHF layout without scores, and return counts of the input."""
+        read = read_prompts(prompts, verbatim=model.template == "raw", faulty_rows=self.faulty_rows)
+        if {"chosen", "rejected"} & set(sources) and not read.pairs:
             raise DataError(
                 f'{prompts}: has no "chosen" and "rejected"; they are needed for --sources {",".join(sources)}'
             )
         with replacing(out) as path:
             services = Services(self.runtime)
             policy = services.fixed_policy(model)
-            sampled = services.sampler(policy, model, self.backend, self.progress).sample(questions, spec)
-            write_rrhf(path, assemble(sources, {"model": sampled}, pair_candidates(pairs)) if pairs else sampled)
-        return counts
+            read = self._usable(read, [policy], context_of(policy, model) - spec.max_new_tokens)
+            sampled = services.sampler(policy, model, self.backend, self.progress).sample(read.prompts, spec)
+            pairs = pair_candidates(read.pairs)
+            write_rrhf(path, assemble(sources, {"model": sampled}, pairs) if pairs else sampled)
+        return read.counts
 
     def score(self, reward: ModelRef, candidates: Path, out: Path) -> dict[str, int]:
-        """Score every response of a file and write it again with ``scores``; counts of what is odd."""
-        rows = load_candidates(candidates, scored=False).candidates
+        """Score every response of a file, write it again with ``scores``, and return counts of what is odd."""
+        read = load_candidates(candidates, scored=False, faulty_rows=self.faulty_rows)
         with replacing(out) as path:
-            write_rrhf(path, steps.score_candidates(Services(self.runtime).reward(reward), rows, self.progress))
-        return dict(load_candidates(out).counts)
+            reward_model = Services(self.runtime).reward(reward)
+            write_rrhf(path, steps.score_candidates(reward_model, read.candidates, self.progress))
+        return {**read.counts, **count_candidates(load_candidates(out).candidates)}
 
     def train(
         self,
@@ -73,13 +87,19 @@ class PlainSteps:
         services = Services(self.runtime)
         if "reward" in method.needs and reward is None:
             raise DataError(f"{method.kind}: scores its own samples; name a reward model with --reward-model")
-        inputs, counts = _train_inputs(method, data)
+        inputs, counts, places = _train_inputs(method, data, self.faulty_rows)
         policy = services.policy(model)
+        context = context_of(policy, model)
+        # The offline loop itself leaves long prompts out and counts them; a sampler stops at the first.
+        limit = context - max_new_tokens if "sampler" in method.needs else sys.maxsize
+        usable, fitted = self._fit(inputs.candidates, [policy], limit, places)
+        prompts = {row.prompt for row in usable}
+        inputs = TrainInputs([pair for pair in inputs.preferences if pair.prompt in prompts], usable)
         unadapted = steps.adapt(policy, method, seed)
         log: list[Mapping[str, float]] = []
         with replacing(out) as folder:
             folder.mkdir()
-            context = TrainContext(
+            train_context = TrainContext(
                 seed=seed,
                 sampler=services.sampler(policy, model, self.backend) if "sampler" in method.needs else None,
                 reward=services.reward(reward) if reward is not None else None,
@@ -89,10 +109,10 @@ class PlainSteps:
                 max_new_tokens=max_new_tokens,
                 stop=stop,
             )
-            result = steps.trainer(method, context_of(policy, model)).fit(policy, inputs, context)
+            result = steps.trainer(method, context).fit(policy, inputs, train_context)
             policy.save(folder)
             write_jsonl(folder / "metrics.jsonl", log)
-        return replace(result, counts={**counts, **result.counts})
+        return replace(result, counts={**counts, **result.counts, **fitted})
 
     def evaluate(
         self,
@@ -108,11 +128,11 @@ class PlainSteps:
         perplexity: ModelRef | None,
         gold: bool,
     ) -> tuple[list[Evaluated], dict[str, int]]:
-        """Write one judged record for each prompt and decoding as JSON lines; return them and counts of what was read.
+        """Write one judged record for each prompt and decoding as JSON lines; return them and counts of the input.
 
         Raises DataError if the vocabulary of ``initial`` is not that of ``model``.
         """
-        _, questions, counts = read_prompts(prompts)
+        read = read_prompts(prompts, faulty_rows=self.faulty_rows)
         with replacing(out) as path:
             services = Services(self.runtime)
             policy = services.policy(model)
@@ -120,6 +140,9 @@ class PlainSteps:
             if initial is not None:
                 reference = services.fixed_policy(initial)
                 _check_vocabularies(policy.tokenization, model, reference.tokenization, initial)
+            new_tokens = max(spec.max_new_tokens for spec in decodings.values())
+            policies = [policy] if reference is None else [policy, reference]
+            read = self._usable(read, policies, context_of(policy, model) - new_tokens)
             judges = steps.Judges(
                 services.reward(reward),
                 GoldReward() if gold else None,
@@ -127,9 +150,35 @@ class PlainSteps:
                 self.runtime.score_batch,
             )
             sampler = services.sampler(policy, model, self.backend, self.progress)
-            records = steps.evaluate(name, seed, sampler, questions, judges, decodings, policy, reference)
+            records = steps.evaluate(name, seed, sampler, read.prompts, judges, decodings, policy, reference)
             write_jsonl(path, records)
-        return records, counts
+        return records, read.counts
+
+    def _usable(self, read: Questions, policies: Sequence[TransformersPolicy], limit: int) -> Questions:
+        """Return the prompts that leave room for a reply and that the policies' chat templates render."""
+        rows, counts = self._fit([Candidates(prompt, ()) for prompt in read.prompts], policies, limit, read.places)
+        prompts = [row.prompt for row in rows]
+        kept = set(prompts)
+        pairs = [pair for pair in read.pairs if pair.prompt in kept]
+        return Questions(pairs, prompts, {**read.counts, **counts}, read.places)
+
+    def _fit(
+        self,
+        rows: Sequence[Candidates],
+        policies: Sequence[TransformersPolicy],
+        limit: int,
+        places: Mapping[Prompt, str],
+    ) -> tuple[tuple[Candidates, ...], dict[str, int]]:
+        """Return (the rows that the policies can be given, counts of the others)."""
+        kept, counts = fit_context(
+            rows,
+            lambda prompt: max(len(policy.tokenization.prompt_ids(prompt)) for policy in policies),
+            limit,
+            long_prompts=self.faulty_rows,
+            faulty_rows=self.faulty_rows,
+            places=places,
+        )
+        return kept, {name: count for name, count in counts.items() if count and name != "kept"}
 
 
 def _check_vocabularies(own: Tokenization, model: ModelRef, other: Tokenization, initial: ModelRef) -> None:
@@ -145,27 +194,37 @@ def _check_vocabularies(own: Tokenization, model: ModelRef, other: Tokenization,
     )
 
 
-def read_prompts(path: Path, *, verbatim: bool = False) -> tuple[list[Preference], list[Prompt], dict[str, int]]:
-    """(pairs if the file holds any, prompts, counts) of a file of prompts or preferences, told by its first line."""
-    first: dict[str, Any] = (
-        next((row for _, row in read_objects(path)), {}) if path.suffix == ".jsonl" else {"chosen": 1}
-    )
-    if "chosen" not in first:
-        prompts = load_prompts(path, verbatim=verbatim)
-        return [], prompts, {"prompts": len(prompts), "duplicate_prompt": len(prompts) - len(set(prompts))}
-    data = load_pairs(path)
-    return list(data.preferences), [pair.prompt for pair in data.preferences], dict(data.counts)
+class Questions(NamedTuple):
+    """Prompts of a file, with the pairs if it holds pairs. ``places`` names file and line of each prompt."""
+
+    pairs: list[Preference]
+    prompts: list[Prompt]
+    counts: dict[str, int]
+    places: Mapping[Prompt, str]
 
 
-def _train_inputs(method: MethodSettings, data: Path) -> tuple[TrainInputs, Mapping[str, int]]:
-    """(what a method reads: scored candidates, pairs, or prompts alone; counts of what was read)."""
+def read_prompts(path: Path, *, verbatim: bool = False, faulty_rows: FaultyRows = "error") -> Questions:
+    """Return the prompts of a file of prompts or preferences, which the first row decides."""
+    if holds_pairs(path):
+        data = load_pairs(path, faulty_rows=faulty_rows)
+        pairs = list(data.preferences)
+        return Questions(pairs, [pair.prompt for pair in pairs], dict(data.counts), data.places)
+    prompts = load_prompt_data(path, verbatim=verbatim, faulty_rows=faulty_rows)
+    return Questions([], list(prompts.prompts), dict(prompts.counts), prompts.places)
+
+
+def _train_inputs(
+    method: MethodSettings, data: Path, faulty_rows: FaultyRows
+) -> tuple[TrainInputs, Mapping[str, int], Mapping[Prompt, str]]:
+    """Return (scored candidates, pairs or prompts alone, as the method requires; counts of the input; file and line of
+    each prompt)."""
     if "candidates" in method.requires:
-        read = load_candidates(data)
-        return TrainInputs(candidates=read.candidates), read.counts
-    pairs, prompts, counts = read_prompts(data)
+        read = load_candidates(data, faulty_rows=faulty_rows)
+        return TrainInputs(candidates=read.candidates), read.counts, read.places
+    pairs, prompts, counts, places = read_prompts(data, faulty_rows=faulty_rows)
     if "pairs" in method.requires and not pairs:
         raise DataError(f'{data}: {method.kind} trains on pairs; expected lines with "chosen" and "rejected"')
-    return TrainInputs(preferences=pairs, candidates=[Candidates(prompt, ()) for prompt in prompts]), counts
+    return TrainInputs(preferences=pairs, candidates=[Candidates(prompt, ()) for prompt in prompts]), counts, places
 
 
 def model_ref(

@@ -30,7 +30,7 @@ VERSIONS = {
     "reward model": 1,
     "prompts": 3,
     "sample": 1,
-    "file": 1,
+    "file": 2,
     "score": 2,
     "judge": 1,
     "score pairs": 1,
@@ -38,6 +38,9 @@ VERSIONS = {
     "evaluate": 3,
     "evaluate pairs": 1,
 }
+
+# The version of the rules by which files and hub sets are read. The embedded worlds do not depend on them.
+READER = 2
 
 
 @dataclass(frozen=True)
@@ -141,6 +144,7 @@ class _Builder:
         settings = e.data.model_dump(mode="json", exclude={"train_prompts", "long_prompts"})
         if e.data.source not in WORLDS:
             del settings["toy"]
+            settings["reader"] = READER
         sizes = {"dev": e.evaluation.dev_prompts, "test": e.evaluation.pairs}
         where = e.data.path or e.data.source
         content = _content(e)

@@ -7,6 +7,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,8 @@ def data(job: Job) -> None:
         corpora = {"corpus": reviews.corpus, "perplexity_corpus": reviews.perplexity_corpus}
         about = {"identity": f"toy-reviews, seed {s['seed']}", "gold": "toy-reviews", "counts": {}}
     else:
-        identity, read, split_counts, (train, dev, test) = _read(s)
+        identity, read, places, split_counts, (train, dev, test) = _read(s)
+        job.write_json("places.json", places)
         # Every other prompt's chosen transcript, so that the judge of fluency has read nothing that the policy has.
         first = [derive_seed(s["seed"], "corpus half", pair.prompt.id) % 2 == 0 for pair in train]
         texts = [(pair.prompt.text + pair.chosen, half) for pair, half in zip(train, first, strict=True)]
@@ -78,6 +80,7 @@ def data(job: Job) -> None:
         about = {
             "identity": identity,
             "gold": None,
+            "faulty_rows": s["faulty_rows"],
             "counts": {**read, **{f"split_{name}": count for name, count in split_counts.items()}},
         }
     for name, pairs in {"train": train, "dev": dev, "test": test}.items():
@@ -90,8 +93,9 @@ def data(job: Job) -> None:
 Parts = tuple[Sequence[Preference], Sequence[Preference], Sequence[Preference]]
 
 
-def _read(s: Mapping[str, Any]) -> tuple[str, Mapping[str, int], Mapping[str, int], Parts]:
-    """(identity, counts of reading, counts of splitting, (train, dev, test)) of files or a hub set."""
+def _read(s: Mapping[str, Any]) -> tuple[str, Mapping[str, int], Mapping[str, str], Mapping[str, int], Parts]:
+    """Return (identity, counts of reading, the row of each prompt by its id, counts of splitting, (train, dev, test))
+    of files or a hub set."""
     where: dict[str, Any] = {
         "split": s["split"] if s["source"] != "files" else None,
         "revision": s.get("revision"),
@@ -106,11 +110,12 @@ def _read(s: Mapping[str, Any]) -> tuple[str, Mapping[str, int], Mapping[str, in
             [Preference(text.prompt, text.reply, None, text.ended, text.cluster) for text in part]
             for part in (parts.train, parts.dev, parts.test)
         ]
-        return texts.identity, texts.counts, parts.counts, (single[0], single[1], single[2])
+        return texts.identity, texts.counts, {}, parts.counts, (single[0], single[1], single[2])
     faults: dict[str, Any] = {"diverging": s["diverging"], "faulty_rows": s["faulty_rows"]}
     loaded = load_preferences(s["source"], s.get("path"), **where, **faults)
     split = split_preferences(loaded.preferences, train=None, **sizes)
-    return loaded.identity, loaded.counts, split.counts, (split.train, split.dev, split.test)
+    places = {prompt.id: place for prompt, place in loaded.places.items()}
+    return loaded.identity, loaded.counts, places, split.counts, (split.train, split.dev, split.test)
 
 
 def model(job: Job) -> None:
@@ -190,31 +195,47 @@ def _commit(ref: ModelRef) -> str | None:
 
 
 def prompts(job: Job) -> None:
-    """The pairs whose prompts leave room for a reply in every initial policy's context: training, dev, test."""
+    """Write the training, dev and test pairs that every initial policy can be given.
+
+    A prompt must leave room for a reply in each context, and each chat template must render it.
+    """
     s = job.settings
     refs = [job.ref(role) for role in job.inputs if role == "policy" or role.startswith("policy ")]
     policies = [job.services.fixed_policy(ref) for ref in refs]
     context = min(context_of(policy, ref) for policy, ref in zip(policies, refs, strict=True))
     about = job.read_json("data", "about.json")
     counts = dict(about["counts"])
+    rows = job.inputs["data"] / "places.json"  # absent in the embedded worlds
+    places = json.loads(rows.read_text(encoding="utf-8")) if rows.is_file() else {}
+
+    @cache
+    def length(prompt: Prompt) -> int:
+        return max(len(policy.tokenization.prompt_ids(prompt)) for policy in policies)
+
     for split, size in {"train": s["train_prompts"], "dev": None, "test": None}.items():
         pairs = read_jsonl(job.inputs["data"] / f"{split}.jsonl", Preference)
         distinct = list({pair.prompt: pair for pair in reversed(pairs)}.values())[::-1]  # the first of each prompt
-        length = {
-            pair.prompt: max(len(policy.tokenization.prompt_ids(pair.prompt)) for policy in policies)
-            for pair in distinct
-        }
-        limit = context - s["new_tokens"]
-        kept, fitted = fit_context(distinct, length.__getitem__, limit, long_prompts=s["long_prompts"])
+        kept, fitted = fit_context(
+            distinct,
+            length,
+            context - s["new_tokens"],
+            long_prompts=s["long_prompts"],
+            faulty_rows=about.get("faulty_rows", "error"),
+            places={pair.prompt: places[pair.prompt.id] for pair in distinct if pair.prompt.id in places},
+        )
+        refused = fitted["refused_by_template"]
         if size is not None and len(kept) < size:
+            of_template = f" and {refused} that the chat template refuses" if refused else ""
             raise DataError(
                 f"not enough prompts to train on: found {len(kept)} that leave room for a reply, and "
-                f"{fitted['long_prompt']} that do not; expected {size}; lower data.train_prompts or give more data"
+                f"{fitted['long_prompt']} that do not{of_template}; expected {size}; lower data.train_prompts or give "
+                "more data"
             )
         kept = kept[:size]
         counts[f"{split}_long_prompt"] = fitted["long_prompt"]
+        counts |= {f"{split}_refused_by_template": refused} if refused else {}
         counts[f"{split}_long_reply"] = sum(
-            length[pair.prompt] + len(policies[0].tokenization.response_ids(reply, ended=True)) > context
+            length(pair.prompt) + len(policies[0].tokenization.response_ids(reply, ended=True)) > context
             for pair in kept
             for reply in (pair.chosen, pair.rejected)
             if reply is not None

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from rrhf_bench.data.dialogue import Template, TemplateKind, turns
+from rrhf_bench.data.dialogue import Template, TemplateKind, Turn, render_chat, turns
 from rrhf_bench.errors import DataError
 from rrhf_bench.jsonl import read_jsonl, write_jsonl
 from rrhf_bench.records import Prompt
@@ -110,9 +110,8 @@ class RewardContract:
         rendered, add_special_tokens = template.render_prompt(prompt, tokenizer)
         if self.template != "chat":
             return rendered + self.join + template.render_response(response), add_special_tokens
-        messages = [{"role": turn.role, "content": turn.text.strip()} for turn in turns(prompt.text)[:-1]]
-        messages.append({"role": "assistant", "content": response.strip()})
-        return tokenizer.apply_chat_template(messages, tokenize=False), add_special_tokens
+        dialogue = (*turns(prompt.text)[:-1], Turn("assistant", response))
+        return render_chat(dialogue, tokenizer, f"prompt {prompt.id}"), add_special_tokens
 
     def encode(self, prompt: Prompt, response: str, tokenizer: Any, max_length: int | None) -> tuple[list[int], bool]:
         """(ids, whether they were cut to ``max_length``). Prompt and response are encoded as one text."""
