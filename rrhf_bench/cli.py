@@ -220,9 +220,7 @@ def report(
         from rrhf_bench.pipeline.store import replacing
 
         published = reports / folder.resolve().name
-        if published.is_dir() and (published / "report.md").is_file():
-            shutil.rmtree(published)  # an earlier report of the same name
-        with replacing(published) as copy:
+        with replacing(published, over=(published / "report.md").is_file()) as copy:  # an earlier report of this run
             # The page shows the PNGs; SVG and LaTeX are for a paper's author, who has the run.
             shutil.copytree(page.parent, copy, ignore=shutil.ignore_patterns("*.svg", "*.tex"))
     if as_json:

@@ -6,6 +6,7 @@ no traceback, and nothing is left on disk.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pty
@@ -562,6 +563,37 @@ def test_plan_says_sizes_budgets_and_models_in_memory(cli: Cli, tmp_path: Path) 
     assert re.search(r"candidates for train prompts \(n=2, T=1.0\), seed 0 +to do +48 prompts x 2 *\n", printed)
     assert re.search(r"rrhf +48 prompts x 4 responses, 1 epochs of 16 prompts a step = 3 steps +1: policy *\n", printed)
     assert re.search(r"\n(\d+) stages: 0 done, \1 to do, store ", printed)
+
+
+def test_a_report_that_cannot_be_published_leaves_the_earlier_one(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rrhf_bench.pipeline import run
+
+    written, published = (
+        tmp_path / "runs" / "mine" / "report" / "report.md",
+        tmp_path / "reports" / "mine" / "report.md",
+    )
+    for path, text in ((written, "new"), (published, "earlier")):
+        path.parent.mkdir(parents=True)
+        path.write_text(text)
+    monkeypatch.setattr(run, "read_run", lambda folder: {})
+    monkeypatch.setattr(run, "load_run", lambda folder: None)
+    monkeypatch.setattr(program, "_write_report", lambda records, folder: written)
+
+    def full(source: Path, place: Path, **rest: object) -> None:
+        Path(place).mkdir()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    words = ["report", tmp_path / "runs" / "mine", "--publish", "--reports", tmp_path / "reports"]
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "copytree", full)
+        result = cli(*words)
+    assert (result.code, len(result.err.splitlines())) == (2, 1), result
+    assert published.read_text() == "earlier"
+    assert cli(*words).code == 0
+    assert published.read_text() == "new"
+    assert list((tmp_path / "reports").iterdir()) == [published.parent]
 
 
 def test_text_from_outside_cannot_act_on_the_terminal(cli: Cli, tmp_path: Path) -> None:
