@@ -61,7 +61,7 @@ class Services:
     def __init__(self, runtime: RuntimeSettings) -> None:
         self.runtime = runtime
         self.device = resolve_device(runtime)
-        self._kept: dict[ModelRef, Any] = {}
+        self._kept: dict[tuple[str, ModelRef], Any] = {}  # by kind: one reference may name a policy and a reward model
         self._samplers: dict[str, Sampler] = {}
 
     def policy(self, ref: ModelRef) -> TransformersPolicy:
@@ -78,18 +78,20 @@ class Services:
         )
 
     def fixed_policy(self, ref: ModelRef) -> TransformersPolicy:
-        """A policy that nobody trains: the initial one, the perplexity model. Loaded once."""
-        if ref not in self._kept:
+        """Return a policy that is not trained, such as the initial one or the perplexity model; it is loaded once."""
+        key = ("policy", ref)
+        if key not in self._kept:
             policy = self.policy(ref)
             policy.model.requires_grad_(False)
-            self._kept[ref] = policy
-        return self._kept[ref]
+            self._kept[key] = policy
+        return self._kept[key]
 
     def reward(self, ref: ModelRef) -> RewardModel:
-        """A reward model that reads no text of a call twice. Loaded once."""
-        if ref not in self._kept:
-            self._kept[ref] = DistinctTexts(load_reward(ref, self.device, self.runtime.score_batch))
-        return self._kept[ref]
+        """Return a reward model that scores each text of a call once; it is loaded once."""
+        key = ("reward model", ref)
+        if key not in self._kept:
+            self._kept[key] = DistinctTexts(load_reward(ref, self.device, self.runtime.score_batch))
+        return self._kept[key]
 
     def reward_checks(self, ref: ModelRef, pairs: Sequence[Preference]) -> tuple[Check, ...]:
         """What was found of a reward model when it was loaded, and what held-out pairs show of it."""
