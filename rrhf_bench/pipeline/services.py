@@ -14,7 +14,9 @@ import torch
 from numpy.typing import NDArray
 
 from rrhf_bench.data.dialogue import Template, TemplateKind
+from rrhf_bench.errors import DataError
 from rrhf_bench.experiment import Dtype, RuntimeSettings
+from rrhf_bench.jsonl import from_json
 from rrhf_bench.policy.policy import Computation, TransformersPolicy
 from rrhf_bench.records import Preference, Prompt
 from rrhf_bench.rewards.checks import Check, on_pairs
@@ -42,7 +44,16 @@ class ModelRef:
 
     @classmethod
     def read(cls, artifact: Path) -> ModelRef:
-        ref = cls(**json.loads((artifact / FILE).read_text()))
+        """Return the reference of an artifact. Raises DataError if its ``model.json`` is none that ``write`` wrote."""
+        path = artifact / FILE
+        try:
+            ref = from_json(cls, json.loads(path.read_text(encoding="utf-8")), str(path))
+        except (OSError, ValueError, RecursionError) as error:  # DataError is a ValueError
+            reason = str(error).removeprefix(f"{path}: ")
+            raise DataError(
+                f"{path}: is not the {FILE} of an artifact ({reason}); expected a folder of `runs/store`; if the model "
+                "is a transformers folder, move this file out of it"
+            ) from error
         return replace(ref, source=str(artifact / "model")) if ref.source == "model" else ref
 
     def write(self, artifact: Path) -> None:
