@@ -18,10 +18,10 @@ from scipy.stats import rankdata
 from baselines.best_of_n_settings import BestOfNSettings
 from rrhf_bench.errors import DataError
 from rrhf_bench.records import Candidates, Prompt
+from rrhf_bench.rewards.reward import RewardModel, require_finite_of_row
 
 if TYPE_CHECKING:  # the estimator above all serves the report, which loads no torch
     from rrhf_bench.policy.policy import Policy
-    from rrhf_bench.rewards.reward import RewardModel
     from rrhf_bench.sampling.sampler import Sampler, SamplingSpec
 
 
@@ -99,12 +99,16 @@ class _BestOfNSampler:
         self._sampler.sync(policy)
 
     def sample(self, prompts: Sequence[Prompt], spec: SamplingSpec) -> list[Candidates]:
-        """Each of the spec's n responses is the best of n draws of its own; of equal scores the first."""
+        """Return spec.n responses a prompt, each the best of n draws of its own; of equal scores the first.
+
+        Raises DataError for greedy decoding, Diverged if a score is not finite.
+        """
         if spec.greedy:
             raise DataError("best_of_n: greedy decoding gives n equal replies; sample at a temperature above 0")
         drawn = self._sampler.sample(prompts, replace(spec, n=spec.n * self._n))
         pairs = [(row.prompt, response) for row in drawn for response in row.responses]
-        scores = self._reward.score([prompt for prompt, _ in pairs], [response.text for _, response in pairs])
+        asked, texts = [prompt for prompt, _ in pairs], [response.text for _, response in pairs]
+        scores = require_finite_of_row(self._reward.score(asked, texts), asked, texts, "best_of_n")
         best = scores.reshape(len(drawn), spec.n, self._n).argmax(-1)
         return [
             replace(row, responses=tuple(row.responses[i * self._n + b] for i, b in enumerate(best_of_row)))

@@ -14,6 +14,8 @@ class BestOfNSettings(MethodSettings):
 
     family: ClassVar[Family] = "inference"
     requires: ClassVar[frozenset[Requirement]] = frozenset({"sampler", "reward"})
+    candidate_keys: ClassVar[frozenset[str]] = frozenset({"n"})
+    why_unread: ClassVar[str] = "its samples are decoded as [evaluation] says"
 
     kind: Literal["best_of_n"] = "best_of_n"
     n: Annotated[int, Field(ge=1, le=1024)] = 4

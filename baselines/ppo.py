@@ -36,6 +36,7 @@ from rrhf_bench.policy.batching import ResponseBatch, within
 from rrhf_bench.policy.logprobs import kl_k1, masked_mean
 from rrhf_bench.policy.policy import Policy
 from rrhf_bench.records import Prompt, Response
+from rrhf_bench.rewards.reward import require_finite_of_row, scored_replies
 from rrhf_bench.sampling.sampler import SamplingSpec
 from rrhf_bench.seeding import generator
 from rrhf_bench.training.method import Progress, TrainContext, TrainInputs, TrainResult
@@ -233,7 +234,7 @@ class PPO:
 
     def fit(self, policy: Policy, inputs: TrainInputs, context: TrainContext) -> TrainResult:
         """Train in place. ``context.watch`` is called before the first iteration and after each, ``context.log`` after
-        each. Raises DataError without prompts, Diverged where a reward, loss or gradient is not finite.
+        each. Raises DataError without prompts, Diverged if a reward, loss, gradient or weight is not finite.
         """
         if not inputs.prompts:
             raise DataError("ppo: found no training prompts; expected at least one to sample rollouts for")
@@ -281,6 +282,12 @@ class PPO:
                     )
                 state.optimiser.step(lr)
                 state.step += 1
+                if not state.optimiser.has_finite_weights():
+                    raise Diverged(
+                        f"ppo, iteration {state.iteration + 1}: the weights are not finite after step {state.step} of "
+                        f"{self.steps}; lower lr ({settings.lr}), or train in float32",
+                        rollouts.evidence(rows),
+                    )
         return {
             "loss/policy_avg": _mean(steps, "loss/policy"),
             "loss/value_avg": _mean(steps, "loss/value"),
@@ -360,7 +367,7 @@ def roll_out(
     explained = explained_variance(value_NT, return_NT, mask_NT).item()
     if math.isfinite(explained):
         metrics["val/explained_variance"] = explained
-    records = tuple(_evidence(asked, responses, raw_N))
+    records = tuple(scored_replies(asked, [response.text for response in responses], raw_N))
     return Rollouts(tuple(pairs), settings.temperature, logp_NT, value_NT, advantage_NT, return_NT, metrics, records)
 
 
@@ -441,26 +448,11 @@ def _sample(
 def _rewards(
     asked: Sequence[Prompt], responses: Sequence[Response], context: TrainContext, state: PPOState
 ) -> NDArray[np.float64]:
+    """Return the (N,) rewards of the replies. Raises Diverged if one is not finite."""
     assert context.reward is not None
-    raw_N = np.asarray(context.reward.score(asked, [response.text for response in responses]), np.float64)
-    bad = np.flatnonzero(~np.isfinite(raw_N))
-    if bad.size:
-        raise Diverged(
-            f"{state.place}: {bad.size} of {raw_N.size} rewards are not finite, the first {raw_N[bad[0]]} for prompt "
-            f"{asked[bad[0]].id}; check the reward model, in float32",
-            _evidence(asked, responses, raw_N),
-        )
-    return raw_N
-
-
-def _evidence(
-    asked: Sequence[Prompt], responses: Sequence[Response], raw_N: NDArray[np.float64]
-) -> list[Mapping[str, Any]]:
-    """Rollouts as JSON, which has no word for a reward that is not finite."""
-    return [
-        {"prompt": prompt.text, "response": response.text, "reward": reward if math.isfinite(reward) else str(reward)}
-        for prompt, response, reward in zip(asked, responses, raw_N.tolist(), strict=True)
-    ]
+    texts = [response.text for response in responses]
+    raw_N = np.asarray(context.reward.score(asked, texts), np.float64)
+    return require_finite_of_row(raw_N, asked, texts, state.place)
 
 
 def _sampler_difference(responses: Sequence[Response], logp_NT: Tensor) -> dict[str, float]:

@@ -26,6 +26,8 @@ class PPOSettings(OptimiserSettings):
 
     family: ClassVar[Family] = "trainer"
     requires: ClassVar[frozenset[Requirement]] = frozenset({"sampler", "reward", "reference"})
+    candidate_keys: ClassVar[frozenset[str]] = frozenset({"temperature"})
+    why_unread: ClassVar[str] = "PPO samples one reply a rollout from the full distribution"
 
     kind: Literal["ppo"] = "ppo"
 

@@ -51,13 +51,21 @@ Runs = Annotated[Path, typer.Option(envvar="RRHF_BENCH_RUNS", help="where runs a
 Json = Annotated[bool, typer.Option("--json", help="one JSON object for machines, on standard output")]
 Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="where models run")]
 Backend = Annotated[Literal["vllm", "transformers"], typer.Option(help="what samples; vllm falls back if absent")]
-TemplateName = Annotated[Literal["hh", "chat"], typer.Option(help="how the model wants a dialogue")]
-DtypeName = Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(help="of the model's weights")]
+# None is an option that was not given: the folder of an artifact then decides, else the default that --help shows.
+TemplateName = Annotated[
+    Literal["hh", "chat"] | None, typer.Option(help="how the model wants a dialogue", show_default="hh")
+]
+DtypeName = Annotated[
+    Literal["float32", "bfloat16", "float16"] | None,
+    typer.Option(help="of the model's weights", show_default="float32"),
+]
 PadToken = Annotated[str | None, typer.Option(help="for a tokenizer without one: which of its tokens pads")]
 Seed = Annotated[int, typer.Option(help="names the random draws")]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="length cap of a reply")]
 RewardSource = Annotated[str, typer.Option("--reward-model", help="hub id or folder of a reward model")]
-Layout = Annotated[Literal["classifier", "value-head"], typer.Option(help="of the reward model")]
+Layout = Annotated[
+    Literal["classifier", "value-head"] | None, typer.Option(help="of the reward model", show_default="classifier")
+]
 Label = Annotated[str | None, typer.Option(help="of a classifier of several labels: its probability is the reward")]
 Out = Annotated[Path, typer.Option(help="what to write")]
 FaultyRowsOption = Annotated[
@@ -224,9 +232,7 @@ def report(
         from rrhf_bench.pipeline.store import replacing
 
         published = reports / folder.resolve().name
-        if published.is_dir() and (published / "report.md").is_file():
-            shutil.rmtree(published)  # an earlier report of the same name
-        with replacing(published) as copy:
+        with replacing(published, over=(published / "report.md").is_file()) as copy:  # an earlier report of this run
             # The page shows the PNGs; SVG and LaTeX are for a paper's author, who has the run.
             shutil.copytree(page.parent, copy, ignore=shutil.ignore_patterns("*.svg", "*.tex"))
     if as_json:
@@ -382,9 +388,9 @@ def _size(count: float) -> str:
 def doctor(
     model: Annotated[str | None, typer.Option(help="a policy to check; none: a small one made on the spot")] = None,
     reward_model: Annotated[str | None, typer.Option(help="a reward model to check")] = None,
-    layout: Layout = "classifier",
+    layout: Layout = None,
     label: Label = None,
-    template: TemplateName = "hh",
+    template: TemplateName = None,
     pad_token: PadToken = None,
     backend: Backend = "vllm",
     device: Device = "auto",
@@ -392,15 +398,16 @@ def doctor(
 ) -> None:
     """Say what is installed, and check that sampler, trainer and reward model agree on this machine."""
     from rrhf_bench.pipeline.doctor import examine
-    from rrhf_bench.pipeline.plain import model_ref
+    from rrhf_bench.pipeline.plain import model_ref, pad_token_of
     from rrhf_bench.pipeline.runner import quiet
 
-    policy, judge = (
-        None
-        if source is None
-        else model_ref(source, template=template, pad_token=pad_token, layout=layout, label=label)
-        for source in (model, reward_model)
-    )
+    sources = (model, reward_model)
+    policy = judge = None
+    if model is not None:
+        policy = model_ref(model, template=template, pad_token=pad_token_of(model, sources, pad_token))
+    if reward_model is not None:
+        pad = pad_token_of(reward_model, sources, pad_token)
+        judge = model_ref(reward_model, template=template, pad_token=pad, layout=layout, label=label)
     with quiet():
         findings = examine(policy, judge, backend, RuntimeSettings(device=device))
     if as_json:
@@ -428,7 +435,7 @@ def sample(
     ] = 1.0,
     n: Annotated[int, typer.Option(min=1, help="samples a prompt")] = 4,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy")] = 1.0,
-    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="1 is off")] = 1.0,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="above 0; 1 is off")] = 1.0,
     top_k: Annotated[int, typer.Option(min=0, help="0 is off")] = 0,
     max_new_tokens: MaxNewTokens = 64,
     sources: Annotated[str, typer.Option(help="what a group holds, in order: model,chosen,rejected")] = "model",
@@ -444,7 +451,7 @@ def sample(
             show_default="hh; raw for beams",
         ),
     ] = None,
-    dtype: DtypeName = "float32",
+    dtype: DtypeName = None,
     pad_token: PadToken = None,
     backend: Backend = "vllm",
     device: Device = "auto",
@@ -462,10 +469,12 @@ def sample(
     unknown = sorted(set(names) - {"model", "chosen", "rejected"})
     if unknown:
         raise ConfigError(f"--sources: found {unknown[0]!r}; allowed are model, chosen, rejected")
-    if template is None:
-        template = "hh" if strategy == "sample" else "raw"
+    if top_p == 0.0:
+        raise ConfigError("--top-p: found 0, which leaves no token to sample; expected more than 0 and at most 1 (off)")
+    default_template: TemplateKind = "hh" if strategy == "sample" else "raw"
+    ref = model_ref(model, default_template=default_template, template=template, dtype=dtype, pad_token=pad_token)
     if cut is None:
-        cut = template != "raw"
+        cut = ref.template != "raw"
     spec = _spec(n, temperature, max_new_tokens, seed, CANDIDATES, cut, top_p, top_k)
     if strategy == "sample":
         if temperature == 0.0 and n > 1:
@@ -478,7 +487,6 @@ def sample(
             _errors().print("note: beams are not drawn: --n, --temperature, --top-p and --top-k have no effect on them")
         penalty = diversity_penalty
         spec = replace(spec, strategy=strategy, n=beams, beams=beams, groups=groups, diversity_penalty=penalty)
-    ref = model_ref(model, template=template, dtype=dtype, pad_token=pad_token)
     with _steps(device, backend, "sampling", as_json, faulty_rows, strategy) as steps:
         counts = steps.sample(ref, prompts, out, spec, names)
     _done(as_json, f"{spec.n} samples a prompt ({_words(counts)}): {out}", {"counts": counts, "out": str(out)})
@@ -489,10 +497,10 @@ def score(
     reward_model: RewardSource,
     candidates: Annotated[Path, typer.Option(help='JSONL of {"query", "responses"}')],
     out: Out,
-    layout: Layout = "classifier",
+    layout: Layout = None,
     label: Label = None,
-    template: TemplateName = "hh",
-    dtype: DtypeName = "float32",
+    template: TemplateName = None,
+    dtype: DtypeName = None,
     pad_token: PadToken = None,
     device: Device = "auto",
     faulty_rows: FaultyRowsOption = "error",
@@ -517,13 +525,13 @@ def train(
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="a setting of the method, such as lr=1e-5")
     ] = None,
     reward_model: Annotated[str | None, typer.Option(help="for ppo: hub id or folder of a reward model")] = None,
-    layout: Layout = "classifier",
+    layout: Layout = None,
     label: Label = None,
     max_new_tokens: MaxNewTokens = 64,
     cut: Cut = True,
     seed: Seed = 0,
-    template: TemplateName = "hh",
-    dtype: DtypeName = "float32",
+    template: TemplateName = None,
+    dtype: DtypeName = None,
     pad_token: PadToken = None,
     backend: Backend = "vllm",
     device: Device = "auto",
@@ -534,12 +542,14 @@ def train(
     settings = parse_method(method, override or [])
     if settings.family == "inference":
         raise ConfigError(f"--method {method}: trains nothing; use `sample` and `score`")
-    from rrhf_bench.pipeline.plain import model_ref
+    from rrhf_bench.pipeline.plain import model_ref, pad_token_of
 
-    ref = model_ref(model, template=template, dtype=dtype, pad_token=pad_token)
+    sources = (model, reward_model)
+    ref = model_ref(model, template=template, dtype=dtype, pad_token=pad_token_of(model, sources, pad_token))
     reward = None
     if reward_model is not None:
-        reward = model_ref(reward_model, template=template, pad_token=pad_token, layout=layout, label=label)
+        pad = pad_token_of(reward_model, sources, pad_token)
+        reward = model_ref(reward_model, template=template, pad_token=pad, layout=layout, label=label)
     with _steps(device, backend, f"training {method}", as_json, faulty_rows) as steps:
         result = steps.train(
             settings,
@@ -568,11 +578,11 @@ def evaluate(
     decoding: Annotated[str, typer.Option(help="greedy, sample or both")] = "greedy,sample",
     temperature: Annotated[float, typer.Option(min=0.01, help="of sample")] = 1.0,
     max_new_tokens: MaxNewTokens = 64,
-    layout: Layout = "classifier",
+    layout: Layout = None,
     label: Label = None,
     seed: Seed = 0,
-    template: TemplateName = "hh",
-    dtype: DtypeName = "float32",
+    template: TemplateName = None,
+    dtype: DtypeName = None,
     pad_token: PadToken = None,
     backend: Backend = "vllm",
     device: Device = "auto",
@@ -581,7 +591,7 @@ def evaluate(
 ) -> None:
     """Judge a policy on prompts: one record a prompt and decoding."""
     from rrhf_bench.evaluation.metrics import fake_turn_share, mean_kl, mean_length, perplexity
-    from rrhf_bench.pipeline.plain import model_ref
+    from rrhf_bench.pipeline.plain import model_ref, pad_token_of
     from rrhf_bench.pipeline.stages import decodings
 
     names = decoding.split(",")
@@ -594,14 +604,16 @@ def evaluate(
         "max_new_tokens": max_new_tokens,
         "stop": STOP_STRINGS,
     }
-    policy, judge, base, fluency = (
+    sources = (model, reward_model, initial, perplexity_model)
+    pad = pad_token_of(reward_model, sources, pad_token)
+    judge = model_ref(reward_model, template=template, dtype=dtype, pad_token=pad, layout=layout, label=label)
+    policy, base, fluency = (
         None
         if source is None
-        else model_ref(source, template=template, dtype=dtype, pad_token=pad_token, layout=layout, label=label)
-        for source in (model, reward_model, initial, perplexity_model)
+        else model_ref(source, template=template, dtype=dtype, pad_token=pad_token_of(source, sources, pad_token))
+        for source in (model, initial, perplexity_model)
     )
     assert policy is not None
-    assert judge is not None
     with _steps(device, backend, "evaluating", as_json, faulty_rows) as steps:
         records, counts = steps.evaluate(
             policy,

@@ -17,7 +17,7 @@ from rrhf_bench.errors import SIGNED_URL, ConfigError, nearest, visible
 from rrhf_bench.evaluation.claims_settings import CLAIMS, ClaimSettings
 from rrhf_bench.experiment import NAME, Experiment, SamplingSettings
 from rrhf_bench.registry import METHODS, settings_class
-from rrhf_bench.settings import READ, SEARCH_KEYS, CandidateSettings, MethodSettings
+from rrhf_bench.settings import READ, CandidateSettings, MethodSettings
 
 TRAINED_WITH = ("rounds", "refresh", "reward_kl")  # what a sampling policy may say beyond the candidates themselves
 DEEPEST = 16  # tables and lists inside each other; an experiment has four
@@ -273,8 +273,14 @@ def _method(where: str, table: Any, faults: list[str]) -> MethodSettings | None:
         return None
     settings = settings_class(kind)
     if "candidates" not in settings.requires:
-        unread = [key for key in table if key in ("policy", *TRAINED_WITH, *SEARCH_KEYS)]
-        faults.extend(f"{where}.{key}: {kind} trains on no candidates; remove the key" for key in unread)
+        of_candidates = {*CandidateSettings.model_fields, *TRAINED_WITH, "scored_by"} - settings.candidate_keys
+        allowed = ", ".join(key for key in settings.model_fields if key not in of_candidates)
+        unread = [key for key in table if key in of_candidates]
+        faults.extend(
+            f"{where}.{key}: found {_shown(table[key])}, which changes nothing: {settings.why_unread}; allowed are "
+            f"{allowed}; remove the key"
+            for key in unread
+        )
         table = {key: value for key, value in table.items() if key not in unread}
     try:
         return settings.model_validate({**table, "kind": kind})
@@ -311,8 +317,7 @@ def _faults(error: ValidationError, model: type[BaseModel], prefix: str) -> Iter
         if fault["type"] == "too_short" and any(loc[:-1] == fault["loc"] for loc in found_at):
             continue  # pydantic counts the valid items of a list only; the invalid ones are faults already
         where = ".".join(filter(None, [prefix, *map(str, fault["loc"])]))
-        found = repr(fault["input"])
-        found = found if len(found) <= 60 else found[:57] + "..."
+        found = _shown(fault["input"])
         if where.startswith("judge"):  # a key put into the wrong field must not come back in the message about it
             found = "what is not shown here"
         if fault["type"] == "extra_forbidden":
@@ -327,6 +332,12 @@ def _faults(error: ValidationError, model: type[BaseModel], prefix: str) -> Iter
         else:
             message = fault["msg"]
             yield f"{where}: found {found}; {message[0].lower()}{message[1:]}"
+
+
+def _shown(value: Any) -> str:
+    """Return a value as one short piece of a message."""
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _table_at(model: type[BaseModel], keys: Sequence[int | str]) -> type[BaseModel]:

@@ -49,9 +49,10 @@ class StageError(BenchError):
 
 
 class Diverged(StageError):
-    """A method that failed at its own work: a loss, gradient or reward that is not finite, a policy that says nothing.
+    """A policy that diverged: a loss, gradient, weight or reward is not finite, or the policy generates no text.
 
-    ``evidence``: the batch that it failed on, JSON objects. The other methods of an experiment go on.
+    ``evidence`` holds the batch of the failure as JSON objects. If the stage belongs to a row of [methods], only that
+    row fails and the others go on. If other rows share the stage, the run stops.
     """
 
     def __init__(self, message: str = "", evidence: Iterable[Mapping[str, Any]] = ()) -> None:

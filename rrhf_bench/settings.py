@@ -138,6 +138,10 @@ class MethodSettings(CandidateSettings):
 
     family: ClassVar[Family]
     requires: ClassVar[frozenset[Requirement]]
+    # Of a method that trains on no candidates: the keys of CandidateSettings that the method reads, and the reason for
+    # which the loader refuses the others.
+    candidate_keys: ClassVar[frozenset[str]] = frozenset()
+    why_unread: ClassVar[str] = "this kind trains on no candidates"
 
     kind: str
     initial: str | None = None  # the initial policy, of [policies]; none: [policy]

@@ -6,6 +6,7 @@ no traceback, and nothing is left on disk.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pty
@@ -28,6 +29,7 @@ from rrhf_bench.data.sources import load_candidates
 from rrhf_bench.errors import BenchError
 from rrhf_bench.pipeline.plan import Plan, make_plan
 from rrhf_bench.pipeline.runner import run_plan
+from rrhf_bench.pipeline.services import ModelRef
 from rrhf_bench.pipeline.store import Store
 
 ROOT = Path(__file__).parents[1]
@@ -503,7 +505,7 @@ def test_a_language_model_in_the_place_of_a_reward_model(refused: Any, rows: Any
 def test_scores_that_are_not_numbers(refused: Any, rows: Any, reward: Any, out: Path) -> None:
     folder = reward(weight=float("nan"))
     (line,) = refused(*score(folder, rows(SCORED), out))
-    assert line.startswith(f"{folder}: 8 of 8 scores are not finite")  # of the texts that every load scores
+    assert line.startswith(f"{folder}: 8 of 8 ")  # of the texts that every load scores
 
 
 def test_groups_that_nothing_can_be_ranked_in(refused: Any, cli: Cli, rows: Any, model: Path, out: Path) -> None:
@@ -552,6 +554,83 @@ def test_sampling_that_makes_no_sense(
     assert line.startswith(expected.format(path=path))
 
 
+def artifact(tmp_path: Path, source: Path, **said: object) -> Path:
+    """The folder of an artifact that refers to a model."""
+    folder = tmp_path / "artifact"
+    folder.mkdir()
+    ModelRef(str(source), **said).write(folder)  # type: ignore[arg-type]
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("option", "found", "said"),
+    [
+        ("--dtype", "bfloat16", {}),
+        ("--dtype", "float32", {"dtype": "bfloat16"}),  # also where it is the default of other models
+        ("--template", "chat", {}),
+        ("--pad-token", "<eos>", {}),
+    ],
+)
+def test_an_option_that_differs_from_an_artifact_is_refused(
+    refused: Any, rows: Any, model: Path, out: Path, tmp_path: Path, option: str, found: str, said: dict[str, str]
+) -> None:
+    stored = artifact(tmp_path, model, **said)
+    (line,) = refused(*sample(stored, rows({"prompt": "Hi"}), out, option, found))
+    assert line.startswith(f"{option}: found {found!r}, ")
+    assert str(stored) in line
+    assert str(model) in line  # on which the option can be given
+
+
+@pytest.mark.parametrize(("option", "found"), [("--layout", "value-head"), ("--label", "LABEL_0")])
+def test_an_option_of_a_reward_model_that_differs_from_an_artifact_is_refused(
+    refused: Any, rows: Any, reward: Any, out: Path, tmp_path: Path, option: str, found: str
+) -> None:
+    (line,) = refused(*score(artifact(tmp_path, reward()), rows(SCORED), out, option, found))
+    assert line.startswith(f"{option}: found {found!r}, ")
+
+
+def test_options_that_an_artifact_says_too_or_that_serve_another_model(
+    cli: Cli, rows: Any, model: Path, reward: Any, out: Path, tmp_path: Path
+) -> None:
+    """--layout is of the reward model alone, and --pad-token serves the models that are no artifacts."""
+    stored, judge = artifact(tmp_path, model, dtype="bfloat16", template="raw"), reward()
+    prompts = rows({"prompt": QUESTION})
+    assert cli(*sample(stored, prompts, out, "--dtype", "bfloat16", "--template", "raw")).code == 0
+    words = ["--prompts", prompts, "--out", tmp_path / "judged", "--max-new-tokens", 4, "--backend", "transformers"]
+    options = ["--layout", "classifier", "--pad-token", "<pad>", "--decoding", "greedy"]
+    assert cli("evaluate", "--model", stored, "--reward-model", judge, *words, *options).code == 0
+
+
+@pytest.mark.parametrize(
+    "content", ['{"format": "layers-model"}', "[]", "{", '{"source": 1}', '{"source": "model", "dtype": "int8"}', "{}"]
+)
+def test_a_model_json_of_another_program(
+    refused: Any, rows: Any, model: Path, out: Path, tmp_path: Path, content: str
+) -> None:
+    folder = shutil.copytree(model, tmp_path / "exported")
+    (folder / "model.json").write_text(content)
+    (line,) = refused(*sample(folder, rows({"prompt": "Hi"}), out))
+    assert line.startswith(f"{folder / 'model.json'}: ")
+    (line,) = refused(*score(folder, rows(SCORED), out))
+    assert line.startswith(f"{folder / 'model.json'}: ")
+
+
+def test_a_top_p_that_leaves_no_token(refused: Any, rows: Any, model: Path, out: Path) -> None:
+    (line,) = refused(*sample(model, rows({"prompt": "Hi"}), out, "--top-p", 0))
+    assert line.startswith("--top-p: found 0")
+
+
+def test_gold_on_prompts_that_are_not_of_the_embedded_world(
+    refused: Any, rows: Any, tmp_path: Path, out: Path, model: Path
+) -> None:
+    """The prompts are read before any model: the reward model need not exist."""
+    prompts = rows({"prompt": "How do I bake bread?"}, {"prompt": "Which port does Kubernetes use?"})
+    words = ["--reward-model", tmp_path / "none", "--prompts", prompts, "--out", out, "--gold"]
+    (line,) = refused("evaluate", "--model", model, *words, "--backend", "transformers")
+    assert line.startswith(f"--gold: {prompts}: ")
+    assert "Kubernetes" in line
+
+
 @pytest.mark.parametrize(
     ("method", "words", "expected"),
     [
@@ -574,6 +653,37 @@ def test_training_that_makes_no_sense(
 def test_a_folder_that_is_no_run(refused: Any, tmp_path: Path) -> None:
     (line,) = refused("report", tmp_path)
     assert line == f"{tmp_path}: holds no run (no run.json); give the folder of a run, such as runs/hh_compare"
+
+
+def test_a_report_that_cannot_be_published_leaves_the_earlier_one(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rrhf_bench.pipeline import run
+
+    written, published = (
+        tmp_path / "runs" / "mine" / "report" / "report.md",
+        tmp_path / "reports" / "mine" / "report.md",
+    )
+    for path, text in ((written, "new"), (published, "earlier")):
+        path.parent.mkdir(parents=True)
+        path.write_text(text)
+    monkeypatch.setattr(run, "read_run", lambda folder: {})
+    monkeypatch.setattr(run, "load_run", lambda folder: None)
+    monkeypatch.setattr(program, "_write_report", lambda records, folder: written)
+
+    def full(source: Path, place: Path, **rest: object) -> None:
+        Path(place).mkdir()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    words = ["report", tmp_path / "runs" / "mine", "--publish", "--reports", tmp_path / "reports"]
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "copytree", full)
+        result = cli(*words)
+    assert (result.code, len(result.err.splitlines())) == (2, 1), result
+    assert published.read_text() == "earlier"
+    assert cli(*words).code == 0
+    assert published.read_text() == "new"
+    assert list((tmp_path / "reports").iterdir()) == [published.parent]
 
 
 @pytest.mark.parametrize("words", [["plann"], ["plan"], ["plan", SMOKE, "--runs"], ["sample", "--n", "none"]])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -334,8 +335,8 @@ def test_a_wrong_value_names_key_found_and_allowed(write: Write, key: str, value
         (["methods.rrhf.temperature=0.0"], "methods.rrhf: temperature 0 gives 4 equal samples; raise it or set n = 1"),
         (["name=store"], "name: found 'store', the folder"),
         (["sampling.policy=[1]"], "sampling.policy: found [1]; input should be "),
-        (["methods.sft.policy=P"], "methods.sft.policy: sft trains on no candidates; remove the key"),
-        (["methods.ppo.beams=4"], "methods.ppo.beams: ppo trains on no candidates; remove the key"),
+        (["methods.sft.policy=P"], "methods.sft.policy: found 'P', which changes nothing: "),
+        (["methods.ppo.beams=4"], "methods.ppo.beams: found 4, which changes nothing: "),
         (["sampling.policy=DP", "sampling.temperature=0.8"], 'sampling.policy: temperature has no effect beside "DP"'),
         (
             ["sampling.policy=SP", "sampling.groups=2"],
@@ -363,6 +364,48 @@ def test_a_wrong_value_names_key_found_and_allowed(write: Write, key: str, value
 def test_settings_that_contradict_each_other(write: Write, overrides: list[str], expected: str) -> None:
     (line,) = faults(write(""), *overrides)
     assert line.startswith(expected)
+
+
+@pytest.mark.parametrize(
+    ("kind", "key", "value"),
+    [
+        *(
+            ("sft", *key)
+            for key in (
+                ("n", 8),
+                ("temperature", 0.7),
+                ("sources", ["model"]),
+                ("top_p", 0.9),
+                ("top_k", 5),
+                ("rounds", 2),
+                ("refresh", 8),
+                ("reward_kl", 0.1),
+                ("scored_by", "judge"),
+            )
+        ),
+        *(("best_of_n", *key) for key in (("temperature", 0.7), ("sources", ["model"]), ("top_p", 0.9), ("top_k", 5))),
+        *(("ppo", *key) for key in (("n", 8), ("sources", ["model"]), ("top_p", 1.0), ("scored_by", "file"))),
+    ],
+)
+def test_a_key_that_a_method_does_not_read_is_refused(write: Write, kind: str, key: str, value: Any) -> None:
+    """In the row's table, in the defaults of its kind, and for `train`."""
+    shown = repr(value)
+    for table in ("methods", "defaults"):
+        (line,) = faults(write(f"[{table}.{kind}]\n{key} = {json.dumps(value)}"))
+        assert line.startswith(f"{table}.{kind}.{key}: found {shown}, ")
+        allowed = line.split("allowed are ")[1].split("; ")[0].split(", ")
+        assert "lr" in allowed or kind == "best_of_n"
+        assert key not in allowed
+        assert line.endswith("; remove the key")
+    with pytest.raises(ConfigError, match=rf"^method\.{key}: found "):
+        parse_method(kind, [f"{key}={json.dumps(value)}"])
+
+
+def test_the_candidate_keys_that_a_method_reads_are_allowed(write: Write) -> None:
+    rows = "[methods.best_of_n]\nn = 8\n[methods.ppo]\ntemperature = 0.7"
+    experiment = load_experiment(write(rows))
+    assert experiment.methods["best_of_n"].n == 8
+    assert experiment.methods["ppo"].temperature == 0.7
 
 
 # Sampling policies
@@ -511,10 +554,6 @@ KNOWN = "BP, DP, SP, D, P, B, IP-n, OP-k, OP-k+KL (n rounds, k optimiser steps)"
         (
             "[methods.rrhf]\nreward_kl = 0.1",
             ["methods.rrhf.reward_kl: is of online sampling only; set refresh (k of OP-k), or remove it"],
-        ),
-        *(
-            (f"[methods.sft]\n{key} = {value}", [f"methods.sft.{key}: sft trains on no candidates; remove the key"])
-            for key, value in (("rounds", 2), ("refresh", 8), ("reward_kl", 0.1), ("scored_by", '"judge"'))
         ),
         (
             '[methods.rrhf]\nscored_by = "judge"',

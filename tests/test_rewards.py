@@ -22,6 +22,7 @@ from rrhf_bench.rewards.contract import CONTRACT_FILE, KNOWN_LAYOUTS, RewardCont
 from rrhf_bench.rewards.gold import GoldReward, ReviewsGold
 from rrhf_bench.rewards.head import batch_order
 from rrhf_bench.rewards.hub import ClassifierReward
+from rrhf_bench.rewards.reward import require_finite
 from rrhf_bench.rewards.reward_settings import RewardTrainingSettings
 from rrhf_bench.rewards.sentiment import classification_loss, train_classifier
 from rrhf_bench.rewards.value_head import ValueHeadReward
@@ -309,8 +310,10 @@ def test_nan_scores(make_reward: MakeReward) -> None:
     reward = ClassifierReward.load(make_reward())
     with torch.no_grad():
         reward.model.score.weight[0, 0] = math.nan
-    with pytest.raises(DataError, match=rf"reward: 8 of 8 scores are not finite, .*{PROMPTS[0].id}"):
-        reward.score(PROMPTS, REPLIES)
+    scores = reward.score(PROMPTS, REPLIES)  # the caller decides what they mean
+    assert np.isnan(scores).all()
+    with pytest.raises(DataError, match=rf"reward: 8 of 8 .*{PROMPTS[0].id}"):
+        require_finite(scores, PROMPTS, reward.where)
 
 
 def test_long_texts_are_cut_and_counted(make_reward: MakeReward, tokenizer: Any) -> None:

@@ -231,6 +231,15 @@ def test_policies_that_compute_otherwise_have_engines_of_their_own(llama_folder,
     assert own != key(ending)
 
 
+def test_one_reference_may_name_a_policy_and_a_reward_model(llama_folder):
+    """Also a wrong one: a policy in the place of a reward model is named as such."""
+    services, ref = Services(RuntimeSettings(device="cpu")), ModelRef(str(llama_folder(0)))
+    policy = services.fixed_policy(ref)
+    with pytest.raises(DataError, match=r"holds no trained score\.weight"):
+        services.reward(ref)
+    assert services.fixed_policy(ref) is policy
+
+
 def test_no_text_of_a_call_is_scored_twice():
     """Best-of-n, PPO and the curves hand over what was sampled, repetitions and all."""
     asked = []

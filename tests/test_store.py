@@ -436,6 +436,36 @@ def test_replacing_where_nothing_can_be_written(tmp_path: Path) -> None:
         pytest.fail("the block must not start")
 
 
+def test_a_folder_that_is_replaced_stays_until_the_new_one_is_complete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "out"
+    target.mkdir()
+    (target / "old").write_text("kept")
+
+    def write(divisor: int) -> None:
+        with replacing(target, over=True) as path:
+            path.mkdir()
+            (path / "new").write_text(f"written {1 / divisor}")
+            assert (target / "old").read_text() == "kept"
+
+    with pytest.raises(ZeroDivisionError):
+        write(0)
+    assert [file.name for file in target.iterdir()] == ["old"]
+
+    def full(source: Path, place: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", full)
+        with pytest.raises(StoreError):
+            write(1)
+    assert [file.name for file in target.iterdir()] == ["old"]
+    write(1)
+    assert [file.name for file in target.iterdir()] == ["new"]
+    assert list(tmp_path.iterdir()) == [target]  # no temporary folder is left
+
+
 # folder_identity
 
 

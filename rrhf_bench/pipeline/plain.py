@@ -6,8 +6,9 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
+from rrhf_bench.data.dialogue import TemplateKind
 from rrhf_bench.data.sources import (
     FaultyRows,
     count_candidates,
@@ -18,12 +19,13 @@ from rrhf_bench.data.sources import (
     load_prompt_data,
     write_rrhf,
 )
-from rrhf_bench.errors import DataError
-from rrhf_bench.experiment import RuntimeSettings
+from rrhf_bench.data.toy.gold import topic_of
+from rrhf_bench.errors import ConfigError, DataError
+from rrhf_bench.experiment import Dtype, RuntimeSettings
 from rrhf_bench.jsonl import write_jsonl
 from rrhf_bench.pipeline import steps
 from rrhf_bench.pipeline.candidates import assemble, pair_candidates
-from rrhf_bench.pipeline.services import ModelRef, Services, context_of
+from rrhf_bench.pipeline.services import FILE, ModelRef, Services, context_of
 from rrhf_bench.pipeline.store import replacing
 from rrhf_bench.policy.policy import Tokenization, TransformersPolicy
 from rrhf_bench.records import Candidates, Decoding, Evaluated, Preference, Prompt
@@ -67,8 +69,8 @@ class PlainSteps:
         """Score every response of a file, write it again with ``scores``, and return counts of what is odd."""
         read = load_candidates(candidates, scored=False, faulty_rows=self.faulty_rows)
         with replacing(out) as path:
-            reward_model = Services(self.runtime).reward(reward)
-            write_rrhf(path, steps.score_candidates(reward_model, read.candidates, self.progress))
+            model = Services(self.runtime).reward(reward)
+            write_rrhf(path, steps.score_shared_candidates(model, read.candidates, reward.source, self.progress))
         return {**read.counts, **count_candidates(load_candidates(out).candidates)}
 
     def train(
@@ -130,9 +132,12 @@ class PlainSteps:
     ) -> tuple[list[Evaluated], dict[str, int]]:
         """Write one judged record for each prompt and decoding as JSON lines; return them and counts of the input.
 
-        Raises DataError if the vocabulary of ``initial`` is not that of ``model``.
+        Raises DataError if the vocabulary of ``initial`` is not that of ``model``, or if ``gold`` is asked for and a
+        prompt is not of the embedded world.
         """
         read = read_prompts(prompts, faulty_rows=self.faulty_rows)
+        if gold:
+            _require_embedded_world(read.prompts, prompts)
         with replacing(out) as path:
             services = Services(self.runtime)
             policy = services.policy(model)
@@ -179,6 +184,15 @@ class PlainSteps:
             places=places,
         )
         return kept, {name: count for name, count in counts.items() if count and name != "kept"}
+
+
+def _require_embedded_world(prompts: Sequence[Prompt], path: Path) -> None:
+    """Raise DataError if the gold reward is not defined for one of the prompts of a file."""
+    for prompt in prompts:
+        try:
+            topic_of(prompt.text)
+        except DataError as error:
+            raise DataError(f"--gold: {path}: {error}; leave --gold out") from error
 
 
 def _check_vocabularies(own: Tokenization, model: ModelRef, other: Tokenization, initial: ModelRef) -> None:
@@ -230,17 +244,43 @@ def _train_inputs(
 def model_ref(
     source: str,
     *,
-    revision: str | None = None,
-    template: Any = "hh",
-    dtype: Any = "float32",
+    default_template: TemplateKind = "hh",
+    template: TemplateKind | None = None,
+    dtype: Dtype | None = None,
     pad_token: str | None = None,
-    max_length: int | None = None,
-    layout: Any = "classifier",
+    layout: Literal["classifier", "value-head"] | None = None,
     label: str | None = None,
 ) -> ModelRef:
-    """A model named on the command line; the folder of an artifact stands for the model in it."""
+    """Return the reference of a model named on the command line; None is an option that was not given.
+
+    The folder of an artifact stands for the model in it. Raises ConfigError if a given option differs from what the
+    artifact says.
+    """
+    options = {"template": template, "dtype": dtype, "pad_token": pad_token, "layout": layout, "label": label}
+    given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+    if is_artifact(source):
+        ref = ModelRef.read(Path(source))
+        for name, value in given.items():
+            if value != (said := getattr(ref, name)):
+                raise ConfigError(
+                    f"--{name.replace('_', '-')}: found {value!r}, but the artifact {source} says {said!r}; leave the "
+                    f"option out, or name the model itself, {ref.source}"
+                )
+        return ref
     folder = Path(source)
-    if (folder / "model.json").is_file():
-        return ModelRef.read(folder)
-    ref = ModelRef(source, revision, template, dtype, pad_token, max_length, layout, label)
-    return replace(ref, source=str(folder.resolve())) if folder.is_dir() else ref
+    place = str(folder.resolve()) if folder.is_dir() else source
+    return ModelRef(place, **{"template": default_template, **given})
+
+
+def is_artifact(source: str) -> bool:
+    """Return True if a model named on the command line is the folder of an artifact."""
+    return (Path(source) / FILE).is_file()
+
+
+def pad_token_of(source: str, sources: Sequence[str | None], pad_token: str | None) -> str | None:
+    """Return the --pad-token that one of a command's models gets.
+
+    The option serves the models that are no artifacts, if there is one; an artifact then keeps its own pad token.
+    """
+    serves_others = any(other is not None and not is_artifact(other) for other in sources)
+    return None if serves_others and is_artifact(source) else pad_token

@@ -42,7 +42,9 @@ class Reporter(Protocol):
 def run_plan(plan: Plan, store: Store, reporter: Reporter) -> int:
     """Make every stage that the store does not hold intact; how many were made here.
 
-    A method that diverges is noted in the store, and what needs it is left out; the others go on.
+    If a stage of a row of [methods] raises Diverged, the store notes the failure, the stages that need the failed
+    stage are left out, and the other rows go on. A stage that no row of [methods] owns is shared, so its Diverged ends
+    the run like any other error.
 
     What killed runs left is removed, and an artifact that is no longer what was written is made again, with a note. A
     stage that another process is making is waited for. Raises the BenchError of the first stage that fails, after the
@@ -73,6 +75,8 @@ def run_plan(plan: Plan, store: Store, reporter: Reporter) -> int:
         try:
             seconds = make(stage, store, plan.experiment.runtime, plan.backend.name, progress, reporter.note)
         except Diverged as error:
+            if stage.row not in plan.experiment.methods:
+                raise
             lost.add(stage.key)
             reporter.note(_failed(store, stage, error))
             continue
@@ -239,8 +243,11 @@ def _run_parallel(todo: list[Stage], plan: Plan, store: Store, reporter: Reporte
                     made += seconds is not None
                     done.add(stage.key)
                 except Diverged as error:
-                    lost.add(stage.key)
-                    reporter.note(_failed(store, stage, error))
+                    if stage.row in plan.experiment.methods:
+                        lost.add(stage.key)
+                        reporter.note(_failed(store, stage, error))
+                    else:
+                        failure = failure or error
                 except BrokenProcessPool:
                     failure = failure or StageError(
                         f"{stage.name}: its process died (out of memory?); run again with --set runtime.workers=1"

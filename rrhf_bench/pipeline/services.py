@@ -14,7 +14,9 @@ import torch
 from numpy.typing import NDArray
 
 from rrhf_bench.data.dialogue import Template, TemplateKind
+from rrhf_bench.errors import DataError
 from rrhf_bench.experiment import Dtype, RuntimeSettings
+from rrhf_bench.jsonl import from_json
 from rrhf_bench.policy.policy import Computation, TransformersPolicy
 from rrhf_bench.records import Preference, Prompt
 from rrhf_bench.rewards.checks import Check, on_pairs
@@ -42,7 +44,16 @@ class ModelRef:
 
     @classmethod
     def read(cls, artifact: Path) -> ModelRef:
-        ref = cls(**json.loads((artifact / FILE).read_text()))
+        """Return the reference of an artifact. Raises DataError if its ``model.json`` is none that ``write`` wrote."""
+        path = artifact / FILE
+        try:
+            ref = from_json(cls, json.loads(path.read_text(encoding="utf-8")), str(path))
+        except (OSError, ValueError, RecursionError) as error:  # DataError is a ValueError
+            reason = str(error).removeprefix(f"{path}: ")
+            raise DataError(
+                f"{path}: is not the {FILE} of an artifact ({reason}); expected a folder of `runs/store`; if the model "
+                "is a transformers folder, move this file out of it"
+            ) from error
         return replace(ref, source=str(artifact / "model")) if ref.source == "model" else ref
 
     def write(self, artifact: Path) -> None:
@@ -61,7 +72,7 @@ class Services:
     def __init__(self, runtime: RuntimeSettings) -> None:
         self.runtime = runtime
         self.device = resolve_device(runtime)
-        self._kept: dict[ModelRef, Any] = {}
+        self._kept: dict[tuple[str, ModelRef], Any] = {}  # by kind: one reference may name a policy and a reward model
         self._samplers: dict[str, Sampler] = {}
 
     def policy(self, ref: ModelRef) -> TransformersPolicy:
@@ -78,18 +89,20 @@ class Services:
         )
 
     def fixed_policy(self, ref: ModelRef) -> TransformersPolicy:
-        """A policy that nobody trains: the initial one, the perplexity model. Loaded once."""
-        if ref not in self._kept:
+        """Return a policy that is not trained, such as the initial one or the perplexity model; it is loaded once."""
+        key = ("policy", ref)
+        if key not in self._kept:
             policy = self.policy(ref)
             policy.model.requires_grad_(False)
-            self._kept[ref] = policy
-        return self._kept[ref]
+            self._kept[key] = policy
+        return self._kept[key]
 
     def reward(self, ref: ModelRef) -> RewardModel:
-        """A reward model that reads no text of a call twice. Loaded once."""
-        if ref not in self._kept:
-            self._kept[ref] = DistinctTexts(load_reward(ref, self.device, self.runtime.score_batch))
-        return self._kept[ref]
+        """Return a reward model that scores each text of a call once; it is loaded once."""
+        key = ("reward model", ref)
+        if key not in self._kept:
+            self._kept[key] = DistinctTexts(load_reward(ref, self.device, self.runtime.score_batch))
+        return self._kept[key]
 
     def reward_checks(self, ref: ModelRef, pairs: Sequence[Preference]) -> tuple[Check, ...]:
         """What was found of a reward model when it was loaded, and what held-out pairs show of it."""

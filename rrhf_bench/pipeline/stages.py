@@ -37,6 +37,7 @@ from rrhf_bench.policy.scratch import train_language_model
 from rrhf_bench.records import Candidates, CurvePoint, Decoding, Preference, Prompt, Response
 from rrhf_bench.rewards.bradley_terry import train_reward_model
 from rrhf_bench.rewards.gold import Gold, ReviewsGold
+from rrhf_bench.rewards.reward import require_finite_of_row
 from rrhf_bench.rewards.reward_settings import RewardTrainingSettings
 from rrhf_bench.rewards.sentiment import POSITIVE, train_classifier
 from rrhf_bench.sampling.backend import BackendName, choose_backend
@@ -294,9 +295,10 @@ def file(job: Job) -> None:
 
 
 def score(job: Job) -> None:
-    """The same candidates, scored; their gold rewards beside where there are any."""
+    """Write the candidates with their scores, and their gold rewards if there is a gold reward."""
     candidates = read_jsonl(job.inputs["candidates"] / "candidates.jsonl", Candidates)
-    scored = steps.score_candidates(job.services.reward(job.ref("reward model")), candidates, job.progress)
+    ref = job.ref("reward model")
+    scored = steps.score_shared_candidates(job.services.reward(ref), candidates, ref.source, job.progress)
     write_jsonl(job.out / "candidates.jsonl", scored)
     if job.gold is not None:
         write_jsonl(job.out / "golds.jsonl", (_gold_line(job.gold, row) for row in scored))
@@ -309,12 +311,13 @@ def _gold_line(gold: Gold, row: Candidates) -> dict[str, Any]:
 
 
 def score_pairs(job: Job) -> None:
-    """The data set's own replies, scored; of held-out ones, also what they show of the reward model's input."""
-    reward, split = job.services.reward(job.ref("reward model")), job.settings["split"]
-    pairs = own_replies(job, split)
-    write_jsonl(job.out / "candidates.jsonl", steps.score_candidates(reward, pairs, job.progress))
+    """Write the data set's own replies with their scores; held-out pairs also check the reward model's input."""
+    ref, split = job.ref("reward model"), job.settings["split"]
+    reward, pairs = job.services.reward(ref), own_replies(job, split)
+    scored = steps.score_shared_candidates(reward, pairs, ref.source, job.progress)
+    write_jsonl(job.out / "candidates.jsonl", scored)
     if split == "test":
-        checks = job.services.reward_checks(job.ref("reward model"), job.pairs(split)[:CHECKED_PAIRS])
+        checks = job.services.reward_checks(ref, job.pairs(split)[:CHECKED_PAIRS])
         warnings = [f"reward model, {check.name}: {check.found}" for check in checks if check.ok is False]
         job.write_json(WARNINGS, warnings)
 
@@ -443,6 +446,7 @@ class _Curve:
         self._due, self._before = state["due"], state["trained"]
 
     def watch(self, progress: Progress, policy: Policy) -> None:
+        """Add a point to the curve if one is due. Raises Diverged if the reward of a reply is not finite."""
         job, points = self.job, self.job.settings["curve_points"]
         job.progress(round(1000 * progress.fraction), 1000)
         if progress.fraction * points < self._due - 1e-9:
@@ -455,6 +459,8 @@ class _Curve:
         reward, gold = job.services.reward(job.ref("reward model")), job.gold
         for decoding, spec in decodings(job.settings["evaluation"], job.settings["seed"], "curve").items():
             texts = [row.responses[0].text for row in sampler.sample(prompts, spec)]
+            place = f"step {progress.step}, {decoding} replies to the dev prompts"
+            rewards = require_finite_of_row(reward.score(prompts, texts), prompts, texts, place)
             self.points.append(
                 CurvePoint(
                     method=job.row or "",
@@ -463,7 +469,7 @@ class _Curve:
                     fraction=progress.fraction,
                     step=progress.step,
                     sampled_tokens=progress.sampled_tokens,
-                    rewards=tuple(reward.score(prompts, texts).tolist()),
+                    rewards=tuple(rewards.tolist()),
                     golds=None if gold is None else tuple(gold.score(prompts, texts).tolist()),
                 )
             )

@@ -18,7 +18,7 @@ from rrhf_bench.policy.logprobs import sequence_score
 from rrhf_bench.policy.policy import Policy, TransformersPolicy
 from rrhf_bench.records import Candidates, Decoding, Evaluated, PairScored, Preference, Prompt, Response
 from rrhf_bench.rewards.gold import Gold
-from rrhf_bench.rewards.reward import RewardModel
+from rrhf_bench.rewards.reward import RewardModel, require_finite, require_finite_of_row
 from rrhf_bench.sampling.sampler import Sampler, SamplingSpec
 from rrhf_bench.seeding import derive_seed
 from rrhf_bench.settings import MethodSettings, OfflineSettings, OptimiserSettings
@@ -33,7 +33,10 @@ Report = Callable[[int, int], None]
 def score_texts(
     reward: RewardModel, prompts: Sequence[Prompt], texts: Sequence[str], progress: Report | None = None
 ) -> np.ndarray:
-    """(N,) scores; a text that occurs twice under one prompt is scored once. Bounded slices, so progress shows."""
+    """Return the (N,) scores as computed, a score that is not finite included.
+
+    A text that occurs twice under one prompt is scored once. Scoring runs in bounded slices, so that progress shows.
+    """
     distinct = list(dict.fromkeys(zip(prompts, texts, strict=True)))
     scores: dict[tuple[Prompt, str], float] = {}
     for start in range(0, len(distinct), 2048):
@@ -48,13 +51,26 @@ def score_texts(
 def score_candidates(
     reward: RewardModel, candidates: Sequence[Candidates], progress: Report | None = None
 ) -> list[Candidates]:
-    """The same candidates with every response's score."""
+    """Return the candidates with every response's score, a score that is not finite included."""
     rows = [(row.prompt, response) for row in candidates for response in row.responses]
     scores = iter(score_texts(reward, [p for p, _ in rows], [r.text for _, r in rows], progress).tolist())
     return [
         replace(row, responses=tuple(replace(response, score=next(scores)) for response in row.responses))
         for row in candidates
     ]
+
+
+def score_shared_candidates(
+    reward: RewardModel, candidates: Sequence[Candidates], where: str, progress: Report | None = None
+) -> list[Candidates]:
+    """Return the scored candidates that several rows may train on.
+
+    Raises DataError if a score is not finite; ``where`` names the reward model in the message.
+    """
+    scored = score_candidates(reward, candidates, progress)
+    prompts = [row.prompt for row in scored for _ in row.responses]
+    require_finite(np.array([score for row in scored for score in row.scores]), prompts, where)
+    return scored
 
 
 def trainer(settings: MethodSettings, context: int) -> Trainer:
@@ -88,10 +104,14 @@ class Judges:
     perplexity: TransformersPolicy | None = None
     batch: int = 64
 
-    def verdicts(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
-        """The judged fields of an Evaluated for each row."""
+    def verdicts(self, rows: Sequence[Row], place: str) -> list[dict[str, Any]]:
+        """Return the judged fields of an Evaluated for each reply.
+
+        Raises Diverged, with ``place`` in its message, if a reward is not finite.
+        """
         prompts, texts = [prompt for prompt, _ in rows], [response.text for _, response in rows]
-        verdicts: list[dict[str, Any]] = [{"reward": x} for x in score_texts(self.reward, prompts, texts).tolist()]
+        rewards = require_finite_of_row(score_texts(self.reward, prompts, texts), prompts, texts, place)
+        verdicts: list[dict[str, Any]] = [{"reward": x} for x in rewards.tolist()]
         if self.gold is not None:
             golds, features = self.gold.score(prompts, texts).tolist(), self.gold.features(prompts, texts)
             for verdict, gold, counts in zip(verdicts, golds, features, strict=True):
@@ -117,6 +137,8 @@ def evaluate(
     The KL to ``initial`` is estimated only from draws of the policy's own distribution at the spec's temperature.
     Greedy replies and draws truncated by top-k or top-p have no KL (None). A policy whose vocabulary differs from that
     of ``initial`` has none either, because the two then give probabilities to different events.
+
+    Raises Diverged if the reward of a reply is not finite.
     """
     comparable = initial is not None and policy.tokenization.has_vocabulary_of(initial.tokenization)
     records = []
@@ -126,7 +148,9 @@ def evaluate(
         if comparable and not (spec.greedy or spec.truncated):
             assert initial is not None
             kls = log_ratios(policy, initial, replies, spec.temperature, judges.batch)
-        for (prompt, reply), verdict, kl in zip(replies, judges.verdicts(replies), kls, strict=True):
+        for (prompt, reply), verdict, kl in zip(
+            replies, judges.verdicts(replies, f"{row}, {decoding} replies"), kls, strict=True
+        ):
             assert reply.token_ids is not None
             records.append(
                 Evaluated(
@@ -145,7 +169,10 @@ def evaluate(
 
 
 def evaluate_given(row: str, replies: Sequence[Row], judges: Judges, policy: TransformersPolicy) -> list[Evaluated]:
-    """The same record for replies of a data set; their length is counted in the policy's tokens."""
+    """Return the same record for replies of a data set; their length is counted in the policy's tokens.
+
+    Raises Diverged if the reward of a reply is not finite.
+    """
     return [
         Evaluated(
             method=row,
@@ -157,7 +184,7 @@ def evaluate_given(row: str, replies: Sequence[Row], judges: Judges, policy: Tra
             tokens=len(policy.tokenization.response_ids(reply.text, ended=True)),
             **verdict,
         )
-        for (prompt, reply), verdict in zip(replies, judges.verdicts(replies), strict=True)
+        for (prompt, reply), verdict in zip(replies, judges.verdicts(replies, f"{row} replies"), strict=True)
     ]
 
 

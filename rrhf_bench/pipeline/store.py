@@ -348,12 +348,13 @@ def _disk_fault(error: BaseException | None) -> tuple[int, str | None]:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A path beside ``path`` to write a file or folder to; it takes the name when the block ends well, or vanishes.
+def replacing(path: Path, *, over: bool = False) -> Iterator[Path]:
+    """Yield a temporary path to write a file or folder to; rename it to ``path`` if the block ends without an error.
 
-    Raises StoreError where ``path`` is a folder that holds anything, or cannot be written.
+    With ``over``, a folder that is already there stays until the new one is complete. Without it, StoreError is raised
+    if ``path`` is a folder that is not empty. Raises StoreError also if ``path`` cannot be written.
     """
-    if path.is_dir() and any(path.iterdir()):
+    if not over and path.is_dir() and any(path.iterdir()):
         raise StoreError(f"{path}: is a folder that is not empty; name a new one, nothing is overwritten")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -364,9 +365,15 @@ def replacing(path: Path) -> Iterator[Path]:
         with on_disk(path.parent, "name another place"):
             yield temporary / path.name
             _sync_all(temporary)
+            earlier = temporary / f"{path.name}.earlier"
             if path.is_dir():
-                path.rmdir()
-            os.replace(temporary / path.name, path)
+                os.rename(path, earlier)  # no folder can take the name of one that is not empty
+            try:
+                os.replace(temporary / path.name, path)
+            except OSError:
+                if earlier.is_dir():
+                    os.rename(earlier, path)
+                raise
             _sync(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

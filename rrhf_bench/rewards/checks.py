@@ -21,7 +21,7 @@ from torch import Tensor
 from rrhf_bench.errors import DataError
 from rrhf_bench.records import Preference, Prompt
 from rrhf_bench.rewards.contract import CONTRACT_FILE, KNOWN_LAYOUTS, Dtype, Record, RecordedText, RewardContract
-from rrhf_bench.rewards.reward import finite
+from rrhf_bench.rewards.reward import require_finite
 
 # How far two computations of one score may be apart that differ in nothing but batch, kernels or machine: a share of
 # the largest score, or of 1 where all are smaller. Measured on Llamas and GPT-2s of 2 to 12 layers, one text alone
@@ -293,7 +293,7 @@ def _together(model: Fed, texts: Sequence[Probe | RecordedText], rows: Sequence[
         if model.pad_id == model.eos_id:
             mend = f"its pad token is its EOS {_token(model, model.pad_id)}: name another with reward_model.pad_token"
         raise DataError(f"{model.where}: cannot score a batch of texts ({reason}); {mend}") from error
-    return finite(score_N, [text.prompt for text in texts], model.where)
+    return require_finite(score_N, [text.prompt for text in texts], model.where)
 
 
 def _head(model: Fed, rows: Sequence[Sequence[int]], score_N: NDArray[np.float64]) -> None:
@@ -438,10 +438,13 @@ def on_pairs(model: Fed, pairs: Sequence[Preference]) -> tuple[Check, ...]:
 
 
 def _right(model: Fed, pairs: Sequence[Preference]) -> NDArray[np.float64]:
-    """(N,) 1 where the chosen reply scores above the rejected one, one half for a tie."""
-    prompts = [pair.prompt for pair in pairs]
+    """Return (N,): 1 if the chosen reply scores above the rejected one, 0 if below, one half for a tie.
+
+    Raises DataError if a score is not finite.
+    """
+    prompts = 2 * [pair.prompt for pair in pairs]
     both = [*(pair.chosen for pair in pairs), *(pair.rejected or "" for pair in pairs)]
-    chosen_N, rejected_N = np.split(model.score([*prompts, *prompts], both), 2)
+    chosen_N, rejected_N = np.split(require_finite(model.score(prompts, both), prompts, model.where), 2)
     return (chosen_N > rejected_N) + 0.5 * (chosen_N == rejected_N)
 
 

@@ -30,7 +30,6 @@ from rrhf_bench.rewards.contract import (
     by_length,
     content_digest,
 )
-from rrhf_bench.rewards.reward import finite
 
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt")
 TOKENIZER = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "chat_template*", "*.model")
@@ -140,10 +139,10 @@ class ClassifierReward:
         )
 
     def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> NDArray[np.float64]:
-        """(N,) scores. Raises DataError for one that is not finite."""
+        """Return the (N,) scores as computed, a score that is not finite included; add to ``truncated``."""
         rows, cut = encode_all(self.contract, prompts, responses, self.tokenizer, self.max_length)
         self.truncated += cut
-        return finite(score_rows(rows, self.batch_size, self.score_batch), prompts, self.where)
+        return score_rows(rows, self.batch_size, self.score_batch)
 
     def encode(self, prompt: Prompt, response: str, max_length: int | None = None) -> list[int]:
         """The ids that this text is scored as, cut to ``max_length`` where that is less than the model's own limit."""

@@ -1,19 +1,20 @@
-"""What a reward model is to the rest of the bench."""
+"""The reward-model interface, and the checks that scores are finite."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rrhf_bench.errors import DataError
+from rrhf_bench.errors import DataError, Diverged
 from rrhf_bench.records import Prompt
 
 
 class RewardModel(Protocol):
-    """Scores replies; higher is better. Implementations state how the text is put together for them."""
+    """Scores replies; higher is better. Each implementation documents how it builds its input text."""
 
     @property
     def identity(self) -> str:
@@ -21,16 +22,51 @@ class RewardModel(Protocol):
         ...
 
     def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> NDArray[np.float64]:
-        """(N,) finite scores, one for each (prompt, response), whatever order or batch they come in."""
+        """Return the (N,) scores of the (prompt, response) pairs; order and batching do not change them.
+
+        A score may be non-finite, for instance when half precision overflows. The caller checks that, because only
+        the caller knows whether one row or every row depends on the scores.
+        """
         ...
 
 
-def finite(scores: NDArray[np.float64], prompts: Sequence[Prompt], who: str) -> NDArray[np.float64]:
-    """The scores, or a DataError that names the first prompt whose score is not a number."""
-    bad = np.flatnonzero(~np.isfinite(scores))
-    if bad.size:
-        raise DataError(
-            f"{who}: {bad.size} of {scores.size} scores are not finite, the first {scores[bad[0]]} for prompt "
-            f"{prompts[bad[0]].id}; a reward model in half precision may overflow: load it in float32"
-        )
+def require_finite(scores: NDArray[np.float64], prompts: Sequence[Prompt], where: str) -> NDArray[np.float64]:
+    """Return the scores. Raises DataError if one is not finite; ``where`` names the reward model in the message."""
+    fault = _nonfinite(scores, prompts)
+    if fault is not None:
+        raise DataError(f"{where}: {fault}")
     return scores
+
+
+def require_finite_of_row(
+    scores: NDArray[np.float64], prompts: Sequence[Prompt], responses: Sequence[str], place: str
+) -> NDArray[np.float64]:
+    """Return the scores of one row's replies. Raises Diverged, with the replies as evidence, if one is not finite.
+
+    ``place`` says in the message where the row stands, such as its iteration and step.
+    """
+    fault = _nonfinite(scores, prompts)
+    if fault is not None:
+        raise Diverged(f"{place}: {fault}", scored_replies(prompts, responses, scores))
+    return scores
+
+
+def scored_replies(
+    prompts: Sequence[Prompt], responses: Sequence[str], scores: NDArray[np.float64]
+) -> list[Mapping[str, Any]]:
+    """Return scored replies as JSON objects; a reward that is not finite becomes text, as JSON has no such number."""
+    return [
+        {"prompt": prompt.text, "response": response, "reward": reward if math.isfinite(reward) else str(reward)}
+        for prompt, response, reward in zip(prompts, responses, scores.tolist(), strict=True)
+    ]
+
+
+def _nonfinite(scores: NDArray[np.float64], prompts: Sequence[Prompt]) -> str | None:
+    """Return one line about the scores that are not finite, or None if all are finite."""
+    bad = np.flatnonzero(~np.isfinite(scores))
+    if not bad.size:
+        return None
+    return (
+        f"{bad.size} of {scores.size} rewards are not finite, the first {scores[bad[0]]} for prompt "
+        f"{prompts[bad[0]].id}; a reward model in half precision may overflow: load it in float32"
+    )

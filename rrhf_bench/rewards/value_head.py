@@ -34,7 +34,6 @@ from rrhf_bench.rewards.hub import (
     refuse_left,
     score_rows,
 )
-from rrhf_bench.rewards.reward import finite
 
 # The contract of the layout's one public model, for a folder that does not say otherwise.
 DEFAULT = KNOWN_LAYOUTS["Dahoas/gptj-rm-static"]
@@ -150,10 +149,10 @@ class ValueHeadReward:
         )
 
     def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> NDArray[np.float64]:
-        """(N,) scores. Raises DataError for one that is not finite."""
+        """Return the (N,) scores as computed, a score that is not finite included; add to ``truncated``."""
         rows, cut = encode_all(self.contract, prompts, responses, self.tokenizer, self.max_length)
         self.truncated += cut
-        return finite(score_rows(rows, self.batch_size, self.score_batch), prompts, self.where)
+        return score_rows(rows, self.batch_size, self.score_batch)
 
     def encode(self, prompt: Prompt, response: str, max_length: int | None = None) -> list[int]:
         """The ids that this text is scored as, cut to ``max_length`` where that is less than the model's own limit."""

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from rrhf_bench.data.dialogue import ASSISTANT, HUMAN
-from rrhf_bench.errors import StageError
+from rrhf_bench.errors import Diverged, StageError
 from rrhf_bench.policy.batching import ResponseBatch
 from rrhf_bench.policy.policy import Policy, Tokenization
 from rrhf_bench.records import Candidates, Prompt
@@ -122,7 +122,8 @@ class CheckedSampler:
     would give their states again if it were not emptied. ``note`` is told what each comparison found. ``engine`` is a
     sampler with a ``progress`` of its own; ``progress`` is told of what is sampled, not of comparisons.
 
-    ``sample`` raises StageError where the contract is broken.
+    ``sync`` raises Diverged if the policy's own log-probs are NaN. ``sample`` raises StageError if the contract is
+    broken.
     """
 
     def __init__(
@@ -152,9 +153,14 @@ class CheckedSampler:
         return self.engine.identity
 
     def sync(self, policy: Policy) -> None:
+        """Copy the policy's weights into the engine. Raises Diverged, with the engine untouched, if they give NaN.
+
+        Without this check the engine would fail on NaN logits, or its log-probs would look like those of old weights.
+        """
         self.engine.progress = None
         if self._policy is not policy:
             self._policy, self._prompts = policy, canaries(policy.tokenization, self._context)
+        _require_numbers(policy, self._prompts)
         self.engine.sample(self._prompts, replace(ASKED, n=1, max_new_tokens=1, logprobs=False))
         self.engine.sync(policy)
         self._checked = set()
@@ -202,6 +208,18 @@ class CheckedSampler:
             "they are wrong behind a new prompt too: its weights are not the policy's, stale after a missed sync or "
             f"not taken over in full; run again, and if it stays, {_OTHER}"
         )
+
+
+@torch.no_grad()
+def _require_numbers(policy: Policy, prompts: Sequence[Prompt]) -> None:
+    """Raise Diverged if the policy's log-prob of the end-of-text token is NaN after one of the prompts."""
+    end = (policy.tokenization.eos_id,)
+    starts = [policy.tokenization.prompt_ids(prompt) for prompt in prompts] or [end]
+    logp_BT = policy.token_logprobs(ResponseBatch.of_pairs([(start, end) for start in starts]))
+    if torch.isnan(logp_BT).any():
+        finite = all(bool(torch.isfinite(weight).all()) for weight in policy.parameters())
+        weights = "its weights are finite, but too large" if finite else "its weights are not finite"
+        raise Diverged(f"the policy's log-probs are NaN: {weights}; lower lr, or train and load it in float32")
 
 
 _AGAIN = itertools.count(1)

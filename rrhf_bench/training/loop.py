@@ -121,7 +121,10 @@ class OfflineTrainer:
         self.requires = settings.needs
 
     def fit(self, policy: Policy, inputs: TrainInputs, context: TrainContext) -> TrainResult:
-        """Raises DataError where no example fits, Diverged (with its step) where a loss or gradient is not finite."""
+        """Train the policy in place.
+
+        Raises DataError if no example fits, Diverged (with its step) if a loss, gradient or weight is not finite.
+        """
         settings = self.settings
         supply = self.supply(self.method, settings, policy, inputs, context)
         total = supply.steps
@@ -145,6 +148,12 @@ class OfflineTrainer:
                     [to_json(example) for example in batch],
                 )
             optimiser.step(lr)
+            if not optimiser.has_finite_weights():
+                raise Diverged(
+                    f"the weights are not finite after step {step + 1} of {total}; lower lr ({settings.lr}), or train "
+                    "in float32",
+                    [to_json(example) for example in batch],
+                )
             context.log({"step": step + 1, **metrics, "lr": lr, "grad_norm": norm})
             context.watch(Progress((step + 1) / total, step + 1, supply.sampled_tokens), policy)
             if (examples := supply.state()) is not None:

@@ -136,7 +136,7 @@ class NoCheckpoints:
 
 @dataclass(frozen=True)
 class TrainContext:
-    """What a trainer is lent: seed, services, and where to report. No process-wide state, no files of its own."""
+    """The seed, models and callbacks of one training run. A trainer uses no process-wide state and writes no files."""
 
     seed: int
     sampler: Sampler | None  # holds some weights; sync before use
@@ -144,7 +144,8 @@ class TrainContext:
     reference: Policy | None  # the initial policy, frozen
     max_new_tokens: int  # length cap of what a method samples while training
     stop: tuple[str, ...]  # stop strings of the same
-    watch: Callable[[Progress, Policy], None]  # called after every optimiser step, and once before the first
+    # Called once before the first optimiser step, then after every step (offline loop) or every iteration (PPO).
+    watch: Callable[[Progress, Policy], None]
     log: Callable[[Mapping[str, float]], None]  # one line of metrics.jsonl
     checkpoints: Checkpoints = field(default_factory=lambda: NoCheckpoints())
     took: Callable[[Mapping[str, float]], None] = lambda seconds: None  # an iteration's wall-clock by part

@@ -13,6 +13,7 @@ from dataclasses import replace
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import torch
 
 from rrhf_bench.errors import Diverged
@@ -20,7 +21,7 @@ from rrhf_bench.jsonl import from_json, to_json
 from rrhf_bench.policy.logprobs import kl_k1
 from rrhf_bench.policy.policy import Policy
 from rrhf_bench.records import Candidates, Prompt, Response
-from rrhf_bench.rewards.reward import RewardModel
+from rrhf_bench.rewards.reward import RewardModel, require_finite_of_row
 from rrhf_bench.sampling.sampler import SamplingSpec
 from rrhf_bench.settings import READ, OfflineSettings
 from rrhf_bench.training.loop import batches, fitting, step_count, tally, with_tokens
@@ -227,18 +228,11 @@ def _shaped(groups: Sequence[Candidates], log_ratio: dict[_Key, float], coeffici
 
 
 def _check_finite(groups: Sequence[Candidates], place: str) -> None:
-    scores = [(score, group.prompt) for group in groups for score in group.scores]
-    bad = [(score, prompt) for score, prompt in scores if not math.isfinite(score)]
-    if bad:
-        raise Diverged(
-            f"{place}: {len(bad)} of {len(scores)} rewards are not finite, the first {bad[0][0]} for prompt "
-            f"{bad[0][1].id}; check the reward model, in float32",
-            [
-                {"prompt": group.prompt.text, "response": reply.text, "score": str(reply.score)}
-                for group in groups
-                for reply in group.responses
-            ],
-        )
+    """Raise Diverged if the score of a response is not finite."""
+    prompts = [group.prompt for group in groups for _ in group.responses]
+    texts = [reply.text for group in groups for reply in group.responses]
+    scores = np.array([score for group in groups for score in group.scores])
+    require_finite_of_row(scores, prompts, texts, place)
 
 
 def _mean(values: Sequence[float]) -> float:

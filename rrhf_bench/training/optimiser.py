@@ -63,6 +63,13 @@ class AdamW:
             if master is not p:
                 p.copy_(master)
 
+    @torch.no_grad()
+    def has_finite_weights(self) -> bool:
+        """Return True if every trained weight is finite in the model's own precision, in which float16 may overflow."""
+        # The largest absolute value of each tensor: unlike a sum or a 2-norm, it cannot overflow by itself.
+        largest = torch._foreach_norm([p for p in self._trained if p.numel()], math.inf)
+        return bool(torch.stack([value.float() for value in largest]).isfinite().all())
+
     def forget_gradients(self) -> None:
         self._adamw.zero_grad(set_to_none=True)
 
