@@ -504,17 +504,21 @@ def test_the_correlation_is_that_of_scipy_over_rows_with_fishers_interval() -> N
         assert (found.estimate.n, found.counted) == (6, "rows")
 
 
-@pytest.mark.parametrize("rows", [5, 8, 12])
-def test_rows_without_a_relation_are_called_correlated_at_the_nominal_rate(rows: int) -> None:
-    """Independent candidates and rewards, margin 0: 1,000 runs, one-sided 2.5% a side; at most 5%, and both sides."""
+@pytest.mark.parametrize("rows", [5, 12])
+def test_rows_without_a_relation_are_called_correlated_at_the_nominal_rate(
+    rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Independent candidates and rewards, margin 0: 300 runs, nominal 2.5% (7.5) a side; 18 are 4 standard errors more.
+    The bootstrap of the slope, which no verdict reads, is left out for speed."""
+    monkeypatch.setattr(rules, "slope", lambda x, y, rng: Estimate(0.0, 0.0, 0.0, len(x), 1, None, "left out"))
     verdicts = []
-    for i in range(1000):
+    for i in range(300):
         draw = generator("unrelated", rows, i)
         claim, run = runs(draw.normal(size=(rows, 3)), draw.normal(size=(rows, 3)))
         claim = BestOfNOverRowsSettings(margin=0.0, over=claim.rows())
         verdicts.append(result(claim, run).verdict)
-    assert 1 <= verdicts.count("supported") <= 50
-    assert 1 <= verdicts.count("refuted") <= 50
+    assert 1 <= verdicts.count("supported") <= 18
+    assert 1 <= verdicts.count("refuted") <= 18
 
 
 def test_copies_of_a_row_do_not_differ_in_the_spread_of_their_candidates() -> None:
