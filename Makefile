@@ -27,7 +27,7 @@ smoke: env
 
 # Files of tests are shared out to a process for each core, four at most (some hold a vLLM engine), of one thread each.
 test: env
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-slow: env
 	$(BIN)/pytest -m 'slow and not gpu' $(ARGS)
