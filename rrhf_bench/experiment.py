@@ -253,7 +253,7 @@ class EvaluationSettings(Settings):
 
 
 class ReportSettings(Settings):
-    """What a report gives a verdict on. It decides no artifact and enters no key."""
+    """Name the comparisons that get a verdict. The table decides no artifact and enters no key."""
 
     # Pairs of rows, such as [["ppo", "rrhf"], ["rrhf", "base"]]: the comparisons that get a verdict. None: each trained
     # row against the first RRHF row and against its initial policy.
@@ -309,7 +309,9 @@ class Experiment(Settings):
 
 
 def _exists(path: str, how: Callable[[Path], bool] = Path.exists) -> bool:
-    """``how``: as what a path without a pattern must exist."""
+    """Return whether a path exists, by ``how`` unless it has a pattern. pathlib raises NotImplementedError for a pattern
+    that it cannot expand; such a path does not exist here.
+    """
     try:
         if how is Path.exists and any(mark in path for mark in "*?["):
             return any(Path().glob(path)) if not Path(path).is_absolute() else any(Path("/").glob(path[1:]))

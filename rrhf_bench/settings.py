@@ -138,7 +138,7 @@ class MethodSettings(CandidateSettings):
 
     family: ClassVar[Family]
     requires: ClassVar[frozenset[Requirement]]
-    # Of a method that trains on no candidates: the keys of CandidateSettings that the method reads, and the reason for
+    # A method that trains on no candidates names here the keys of CandidateSettings that it reads, and the reason for
     # which the loader refuses the others.
     candidate_keys: ClassVar[frozenset[str]] = frozenset()
     why_unread: ClassVar[str] = "this kind trains on no candidates"

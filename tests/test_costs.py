@@ -1,4 +1,4 @@
-"""What a row costs: every stage that its trained policy needs, each once; and the peak memory of each stage alone."""
+"""Test the cost of a row (each stage that its trained policy needs, once) and the peak memory of each stage alone."""
 
 from __future__ import annotations
 

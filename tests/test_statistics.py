@@ -236,6 +236,7 @@ def test_prompts_of_one_topic_do_not_count_as_independent():
     zero = np.zeros(320)
     of_topics = [paired_difference(values, zero, clusters_P=topics) for values, topics in worlds]
     of_prompts = [paired_difference(values, zero) for values, _ in worlds]
+    # 4 standard errors of sqrt(0.05 x 0.95 / 400) = 0.011.
     assert share(not e.low <= 0 <= e.high for e in of_topics) == pytest.approx(0.05, abs=0.044)
     assert share(not e.low <= 0 <= e.high for e in of_prompts) > 0.15
     means = [bootstrap_mean(values, rng=generator, replicates=300, clusters_P=topics) for values, topics in worlds]
@@ -248,6 +249,7 @@ def test_the_bootstrap_resamples_whole_clusters():
     values, topics = topical(rng(14), seeds=1, topic_sd=1.0)
     found = bootstrap_mean(values, rng=rng(), replicates=10_000, clusters_P=topics)
     of_topic = values.reshape(40, 8).mean(axis=1)
+    # The ends of 10,000 replicates are known to about 2%, and 40 topics are not quite normal.
     assert (found.high - found.low) / (2 * 1.96) == pytest.approx(of_topic.std() / math.sqrt(40), rel=0.05)
 
 
@@ -337,6 +339,7 @@ def test_two_copies_of_a_method_are_called_different_at_the_nominal_rate(seed_sd
     """A/A, 600 worlds: p <= 0.05 in 5% +- 4 standard errors of 0.9%, however far seeds spread, and p is as likely below
     one half as above."""
     found = list(differences(rng(7), 600, seed_sd=seed_sd))
+    # 4 standard errors of sqrt(0.05 x 0.95 / 600) = 0.009.
     assert share(e.p <= 0.05 for e in found) == pytest.approx(0.05, abs=0.036)
     assert share(e.p <= 0.5 for e in found) == pytest.approx(0.5, abs=0.1)
     assert [e.significant for e in found] == [e.p < 0.05 for e in found]
@@ -353,6 +356,7 @@ def test_rows_that_share_their_randomness_keep_the_rate(correlation):
             for _ in range(2)
         ]
         found.append(paired_difference(*sides))
+    # 4 standard errors of sqrt(0.05 x 0.95 / 600) = 0.009.
     assert share(not e.low <= 0 <= e.high for e in found) == pytest.approx(0.05, abs=0.036)
     widths = np.array([e.high - e.low for e in found])
     assert widths.max() < 8 * np.median(widths)

@@ -73,7 +73,7 @@ class Estimate:
 
     @property
     def significant(self) -> bool:
-        """Whether p is below 1 - level; without a p, whether the interval excludes zero.
+        """Return True if p is below 1 - level or, without a p, if the interval excludes zero.
 
         For a family of comparisons, replace p by its adjusted value: ``dataclasses.replace(estimate, p=adjusted)``.
         """

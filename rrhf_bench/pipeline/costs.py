@@ -1,4 +1,4 @@
-"""What the trained policy of a row costs: one walk backwards over the stages that its method needs.
+"""Compute the cost of a row's trained policy by one walk backwards over the stages that its method needs.
 
 Charged to a row: drawing, scoring and judging its training candidates, reading them from a file, its own training, all
 earlier rounds, and the training of the rows whose models it samples, with all that these need in turn. Stages that
@@ -24,7 +24,7 @@ Stages = Mapping[str, Mapping[str, Any]]  # run.json: by key, the kind, settings
 
 @dataclass(frozen=True)
 class StageCost:
-    """What one stage took, of what a method needs: a train stage without loading and its curve on the dev prompts."""
+    """Hold the cost of one stage; that of a train stage leaves out loading and the curve on the dev prompts."""
 
     seconds: float
     sampled_tokens: int = 0

@@ -30,7 +30,7 @@ class Timing:
 
 @dataclass(frozen=True)
 class Cost:
-    """What one row took with one seed, all stages that its method needs included: see pipeline/costs.py."""
+    """Hold the cost of one row and seed over all stages that its method needs (pipeline/costs.py)."""
 
     seconds: float
     shared_seconds: float  # of these, in stages that other rows need as well
