@@ -309,8 +309,9 @@ class Experiment(Settings):
 
 
 def _exists(path: str, how: Callable[[Path], bool] = Path.exists) -> bool:
-    """Return whether a path exists, by ``how`` unless it has a pattern. pathlib raises NotImplementedError for a pattern
-    that it cannot expand; such a path does not exist here.
+    """Return whether a path exists, by ``how`` unless it has a pattern.
+
+    pathlib raises NotImplementedError for a pattern that it cannot expand; such a path does not exist here.
     """
     try:
         if how is Path.exists and any(mark in path for mark in "*?["):

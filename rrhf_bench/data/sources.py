@@ -45,7 +45,7 @@ Diverging = Literal["drop", "common-prefix"]
 FaultyRows = Literal["error", "drop"]
 LongPrompts = Literal["drop", "error"]
 
-# The suffixes of data files, compared in lower case. The folders that ``datasets.save_to_disk`` writes hold .arrow files.
+# The suffixes of data files, compared in lower case. A folder of ``datasets.save_to_disk`` holds .arrow files.
 TABLE_SUFFIXES = (".parquet", ".arrow")
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", *TABLE_SUFFIXES)
 # Files that ``datasets`` puts beside its data: descriptions, and results of functions that it has cached.
