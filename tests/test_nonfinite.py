@@ -11,7 +11,7 @@ import json
 import math
 import string
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,12 +50,7 @@ TOLD = [*TEXTS, *(p.prompt.text + p.response for p in PROBES), *(p.prompt.text +
 OVERFLOWING = sorted(set(string.printable) - set("".join(TOLD)) - set(string.whitespace))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
