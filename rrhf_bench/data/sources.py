@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import count
@@ -152,6 +152,31 @@ class _FaultyRow(DataError):
         self.kind = kind
 
 
+T = TypeVar("T")
+
+
+def _usable(
+    rows: Iterable[Row],
+    read: Callable[[Mapping[str, Any], str], T],
+    faulty_rows: FaultyRows,
+    counts: MutableMapping[str, int],
+) -> Iterator[tuple[str, T]]:
+    """Yield (where it stands, what ``read`` returns) of each row, and count the rows.
+
+    A faulty row raises DataError; if ``faulty_rows`` is "drop", it is left out and counted under its kind.
+    """
+    for where, row in rows:
+        counts["rows"] += 1
+        try:
+            found = read(row, where)
+        except _FaultyRow as fault:
+            if faulty_rows == "error":
+                raise DataError(str(fault)) from fault
+            counts[fault.kind] += 1
+            continue
+        yield where, found
+
+
 def load_preferences(
     source: str,
     path: str | Path | None = None,
@@ -191,15 +216,9 @@ def load_preferences(
     counts.update(dict.fromkeys(("duplicate_prompt", "prompt_rewritten", "transcript_repaired", "separator_added"), 0))
     places: dict[Prompt, str] = {}
     kept: list[Preference] = []
-    for where, row in rows.rows:
-        counts["rows"] += 1
-        try:
-            preference, notes = _read_row(row, where, diverging)
-        except _FaultyRow as fault:
-            if faulty_rows == "error":
-                raise DataError(str(fault)) from fault
-            counts[fault.kind] += 1
-            continue
+    for where, (preference, notes) in _usable(
+        rows.rows, lambda row, where: _read_row(row, where, diverging), faulty_rows, counts
+    ):
         counts.update(notes)
         if preference is not None:
             kept.append(preference)
@@ -330,21 +349,19 @@ def load_prompt_data(path: str | Path, *, verbatim: bool = False, faulty_rows: F
     counts = dict.fromkeys(("rows", "prompts", "not_a_prompt", "duplicate_prompt", "prompt_rewritten"), 0)
     prompts: list[Prompt] = []
     places: dict[Prompt, str] = {}
-    for where, row in _file_rows(find_files(path)):
-        counts["rows"] += 1
+
+    def read(row: Mapping[str, Any], where: str) -> tuple[Prompt, bool]:
+        """Return (the prompt, whether it differs from the text of the row)."""
         said = _text(row, "prompt", where) if verbatim else _said_by(row, "prompt", where)
-        try:
-            if verbatim and not said:
-                raise _FaultyRow("not_a_prompt", f"{where}: prompt: is empty; expected text")
-            prompt = Prompt(str(said)) if verbatim else _prompt(said, f"{where}: prompt")
-        except _FaultyRow as fault:
-            if faulty_rows == "error":
-                raise DataError(str(fault)) from fault
-            counts[fault.kind] += 1
-            continue
+        if verbatim and not said:
+            raise _FaultyRow("not_a_prompt", f"{where}: prompt: is empty; expected text")
+        prompt = Prompt(str(said)) if verbatim else _prompt(said, f"{where}: prompt")
+        return prompt, isinstance(said, str) and said != prompt.text
+
+    for where, (prompt, rewritten) in _usable(_file_rows(find_files(path)), read, faulty_rows, counts):
         prompts.append(prompt)
         counts["duplicate_prompt"] += prompt in places
-        counts["prompt_rewritten"] += isinstance(said, str) and said != prompt.text
+        counts["prompt_rewritten"] += rewritten
         places.setdefault(prompt, where)
     counts["prompts"] = len(prompts)
     if not prompts:
