@@ -70,8 +70,9 @@ class PlainSteps:
         read = load_candidates(candidates, scored=False, faulty_rows=self.faulty_rows)
         with replacing(out) as path:
             model = Services(self.runtime).reward(reward)
-            write_rrhf(path, steps.score_shared_candidates(model, read.candidates, reward.source, self.progress))
-        return {**read.counts, **count_candidates(load_candidates(out).candidates)}
+            scored = steps.score_shared_candidates(model, read.candidates, reward.source, self.progress)
+            write_rrhf(path, scored)
+        return {**read.counts, **count_candidates(scored)}
 
     def train(
         self,
