@@ -416,7 +416,7 @@ def test_fault_6_dtype(trained: Path, spoilt: Path) -> None:
     assert check.ok is False
     assert check.found.startswith("bfloat16, trained in float32: scores up to ")
     assert "of 28 pairs of its recorded texts tie or change places" in check.found
-    assert check.found.endswith('set reward_model.dtype = "float32" (--dtype float32)')
+    assert check.found.endswith('set reward_model.dtype = "float32" (--reward-dtype float32)')
     assert found(ClassifierReward.load(trained, dtype="float16").checks, "dtype").ok is False
     # Not asked for: weights in another dtype than the contract says.
     whole = ClassifierReward.load(trained)

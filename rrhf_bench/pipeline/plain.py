@@ -251,11 +251,12 @@ def model_ref(
     pad_token: str | None = None,
     layout: Literal["classifier", "value-head"] | None = None,
     label: str | None = None,
+    prefix: str = "",
 ) -> ModelRef:
     """Return the reference of a model named on the command line; None is an option that was not given.
 
     The folder of an artifact stands for the model in it. Raises ConfigError if a given option differs from what the
-    artifact says.
+    artifact says; ``prefix`` is how the options that every model has begin in that message, such as "reward-".
     """
     options = {"template": template, "dtype": dtype, "pad_token": pad_token, "layout": layout, "label": label}
     given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
@@ -263,8 +264,9 @@ def model_ref(
         ref = ModelRef.read(Path(source))
         for name, value in given.items():
             if value != (said := getattr(ref, name)):
+                option = (prefix if name in ("template", "dtype", "pad_token") else "") + name.replace("_", "-")
                 raise ConfigError(
-                    f"--{name.replace('_', '-')}: found {value!r}, but the artifact {source} says {said!r}; leave the "
+                    f"--{option}: found {value!r}, but the artifact {source} says {said!r}; leave the "
                     f"option out, or name the model itself, {ref.source}"
                 )
         return ref
@@ -279,7 +281,7 @@ def is_artifact(source: str) -> bool:
 
 
 def pad_token_of(source: str, sources: Sequence[str | None], pad_token: str | None) -> str | None:
-    """Return the --pad-token that one of a command's models gets.
+    """Return the --pad-token that one of the models gets that share this option.
 
     The option serves the models that are no artifacts, if there is one; an artifact then keeps its own pad token.
     """

@@ -369,7 +369,7 @@ def _replay_scores(model: Fed, record: Record | None, score_N: NDArray[np.float6
     known = KNOWN_LAYOUTS.get(model.where)
     trained = record.dtype if record is not None else known.contract.dtype if known is not None else None
     coarser = trained is not None and torch.finfo(getattr(torch, dtype)).eps > torch.finfo(getattr(torch, trained)).eps
-    mend = f'set reward_model.dtype = "{trained}" (--dtype {trained})'
+    mend = f'set reward_model.dtype = "{trained}" (--reward-dtype {trained})'
     if record is None:
         found = f"{dtype}; its scores are known in {trained}; {mend}" if coarser else dtype
         return Check("recorded texts", None, "none"), Check("dtype", not coarser if trained else None, found)

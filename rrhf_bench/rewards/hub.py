@@ -62,7 +62,7 @@ class ClassifierReward:
         if tokenizer.pad_token_id is None:
             raise DataError(
                 f"{where}: the tokenizer has no pad token; name one of its tokens with reward_model.pad_token "
-                "(any will do, EOS included)"
+                "(--reward-pad-token; any will do, EOS included)"
             )
         self.model = model.eval()
         self.tokenizer = tokenizer
