@@ -60,7 +60,10 @@ class PlainSteps:
             services = Services(self.runtime)
             policy = services.fixed_policy(model)
             read = self._usable(read, [policy], context_of(policy, model) - spec.max_new_tokens)
-            sampled = services.sampler(policy, model, self.backend, self.progress).sample(read.prompts, spec)
+            sampler = services.sampler_for(
+                policy, model, self.backend, read.prompts, spec.max_new_tokens, self.progress
+            )
+            sampled = sampler.sample(read.prompts, spec)
             pairs = pair_candidates(read.pairs)
             write_rrhf(path, assemble(sources, {"model": sampled}, pairs) if pairs else sampled)
         return read.counts
@@ -104,7 +107,11 @@ class PlainSteps:
             folder.mkdir()
             train_context = TrainContext(
                 seed=seed,
-                sampler=services.sampler(policy, model, self.backend) if "sampler" in method.needs else None,
+                sampler=(
+                    services.sampler_for(policy, model, self.backend, inputs.prompts, max_new_tokens)
+                    if "sampler" in method.needs
+                    else None
+                ),
                 reward=services.reward(reward) if reward is not None else None,
                 reference=(unadapted or services.fixed_policy(model)) if "reference" in method.needs else None,
                 watch=lambda progress, _: self.progress(round(1000 * progress.fraction), 1000),
@@ -155,7 +162,7 @@ class PlainSteps:
                 services.fixed_policy(perplexity) if perplexity is not None else None,
                 self.runtime.score_batch,
             )
-            sampler = services.sampler(policy, model, self.backend, self.progress)
+            sampler = services.sampler_for(policy, model, self.backend, read.prompts, new_tokens, self.progress)
             records = steps.evaluate(name, seed, sampler, read.prompts, judges, decodings, policy, reference)
             write_jsonl(path, records)
         return records, read.counts

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -22,10 +23,14 @@ from rrhf_bench.records import Preference, Prompt
 from rrhf_bench.rewards.checks import Check, on_pairs
 from rrhf_bench.rewards.reward import RewardModel
 from rrhf_bench.sampling.backend import BackendName
+from rrhf_bench.sampling.cached import cache_bytes
 from rrhf_bench.sampling.contract import CheckedSampler
 from rrhf_bench.sampling.sampler import Sampler
 
 FILE = "model.json"
+
+LENGTH_STEP = 256  # tokens; an engine for few requests is started for a multiple of it
+SEQUENCES_CACHED = 2  # of the engine's length, which its KV cache holds at least
 
 
 @dataclass(frozen=True)
@@ -116,16 +121,19 @@ class Services:
         backend: BackendName,
         progress: Callable[[int, int], None] | None = None,
         note: Callable[[dict[str, Any]], None] = lambda found: None,
+        *,
+        kv_cache_mib: int | None = None,
     ) -> CheckedSampler:
         """A sampler that holds the policy's weights. ``ref`` names a folder or hub id of its architecture; ``note`` is
         told how far its log-probs were from the policy's whenever that was checked (sampling/contract.py).
 
         One engine serves all policies that compute alike (``engine_key``), whatever they are called, however they are
-        prompted and to whatever length: two would hold two caches and pay two starts.
+        prompted and to whatever length: two would hold two caches and pay two starts. ``kv_cache_mib`` replaces the
+        setting of the runtime for an engine that is started by this call.
         """
         key = engine_key(policy, ref, backend)
         if key not in self._samplers:
-            self._samplers[key] = self._start(policy, ref, backend)
+            self._samplers[key] = self._start(policy, ref, backend, kv_cache_mib or self.runtime.kv_cache_mib)
         engine: Any = self._samplers[key]
         context = context_of(policy, ref)
         engine.resize(context)
@@ -133,7 +141,32 @@ class Services:
         sampler.sync(policy)
         return sampler
 
-    def _start(self, policy: TransformersPolicy, ref: ModelRef, backend: BackendName) -> Sampler:
+    def sampler_for(
+        self,
+        policy: TransformersPolicy,
+        ref: ModelRef,
+        backend: BackendName,
+        prompts: Sequence[Prompt],
+        max_new_tokens: int,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> CheckedSampler:
+        """Return a sampler for these prompts and no longer ones.
+
+        Its engine is started for the longest of them with its reply instead of the model's context, which may be a
+        hundred times as long, and its KV cache on a CPU holds such a sequence. Samples do not depend on either.
+        """
+        longest = max(len(policy.tokenization.prompt_ids(prompt)) for prompt in prompts) + max_new_tokens
+        length = min(context_of(policy, ref), math.ceil(longest / LENGTH_STEP) * LENGTH_STEP)
+        cache_mib = math.ceil(SEQUENCES_CACHED * cache_bytes(policy.model, length) / 2**20)
+        return self.sampler(
+            policy,
+            replace(ref, max_length=length),
+            backend,
+            progress,
+            kv_cache_mib=max(cache_mib, self.runtime.kv_cache_mib),
+        )
+
+    def _start(self, policy: TransformersPolicy, ref: ModelRef, backend: BackendName, kv_cache_mib: int) -> Sampler:
         length = context_of(policy, ref)
         if backend == "transformers":
             from rrhf_bench.sampling.transformers import TransformersSampler
@@ -148,7 +181,7 @@ class Services:
             dtype=ref.dtype,
             revision=ref.revision,
             trust_remote_code=ref.trust_remote_code,
-            kv_cache_mib=self.runtime.kv_cache_mib,
+            kv_cache_mib=kv_cache_mib,
             gpu_memory=self.runtime.gpu_memory,
         )
 
