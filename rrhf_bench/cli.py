@@ -787,7 +787,7 @@ def _steps(
     with TerminalReporter(_errors()) as reporter, quiet():
         reporter.begin(words)
         runtime = RuntimeSettings(device=device)
-        yield PlainSteps(runtime, chosen.name, lambda i, n: reporter.progress(words, i, n), faulty_rows)
+        yield PlainSteps(runtime, chosen.name, lambda i, n: reporter.progress(words, i, n), faulty_rows, reporter.note)
 
 
 def _done(as_json: bool, words: str, value: dict[str, Any]) -> None:

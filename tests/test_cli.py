@@ -524,6 +524,37 @@ def test_equal_scores_single_replies_and_duplicates_are_counted(cli: Cli, rows: 
     assert counts.items() >= {"prompts": 2, "all_equal": 1, "single_response": 1, "duplicate_prompt": 1}.items()
 
 
+def test_texts_that_a_reward_model_reads_in_part_are_counted(
+    cli: Cli, rows: Any, model: Path, reward: Any, out: Path
+) -> None:
+    judge, long = reward(), " Mix the flour and the water." * 60  # it reads 256 tokens
+    path = rows({**SCORED, "responses": [" Ice.", long, long]}, SCORED)
+    assert cli(*score(judge, path, out, "--json")).json["counts"]["truncated"] == 1  # the same text is scored once
+    assert "1 truncated" in cli(*score(judge, path, out.with_name("again"))).out
+    prompts = rows({"prompt": "Hi"}, {"prompt": "bread " * 150}, name="prompts.jsonl")  # before any reply
+    words = ["--reward-model", judge, "--max-new-tokens", 4, "--json"]
+    evaluate = ["evaluate", "--model", model, "--prompts", prompts, "--out", out.with_name("judged"), *words]
+    found = cli(*evaluate, "--backend", "transformers", "--decoding", "greedy").json
+    assert found["counts"]["truncated"] == 1
+    settings = [word for o in ("iterations=1", "rollouts=2", "minibatch=2") for word in ("--set", o)]
+    found = cli(*train("ppo", model, prompts, out.with_name("trained"), *words, *settings)).json
+    assert found["counts"]["truncated"] == 1
+
+
+def test_a_reward_model_that_may_read_another_place_than_its_class_is_noted(
+    cli: Cli, rows: Any, reward: Any, out: Path
+) -> None:
+    """Its padding is its EOS, with which the chat template ends; its class passes over both."""
+    folder = reward()
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}<eos>{% endfor %}"
+    tokenizer.save_pretrained(folder)
+    words = score(folder, rows(SCORED), out, "--template", "chat")
+    assert cli(*words).err == ""
+    (line,) = cli(*words, "--pad-token", "<eos>").err.splitlines()
+    assert line.startswith(f"note: {folder}: padding and EOS: ")
+
+
 def test_what_a_step_leaves_out_of_its_input_is_counted(cli: Cli, rows: Any, model: Path, out: Path) -> None:
     talk = "\n\nHuman: Hi\n\nAssistant: Hello.\n\nHuman: "
     parted = {"chosen": f"{talk}How?\n\nAssistant: So.", "rejected": f"{talk}Why?\n\nAssistant: Because."}

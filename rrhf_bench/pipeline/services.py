@@ -102,7 +102,7 @@ class Services:
             self._kept[key] = policy
         return self._kept[key]
 
-    def reward(self, ref: ModelRef) -> RewardModel:
+    def reward(self, ref: ModelRef) -> DistinctTexts:
         """Return a reward model that scores each text of a call once; it is loaded once."""
         key = ("reward model", ref)
         if key not in self._kept:
@@ -111,8 +111,9 @@ class Services:
 
     def reward_checks(self, ref: ModelRef, pairs: Sequence[Preference]) -> tuple[Check, ...]:
         """What was found of a reward model when it was loaded, and what held-out pairs show of it."""
-        model: Any = self.reward(ref)
-        return (*model.reward.checks, *on_pairs(model.reward, pairs))
+        model = self.reward(ref)
+        fed: Any = model.reward
+        return (*model.checks, *on_pairs(fed, pairs))
 
     def sampler(
         self,
@@ -155,8 +156,8 @@ class Services:
         Its engine is started for the longest of them with its reply instead of the model's context, which may be a
         hundred times as long, and its KV cache on a CPU holds such a sequence. Samples do not depend on either.
         """
-        longest = max(len(policy.tokenization.prompt_ids(prompt)) for prompt in prompts) + max_new_tokens
-        length = min(context_of(policy, ref), math.ceil(longest / LENGTH_STEP) * LENGTH_STEP)
+        longest = max((len(policy.tokenization.prompt_ids(prompt)) for prompt in prompts), default=0)
+        length = min(context_of(policy, ref), math.ceil((longest + max_new_tokens) / LENGTH_STEP) * LENGTH_STEP)
         cache_mib = math.ceil(SEQUENCES_CACHED * cache_bytes(policy.model, length) / 2**20)
         return self.sampler(
             policy,
@@ -225,6 +226,19 @@ class DistinctTexts:
     def __init__(self, reward: RewardModel) -> None:
         self.reward = reward
         self.identity = reward.identity
+
+    @property
+    def truncated(self) -> int:
+        """Return how many texts the model has cut to the length that it reads; a text of several calls counts in each.
+
+        A reward that reads texts of any length, such as a gold reward, cuts none.
+        """
+        return getattr(self.reward, "truncated", 0)
+
+    @property
+    def checks(self) -> tuple[Check, ...]:
+        """Return what was found of the model when it was loaded."""
+        return getattr(self.reward, "checks", ())
 
     def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> NDArray[np.float64]:
         pairs = list(zip(prompts, responses, strict=True))
