@@ -19,7 +19,8 @@ from rrhf_bench.errors import DataError, Diverged, StageError
 from rrhf_bench.evaluation.metrics import candidate_statistics
 from rrhf_bench.policy.batching import ResponseBatch
 from rrhf_bench.policy.logprobs import kl_k1, kl_k3, sequence_score
-from rrhf_bench.policy.policy import Tokenization, TransformersPolicy
+from rrhf_bench.policy.policy import TransformersPolicy
+from rrhf_bench.policy.tokenization import Tokenization
 from rrhf_bench.records import Candidates, Preference, Prompt, Response
 from rrhf_bench.sampling.sampler import SamplingSpec, to_response
 from rrhf_bench.training.loop import OfflineTrainer, batches, tally
@@ -188,6 +189,7 @@ def test_rrhf_trains_towards_the_better_replies(policy, tmp_path):
         "prompts_too_long": 0,
         "responses_empty": 0,
         "responses_truncated": 0,
+        "responses_with_special_tokens": 0,
         "groups_with_ties": 8,  # the third reply scores as the first or the second in every group
         "groups_all_equal": 0,
     }

@@ -27,7 +27,8 @@ from rrhf_bench.pipeline import steps
 from rrhf_bench.pipeline.candidates import assemble, pair_candidates
 from rrhf_bench.pipeline.services import FILE, ModelRef, Services, context_of
 from rrhf_bench.pipeline.store import replacing
-from rrhf_bench.policy.policy import Tokenization, TransformersPolicy
+from rrhf_bench.policy.policy import TransformersPolicy
+from rrhf_bench.policy.tokenization import Tokenization
 from rrhf_bench.records import Candidates, Decoding, Evaluated, Preference, Prompt
 from rrhf_bench.rewards.gold import GoldReward
 from rrhf_bench.sampling.backend import BackendName

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -41,6 +42,8 @@ VERSIONS = {
 
 # The version of the rules by which files and hub sets are read. The embedded worlds do not depend on them.
 READER = 2
+# The same for models of the hub and of folders: how their tokenizers are read, and which tokens end a reply.
+MODEL_READER = 2
 
 
 @dataclass(frozen=True)
@@ -216,10 +219,18 @@ class _Builder:
         )
 
     def _given(self, settings: ModelSettings | RewardModelSettings) -> dict[str, Any]:
-        """A model that is used as it is: a folder by its content, a hub model by id and revision."""
-        dump = settings.model_dump(mode="json", exclude={"scratch", "training", "part"})
+        """Return the settings of a model that is used as it is: a folder by its content, a hub model by id, revision.
+
+        The settings of an adapter's folder have the content of its base as well.
+        """
+        dump: dict[str, Any] = {"reader": MODEL_READER}
+        dump |= settings.model_dump(mode="json", exclude={"scratch", "training", "part"})
         folder = Path(settings.source)
-        return {**dump, "identity": folder_identity(folder)} if folder.is_dir() else dump
+        if folder.is_dir():
+            dump["identity"] = folder_identity(folder)
+            base = _base_folder(folder)
+            dump |= {} if base is None else {"base": folder_identity(base)}
+        return dump
 
     @cached_property
     def prompts(self) -> Stage:
@@ -463,6 +474,16 @@ def _read_alike(one: PolicySettings, other: PolicySettings) -> bool:
         return False
     sizes = [(policy.scratch.vocabulary, policy.scratch.context) for policy in (one, other)]
     return one.source == "toy-raw" or sizes[0] == sizes[1]
+
+
+def _base_folder(folder: Path) -> Path | None:
+    """Return the folder of the base model that an adapter's folder names, or None."""
+    try:
+        base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+        found = Path(base)
+    except (OSError, ValueError, TypeError, KeyError):  # no adapter, or one that loading refuses
+        return None
+    return found if found.is_dir() else None
 
 
 def _how(candidates: CandidateSettings) -> str:

@@ -17,6 +17,7 @@ from rrhf_bench.data.dialogue import Template, TemplateKind
 from rrhf_bench.errors import DataError
 from rrhf_bench.experiment import Dtype, RuntimeSettings
 from rrhf_bench.jsonl import from_json
+from rrhf_bench.policy.loading import architecture_of, require_savable
 from rrhf_bench.policy.policy import Computation, TransformersPolicy
 from rrhf_bench.records import Preference, Prompt
 from rrhf_bench.rewards.checks import Check, on_pairs
@@ -76,7 +77,12 @@ class Services:
         self._samplers: dict[str, Sampler] = {}
 
     def policy(self, ref: ModelRef) -> TransformersPolicy:
-        """A policy of its own weights, to be trained."""
+        """Return a policy with weights of its own, to be trained. Raises DataError if it could not be saved."""
+        policy = self._load(ref)
+        require_savable(ref.source, policy.model, policy.tokenization.tokenizer)
+        return policy
+
+    def _load(self, ref: ModelRef) -> TransformersPolicy:
         return TransformersPolicy.load(
             ref.source,
             template=Template(ref.template),
@@ -92,7 +98,7 @@ class Services:
         """Return a policy that is not trained, such as the initial one or the perplexity model; it is loaded once."""
         key = ("policy", ref)
         if key not in self._kept:
-            policy = self.policy(ref)
+            policy = self._load(ref)
             policy.model.requires_grad_(False)
             self._kept[key] = policy
         return self._kept[key]
@@ -141,12 +147,13 @@ class Services:
             return TransformersSampler(policy, max_model_len=length)
         from rrhf_bench.sampling.vllm import VLLMSampler
 
+        source, revision = architecture_of(ref.source, ref.revision)
         return VLLMSampler(
-            ref.source,
+            source,
             policy.tokenization,
             max_model_len=length,
             dtype=ref.dtype,
-            revision=ref.revision,
+            revision=revision,
             trust_remote_code=ref.trust_remote_code,
             kv_cache_mib=self.runtime.kv_cache_mib,
             gpu_memory=self.runtime.gpu_memory,
@@ -159,12 +166,12 @@ UNREAD |= {"dtype", "torch_dtype", "id2label", "label2id", "return_dict", "outpu
 
 
 def engine_key(policy: TransformersPolicy, ref: ModelRef, backend: BackendName) -> str:
-    """What an engine is started for and cannot change: the architecture, the dtype that it computes in, and the
-    vocabulary and end-of-text token by which it knows where a reply ends."""
-    tokenization = policy.tokenization
-    vocabulary = hashlib.sha256(json.dumps(sorted(tokenization.tokenizer.get_vocab().items())).encode()).hexdigest()
+    """Return what an engine is started for and cannot change: the architecture, the dtype that it computes in, and the
+    vocabulary of its tokenizer. The ends of a reply are part of each request."""
+    vocab = policy.tokenization.tokenizer.get_vocab()
+    vocabulary = hashlib.sha256(json.dumps(sorted(vocab.items())).encode()).hexdigest()
     architecture = _read(policy.model.config.to_dict())
-    return json.dumps([backend, ref.dtype, vocabulary, tokenization.eos_id, architecture], sort_keys=True, default=str)
+    return json.dumps([backend, ref.dtype, vocabulary, architecture], sort_keys=True, default=str)
 
 
 def _read(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from rrhf_bench.data.dialogue import TemplateKind
 from rrhf_bench.errors import DataError
-from rrhf_bench.policy.loading import load_faults, load_tokenizer
+from rrhf_bench.policy.loading import load_model, load_tokenizer
 from rrhf_bench.records import Prompt
 from rrhf_bench.rewards.checks import Check, verify
 from rrhf_bench.rewards.contract import (
@@ -116,20 +116,15 @@ class ClassifierReward:
         contract = contract_of(folder, where, "classifier", contract) or RewardContract.default(template)
         contract = contract if dtype is None else replace(contract, dtype=dtype)
         tokenizer = load_tokenizer(where, revision, pad_token, trust_remote_code)
-        with load_faults(where, "a sequence classifier"):
-            model, info = AutoModelForSequenceClassification.from_pretrained(
-                source,
-                revision=revision,
-                dtype=getattr(torch, contract.dtype),
-                output_loading_info=True,
-                trust_remote_code=trust_remote_code,
-                weights_only=True,
-            )
-        if info["missing_keys"] or info["mismatched_keys"]:
-            missing = sorted(info["missing_keys"]) or sorted(str(key) for key, *_ in info["mismatched_keys"])
+        precision = getattr(torch, contract.dtype)
+        loaded = load_model(
+            AutoModelForSequenceClassification, "a sequence classifier", where, precision, revision, trust_remote_code
+        )
+        model = loaded.model
+        if loaded.untrained:
             raise DataError(
-                f"{where}: holds no trained {missing[0]}, which would be random; expected a trained reward model "
-                "(a language model has no reward head: train one, or choose another)"
+                f"{where}: holds no trained {loaded.untrained[0]}, which would be random; expected a trained reward "
+                "model (a language model has no reward head: train one, or choose another)"
             )
         commit = getattr(model.config, "_commit_hash", None)
         others = () if label is None else (f"label {label}",)

@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from rrhf_bench.data.dialogue import ASSISTANT, HUMAN
 from rrhf_bench.errors import Diverged, StageError
 from rrhf_bench.policy.batching import ResponseBatch
-from rrhf_bench.policy.policy import Policy, Tokenization
+from rrhf_bench.policy.policy import Policy
+from rrhf_bench.policy.tokenization import Tokenization
 from rrhf_bench.records import Candidates, Prompt
 from rrhf_bench.sampling.sampler import Progress, Sampler, SamplingSpec
 

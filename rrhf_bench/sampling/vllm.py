@@ -14,7 +14,8 @@ import numpy as np
 import torch
 
 from rrhf_bench.errors import StageError
-from rrhf_bench.policy.policy import Policy, Tokenization
+from rrhf_bench.policy.policy import Policy
+from rrhf_bench.policy.tokenization import Tokenization
 from rrhf_bench.records import Candidates, Prompt, Response
 from rrhf_bench.sampling.backend import choose_backend
 from rrhf_bench.sampling.sampler import SamplingSpec, fitting_ids, to_response
@@ -121,6 +122,9 @@ class VLLMSampler:
                         top_k=spec.top_k,
                         max_tokens=spec.max_new_tokens,
                         stop=list(spec.stop),
+                        # Of the ends in its folder the engine is to know none: the policy synced last may have others.
+                        ignore_eos=True,
+                        stop_token_ids=list(self.tokenization.end_ids),
                         seed=None if spec.greedy else spec.request_seed(prompt, index),
                         logprobs=0 if spec.logprobs else None,
                         flat_logprobs=True,  # a list of numbers, not an object and a dictionary a token
