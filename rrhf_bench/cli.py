@@ -35,6 +35,7 @@ from rrhf_bench.terminal import Screen, TerminalReporter, inert
 if TYPE_CHECKING:
     from rrhf_bench.pipeline.cache import Cache, Item
     from rrhf_bench.pipeline.plain import PlainSteps
+    from rrhf_bench.pipeline.services import ModelRef
     from rrhf_bench.sampling.sampler import SamplingSpec
 
 app = typer.Typer(
@@ -53,13 +54,33 @@ Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="where mode
 Backend = Annotated[Literal["vllm", "transformers"], typer.Option(help="what samples; vllm falls back if absent")]
 # None is an option that was not given: the folder of an artifact then decides, else the default that --help shows.
 TemplateName = Annotated[
-    Literal["hh", "chat"] | None, typer.Option(help="how the model wants a dialogue", show_default="hh")
+    Literal["hh", "chat"] | None, typer.Option(help="how the policy wants a dialogue", show_default="hh")
 ]
 DtypeName = Annotated[
     Literal["float32", "bfloat16", "float16"] | None,
-    typer.Option(help="of the model's weights", show_default="float32"),
+    typer.Option(help="of the policy's weights", show_default="float32"),
 ]
-PadToken = Annotated[str | None, typer.Option(help="for a tokenizer without one: which of its tokens pads")]
+PadToken = Annotated[
+    str | None, typer.Option(help="for a policy whose tokenizer has no pad token: which of its tokens pads")
+]
+RewardTemplate = Annotated[
+    Literal["hh", "chat"] | None,
+    typer.Option(
+        "--reward-template",
+        help="how the reward model wants a dialogue; its own contract goes first",
+        show_default="hh",
+    ),
+]
+RewardDtype = Annotated[
+    Literal["float32", "bfloat16", "float16"] | None,
+    typer.Option("--reward-dtype", help="of the reward model's weights", show_default="float32"),
+]
+RewardPadToken = Annotated[
+    str | None,
+    typer.Option(
+        "--reward-pad-token", help="for a reward model whose tokenizer has no pad token: which of its tokens pads"
+    ),
+]
 Seed = Annotated[int, typer.Option(help="names the random draws")]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="length cap of a reply")]
 RewardSource = Annotated[str, typer.Option("--reward-model", help="hub id or folder of a reward model")]
@@ -388,26 +409,34 @@ def _size(count: float) -> str:
 def doctor(
     model: Annotated[str | None, typer.Option(help="a policy to check; none: a small one made on the spot")] = None,
     reward_model: Annotated[str | None, typer.Option(help="a reward model to check")] = None,
+    template: TemplateName = None,
+    dtype: DtypeName = None,
+    pad_token: PadToken = None,
     layout: Layout = None,
     label: Label = None,
-    template: TemplateName = None,
-    pad_token: PadToken = None,
+    reward_template: RewardTemplate = None,
+    reward_dtype: RewardDtype = None,
+    reward_pad_token: RewardPadToken = None,
     backend: Backend = "vllm",
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
     """Say what is installed, and check that sampler, trainer and reward model agree on this machine."""
     from rrhf_bench.pipeline.doctor import examine
-    from rrhf_bench.pipeline.plain import model_ref, pad_token_of
+    from rrhf_bench.pipeline.plain import model_ref
     from rrhf_bench.pipeline.runner import quiet
 
-    sources = (model, reward_model)
-    policy = judge = None
-    if model is not None:
-        policy = model_ref(model, template=template, pad_token=pad_token_of(model, sources, pad_token))
-    if reward_model is not None:
-        pad = pad_token_of(reward_model, sources, pad_token)
-        judge = model_ref(reward_model, template=template, pad_token=pad, layout=layout, label=label)
+    options: dict[str, Any] = {"template": template, "dtype": dtype, "pad_token": pad_token}
+    _refuse_unread(model, "--model", options)
+    policy = None if model is None else model_ref(model, **options)
+    judge = _reward_ref(
+        reward_model,
+        layout=layout,
+        label=label,
+        template=reward_template,
+        dtype=reward_dtype,
+        pad_token=reward_pad_token,
+    )
     with quiet():
         findings = examine(policy, judge, backend, RuntimeSettings(device=device))
     if as_json:
@@ -499,9 +528,25 @@ def score(
     out: Out,
     layout: Layout = None,
     label: Label = None,
-    template: TemplateName = None,
-    dtype: DtypeName = None,
-    pad_token: PadToken = None,
+    template: Annotated[
+        Literal["hh", "chat"] | None,
+        typer.Option(
+            "--template",
+            "--reward-template",
+            help="how the reward model wants a dialogue; its own contract goes first",
+            show_default="hh",
+        ),
+    ] = None,
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"] | None,
+        typer.Option("--dtype", "--reward-dtype", help="of the reward model's weights", show_default="float32"),
+    ] = None,
+    pad_token: Annotated[
+        str | None,
+        typer.Option(
+            "--pad-token", "--reward-pad-token", help="for a tokenizer without a pad token: which of its tokens pads"
+        ),
+    ] = None,
     device: Device = "auto",
     faulty_rows: FaultyRowsOption = "error",
     as_json: Json = False,
@@ -525,14 +570,17 @@ def train(
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="a setting of the method, such as lr=1e-5")
     ] = None,
     reward_model: Annotated[str | None, typer.Option(help="for ppo: hub id or folder of a reward model")] = None,
-    layout: Layout = None,
-    label: Label = None,
     max_new_tokens: MaxNewTokens = 64,
     cut: Cut = True,
     seed: Seed = 0,
     template: TemplateName = None,
     dtype: DtypeName = None,
     pad_token: PadToken = None,
+    layout: Layout = None,
+    label: Label = None,
+    reward_template: RewardTemplate = None,
+    reward_dtype: RewardDtype = None,
+    reward_pad_token: RewardPadToken = None,
     backend: Backend = "vllm",
     device: Device = "auto",
     faulty_rows: FaultyRowsOption = "error",
@@ -542,14 +590,17 @@ def train(
     settings = parse_method(method, override or [])
     if settings.family == "inference":
         raise ConfigError(f"--method {method}: trains nothing; use `sample` and `score`")
-    from rrhf_bench.pipeline.plain import model_ref, pad_token_of
+    from rrhf_bench.pipeline.plain import model_ref
 
-    sources = (model, reward_model)
-    ref = model_ref(model, template=template, dtype=dtype, pad_token=pad_token_of(model, sources, pad_token))
-    reward = None
-    if reward_model is not None:
-        pad = pad_token_of(reward_model, sources, pad_token)
-        reward = model_ref(reward_model, template=template, pad_token=pad, layout=layout, label=label)
+    ref = model_ref(model, template=template, dtype=dtype, pad_token=pad_token)
+    reward = _reward_ref(
+        reward_model,
+        layout=layout,
+        label=label,
+        template=reward_template,
+        dtype=reward_dtype,
+        pad_token=reward_pad_token,
+    )
     with _steps(device, backend, f"training {method}", as_json, faulty_rows) as steps:
         result = steps.train(
             settings,
@@ -572,18 +623,27 @@ def evaluate(
     prompts: Annotated[Path, typer.Option(help='JSONL of {"prompt"} or of preferences')],
     out: Out,
     name: Annotated[str, typer.Option(help="the row's name in the records")] = "policy",
-    initial: Annotated[str | None, typer.Option(help="the initial policy, for the KL to it")] = None,
+    initial: Annotated[
+        str | None,
+        typer.Option(help="the initial policy, for the KL to it; template, dtype and pad token are the policy's"),
+    ] = None,
     perplexity_model: Annotated[str | None, typer.Option(help="a fixed language model, for perplexity")] = None,
     gold: Annotated[bool, typer.Option("--gold", help="the embedded world's gold reward, on its prompts")] = False,
     decoding: Annotated[str, typer.Option(help="greedy, sample or both")] = "greedy,sample",
     temperature: Annotated[float, typer.Option(min=0.01, help="of sample")] = 1.0,
     max_new_tokens: MaxNewTokens = 64,
-    layout: Layout = None,
-    label: Label = None,
     seed: Seed = 0,
     template: TemplateName = None,
     dtype: DtypeName = None,
     pad_token: PadToken = None,
+    layout: Layout = None,
+    label: Label = None,
+    reward_template: RewardTemplate = None,
+    reward_dtype: RewardDtype = None,
+    reward_pad_token: RewardPadToken = None,
+    perplexity_pad_token: Annotated[
+        str | None, typer.Option(help="the same of --perplexity-model, which reads transcripts (hh) in float32")
+    ] = None,
     backend: Backend = "vllm",
     device: Device = "auto",
     faulty_rows: FaultyRowsOption = "error",
@@ -604,16 +664,28 @@ def evaluate(
         "max_new_tokens": max_new_tokens,
         "stop": STOP_STRINGS,
     }
-    sources = (model, reward_model, initial, perplexity_model)
-    pad = pad_token_of(reward_model, sources, pad_token)
-    judge = model_ref(reward_model, template=template, dtype=dtype, pad_token=pad, layout=layout, label=label)
-    policy, base, fluency = (
+    policy, base = (
         None
         if source is None
-        else model_ref(source, template=template, dtype=dtype, pad_token=pad_token_of(source, sources, pad_token))
-        for source in (model, initial, perplexity_model)
+        else model_ref(
+            source, template=template, dtype=dtype, pad_token=pad_token_of(source, (model, initial), pad_token)
+        )
+        for source in (model, initial)
     )
+    judge = _reward_ref(
+        reward_model,
+        layout=layout,
+        label=label,
+        template=reward_template,
+        dtype=reward_dtype,
+        pad_token=reward_pad_token,
+    )
+    fluency = None
+    _refuse_unread(perplexity_model, "--perplexity-model", {"perplexity_pad_token": perplexity_pad_token})
+    if perplexity_model is not None:
+        fluency = model_ref(perplexity_model, pad_token=perplexity_pad_token, prefix="perplexity-")
     assert policy is not None
+    assert judge is not None
     with _steps(device, backend, "evaluating", as_json, faulty_rows) as steps:
         records, counts = steps.evaluate(
             policy,
@@ -651,6 +723,26 @@ def evaluate(
         table.add_row(*("-" if v is None else f"{v:.3f}" if isinstance(v, float) else str(v) for v in row.values()))
     _out().print(table)
     _done(False, f"{_words(counts)}: {out}", {})
+
+
+def _reward_ref(source: str | None, *, layout: Any, label: str | None, **own: Any) -> ModelRef | None:
+    """Return the reference of --reward-model, or None. ``own`` are its template, dtype and pad token, whose options
+    begin with --reward-. Raises ConfigError if an option is given and the model is not."""
+    from rrhf_bench.pipeline.plain import model_ref
+
+    named = {f"reward_{name}": value for name, value in own.items()}
+    _refuse_unread(source, "--reward-model", {"layout": layout, "label": label, **named})
+    return None if source is None else model_ref(source, layout=layout, label=label, prefix="reward-", **own)
+
+
+def _refuse_unread(source: str | None, model: str, options: Mapping[str, object]) -> None:
+    """Raise ConfigError if an option of a model is given and the model is not: the option would have no effect."""
+    for name, value in options.items():
+        if source is None and value is not None:
+            raise ConfigError(
+                f"--{name.replace('_', '-')}: found {value!r}, which is read with {model} only; name that model, or "
+                "leave the option out"
+            )
 
 
 def _words(counts: Mapping[str, int]) -> str:
@@ -695,7 +787,7 @@ def _steps(
     with TerminalReporter(_errors()) as reporter, quiet():
         reporter.begin(words)
         runtime = RuntimeSettings(device=device)
-        yield PlainSteps(runtime, chosen.name, lambda i, n: reporter.progress(words, i, n), faulty_rows)
+        yield PlainSteps(runtime, chosen.name, lambda i, n: reporter.progress(words, i, n), faulty_rows, reporter.note)
 
 
 def _done(as_json: bool, words: str, value: dict[str, Any]) -> None:

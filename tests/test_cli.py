@@ -524,6 +524,37 @@ def test_equal_scores_single_replies_and_duplicates_are_counted(cli: Cli, rows: 
     assert counts.items() >= {"prompts": 2, "all_equal": 1, "single_response": 1, "duplicate_prompt": 1}.items()
 
 
+def test_texts_that_a_reward_model_reads_in_part_are_counted(
+    cli: Cli, rows: Any, model: Path, reward: Any, out: Path
+) -> None:
+    judge, long = reward(), " Mix the flour and the water." * 60  # it reads 256 tokens
+    path = rows({**SCORED, "responses": [" Ice.", long, long]}, SCORED)
+    assert cli(*score(judge, path, out, "--json")).json["counts"]["truncated"] == 1  # the same text is scored once
+    assert "1 truncated" in cli(*score(judge, path, out.with_name("again"))).out
+    prompts = rows({"prompt": "Hi"}, {"prompt": "bread " * 150}, name="prompts.jsonl")  # before any reply
+    words = ["--reward-model", judge, "--max-new-tokens", 4, "--json"]
+    evaluate = ["evaluate", "--model", model, "--prompts", prompts, "--out", out.with_name("judged"), *words]
+    found = cli(*evaluate, "--backend", "transformers", "--decoding", "greedy").json
+    assert found["counts"]["truncated"] == 1
+    settings = [word for o in ("iterations=1", "rollouts=2", "minibatch=2") for word in ("--set", o)]
+    found = cli(*train("ppo", model, prompts, out.with_name("trained"), *words, *settings)).json
+    assert found["counts"]["truncated"] == 1
+
+
+def test_a_reward_model_that_may_read_another_place_than_its_class_is_noted(
+    cli: Cli, rows: Any, reward: Any, out: Path
+) -> None:
+    """Its padding is its EOS, with which the chat template ends; its class passes over both."""
+    folder = reward()
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}<eos>{% endfor %}"
+    tokenizer.save_pretrained(folder)
+    words = score(folder, rows(SCORED), out, "--template", "chat")
+    assert cli(*words).err == ""
+    (line,) = cli(*words, "--pad-token", "<eos>").err.splitlines()
+    assert line.startswith(f"note: {folder}: padding and EOS: ")
+
+
 def test_what_a_step_leaves_out_of_its_input_is_counted(cli: Cli, rows: Any, model: Path, out: Path) -> None:
     talk = "\n\nHuman: Hi\n\nAssistant: Hello.\n\nHuman: "
     parted = {"chosen": f"{talk}How?\n\nAssistant: So.", "rejected": f"{talk}Why?\n\nAssistant: Because."}
@@ -592,13 +623,50 @@ def test_an_option_of_a_reward_model_that_differs_from_an_artifact_is_refused(
 def test_options_that_an_artifact_says_too_or_that_serve_another_model(
     cli: Cli, rows: Any, model: Path, reward: Any, out: Path, tmp_path: Path
 ) -> None:
-    """--layout is of the reward model alone, and --pad-token serves the models that are no artifacts."""
+    """--dtype and --template are of the policy alone, --layout and --reward-pad-token of the reward model."""
     stored, judge = artifact(tmp_path, model, dtype="bfloat16", template="raw"), reward()
     prompts = rows({"prompt": QUESTION})
     assert cli(*sample(stored, prompts, out, "--dtype", "bfloat16", "--template", "raw")).code == 0
     words = ["--prompts", prompts, "--out", tmp_path / "judged", "--max-new-tokens", 4, "--backend", "transformers"]
-    options = ["--layout", "classifier", "--pad-token", "<pad>", "--decoding", "greedy"]
+    options = ["--layout", "classifier", "--reward-pad-token", "<pad>", "--decoding", "greedy", "--dtype", "bfloat16"]
     assert cli("evaluate", "--model", stored, "--reward-model", judge, *words, *options).code == 0
+
+
+def test_each_model_of_an_evaluation_has_its_own_options(
+    cli: Cli, refused: Any, rows: Any, model: Path, reward: Any, out: Path, tmp_path: Path
+) -> None:
+    """Policy and initial policy pad with a token that the reward model lacks, and only they have a chat template."""
+    policy = without(model, "pad_token", tmp_path)
+    tokenizer = make_tokenizer(319)
+    tokenizer.add_tokens(["<fill>"])
+    tokenizer.pad_token = None
+    tokenizer.chat_template = ALTERNATING
+    tokenizer.save_pretrained(policy)
+    path, judge = rows({"prompt": "Hi"}), artifact(tmp_path, reward())
+    words = ["--model", policy, "--initial", policy, "--perplexity-model", policy, "--reward-model", judge]
+    words = ["evaluate", *words, "--prompts", path, "--out", out, "--decoding", "sample", "--max-new-tokens", 4]
+    words += ["--backend", "transformers", "--template", "chat", "--dtype", "bfloat16", "--pad-token", "<fill>"]
+    (row,) = cli(*words, "--perplexity-pad-token", "<eos>", "--json").json["results"]
+    assert abs(row["objective/kl"]) < 1e-3
+    assert row["perplexity"] > 1
+    refused(*words)  # the perplexity model has no pad token
+    words = [*words, "--perplexity-pad-token", "<eos>"]
+    for option, value in (("--reward-dtype", "bfloat16"), ("--reward-template", "chat"), ("--reward-pad-token", "<p>")):
+        (line,) = refused(*words, option, value)
+        assert line.startswith(f"{option}: found {value!r}, but the artifact {judge} says ")
+
+
+@pytest.mark.parametrize("option", ["--reward-dtype", "--reward-template", "--reward-pad-token", "--layout", "--label"])
+def test_an_option_of_a_model_that_is_not_named(refused: Any, rows: Any, model: Path, out: Path, option: str) -> None:
+    value = {"--reward-dtype": "float32", "--reward-template": "chat", "--layout": "classifier"}.get(option, "x")
+    (line,) = refused(*train("rrhf", model, rows(SCORED), out, option, value))
+    assert line.startswith(f"{option}: found {value!r}, ")
+    assert "--reward-model" in line
+
+
+def test_doctor_refuses_an_option_of_a_policy_that_is_not_named(refused: Any) -> None:
+    (line,) = refused("doctor", "--template", "chat")
+    assert line.startswith("--template: found 'chat', ")
 
 
 @pytest.mark.parametrize(

@@ -360,7 +360,9 @@ def test_fault_3_pad_taken_for_eos_in_its_training(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     reward = ClassifierReward.load(tmp_path)
-    assert "trained by its class's own pooling" in found(reward.checks, "padding and EOS").found
+    padding = found(reward.checks, "padding and EOS")
+    assert padding.ok is False
+    assert padding.found.endswith(f"set append_eos = false in {CONTRACT_FILE}")
     check = found(on_pairs(reward, pairs(100, seed=2, last=True)), "EOS on held-out pairs")
     assert check.ok is False
     assert (
@@ -416,7 +418,7 @@ def test_fault_6_dtype(trained: Path, spoilt: Path) -> None:
     assert check.ok is False
     assert check.found.startswith("bfloat16, trained in float32: scores up to ")
     assert "of 28 pairs of its recorded texts tie or change places" in check.found
-    assert check.found.endswith('set reward_model.dtype = "float32" (--dtype float32)')
+    assert check.found.endswith('set reward_model.dtype = "float32" (--reward-dtype float32)')
     assert found(ClassifierReward.load(trained, dtype="float16").checks, "dtype").ok is False
     # Not asked for: weights in another dtype than the contract says.
     whole = ClassifierReward.load(trained)
@@ -549,7 +551,9 @@ def test_a_value_head_replays_its_record(trained: Path, value_head: Path) -> Non
     assert theirs is not None
     assert [text.ids for text in mine.texts] == [text.ids for text in theirs.texts]
     assert [text.score for text in mine.texts] == pytest.approx([text.score for text in theirs.texts], abs=1e-4)
-    assert "length of its row, so the EOS counts" in found(reward.checks, "padding and EOS").found
+    padding = found(reward.checks, "padding and EOS")
+    assert padding.ok is None  # its record says that it was trained so
+    assert "length of its row, so the EOS counts" in padding.found
     edit(value_head, append_eos=False, position="last")
     refused(lambda: ValueHeadReward.load(value_head), "expected append_eos = true: set it in")
     edit(value_head, append_eos=True, padding_side="left")

@@ -193,7 +193,13 @@ def make_encoder(tmp_path: Path) -> Callable[..., Path]:
 
     def make(kind: str = "distilbert") -> Path:
         from tokenizers import processors
-        from transformers import AutoModelForSequenceClassification, DistilBertConfig, XLNetConfig
+        from transformers import (
+            AutoModelForSequenceClassification,
+            DebertaV2Config,
+            DistilBertConfig,
+            RobertaConfig,
+            XLNetConfig,
+        )
 
         tok = make_tokenizer()
         tok.eos_token = None
@@ -206,6 +212,14 @@ def make_encoder(tmp_path: Path) -> Callable[..., Path]:
         if kind == "distilbert":
             config = DistilBertConfig(
                 dim=32, hidden_dim=64, n_layers=2, n_heads=2, max_position_embeddings=256, **shared
+            )
+        elif kind != "xlnet":
+            table = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+            relative = {"relative_attention": True, "position_biased_input": False, "pos_att_type": ["p2c", "c2p"]}
+            config = (
+                RobertaConfig(max_position_embeddings=66, **table, **shared)
+                if kind == "roberta"
+                else DebertaV2Config(max_position_embeddings=66, **table, **relative, **shared)
             )
         else:
             config = XLNetConfig(d_model=32, d_inner=64, n_layer=2, n_head=2, summary_type="last", **shared)
@@ -251,6 +265,26 @@ def test_a_cut_text_keeps_its_cls(make_encoder: Callable[..., Path]) -> None:
     bound = ClassifierReward.load(folder, contract=replace(contract, max_length=30), label="POSITIVE")
     assert told.score(PROMPTS, REPLIES).tolist() == bound.score(PROMPTS, REPLIES).tolist()
     assert told.truncated == bound.truncated > 0
+
+
+@pytest.mark.parametrize(("kind", "unused"), [("roberta", 1), ("deberta", 0)])
+def test_a_text_is_cut_to_the_places_that_an_encoder_has(
+    make_encoder: Callable[..., Path], kind: str, unused: int
+) -> None:
+    """RoBERTa counts positions from the padding id on, here 0, so one of its 66 places is no token's; DeBERTa's
+    positions are relative. The tokenizer says nothing of either."""
+    folder = make_encoder(kind)
+    reward = ClassifierReward.load(folder, template="raw", label="POSITIVE")
+    assert reward.tokenizer.model_max_length > 10**9
+    assert reward.max_length == 66 - unused
+    contract = replace(reward.contract, max_length=66 - unused)
+    bound = ClassifierReward.load(folder, contract=contract, label="POSITIVE")
+    assert reward.score(PROMPTS, REPLIES).tolist() == bound.score(PROMPTS, REPLIES).tolist()
+    assert reward.truncated == sum(
+        len(reward.tokenizer(prompt.text + reply)["input_ids"]) > 66 - unused
+        for prompt, reply in zip(PROMPTS, REPLIES, strict=True)
+    )
+    assert 0 < reward.truncated < len(REPLIES)
 
 
 def test_a_class_that_pools_its_last_place_wants_padding_before_it(make_encoder: Callable[..., Path]) -> None:

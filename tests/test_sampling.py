@@ -20,6 +20,7 @@ from rrhf_bench.policy.batching import ResponseBatch
 from rrhf_bench.policy.policy import TransformersPolicy
 from rrhf_bench.records import Prompt
 from rrhf_bench.sampling.backend import choose_backend
+from rrhf_bench.sampling.cached import cache_bytes
 from rrhf_bench.sampling.sampler import SamplingSpec, to_response
 from rrhf_bench.sampling.transformers import TransformersSampler
 
@@ -229,6 +230,61 @@ def test_policies_that_compute_otherwise_have_engines_of_their_own(llama_folder,
     said = json.loads((ending / "tokenizer_config.json").read_text(encoding="utf-8"))
     (ending / "tokenizer_config.json").write_text(json.dumps({**said, "eos_token": "<pad>"}), encoding="utf-8")
     assert own == key(ending)  # a base model and its chat model share an engine: a request says what ends its reply
+
+
+@needs_vllm
+def test_a_long_context_costs_what_the_requests_need(engine, policy, llama_folder, tmp_path):
+    """32 MiB hold one sequence of the whole context. Samples are those of an engine of another length, and an engine
+    that did not start leaves the others as they are."""
+    folder = altered(llama_folder(0), tmp_path / "long", max_position_embeddings=32768)
+    ref = ModelRef(str(folder))
+    services = Services(RuntimeSettings(device="cpu", kv_cache_mib=8))
+    long = services.policy(ref)
+    with pytest.raises(StageError) as caught:
+        services.sampler(long, ref, "vllm")
+    assert all(key in str(caught.value) for key in ("32768", "policy.max_length", "runtime.kv_cache_mib"))
+    sampler = services.sampler_for(long, ref, "vllm", PROMPTS, SPEC.max_new_tokens)
+    assert sampler.engine.max_model_len == 256
+    engine.sync(policy)
+    assert sampler.sample(PROMPTS, SPEC) == engine.sample(PROMPTS, SPEC)
+    other = Services(RuntimeSettings(device="cpu", kv_cache_mib=1))
+    whole = other.sampler_for(long, ref, "vllm", PROMPTS, 32000)  # with a cache beyond the setting
+    assert whole.engine.max_model_len > 32000
+    assert whole.sample(PROMPTS, SPEC) == engine.sample(PROMPTS, SPEC)
+
+
+@needs_vllm
+def test_a_model_without_a_context_is_sampled(tokenizer, tmp_path):
+    """BLOOM: no configured length, and an LM head that its files hold under one name only. vLLM computes its GELU by
+    another formula, so the log-probs are further apart than those of other models."""
+    from transformers import BloomConfig, BloomForCausalLM
+
+    config = BloomConfig(
+        vocab_size=len(tokenizer), hidden_size=64, n_layer=2, n_head=2, initializer_range=0.1,
+        pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        BloomForCausalLM(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    services, ref = Services(RuntimeSettings(device="cpu", kv_cache_mib=8)), ModelRef(str(tmp_path))
+    policy = services.policy(ref)
+    sampler = services.sampler_for(policy, ref, "vllm", PROMPTS, SPEC.max_new_tokens)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.mul_(0.9)
+    assert disagreement(sampler.engine, policy, 1.0) > 0.1
+    sampler.sync(policy)
+    assert disagreement(sampler.engine, policy, 1.0) < 2e-3
+
+
+def test_a_cache_is_as_large_as_the_models_keys_and_values(policy, llama_folder, tmp_path):
+    """2 layers, keys and values, 2 heads of 32 numbers in float32; half of it with one head for both."""
+    assert cache_bytes(policy.model, 100) == 100 * 2 * 2 * 2 * 32 * 4
+    from transformers import LlamaForCausalLM
+
+    config = policy.model.config.__class__(**{**policy.model.config.to_dict(), "num_key_value_heads": 1})
+    assert cache_bytes(LlamaForCausalLM(config), 100) == 100 * 2 * 2 * 32 * 4
 
 
 def test_one_reference_may_name_a_policy_and_a_reward_model(llama_folder):

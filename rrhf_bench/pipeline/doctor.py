@@ -20,7 +20,7 @@ from rrhf_bench.policy.policy import TransformersPolicy
 from rrhf_bench.policy.scratch import train_language_model
 from rrhf_bench.records import Preference
 from rrhf_bench.sampling.backend import BackendName, choose_backend
-from rrhf_bench.sampling.contract import LIMITS, Agreement, agreement
+from rrhf_bench.sampling.contract import ASKED, LIMITS, Agreement, agreement
 
 TEMPERATURE = 0.7  # a temperature that is not applied must show
 PAIRS = 100  # labelled pairs of the embedded worlds, to ask a reward model about
@@ -92,8 +92,8 @@ def _pins() -> Finding:
 def _sampler(services: Services, ref: ModelRef, backend: BackendName, pairs: tuple[Preference, ...]) -> list[Finding]:
     """Log-probs of the sampler against the trainer's, at a temperature other than 1, and after a change of weights."""
     policy = services.policy(ref)
-    sampler = services.sampler(policy, ref, backend)
     prompts = [pair.prompt for pair in pairs]
+    sampler = services.sampler_for(policy, ref, backend, prompts, ASKED.max_new_tokens)
     limit = LIMITS[ref.dtype]
     before = agreement(sampler, policy, prompts, TEMPERATURE)
     with torch.no_grad():

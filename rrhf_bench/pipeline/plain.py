@@ -25,7 +25,7 @@ from rrhf_bench.experiment import Dtype, RuntimeSettings
 from rrhf_bench.jsonl import write_jsonl
 from rrhf_bench.pipeline import steps
 from rrhf_bench.pipeline.candidates import assemble, pair_candidates
-from rrhf_bench.pipeline.services import FILE, ModelRef, Services, context_of
+from rrhf_bench.pipeline.services import FILE, DistinctTexts, ModelRef, Services, context_of
 from rrhf_bench.pipeline.store import replacing
 from rrhf_bench.policy.policy import TransformersPolicy
 from rrhf_bench.policy.tokenization import Tokenization
@@ -41,12 +41,17 @@ Report = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class PlainSteps:
-    """The steps on plain files. ``faulty_rows`` "drop" leaves out and counts the rows that a step cannot use."""
+    """The steps on plain files. ``faulty_rows`` "drop" leaves out and counts the rows that a step cannot use.
+
+    The counts of a step with a reward model have ``truncated``: the texts that were cut to the length that it reads.
+    ``note`` receives what its checks warn of, one line each.
+    """
 
     runtime: RuntimeSettings
     backend: BackendName
     progress: Report
     faulty_rows: FaultyRows = "error"
+    note: Callable[[str], None] = lambda text: None
 
     def sample(
         self, model: ModelRef, prompts: Path, out: Path, spec: SamplingSpec, sources: Sequence[str]
@@ -61,7 +66,10 @@ class PlainSteps:
             services = Services(self.runtime)
             policy = services.fixed_policy(model)
             read = self._usable(read, [policy], context_of(policy, model) - spec.max_new_tokens)
-            sampled = services.sampler(policy, model, self.backend, self.progress).sample(read.prompts, spec)
+            sampler = services.sampler_for(
+                policy, model, self.backend, read.prompts, spec.max_new_tokens, self.progress
+            )
+            sampled = sampler.sample(read.prompts, spec)
             pairs = pair_candidates(read.pairs)
             write_rrhf(path, assemble(sources, {"model": sampled}, pairs) if pairs else sampled)
         return read.counts
@@ -70,10 +78,10 @@ class PlainSteps:
         """Score every response of a file, write it again with ``scores``, and return counts of what is odd."""
         read = load_candidates(candidates, scored=False, faulty_rows=self.faulty_rows)
         with replacing(out) as path:
-            model = Services(self.runtime).reward(reward)
+            model = self._reward(Services(self.runtime), reward)
             scored = steps.score_shared_candidates(model, read.candidates, reward.source, self.progress)
             write_rrhf(path, scored)
-        return {**read.counts, **count_candidates(scored)}
+        return {**read.counts, **count_candidates(scored), "truncated": model.truncated}
 
     def train(
         self,
@@ -103,10 +111,15 @@ class PlainSteps:
         log: list[Mapping[str, float]] = []
         with replacing(out) as folder:
             folder.mkdir()
+            judge = None if reward is None else self._reward(services, reward)
             train_context = TrainContext(
                 seed=seed,
-                sampler=services.sampler(policy, model, self.backend) if "sampler" in method.needs else None,
-                reward=services.reward(reward) if reward is not None else None,
+                sampler=(
+                    services.sampler_for(policy, model, self.backend, inputs.prompts, max_new_tokens)
+                    if "sampler" in method.needs
+                    else None
+                ),
+                reward=judge,
                 reference=(unadapted or services.fixed_policy(model)) if "reference" in method.needs else None,
                 watch=lambda progress, _: self.progress(round(1000 * progress.fraction), 1000),
                 log=log.append,
@@ -116,7 +129,8 @@ class PlainSteps:
             result = steps.trainer(method, context).fit(policy, inputs, train_context)
             policy.save(folder)
             write_jsonl(folder / "metrics.jsonl", log)
-        return replace(result, counts={**counts, **result.counts, **fitted})
+        truncated = {} if judge is None else {"truncated": judge.truncated}
+        return replace(result, counts={**counts, **result.counts, **fitted, **truncated})
 
     def evaluate(
         self,
@@ -150,16 +164,25 @@ class PlainSteps:
             new_tokens = max(spec.max_new_tokens for spec in decodings.values())
             policies = [policy] if reference is None else [policy, reference]
             read = self._usable(read, policies, context_of(policy, model) - new_tokens)
+            judge = self._reward(services, reward)
             judges = steps.Judges(
-                services.reward(reward),
+                judge,
                 GoldReward() if gold else None,
                 services.fixed_policy(perplexity) if perplexity is not None else None,
                 self.runtime.score_batch,
             )
-            sampler = services.sampler(policy, model, self.backend, self.progress)
+            sampler = services.sampler_for(policy, model, self.backend, read.prompts, new_tokens, self.progress)
             records = steps.evaluate(name, seed, sampler, read.prompts, judges, decodings, policy, reference)
             write_jsonl(path, records)
-        return records, read.counts
+        return records, {**read.counts, "truncated": judge.truncated}
+
+    def _reward(self, services: Services, ref: ModelRef) -> DistinctTexts:
+        """Return the reward model, after a note for each warning of its checks."""
+        reward = services.reward(ref)
+        for check in reward.checks:
+            if check.ok is False:
+                self.note(f"{ref.source}: {check.name}: {check.found}")
+        return reward
 
     def _usable(self, read: Questions, policies: Sequence[TransformersPolicy], limit: int) -> Questions:
         """Return the prompts that leave room for a reply and that the policies' chat templates render."""
@@ -252,11 +275,12 @@ def model_ref(
     pad_token: str | None = None,
     layout: Literal["classifier", "value-head"] | None = None,
     label: str | None = None,
+    prefix: str = "",
 ) -> ModelRef:
     """Return the reference of a model named on the command line; None is an option that was not given.
 
     The folder of an artifact stands for the model in it. Raises ConfigError if a given option differs from what the
-    artifact says.
+    artifact says; ``prefix`` is how the options that every model has begin in that message, such as "reward-".
     """
     options = {"template": template, "dtype": dtype, "pad_token": pad_token, "layout": layout, "label": label}
     given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
@@ -264,8 +288,9 @@ def model_ref(
         ref = ModelRef.read(Path(source))
         for name, value in given.items():
             if value != (said := getattr(ref, name)):
+                option = (prefix if name in ("template", "dtype", "pad_token") else "") + name.replace("_", "-")
                 raise ConfigError(
-                    f"--{name.replace('_', '-')}: found {value!r}, but the artifact {source} says {said!r}; leave the "
+                    f"--{option}: found {value!r}, but the artifact {source} says {said!r}; leave the "
                     f"option out, or name the model itself, {ref.source}"
                 )
         return ref
@@ -280,7 +305,7 @@ def is_artifact(source: str) -> bool:
 
 
 def pad_token_of(source: str, sources: Sequence[str | None], pad_token: str | None) -> str | None:
-    """Return the --pad-token that one of a command's models gets.
+    """Return the --pad-token that one of the models gets that share this option.
 
     The option serves the models that are no artifacts, if there is one; an artifact then keeps its own pad token.
     """

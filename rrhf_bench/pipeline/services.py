@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -23,10 +24,14 @@ from rrhf_bench.records import Preference, Prompt
 from rrhf_bench.rewards.checks import Check, on_pairs
 from rrhf_bench.rewards.reward import RewardModel
 from rrhf_bench.sampling.backend import BackendName
+from rrhf_bench.sampling.cached import cache_bytes
 from rrhf_bench.sampling.contract import CheckedSampler
 from rrhf_bench.sampling.sampler import Sampler
 
 FILE = "model.json"
+
+LENGTH_STEP = 256  # tokens; an engine for few requests is started for a multiple of it
+SEQUENCES_CACHED = 2  # of the engine's length, which its KV cache holds at least
 
 
 @dataclass(frozen=True)
@@ -103,7 +108,7 @@ class Services:
             self._kept[key] = policy
         return self._kept[key]
 
-    def reward(self, ref: ModelRef) -> RewardModel:
+    def reward(self, ref: ModelRef) -> DistinctTexts:
         """Return a reward model that scores each text of a call once; it is loaded once."""
         key = ("reward model", ref)
         if key not in self._kept:
@@ -112,8 +117,9 @@ class Services:
 
     def reward_checks(self, ref: ModelRef, pairs: Sequence[Preference]) -> tuple[Check, ...]:
         """What was found of a reward model when it was loaded, and what held-out pairs show of it."""
-        model: Any = self.reward(ref)
-        return (*model.reward.checks, *on_pairs(model.reward, pairs))
+        model = self.reward(ref)
+        fed: Any = model.reward
+        return (*model.checks, *on_pairs(fed, pairs))
 
     def sampler(
         self,
@@ -122,16 +128,19 @@ class Services:
         backend: BackendName,
         progress: Callable[[int, int], None] | None = None,
         note: Callable[[dict[str, Any]], None] = lambda found: None,
+        *,
+        kv_cache_mib: int | None = None,
     ) -> CheckedSampler:
         """A sampler that holds the policy's weights. ``ref`` names a folder or hub id of its architecture; ``note`` is
         told how far its log-probs were from the policy's whenever that was checked (sampling/contract.py).
 
         One engine serves all policies that compute alike (``engine_key``), whatever they are called, however they are
-        prompted and to whatever length: two would hold two caches and pay two starts.
+        prompted and to whatever length: two would hold two caches and pay two starts. ``kv_cache_mib`` replaces the
+        setting of the runtime for an engine that is started by this call.
         """
         key = engine_key(policy, ref, backend)
         if key not in self._samplers:
-            self._samplers[key] = self._start(policy, ref, backend)
+            self._samplers[key] = self._start(policy, ref, backend, kv_cache_mib or self.runtime.kv_cache_mib)
         engine: Any = self._samplers[key]
         context = context_of(policy, ref)
         engine.resize(context)
@@ -139,7 +148,32 @@ class Services:
         sampler.sync(policy)
         return sampler
 
-    def _start(self, policy: TransformersPolicy, ref: ModelRef, backend: BackendName) -> Sampler:
+    def sampler_for(
+        self,
+        policy: TransformersPolicy,
+        ref: ModelRef,
+        backend: BackendName,
+        prompts: Sequence[Prompt],
+        max_new_tokens: int,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> CheckedSampler:
+        """Return a sampler for these prompts and no longer ones.
+
+        Its engine is started for the longest of them with its reply instead of the model's context, which may be a
+        hundred times as long, and its KV cache on a CPU holds such a sequence. Samples do not depend on either.
+        """
+        longest = max((len(policy.tokenization.prompt_ids(prompt)) for prompt in prompts), default=0)
+        length = min(context_of(policy, ref), math.ceil((longest + max_new_tokens) / LENGTH_STEP) * LENGTH_STEP)
+        cache_mib = math.ceil(SEQUENCES_CACHED * cache_bytes(policy.model, length) / 2**20)
+        return self.sampler(
+            policy,
+            replace(ref, max_length=length),
+            backend,
+            progress,
+            kv_cache_mib=max(cache_mib, self.runtime.kv_cache_mib),
+        )
+
+    def _start(self, policy: TransformersPolicy, ref: ModelRef, backend: BackendName, kv_cache_mib: int) -> Sampler:
         length = context_of(policy, ref)
         if backend == "transformers":
             from rrhf_bench.sampling.transformers import TransformersSampler
@@ -155,7 +189,7 @@ class Services:
             dtype=ref.dtype,
             revision=revision,
             trust_remote_code=ref.trust_remote_code,
-            kv_cache_mib=self.runtime.kv_cache_mib,
+            kv_cache_mib=kv_cache_mib,
             gpu_memory=self.runtime.gpu_memory,
         )
 
@@ -199,6 +233,19 @@ class DistinctTexts:
     def __init__(self, reward: RewardModel) -> None:
         self.reward = reward
         self.identity = reward.identity
+
+    @property
+    def truncated(self) -> int:
+        """Return how many texts the model has cut to the length that it reads; a text of several calls counts in each.
+
+        A reward that reads texts of any length, such as a gold reward, cuts none.
+        """
+        return getattr(self.reward, "truncated", 0)
+
+    @property
+    def checks(self) -> tuple[Check, ...]:
+        """Return what was found of the model when it was loaded."""
+        return getattr(self.reward, "checks", ())
 
     def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> NDArray[np.float64]:
         pairs = list(zip(prompts, responses, strict=True))

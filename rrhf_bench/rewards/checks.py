@@ -344,11 +344,16 @@ def _padding(model: Fed, rows: Sequence[Sequence[int]]) -> Check:
     if model.eos_id is None or model.pad_id != model.eos_id:
         return Check("padding and EOS", True, f"{pad} is not the EOS")
     if not model.pools_itself:
+        read = f"both are {pad}; the score is read at the length of its row, so the EOS counts"
+        if _basis(model) or not any(row[-1] == model.eos_id for row in rows):
+            return Check("padding and EOS", None, read)
+        mend = f"set append_eos = false in {CONTRACT_FILE}"
+        if not model.contract.append_eos:
+            mend = "take the EOS off the end of its chat template"
         return Check(
             "padding and EOS",
-            None,
-            f"both are {pad}; the score is read at the length of its row, so the EOS counts. A model that was trained "
-            "by its class's own pooling was read one token before it: then append_eos = false",
+            False,
+            f"{read}; if the model was trained by its class's own pooling, its score was read one token before: {mend}",
         )
     ends = [row for row in rows if row[-1] == model.eos_id and len(row) > 2]
     if model.contract.append_eos and ends:
@@ -369,7 +374,7 @@ def _replay_scores(model: Fed, record: Record | None, score_N: NDArray[np.float6
     known = KNOWN_LAYOUTS.get(model.where)
     trained = record.dtype if record is not None else known.contract.dtype if known is not None else None
     coarser = trained is not None and torch.finfo(getattr(torch, dtype)).eps > torch.finfo(getattr(torch, trained)).eps
-    mend = f'set reward_model.dtype = "{trained}" (--dtype {trained})'
+    mend = f'set reward_model.dtype = "{trained}" (--reward-dtype {trained})'
     if record is None:
         found = f"{dtype}; its scores are known in {trained}; {mend}" if coarser else dtype
         return Check("recorded texts", None, "none"), Check("dtype", not coarser if trained else None, found)

@@ -62,7 +62,7 @@ class ClassifierReward:
         if tokenizer.pad_token_id is None:
             raise DataError(
                 f"{where}: the tokenizer has no pad token; name one of its tokens with reward_model.pad_token "
-                "(any will do, EOS included)"
+                "(--reward-pad-token; any will do, EOS included)"
             )
         self.model = model.eval()
         self.tokenizer = tokenizer
@@ -80,8 +80,7 @@ class ClassifierReward:
         if self.pools_itself:
             if contract.position != "last":
                 raise DataError(f"{where}: {type(model).__name__} pools by itself; expected position 'last'")
-            # RoBERTa's configuration counts two positions that no token has; its tokenizer knows.
-            self.max_length = min(self.max_length or tokenizer.model_max_length, tokenizer.model_max_length)
+            self.max_length = least(self.max_length, tokenizer.model_max_length, self._places())
         else:
             refuse_left(contract, where)
             self._check_class()
@@ -167,6 +166,27 @@ class ClassifierReward:
         other.contract = contract
         other.eos_id = contract.eos_id(self.tokenizer, self.where) if contract.append_eos else self.eos_id
         return other
+
+    @torch.no_grad()
+    def _places(self) -> int | None:
+        """Return for how many tokens the model's table of learned positions has places; None if it has no such table.
+
+        RoBERTa and its kin count positions from the padding id on. Their configuration counts places that no token
+        takes, and not every tokenizer knows. The place of a text's first token shows how many of them there are.
+        """
+        found: list[int] = []
+
+        def look(table: Any, positions: tuple[Any, ...]) -> None:
+            found.append(table.weight.shape[0] - int(positions[0].flatten()[0]))
+
+        tables = [table for name, table in self.model.named_modules() if name.endswith(".position_embeddings")]
+        hooks = [table.register_forward_pre_hook(look) for table in tables if hasattr(table, "weight")]
+        if hooks:
+            pad_id = self.model.config.get_text_config().pad_token_id
+            self.score_batch([[i for i in range(4) if i not in (pad_id, self.pad_id)]])
+        for hook in hooks:
+            hook.remove()
+        return min(found, default=None)
 
     @torch.no_grad()
     def _check_class(self) -> None:

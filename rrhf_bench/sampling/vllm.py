@@ -5,13 +5,14 @@ from __future__ import annotations
 import gc
 import os
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from rrhf_bench.errors import StageError
 from rrhf_bench.policy.policy import Policy
@@ -23,6 +24,8 @@ from rrhf_bench.sampling.sampler import SamplingSpec, fitting_ids, to_response
 # Engines are kept until they are replaced, whoever drops the sampler: one that is collected tears down what all engines
 # of the process share, its process groups, and the others fail at their next step.
 _ENGINES: list[Any] = []
+
+_OTHER = 'set sampling.backend = "transformers" (--backend transformers)'
 
 CPU_BLOCK = 32  # tokens of a block of the KV cache: the CPU's default of 128 would never cache a short prompt
 
@@ -85,12 +88,21 @@ class VLLMSampler:
                     self._folder, max_model_len=length, max_num_batched_tokens=max(8192, length), **self._settings
                 )
             except (RuntimeError, ValueError, OSError) as error:
-                reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-                raise StageError(
-                    f'{self._folder}: vLLM could not start ({reason}); set sampling.backend = "transformers"'
-                ) from error
+                raise StageError(f"{self._folder}: {self._fault(error)}") from error
         _ENGINES.append(self.llm)
         self._started_for = length
+
+    def _fault(self, error: Exception) -> str:
+        """Return one line about an engine that did not start, with what to change."""
+        lines = (line.strip() for line in str(error).splitlines())
+        length = next((line for line in lines if "max seq len" in line or "max_model_len" in line), None)
+        if length is None:
+            return f"vLLM could not start ({_first_line(error)}); {_OTHER}"
+        memory = "runtime.kv_cache_mib" if "kv_cache_memory_bytes" in self._settings else "runtime.gpu_memory"
+        return (
+            f"vLLM could not start for {self.max_model_len} tokens of prompt and reply ({length.partition('. ')[0]}); "
+            f"lower policy.max_length, raise {memory}, or {_OTHER}"
+        )
 
     def resize(self, max_model_len: int) -> None:
         """From now on this many tokens of prompt + reply at most. Beyond what the engine was started for, a longer one
@@ -163,7 +175,12 @@ class VLLMSampler:
         Also where the engine may hold these weights already: to know it for sure, they would have to be compared.
         """
         with _untouched_random_state(), torch.no_grad():
-            self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(policy.state().items())})
+            try:
+                self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(policy.state().items())})
+            except (ValueError, KeyError) as error:
+                raise StageError(
+                    f"{self._folder}: vLLM does not take its weights ({_first_line(error)}); {_OTHER}"
+                ) from error
             if not self.llm.reset_prefix_cache():
                 raise StageError("vLLM did not empty its prefix cache, so it would sample from old weights; run again")
         self.tokenization = policy.tokenization
@@ -177,8 +194,21 @@ def import_vllm() -> Any:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     from vllm import LLM
+    from vllm.model_executor.models import bloom
 
+    bloom._add_transformer_prefix = _name_bloom_weights
     return LLM
+
+
+def _name_bloom_weights(weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Return BLOOM's weights under vLLM's names. vLLM's own function misnames the LM head, which no file of a model has
+    because it is tied, but the weights of a policy do."""
+    for name, weight in weights:
+        yield name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}", weight
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 @contextmanager
