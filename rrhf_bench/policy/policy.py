@@ -6,7 +6,7 @@ import copy
 import hashlib
 import json
 from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -155,8 +155,12 @@ class Policy(Protocol):
 
     def parameters(self) -> Iterable[torch.nn.Parameter]: ...
 
-    def state(self) -> Mapping[str, Tensor]:
-        """The weights under transformers' names: what a sampler syncs from."""
+    def state(self) -> Iterator[tuple[str, Tensor]]:
+        """Return an iterator over the weights under transformers' names, from which samplers copy.
+
+        Adapters are added to a weight when the iterator reaches it. A consumer that copies each weight before it takes
+        the next one therefore never holds a second copy of the model.
+        """
         ...
 
     def save(self, folder: Path) -> None:
@@ -385,11 +389,14 @@ class TransformersPolicy:
     def parameters(self) -> Iterable[torch.nn.Parameter]:
         return self.model.parameters()
 
-    def state(self) -> Mapping[str, Tensor]:
+    def state(self) -> Iterator[tuple[str, Tensor]]:
         return merged_state(self.model)
 
     def save(self, folder: Path) -> None:
-        self.model.save_pretrained(folder, state_dict=dict(self.state()), safe_serialization=True)
+        # A safetensors file is written from all of its tensors at once. Merged ones wait for it in the host's memory:
+        # on a GPU one exists at a time, and what has no adapter is not copied.
+        state = dict(merged_state(self.model, device="cpu"))
+        self.model.save_pretrained(folder, state_dict=state, safe_serialization=True)
         self.tokenization.tokenizer.save_pretrained(folder)
 
     def adapt(self, lora: LoraSettings, seed: int) -> None:
@@ -432,7 +439,7 @@ class _WithoutAdapters:
     def parameters(self) -> Iterable[torch.nn.Parameter]:
         return ()
 
-    def state(self) -> Mapping[str, Tensor]:
+    def state(self) -> Iterator[tuple[str, Tensor]]:
         with adapters_off(self._policy.model):
             return self._policy.state()
 

@@ -159,7 +159,7 @@ class VLLMSampler:
         Also where the engine may hold these weights already: to know it for sure, they would have to be compared.
         """
         with _untouched_random_state(), torch.no_grad():
-            self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(policy.state().items())})
+            self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": policy.state()})
             if not self.llm.reset_prefix_cache():
                 raise StageError("vLLM did not empty its prefix cache, so it would sample from old weights; run again")
         self.tokenization = policy.tokenization
