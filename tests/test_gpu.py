@@ -106,7 +106,7 @@ def test_the_canary_sees_a_missed_cache_reset(engine, load, dtype):
     engine.sync(load(0))
     differences(engine, load(0), 1.0)  # fills the prefix cache with this policy's states
     other = load(1)
-    engine.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(other.state().items())})
+    engine.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": other.state()})
     stale = differences(engine, other, 1.0)
     engine.sync(other)
     fresh = differences(engine, other, 1.0)

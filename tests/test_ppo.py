@@ -104,7 +104,7 @@ class Run:
         )
 
     def weights(self) -> dict[str, torch.Tensor]:
-        return {name: weight.detach().clone() for name, weight in self.policy.state().items()}
+        return {name: weight.detach().clone() for name, weight in self.policy.state()}
 
 
 def settings(**changes: Any) -> PPOSettings:

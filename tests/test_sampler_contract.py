@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -64,7 +65,7 @@ def reload_only(engine):
     """A sync that leaves the prefix cache as it is."""
 
     def sync(policy) -> None:
-        engine.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(policy.state().items())})
+        engine.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": policy.state()})
 
     return sync
 
@@ -110,7 +111,7 @@ def test_weights_that_are_not_taken_over_in_full_are_caught(engine, policy, llam
         tokenization = other.tokenization
 
         def state(self):
-            return {name: w for name, w in other.state().items() if name != "model.layers.1.mlp.down_proj.weight"}
+            return ((name, w) for name, w in other.state() if name != "model.layers.1.mlp.down_proj.weight")
 
     monkeypatch.setattr(engine, "sync", lambda policy: whole(Partial()))
     checked = CheckedSampler(engine, "float32", CONTEXT)
@@ -236,3 +237,43 @@ def test_adapters_are_in_the_weights_that_a_sampler_gets(sampler, llama_folder):
         texts.append([reply.token_ids for row in checked.sample(PROMPTS, SPEC) for reply in row.responses])
         assert found[0]["max"] < 1e-4  # the adapters' product is added to the weights, and to the states in the trainer
     assert texts[0] != texts[1]
+
+
+class CountingMerged:
+    """A policy that counts how many of the merged matrices of a sync are alive when the next one is handed out."""
+
+    def __init__(self, policy: TransformersPolicy) -> None:
+        self.tokenization = policy.tokenization
+        self._policy = policy
+        self.alive: list[int] = []
+
+    def state(self):
+        own = {weight.data_ptr() for weight in self._policy.model.state_dict().values()}
+        merged = []
+        for name, value in self._policy.state():
+            if value.data_ptr() not in own:
+                merged.append(weakref.ref(value))
+            self.alive.append(sum(reference() is not None for reference in merged))
+            yield name, value
+
+
+def test_a_sync_of_adapters_holds_few_merged_matrices(sampler, llama_folder):
+    """All 14 at once would be a second copy of the model."""
+    policy = TransformersPolicy.load(llama_folder(0), template=Template())
+    policy.adapt(LoraSettings(rank=4), seed=0)
+    counting = CountingMerged(policy)
+    sampler.sync(counting)
+    # One that is copied and the next; vLLM keeps those of one fused layer (query, key, value) until it has all of them.
+    assert 1 <= max(counting.alive) <= (2 if isinstance(sampler, TransformersSampler) else 4)
+
+
+def test_a_sync_refuses_weights_that_do_not_fit(policy):
+    """A copy would spread a narrower tensor over a wider one, and would leave what is missing as it was."""
+    sampler = TransformersSampler(policy, max_model_len=256)
+    weights = dict(policy.state())
+    name = "model.layers.0.mlp.up_proj.weight"
+    narrow, missing = {**weights, name: weights[name][:1]}, {key: w for key, w in weights.items() if key != name}
+    for wrong in (narrow, missing):
+        policy.state = lambda wrong=wrong: iter(wrong.items())
+        with pytest.raises(AssertionError, match=name):
+            sampler.sync(policy)

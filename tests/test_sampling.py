@@ -83,7 +83,7 @@ def test_the_canary_sees_a_missed_cache_reset(engine, policy, llama_folder):
     engine.sync(policy)
     disagreement(engine, policy, 1.0)  # fills the prefix cache with this policy's states
     other = TransformersPolicy.load(llama_folder(1), template=Template())
-    engine.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(other.state().items())})
+    engine.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": other.state()})
     assert disagreement(engine, other, 1.0) > 0.01
     engine.sync(other)
     assert disagreement(engine, other, 1.0) < 1e-5

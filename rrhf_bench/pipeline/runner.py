@@ -151,6 +151,7 @@ def make(
             store.writing(stage.key, about) as folder,
         ):
             services = _services(runtime)
+            services.begin_stage()
             job = Job(stage.kind, settings, inputs, folder, services, backend, progress, stage.row, scratch)
             device = torch.device(services.device)
             measured = reset_peak(device)  # else a stage would report the peak of a stage before it

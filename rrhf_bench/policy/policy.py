@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,8 +57,12 @@ class Policy(Protocol):
 
     def parameters(self) -> Iterable[torch.nn.Parameter]: ...
 
-    def state(self) -> Mapping[str, Tensor]:
-        """The weights under transformers' names: what a sampler syncs from."""
+    def state(self) -> Iterator[tuple[str, Tensor]]:
+        """Return an iterator over the weights under transformers' names, from which samplers copy.
+
+        Adapters are added to a weight when the iterator reaches it. A consumer that copies each weight before it takes
+        the next one therefore never holds a second copy of the model.
+        """
         ...
 
     def save(self, folder: Path) -> None:
@@ -288,11 +292,14 @@ class TransformersPolicy:
     def parameters(self) -> Iterable[torch.nn.Parameter]:
         return self.model.parameters()
 
-    def state(self) -> Mapping[str, Tensor]:
+    def state(self) -> Iterator[tuple[str, Tensor]]:
         return merged_state(self.model)
 
     def save(self, folder: Path) -> None:
-        save_causal_lm(folder, self.model, self.tokenization.tokenizer, self.state())
+        # A safetensors file is written from all of its tensors at once. Merged ones wait for it in the host's memory:
+        # on a GPU one exists at a time, and what has no adapter is not copied.
+        state = dict(merged_state(self.model, device="cpu"))
+        save_causal_lm(folder, self.model, self.tokenization.tokenizer, state)
 
     def adapt(self, lora: LoraSettings, seed: int) -> None:
         """From here on only low-rank adapters train (2106.09685), whose product is zero at first."""
@@ -334,7 +341,7 @@ class _WithoutAdapters:
     def parameters(self) -> Iterable[torch.nn.Parameter]:
         return ()
 
-    def state(self) -> Mapping[str, Tensor]:
+    def state(self) -> Iterator[tuple[str, Tensor]]:
         with adapters_off(self._policy.model):
             return self._policy.state()
 

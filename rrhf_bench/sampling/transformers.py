@@ -53,8 +53,15 @@ class TransformersSampler:
         """From now on this many tokens of prompt + reply at most."""
         self.max_model_len = max_model_len
 
+    @torch.no_grad()
     def sync(self, policy: Policy) -> None:
-        self.policy.model.load_state_dict(dict(policy.state()))
+        """Copy the policy's weights one by one. Both must have the same weights, by name and shape."""
+        own = self.policy.model.state_dict()  # references: copying into them changes the model
+        for name, value in policy.state():
+            weight = own.pop(name)
+            assert weight.shape == value.shape, f"{name}: {tuple(value.shape)} into {tuple(weight.shape)}"
+            weight.copy_(value)
+        assert not own, f"not synced: {', '.join(own)}"
         self.tokenization = policy.tokenization
 
     def sample(self, prompts: Sequence[Prompt], spec: SamplingSpec) -> list[Candidates]:

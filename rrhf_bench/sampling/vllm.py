@@ -176,7 +176,7 @@ class VLLMSampler:
         """
         with _untouched_random_state(), torch.no_grad():
             try:
-                self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(policy.state().items())})
+                self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": policy.state()})
             except (ValueError, KeyError) as error:
                 raise StageError(
                     f"{self._folder}: vLLM does not take its weights ({_first_line(error)}); {_OTHER}"
