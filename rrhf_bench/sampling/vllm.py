@@ -172,6 +172,9 @@ def import_vllm() -> Any:
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # binding would pin the trainer's threads as well
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    # On a GPU vLLM's attention in float32 is a Triton kernel, and Triton multiplies float32 in TF32 unless this says
+    # otherwise. TF32 keeps 10 of 23 bits: log-probs would be further from the trainer's than the contract allows.
+    os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")
     from vllm import LLM
 
     return LLM
