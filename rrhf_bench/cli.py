@@ -689,7 +689,7 @@ def _steps(
     from rrhf_bench.pipeline.runner import quiet
     from rrhf_bench.sampling.backend import choose_backend
 
-    chosen = choose_backend(backend, strategy)
+    chosen = choose_backend(backend, strategy, device)
     if chosen.note:
         _errors().print(f"note: {chosen.note}")
     with TerminalReporter(_errors()) as reporter, quiet():

@@ -32,7 +32,7 @@ PROMPTS = [
 ]
 SPEC = SamplingSpec(n=2, temperature=0.7, max_new_tokens=8, seed=3, purpose="test")
 
-needs_vllm = pytest.mark.skipif(choose_backend("vllm").name != "vllm", reason="vLLM is not installed here")
+needs_vllm = pytest.mark.skipif(choose_backend("vllm", device="cpu").name != "vllm", reason="no vLLM for CPUs here")
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +136,7 @@ def test_logits_too_large_for_two_computations_to_agree_are_named(policy):
         checked.sample(PROMPTS, SPEC)
 
 
-@needs_vllm
+@pytest.mark.skipif(choose_backend("vllm").name != "vllm", reason="vLLM is not installed here")
 def test_vllm_multiplies_float32_as_float32_on_a_gpu():
     """Its attention is compiled for an H100: no TF32 as import_vllm leaves the environment, TF32 without."""
     pytest.importorskip("triton")

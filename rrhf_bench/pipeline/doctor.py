@@ -41,7 +41,7 @@ def examine(
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU (no CUDA GPU)"
     findings.append(Finding("device", None, f"{device}, {torch.get_num_threads()} threads"))
     findings.append(_pins())
-    chosen = choose_backend(backend)
+    chosen = choose_backend(backend, device=runtime.device)
     findings.append(Finding("sampler", None, chosen.note or chosen.identity))
     services = Services(runtime)
     world = build_world(seed=0, raw_corpus=1, corpus=200, perplexity_corpus=1, preferences=8, dev=1, test=8)

@@ -145,6 +145,7 @@ class Services:
             ref.source,
             policy.tokenization,
             max_model_len=length,
+            device=self.device,
             dtype=ref.dtype,
             revision=ref.revision,
             trust_remote_code=ref.trust_remote_code,

@@ -30,7 +30,8 @@ class VLLMSampler:
     """A Sampler over one in-process vLLM engine.
 
     ``folder`` gives architecture, vocabulary and first weights; ``sync`` replaces the weights by those of any policy
-    with the same architecture and vocabulary. Raises StageError where the engine does not start.
+    with the same architecture and vocabulary. Raises StageError where the engine does not start, or the installed vLLM
+    does not compute on ``device``.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class VLLMSampler:
         tokenization: Tokenization,
         *,
         max_model_len: int,
+        device: str = "cpu",
         dtype: str = "float32",
         revision: str | None = None,
         trust_remote_code: bool = False,
@@ -50,7 +52,8 @@ class VLLMSampler:
         self.progress = progress
         self.max_model_len = max_model_len
         self.identity = f"{choose_backend('vllm').identity} {dtype}"
-        cuda = torch.cuda.is_available()
+        cuda = torch.device(device).type == "cuda"
+        self._device = device
         self._folder = str(folder)
         self._settings: dict[str, Any] = {
             "revision": revision,
@@ -76,6 +79,7 @@ class VLLMSampler:
         """Start the engine. Raises StageError where it does not."""
         with _untouched_random_state():
             engine = import_vllm()
+            self._require_device()
             gc.collect()
             gc.freeze()  # what is imported so far is never garbage: spares the engine's many collections a walk over it
             length = self.max_model_len
@@ -90,6 +94,17 @@ class VLLMSampler:
                 ) from error
         _ENGINES.append(self.llm)
         self._started_for = length
+
+    def _require_device(self) -> None:
+        """Raise StageError if the installed vLLM computes elsewhere than the trainer: nothing chooses its device."""
+        from vllm.platforms import current_platform
+
+        found, expected = current_platform.device_type or "no device that it finds", torch.device(self._device).type
+        if found != expected:
+            raise StageError(
+                f"{self.identity}: computes on {found}, and the policy is on {expected}; set runtime.device to where "
+                'both are, or sampling.backend = "transformers"'
+            )
 
     def resize(self, max_model_len: int) -> None:
         """From now on this many tokens of prompt + reply at most. Beyond what the engine was started for, a longer one
