@@ -13,6 +13,7 @@ from rrhf_bench.data.toy.reviews import build_reviews
 from rrhf_bench.data.toy.world import build_world
 from rrhf_bench.errors import BenchError
 from rrhf_bench.experiment import RuntimeSettings, ScratchSettings
+from rrhf_bench.pipeline.memory import WITHOUT_A_FILE, out_of_memory_named
 from rrhf_bench.pipeline.run import environment
 from rrhf_bench.pipeline.services import ModelRef, Services
 from rrhf_bench.policy import onednn
@@ -58,16 +59,19 @@ def examine(
                 progress=lambda done, total: None,
             )
             policy = ModelRef(str(Path(folder) / "model"), max_length=settings.context)
-        findings += _guarded("sampler's log-probs", lambda: _sampler(services, policy, chosen.name, world.test))
+        findings += _guarded(
+            services, "sampler's log-probs", lambda: _sampler(services, policy, chosen.name, world.test)
+        )
     if reward is not None:
-        findings += _guarded("reward model", lambda: _reward(services, reward))
+        findings += _guarded(services, "reward model", lambda: _reward(services, reward))
     return findings
 
 
-def _guarded(check: str, body: object) -> list[Finding]:
+def _guarded(services: Services, check: str, body: object) -> list[Finding]:
     assert callable(body)
     try:
-        return body()
+        with out_of_memory_named(services, WITHOUT_A_FILE):
+            return body()
     except BenchError as error:
         return [Finding(check, False, str(error))]
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -74,10 +75,11 @@ class Services:
         self.device = resolve_device(runtime)
         self._kept: dict[tuple[str, ModelRef], Any] = {}  # by kind: one reference may name a policy and a reward model
         self._samplers: dict[str, Sampler] = {}
+        self._policies: WeakKeyDictionary[TransformersPolicy, str] = WeakKeyDictionary()  # all alive, by their source
 
     def policy(self, ref: ModelRef) -> TransformersPolicy:
         """A policy of its own weights, to be trained."""
-        return TransformersPolicy.load(
+        policy = TransformersPolicy.load(
             ref.source,
             template=Template(ref.template),
             device=self.device,
@@ -87,6 +89,8 @@ class Services:
             trust_remote_code=ref.trust_remote_code,
             computation=Computation(self.runtime.pass_tokens, self.runtime.checkpoint_activations, self.runtime.onednn),
         )
+        self._policies[policy] = ref.source
+        return policy
 
     def fixed_policy(self, ref: ModelRef) -> TransformersPolicy:
         """Return a policy that is not trained, such as the initial one or the perplexity model; it is loaded once."""
@@ -103,6 +107,29 @@ class Services:
         if key not in self._kept:
             self._kept[key] = DistinctTexts(load_reward(ref, self.device, self.runtime.score_batch))
         return self._kept[key]
+
+    def held(self) -> list[tuple[str, int]]:
+        """Return (what, bytes) of each model that this process holds, largest first: weights with gradients, and of a
+        vLLM engine what it was given."""
+        found = [(f"policy {source}", _bytes(policy)) for policy, source in self._policies.items()]
+        found += [
+            (f"{kind} {ref.source}", _bytes(model.reward))
+            for (kind, ref), model in self._kept.items()
+            if isinstance(model, DistinctTexts)
+        ]
+        for sampler in self._samplers.values():
+            copy = getattr(sampler, "policy", None)  # of the transformers sampler
+            found.append(
+                ("sampler's copy of the policy", _bytes(copy)) if copy else ("vLLM engine", self._engine_bytes)
+            )
+        return sorted(found, key=lambda item: -item[1])
+
+    @property
+    def _engine_bytes(self) -> int:
+        """The share of a GPU that a vLLM engine takes, or its cache on a CPU."""
+        if self.device != "cuda":
+            return self.runtime.kv_cache_mib << 20
+        return round(self.runtime.gpu_memory * torch.cuda.get_device_properties(0).total_memory)
 
     def reward_checks(self, ref: ModelRef, pairs: Sequence[Preference]) -> tuple[Check, ...]:
         """What was found of a reward model when it was loaded, and what held-out pairs show of it."""
@@ -152,6 +179,13 @@ class Services:
             kv_cache_mib=self.runtime.kv_cache_mib,
             gpu_memory=self.runtime.gpu_memory,
         )
+
+
+def _bytes(holder: object) -> int:
+    """Return the bytes of the parameters, and of their gradients, of the modules that an object has as attributes."""
+    modules = [value for value in vars(holder).values() if isinstance(value, torch.nn.Module)]
+    tensors = {id(p): p for module in modules for p in module.parameters()}.values()
+    return sum(p.nbytes + (p.grad.nbytes if p.grad is not None else 0) for p in tensors)
 
 
 # What a model's configuration says that no forward pass reads: where it came from, how it was made, how it is trained.

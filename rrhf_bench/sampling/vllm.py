@@ -87,10 +87,12 @@ class VLLMSampler:
                 self.llm = engine(
                     self._folder, max_model_len=length, max_num_batched_tokens=max(8192, length), **self._settings
                 )
-            except (RuntimeError, ValueError, OSError) as error:
+            # It asserts that no one else frees memory while it measures how much there is.
+            except (RuntimeError, ValueError, OSError, AssertionError) as error:
                 reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
                 raise StageError(
-                    f'{self._folder}: vLLM could not start ({reason}); set sampling.backend = "transformers"'
+                    f"{self._folder}: vLLM could not start ({reason}); {self._remedy(reason)}or set "
+                    'sampling.backend = "transformers"'
                 ) from error
         _ENGINES.append(self.llm)
         self._started_for = length
@@ -105,6 +107,15 @@ class VLLMSampler:
                 f"{self.identity}: computes on {found}, and the policy is on {expected}; set runtime.device to where "
                 'both are, or sampling.backend = "transformers"'
             )
+
+    def _remedy(self, reason: str) -> str:
+        """Return what to do first about an engine that did not start, if memory is the reason."""
+        if "memory" not in reason.lower():
+            return ""
+        if "gpu_memory_utilization" not in self._settings:
+            return "change runtime.kv_cache_mib, "
+        share = self._settings["gpu_memory_utilization"]
+        return f"change runtime.gpu_memory ({share:g}), end what else runs on the GPU, "
 
     def resize(self, max_model_len: int) -> None:
         """From now on this many tokens of prompt + reply at most. Beyond what the engine was started for, a longer one
