@@ -244,7 +244,13 @@ def start_engine(folder: Path, policy: TransformersPolicy, kv_cache_mib: int) ->
 
     def start() -> None:
         nonlocal sampler
-        sampler = VLLMSampler(folder, policy.tokenization, max_model_len=CONTEXT, kv_cache_mib=kv_cache_mib)
+        sampler = VLLMSampler(
+            folder,
+            policy.tokenization,
+            max_model_len=CONTEXT,
+            device=policy.device.type,
+            kv_cache_mib=kv_cache_mib,
+        )
 
     took = {"import": timed(import_vllm), "start": timed(start)}
     assert sampler is not None

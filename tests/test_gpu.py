@@ -67,11 +67,17 @@ def load(device, dtype, llama_folder):
 
 
 @pytest.fixture(scope="module")
-def engine(load, dtype, llama_folder):
+def engine(load, device, dtype, llama_folder):
     from rrhf_bench.sampling.vllm import VLLMSampler
 
     return VLLMSampler(
-        llama_folder(0), load(0).tokenization, max_model_len=512, dtype=dtype, kv_cache_mib=32, gpu_memory=0.1
+        llama_folder(0),
+        load(0).tokenization,
+        max_model_len=512,
+        device=device,
+        dtype=dtype,
+        kv_cache_mib=32,
+        gpu_memory=0.1,
     )
 
 

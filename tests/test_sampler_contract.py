@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
+import subprocess
+import sys
 import weakref
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -28,7 +33,7 @@ PROMPTS = [
 ]
 SPEC = SamplingSpec(n=2, temperature=0.7, max_new_tokens=8, seed=3, purpose="test")
 
-needs_vllm = pytest.mark.skipif(choose_backend("vllm").name != "vllm", reason="vLLM is not installed here")
+needs_vllm = pytest.mark.skipif(choose_backend("vllm", device="cpu").name != "vllm", reason="no vLLM for CPUs here")
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +103,54 @@ def test_a_missed_sync_is_caught_and_named(engine, policy, trained, monkeypatch)
         StageError, match=r"log-probs are .* from the trainer's .* its weights are not the policy's, stale"
     ):
         checked.sample(PROMPTS, SPEC)
+
+
+class Rounded:
+    """A policy whose weights have the 10 bits of mantissa of TF32."""
+
+    def __init__(self, policy: TransformersPolicy) -> None:
+        self.policy, self.tokenization = policy, policy.tokenization
+
+    def state(self):
+        whole = self.policy.state().items()
+        return {name: ((w.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(w.dtype) for name, w in whole}
+
+
+def test_a_sampler_of_less_than_float32_is_caught_and_named(sampler, policy, monkeypatch):
+    whole = sampler.sync
+    monkeypatch.setattr(sampler, "sync", lambda policy: whole(Rounded(policy)))
+    checked = CheckedSampler(sampler, "float32", CONTEXT)
+    checked.sync(policy)
+    with pytest.raises(StageError, match=r"TRITON_F32_DEFAULT=ieee") as caught:
+        checked.sample(PROMPTS, SPEC)
+    assert "stale" not in str(caught.value)
+
+
+def test_logits_too_large_for_two_computations_to_agree_are_named(policy):
+    """A constant of 1e5 in every logit changes no probability, but float32 then holds logits in steps of 0.01."""
+    with torch.no_grad():
+        policy.model.get_input_embeddings().weight[:, 0] = 1.0
+        policy.model.model.norm.weight[0] *= 1e5
+    checked = CheckedSampler(TransformersSampler(policy, max_model_len=CONTEXT), "float32", CONTEXT)
+    checked.sync(policy)
+    with pytest.raises(StageError, match=r"logits reach 1\.\de\+05"):
+        checked.sample(PROMPTS, SPEC)
+
+
+@pytest.mark.skipif(choose_backend("vllm").name != "vllm", reason="vLLM is not installed here")
+def test_vllm_multiplies_float32_as_float32_on_a_gpu():
+    """Its attention is compiled for an H100: no TF32 as import_vllm leaves the environment, TF32 without."""
+    pytest.importorskip("triton")
+    root = Path(__file__).parents[1]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_F32_DEFAULT"}
+    environment["PYTHONPATH"] = str(root)
+    script = str(root / "tests" / "attention_ptx.py")
+    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["ours"] == []
+    assert all("tf32" in instruction for instruction in found["without"])
+    assert found["without"]
 
 
 @needs_vllm

@@ -22,7 +22,7 @@ from rrhf_bench.experiment import (
 from rrhf_bench.pipeline.judging import judge_identity
 from rrhf_bench.pipeline.store import content_key, folder_identity
 from rrhf_bench.sampling.backend import Backend, choose_backend
-from rrhf_bench.settings import READ, SEARCH_KEYS, CandidateSettings, MethodSettings
+from rrhf_bench.settings import READ, SEARCH_KEYS, CandidateSettings, MethodSettings, Strategy
 
 # Raised when a stage's code would give another result for the same settings: old artifacts are then not used.
 VERSIONS = {
@@ -91,7 +91,7 @@ PAIR_ROWS = ("chosen", "rejected")
 
 def make_plan(experiment: Experiment) -> Plan:
     """Every stage of an experiment. Raises StoreError for a model folder that is not there."""
-    backend = choose_backend(experiment.sampling.backend)
+    backend = choose_backend(experiment.sampling.backend, device=experiment.runtime.device)
     builder = _Builder(experiment, backend)
     test_scores = {
         (row, seed): builder.scores(row, method, "test", seed)
@@ -254,6 +254,10 @@ class _Builder:
         )
         return Stage("prompts", "prompts", settings, {"data": self.data, "policy": self.policy, **others}, sizes)
 
+    def _sampler(self, strategy: Strategy) -> str:
+        """Return the identity of the sampler that serves a strategy."""
+        return choose_backend(self.experiment.sampling.backend, strategy, self.experiment.runtime.device).identity
+
     def sample(self, candidates: CandidateSettings, model: Stage, dtype: str, split: str, seed: int) -> Stage:
         """Candidates of a model; those that are searched for are the same for all seeds, unless the model is not."""
         sampling = self.experiment.sampling
@@ -263,7 +267,7 @@ class _Builder:
             "max_new_tokens": sampling.max_new_tokens,
             "stop": list(sampling.training_stop),
             "split": split,
-            "sampler": choose_backend(sampling.backend, strategy).identity,
+            "sampler": self._sampler(strategy),
             "dtype": dtype,
         }
         if candidates.drawn:
@@ -421,7 +425,7 @@ class _Builder:
             settings["sampling"] = {
                 "max_new_tokens": e.sampling.max_new_tokens,
                 "stop": list(e.sampling.training_stop),
-                "sampler": choose_backend(e.sampling.backend, method.strategy or "sample").identity,
+                "sampler": self._sampler(method.strategy or "sample"),
             }
         return Stage(
             f"train {self._whose(row, method)}, seed {seed}",

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -96,6 +97,7 @@ class Services:
         self._kept: dict[tuple[str, ModelRef | str], Any] = {}
         self._used: set[tuple[str, ModelRef | str]] = set()  # by the present stage
         self._engines: dict[str, Sampler] = {}
+        self._policies: WeakKeyDictionary[TransformersPolicy, str] = WeakKeyDictionary()  # all alive, by their source
 
     def begin_stage(self) -> None:
         """Mark everything kept as unused, so that it may be dropped when the stage loads a model."""
@@ -131,7 +133,7 @@ class Services:
         return policy
 
     def _load_policy(self, ref: ModelRef) -> TransformersPolicy:
-        return TransformersPolicy.load(
+        policy = TransformersPolicy.load(
             ref.source,
             template=Template(ref.template),
             device=self.device,
@@ -141,6 +143,8 @@ class Services:
             trust_remote_code=ref.trust_remote_code,
             computation=Computation(self.runtime.pass_tokens, self.runtime.checkpoint_activations, self.runtime.onednn),
         )
+        self._policies[policy] = ref.source
+        return policy
 
     def fixed_policy(self, ref: ModelRef) -> TransformersPolicy:
         """Return a policy that is not trained, such as the initial one or the perplexity model."""
@@ -157,6 +161,28 @@ class Services:
         return self._keep(
             ("reward model", ref), lambda: DistinctTexts(load_reward(ref, self.device, self.runtime.score_batch))
         )
+
+    def held(self) -> list[tuple[str, int]]:
+        """Return (what, bytes) of each model that this process holds, largest first.
+
+        The bytes are those of weights and gradients, and of a vLLM engine what it was given.
+        """
+        found = [(f"policy {source}", _bytes(policy)) for policy, source in self._policies.items()]
+        for (kind, ref), kept in self._kept.items():
+            if isinstance(kept, DistinctTexts):
+                assert isinstance(ref, ModelRef)
+                found.append((f"{kind} {ref.source}", _bytes(kept.reward)))
+            elif kind == "sampler":
+                found.append(("sampler's copy of the policy", _bytes(kept.policy)))
+        found += [("vLLM engine", self._engine_bytes) for _ in self._engines]
+        return sorted(found, key=lambda item: -item[1])
+
+    @property
+    def _engine_bytes(self) -> int:
+        """The share of a GPU that a vLLM engine takes, or its cache on a CPU."""
+        if self.device != "cuda":
+            return self.runtime.kv_cache_mib << 20
+        return round(self.runtime.gpu_memory * torch.cuda.get_device_properties(0).total_memory)
 
     def reward_checks(self, ref: ModelRef, pairs: Sequence[Preference]) -> tuple[Check, ...]:
         """What was found of a reward model when it was loaded, and what held-out pairs show of it."""
@@ -234,12 +260,20 @@ class Services:
             source,
             policy.tokenization,
             max_model_len=length,
+            device=self.device,
             dtype=ref.dtype,
             revision=revision,
             trust_remote_code=ref.trust_remote_code,
             kv_cache_mib=kv_cache_mib,
             gpu_memory=self.runtime.gpu_memory,
         )
+
+
+def _bytes(holder: object) -> int:
+    """Return the bytes of the parameters, and of their gradients, of the modules that an object has as attributes."""
+    modules = [value for value in vars(holder).values() if isinstance(value, torch.nn.Module)]
+    tensors = {id(p): p for module in modules for p in module.parameters()}.values()
+    return sum(p.nbytes + (p.grad.nbytes if p.grad is not None else 0) for p in tensors)
 
 
 # What a model's configuration says that no forward pass reads: where it came from, how it was made, how it is trained.

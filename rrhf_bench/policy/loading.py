@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rrhf_bench.errors import DataError
+from rrhf_bench.errors import DataError, is_out_of_memory
 
 
 def load_causal_lm(
@@ -213,6 +213,8 @@ def load_faults(source: str, what: str) -> Iterator[None]:
     except DataError:
         raise
     except Exception as error:  # a missing, foreign or damaged file each fails in the way of its own reader
+        if is_out_of_memory(error):
+            raise
         reason = load_reason(error)
         if "trust_remote_code" in str(error):
             raise DataError(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rrhf_bench.data.dialogue import Template
-from rrhf_bench.errors import DataError
+from rrhf_bench.errors import DataError, is_out_of_memory
 from rrhf_bench.policy import activations, attention, embedding, last_layer, linear, onednn, rotary
 from rrhf_bench.policy.adapters import adapters_off, add_adapters, merge, merged_state
 from rrhf_bench.policy.batching import Pack, PaddedLayout, ResponseBatch, pack, padded, passes, places
@@ -175,6 +175,8 @@ class TransformersPolicy:
             hidden_ND = torch.cat([self._packed(part, layers_seen=seen) for part in pack(group, 1 << 10)])
             packed_BT = self._by_row(group, self._logprobs(hidden_ND, group, range(len(group.lengths)), keep=0))
         except (RuntimeError, ValueError, TypeError, AttributeError, LookupError) as error:
+            if is_out_of_memory(error):
+                raise  # it says nothing of packs
             packed_BT, reason = None, str(error).strip().partition("\n")[0] or type(error).__name__
         if packed_BT is not None:
             gap = (packed_BT - expected_BT).abs().sum().item() / sum(group.lengths)
