@@ -177,7 +177,11 @@ def import_vllm() -> Any:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     from vllm import LLM
+    from vllm.model_executor.models.transformers.base import Base
 
+    # vLLM runs GPT-NeoX, Phi, OLMo and others with the classes of transformers, and rewrites these classes for
+    # torch.compile: the trainer's own models of such a class then fail. Nothing is compiled here (``enforce_eager``).
+    Base._decorate_for_torch_compile = lambda self: None
     return LLM
 
 
