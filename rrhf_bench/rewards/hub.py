@@ -80,8 +80,7 @@ class ClassifierReward:
         if self.pools_itself:
             if contract.position != "last":
                 raise DataError(f"{where}: {type(model).__name__} pools by itself; expected position 'last'")
-            # RoBERTa's configuration counts two positions that no token has; its tokenizer knows.
-            self.max_length = min(self.max_length or tokenizer.model_max_length, tokenizer.model_max_length)
+            self.max_length = least(self.max_length, tokenizer.model_max_length, position_limit(model))
         else:
             refuse_left(contract, where)
             self._check_class()
@@ -279,6 +278,16 @@ def length_limit(max_length: int | None, config: Any) -> int | None:
     """The lesser of ``max_length`` and the model's context; None where neither says anything."""
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
     return least(max_length, context if context is not None and context > 0 else None)  # XLNet's, which has none, is -1
+
+
+def position_limit(model: Any) -> int | None:
+    """Return how many tokens a model like RoBERTa has positions for, or None for a model of another kind.
+
+    Such a model counts positions from its padding index on, so its configuration states more than tokens can have.
+    """
+    positions = getattr(getattr(model.base_model, "embeddings", None), "position_embeddings", None)
+    padding_index = getattr(positions, "padding_idx", None)
+    return None if padding_index is None else positions.num_embeddings - padding_index - 1
 
 
 def identity_of(layout: str, source: str, commit: str | None, contract: RewardContract, *others: str) -> str:
