@@ -80,7 +80,7 @@ class ClassifierReward:
         if self.pools_itself:
             if contract.position != "last":
                 raise DataError(f"{where}: {type(model).__name__} pools by itself; expected position 'last'")
-            self.max_length = least(self.max_length, tokenizer.model_max_length, self._places())
+            self.max_length = least(self.max_length, tokenizer.model_max_length, position_limit(model))
         else:
             refuse_left(contract, where)
             self._check_class()
@@ -168,26 +168,6 @@ class ClassifierReward:
         return other
 
     @torch.no_grad()
-    def _places(self) -> int | None:
-        """Return for how many tokens the model's table of learned positions has places; None if it has no such table.
-
-        RoBERTa and its kin count positions from the padding id on. Their configuration counts places that no token
-        takes, and not every tokenizer knows. The place of a text's first token shows how many of them there are.
-        """
-        found: list[int] = []
-
-        def look(table: Any, positions: tuple[Any, ...]) -> None:
-            found.append(table.weight.shape[0] - int(positions[0].flatten()[0]))
-
-        tables = [table for name, table in self.model.named_modules() if name.endswith(".position_embeddings")]
-        hooks = [table.register_forward_pre_hook(look) for table in tables if hasattr(table, "weight")]
-        if hooks:
-            pad_id = self.model.config.get_text_config().pad_token_id
-            self.score_batch([[i for i in range(4) if i not in (pad_id, self.pad_id)]])
-        for hook in hooks:
-            hook.remove()
-        return min(found, default=None)
-
     @torch.no_grad()
     def _check_class(self) -> None:
         """One short row, on which the class's own pooling cannot go wrong: both ways must give one score."""
@@ -299,6 +279,16 @@ def length_limit(max_length: int | None, config: Any) -> int | None:
     """The lesser of ``max_length`` and the model's context; None where neither says anything."""
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
     return least(max_length, context if context is not None and context > 0 else None)  # XLNet's, which has none, is -1
+
+
+def position_limit(model: Any) -> int | None:
+    """Return how many tokens a model like RoBERTa has positions for, or None for a model of another kind.
+
+    Such a model counts positions from its padding index on, so its configuration states more than tokens can have.
+    """
+    positions = getattr(getattr(model.base_model, "embeddings", None), "position_embeddings", None)
+    padding_index = getattr(positions, "padding_idx", None)
+    return None if padding_index is None else positions.num_embeddings - padding_index - 1
 
 
 def identity_of(layout: str, source: str, commit: str | None, contract: RewardContract, *others: str) -> str:

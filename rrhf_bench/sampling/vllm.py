@@ -215,8 +215,12 @@ def import_vllm() -> Any:
     os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")
     from vllm import LLM
     from vllm.model_executor.models import bloom
+    from vllm.model_executor.models.transformers.base import Base
 
     bloom._add_transformer_prefix = _name_bloom_weights
+    # vLLM runs GPT-NeoX, Phi, OLMo and others with the classes of transformers, and rewrites these classes for
+    # torch.compile: the trainer's own models of such a class then fail. Nothing is compiled here (``enforce_eager``).
+    Base._decorate_for_torch_compile = lambda self: None
     return LLM
 
 
