@@ -168,7 +168,6 @@ class ClassifierReward:
         return other
 
     @torch.no_grad()
-    @torch.no_grad()
     def _check_class(self) -> None:
         """One short row, on which the class's own pooling cannot go wrong: both ways must give one score."""
         pad_id = self.model.config.get_text_config().pad_token_id
@@ -286,7 +285,7 @@ def position_limit(model: Any) -> int | None:
 
     Such a model counts positions from its padding index on, so its configuration states more than tokens can have.
     """
-    positions = getattr(getattr(model.base_model, "embeddings", None), "position_embeddings", None)
+    positions: Any = getattr(getattr(model.base_model, "embeddings", None), "position_embeddings", None)
     padding_index = getattr(positions, "padding_idx", None)
     return None if padding_index is None else positions.num_embeddings - padding_index - 1
 
