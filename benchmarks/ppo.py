@@ -111,7 +111,7 @@ def ppo(
             )
         context = TrainContext(
             seed=0,
-            sampler=VLLMSampler(folder, policy.tokenization, max_model_len=CONTEXT),
+            sampler=VLLMSampler(folder, policy.tokenization, max_model_len=CONTEXT, device=device),
             reward=small_reward(folder, Path(temporary) / "reward", device),
             reference=None,
             max_new_tokens=max_new_tokens,

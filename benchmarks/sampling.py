@@ -28,8 +28,9 @@ from rrhf_bench.data.dialogue import STOP_STRINGS, Template
 from rrhf_bench.data.toy.world import build_world
 from rrhf_bench.errors import ConfigError, StageError
 from rrhf_bench.experiment import ScratchSettings
-from rrhf_bench.policy.policy import Tokenization, TransformersPolicy, load_causal_lm
+from rrhf_bench.policy.policy import TransformersPolicy, load_causal_lm
 from rrhf_bench.policy.scratch import train_language_model
+from rrhf_bench.policy.tokenization import Tokenization
 from rrhf_bench.records import Candidates, Prompt
 from rrhf_bench.sampling.backend import choose_backend
 from rrhf_bench.sampling.sampler import SamplingSpec
@@ -243,7 +244,13 @@ def start_engine(folder: Path, policy: TransformersPolicy, kv_cache_mib: int) ->
 
     def start() -> None:
         nonlocal sampler
-        sampler = VLLMSampler(folder, policy.tokenization, max_model_len=CONTEXT, kv_cache_mib=kv_cache_mib)
+        sampler = VLLMSampler(
+            folder,
+            policy.tokenization,
+            max_model_len=CONTEXT,
+            device=policy.device.type,
+            kv_cache_mib=kv_cache_mib,
+        )
 
     took = {"import": timed(import_vllm), "start": timed(start)}
     assert sampler is not None

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rrhf_bench.data.dialogue import Template
 from rrhf_bench.policy.batching import ResponseBatch
-from rrhf_bench.policy.policy import Tokenization
+from rrhf_bench.policy.tokenization import Tokenization
 from rrhf_bench.seeding import generator, torch_seed
 
 PAD, EOS = 0, 1  # ids of the vocabulary that no text here has

@@ -777,17 +777,22 @@ def _steps(
     strategy: Strategy = "sample",
 ) -> Iterator[PlainSteps]:
     """The plain-file steps with a progress bar on standard error."""
+    from rrhf_bench.pipeline.memory import WITHOUT_A_FILE, out_of_memory_named
     from rrhf_bench.pipeline.plain import PlainSteps
     from rrhf_bench.pipeline.runner import quiet
     from rrhf_bench.sampling.backend import choose_backend
 
-    chosen = choose_backend(backend, strategy)
+    chosen = choose_backend(backend, strategy, device)
     if chosen.note:
         _errors().print(f"note: {chosen.note}")
     with TerminalReporter(_errors()) as reporter, quiet():
         reporter.begin(words)
         runtime = RuntimeSettings(device=device)
-        yield PlainSteps(runtime, chosen.name, lambda i, n: reporter.progress(words, i, n), faulty_rows, reporter.note)
+        steps = PlainSteps(
+            runtime, chosen.name, lambda i, n: reporter.progress(words, i, n), faulty_rows, reporter.note
+        )
+        with out_of_memory_named(steps.services, WITHOUT_A_FILE):
+            yield steps
 
 
 def _done(as_json: bool, words: str, value: dict[str, Any]) -> None:

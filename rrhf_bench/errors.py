@@ -60,6 +60,20 @@ class Diverged(StageError):
         self.evidence = tuple(evidence)
 
 
+_NO_MEMORY = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return True if an allocation failed, in main memory or on a GPU.
+
+    PyTorch has a class of its own for its GPU allocator only. A CPU tensor, a CUDA library or the driver raises a
+    RuntimeError, which nothing but its text tells from others.
+    """
+    if isinstance(error, MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
+
+
 def visible(text: str, keep: str = "") -> str:
     """``text`` with characters that cannot be seen spelled out, such as ``\\x1b``; those in ``keep`` stay."""
     if text.isascii() and text.isprintable():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -197,6 +197,10 @@ class LoraSettings(Settings):
     targets: Names | Literal["all-linear"] = "all-linear"  # names of layers; all-linear: all but the LM head
 
 
+FLOAT32_MAX = 3.4028234663852886e38
+Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
 class OptimiserSettings(MethodSettings):
     """AdamW and its schedule, for methods that change weights."""
 
@@ -206,10 +210,20 @@ class OptimiserSettings(MethodSettings):
     schedule: Schedule = "linear"  # to 0 over the whole budget
     warmup: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.05  # share of all optimiser steps
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
-    betas: Annotated[tuple[float, float], Field(strict=False)] = (0.9, 0.999)
+    betas: Annotated[tuple[Beta, Beta], Field(strict=False)] = (0.9, 0.999)
     eps: Annotated[float, Field(gt=0.0)] = 1e-8
     grad_clip: Annotated[float, Field(gt=0.0)] = 1.0  # of the global norm
     max_length: Annotated[int, Field(ge=2)] | None = None  # prompt + response tokens; none: the model's context
+
+    @model_validator(mode="after")
+    def _first_step_fits(self) -> Self:
+        highest = FLOAT32_MAX * (1.0 - self.betas[0])
+        if self.lr > highest:
+            raise ValueError(
+                f"lr: found {self.lr:g}; expected at most {highest:.3g}, or AdamW's first step, lr / (1 - betas[0]), "
+                "is beyond float32; lower lr"
+            )
+        return self
 
 
 class OfflineSettings(OptimiserSettings):

@@ -10,7 +10,7 @@ import transformers as tf
 from tokenizers import Tokenizer, models
 
 from rrhf_bench.data.dialogue import Template
-from rrhf_bench.policy.policy import Tokenization
+from rrhf_bench.policy.tokenization import Tokenization
 
 VOCABULARY = 97
 # Large weights: attention to the wrong tokens shows, where the usual small ones would hide it in the rounding.

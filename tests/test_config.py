@@ -366,6 +366,21 @@ def test_settings_that_contradict_each_other(write: Write, overrides: list[str],
     assert line.startswith(expected)
 
 
+@pytest.mark.parametrize("kind", ["sft", "rrhf", "ppo"])
+def test_a_rate_whose_first_step_is_beyond_float32_is_refused(write: Write, kind: str) -> None:
+    """AdamW divides it by 1 - betas[0] and would stop with an error of its own."""
+    for rate, betas, bound in (3.5e37, [0.9, 0.999], "3.4e+37"), (1e35, [0.9999, 0.999], "3.4e+34"):
+        table = f"[methods.{kind}]\nbetas = {betas}\nlr = "
+        (line,) = faults(write(f"{table}{rate}"))
+        assert line.startswith(f"methods.{kind}.lr: found {rate:g}; expected at most {bound}")
+        load_experiment(write(f"{table}{rate / 10}"))
+    (line,) = faults(write("[reward_model.training]\nlr = 1e38"))
+    assert line.startswith("reward_model.training.lr: found ")
+    for betas in ([1.0, 0.9], [0.9, 1.0], [-0.1, 0.9]):
+        (line,) = faults(write(f"[methods.{kind}]\nbetas = {betas}"))
+        assert line.startswith(f"methods.{kind}.betas.")
+
+
 @pytest.mark.parametrize(
     ("kind", "key", "value"),
     [

@@ -67,11 +67,17 @@ def load(device, dtype, llama_folder):
 
 
 @pytest.fixture(scope="module")
-def engine(load, dtype, llama_folder):
+def engine(load, device, dtype, llama_folder):
     from rrhf_bench.sampling.vllm import VLLMSampler
 
     return VLLMSampler(
-        llama_folder(0), load(0).tokenization, max_model_len=512, dtype=dtype, kv_cache_mib=32, gpu_memory=0.1
+        llama_folder(0),
+        load(0).tokenization,
+        max_model_len=512,
+        device=device,
+        dtype=dtype,
+        kv_cache_mib=32,
+        gpu_memory=0.1,
     )
 
 
@@ -106,7 +112,7 @@ def test_the_canary_sees_a_missed_cache_reset(engine, load, dtype):
     engine.sync(load(0))
     differences(engine, load(0), 1.0)  # fills the prefix cache with this policy's states
     other = load(1)
-    engine.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(other.state().items())})
+    engine.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": other.state()})
     stale = differences(engine, other, 1.0)
     engine.sync(other)
     fresh = differences(engine, other, 1.0)

@@ -40,7 +40,7 @@ UNGIVEN = [Candidates(prompt, ()) for prompt in PROMPTS]
 STOP = ("e",)  # frequent, so that some samples are cut
 CONTEXT = 128
 
-needs_vllm = pytest.mark.skipif(choose_backend("vllm").name != "vllm", reason="vLLM is not installed here")
+needs_vllm = pytest.mark.skipif(choose_backend("vllm", device="cpu").name != "vllm", reason="no vLLM for CPUs here")
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -410,10 +410,10 @@ def test_adapters_start_as_nothing_and_alone_are_trained(name: str) -> None:
     assert torch.equal(reference.token_logprobs(batch), plain)
     assert not reference.token_logprobs(batch).requires_grad
 
-    merged = policy.state()
+    merged = dict(policy.state())
     assert {*merged} == {*before}
-    assert {*reference.state()} == {*before}
-    assert all(torch.equal(value, before[name]) for name, value in reference.state().items())
+    assert {*dict(reference.state())} == {*before}
+    assert all(torch.equal(value, before[name]) for name, value in reference.state())
     copied = policy.frozen_copy()
     assert {*copied.model.state_dict()} == {*before}
     assert all(torch.equal(value, merged[name]) for name, value in copied.model.state_dict().items())

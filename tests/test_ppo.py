@@ -21,7 +21,8 @@ from baselines.ppo_settings import PPOSettings
 from rrhf_bench.data.dialogue import Template
 from rrhf_bench.errors import DataError, Diverged, StageError
 from rrhf_bench.policy.batching import ResponseBatch
-from rrhf_bench.policy.policy import Policy, Tokenization, TransformersPolicy
+from rrhf_bench.policy.policy import Policy, TransformersPolicy
+from rrhf_bench.policy.tokenization import Tokenization
 from rrhf_bench.records import Candidates, Preference, Prompt, Response
 from rrhf_bench.sampling.transformers import TransformersSampler
 from rrhf_bench.seeding import torch_seed
@@ -103,7 +104,7 @@ class Run:
         )
 
     def weights(self) -> dict[str, torch.Tensor]:
-        return {name: weight.detach().clone() for name, weight in self.policy.state().items()}
+        return {name: weight.detach().clone() for name, weight in self.policy.state()}
 
 
 def settings(**changes: Any) -> PPOSettings:

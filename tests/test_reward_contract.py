@@ -746,7 +746,7 @@ def test_doctor_shows_every_check(trained: Path, spoilt: Path) -> None:
     assert findings[-1].ok is None  # it knows nothing of this world
     assert not [finding for finding in findings if finding.ok is False]
     edit(spoilt, truncation_side="right")
-    (finding,) = _guarded("reward model", lambda: _reward(services, ModelRef(str(spoilt))))
+    (finding,) = _guarded(services, "reward model", lambda: _reward(services, ModelRef(str(spoilt))))
     assert finding.ok is False
     assert 'expected truncation_side = "left": set it in' in finding.found
     half = {f.check: f for f in _reward(services, ModelRef(str(trained), dtype="bfloat16"))}

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
+import subprocess
+import sys
+import weakref
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,7 +33,7 @@ PROMPTS = [
 ]
 SPEC = SamplingSpec(n=2, temperature=0.7, max_new_tokens=8, seed=3, purpose="test")
 
-needs_vllm = pytest.mark.skipif(choose_backend("vllm").name != "vllm", reason="vLLM is not installed here")
+needs_vllm = pytest.mark.skipif(choose_backend("vllm", device="cpu").name != "vllm", reason="no vLLM for CPUs here")
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +70,7 @@ def reload_only(engine):
     """A sync that leaves the prefix cache as it is."""
 
     def sync(policy) -> None:
-        engine.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(policy.state().items())})
+        engine.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": policy.state()})
 
     return sync
 
@@ -99,6 +105,54 @@ def test_a_missed_sync_is_caught_and_named(engine, policy, trained, monkeypatch)
         checked.sample(PROMPTS, SPEC)
 
 
+class Rounded:
+    """A policy whose weights have the 10 bits of mantissa of TF32."""
+
+    def __init__(self, policy: TransformersPolicy) -> None:
+        self.policy, self.tokenization = policy, policy.tokenization
+
+    def state(self):
+        whole = self.policy.state().items()
+        return {name: ((w.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(w.dtype) for name, w in whole}
+
+
+def test_a_sampler_of_less_than_float32_is_caught_and_named(sampler, policy, monkeypatch):
+    whole = sampler.sync
+    monkeypatch.setattr(sampler, "sync", lambda policy: whole(Rounded(policy)))
+    checked = CheckedSampler(sampler, "float32", CONTEXT)
+    checked.sync(policy)
+    with pytest.raises(StageError, match=r"TRITON_F32_DEFAULT=ieee") as caught:
+        checked.sample(PROMPTS, SPEC)
+    assert "stale" not in str(caught.value)
+
+
+def test_logits_too_large_for_two_computations_to_agree_are_named(policy):
+    """A constant of 1e5 in every logit changes no probability, but float32 then holds logits in steps of 0.01."""
+    with torch.no_grad():
+        policy.model.get_input_embeddings().weight[:, 0] = 1.0
+        policy.model.model.norm.weight[0] *= 1e5
+    checked = CheckedSampler(TransformersSampler(policy, max_model_len=CONTEXT), "float32", CONTEXT)
+    checked.sync(policy)
+    with pytest.raises(StageError, match=r"logits reach 1\.\de\+05"):
+        checked.sample(PROMPTS, SPEC)
+
+
+@pytest.mark.skipif(choose_backend("vllm").name != "vllm", reason="vLLM is not installed here")
+def test_vllm_multiplies_float32_as_float32_on_a_gpu():
+    """Its attention is compiled for an H100: no TF32 as import_vllm leaves the environment, TF32 without."""
+    pytest.importorskip("triton")
+    root = Path(__file__).parents[1]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_F32_DEFAULT"}
+    environment["PYTHONPATH"] = str(root)
+    script = str(root / "tests" / "attention_ptx.py")
+    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["ours"] == []
+    assert all("tf32" in instruction for instruction in found["without"])
+    assert found["without"]
+
+
 @needs_vllm
 def test_weights_that_are_not_taken_over_in_full_are_caught(engine, policy, llama_folder, monkeypatch):
     """All of another model's but one matrix."""
@@ -110,7 +164,7 @@ def test_weights_that_are_not_taken_over_in_full_are_caught(engine, policy, llam
         tokenization = other.tokenization
 
         def state(self):
-            return {name: w for name, w in other.state().items() if name != "model.layers.1.mlp.down_proj.weight"}
+            return ((name, w) for name, w in other.state() if name != "model.layers.1.mlp.down_proj.weight")
 
     monkeypatch.setattr(engine, "sync", lambda policy: whole(Partial()))
     checked = CheckedSampler(engine, "float32", CONTEXT)
@@ -236,3 +290,43 @@ def test_adapters_are_in_the_weights_that_a_sampler_gets(sampler, llama_folder):
         texts.append([reply.token_ids for row in checked.sample(PROMPTS, SPEC) for reply in row.responses])
         assert found[0]["max"] < 1e-4  # the adapters' product is added to the weights, and to the states in the trainer
     assert texts[0] != texts[1]
+
+
+class CountingMerged:
+    """A policy that counts how many of the merged matrices of a sync are alive when the next one is handed out."""
+
+    def __init__(self, policy: TransformersPolicy) -> None:
+        self.tokenization = policy.tokenization
+        self._policy = policy
+        self.alive: list[int] = []
+
+    def state(self):
+        own = {weight.data_ptr() for weight in self._policy.model.state_dict().values()}
+        merged = []
+        for name, value in self._policy.state():
+            if value.data_ptr() not in own:
+                merged.append(weakref.ref(value))
+            self.alive.append(sum(reference() is not None for reference in merged))
+            yield name, value
+
+
+def test_a_sync_of_adapters_holds_few_merged_matrices(sampler, llama_folder):
+    """All 14 at once would be a second copy of the model."""
+    policy = TransformersPolicy.load(llama_folder(0), template=Template())
+    policy.adapt(LoraSettings(rank=4), seed=0)
+    counting = CountingMerged(policy)
+    sampler.sync(counting)
+    # One that is copied and the next; vLLM keeps those of one fused layer (query, key, value) until it has all of them.
+    assert 1 <= max(counting.alive) <= (2 if isinstance(sampler, TransformersSampler) else 4)
+
+
+def test_a_sync_refuses_weights_that_do_not_fit(policy):
+    """A copy would spread a narrower tensor over a wider one, and would leave what is missing as it was."""
+    sampler = TransformersSampler(policy, max_model_len=256)
+    weights = dict(policy.state())
+    name = "model.layers.0.mlp.up_proj.weight"
+    narrow, missing = {**weights, name: weights[name][:1]}, {key: w for key, w in weights.items() if key != name}
+    for wrong in (narrow, missing):
+        policy.state = lambda wrong=wrong: iter(wrong.items())
+        with pytest.raises(AssertionError, match=name):
+            sampler.sync(policy)

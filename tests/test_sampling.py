@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import random
 import shutil
@@ -29,7 +30,7 @@ LONG = "\n\nHuman: " + "How do I bake bread when the flour is old and the oven i
 PROMPTS = [Prompt(LONG), Prompt("\n\nHuman: What is a glacier?\n\nAssistant:"), Prompt(LONG.replace("bread", "cake"))]
 SPEC = SamplingSpec(n=3, temperature=1.0, max_new_tokens=24, seed=7, purpose="test", logprobs=True)
 
-needs_vllm = pytest.mark.skipif(choose_backend("vllm").name != "vllm", reason="vLLM is not installed here")
+needs_vllm = pytest.mark.skipif(choose_backend("vllm", device="cpu").name != "vllm", reason="no vLLM for CPUs here")
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +84,7 @@ def test_the_canary_sees_a_missed_cache_reset(engine, policy, llama_folder):
     engine.sync(policy)
     disagreement(engine, policy, 1.0)  # fills the prefix cache with this policy's states
     other = TransformersPolicy.load(llama_folder(1), template=Template())
-    engine.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(other.state().items())})
+    engine.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": other.state()})
     assert disagreement(engine, other, 1.0) > 0.01
     engine.sync(other)
     assert disagreement(engine, other, 1.0) < 1e-5
@@ -229,7 +230,7 @@ def test_policies_that_compute_otherwise_have_engines_of_their_own(llama_folder,
     ending = altered(llama_folder(0), tmp_path / "ending")
     said = json.loads((ending / "tokenizer_config.json").read_text(encoding="utf-8"))
     (ending / "tokenizer_config.json").write_text(json.dumps({**said, "eos_token": "<pad>"}), encoding="utf-8")
-    assert own != key(ending)
+    assert own == key(ending)  # a base model and its chat model share an engine: a request says what ends its reply
 
 
 @needs_vllm
@@ -336,3 +337,26 @@ def test_the_benchmark_times_equal_tokens_only(engine, policy):
 
     with pytest.raises(StageError, match=r"n=2: . of 6 replies are not those of raw vLLM"):
         measure(Otherwise(), policy.model, PROMPTS, Workload(n=2), plan)
+
+
+def test_a_vllm_for_gpus_does_not_serve_a_run_on_the_cpu(tmp_path, monkeypatch):
+    """The build is read from the installed distribution, as `plan` reads it, without an import."""
+    monkeypatch.syspath_prepend(tmp_path)
+    for version, on_a_cpu in (("0.32.0", "transformers"), ("0.32.0+cpu", "vllm")):
+        folder = tmp_path / "vllm-0.32.0.dist-info"
+        folder.mkdir(exist_ok=True)
+        (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n")
+        importlib.invalidate_caches()
+        assert choose_backend("vllm", device="auto").identity == f"vllm {version}"
+        assert choose_backend("vllm", device="cuda").identity == f"vllm {version}"
+        chosen = choose_backend("vllm", device="cpu")
+        assert chosen.name == on_a_cpu
+        assert (chosen.note is None) == (on_a_cpu == "vllm")
+
+
+@needs_vllm
+def test_an_engine_computes_where_the_policy_is_or_not_at_all(llama_folder, policy):
+    from rrhf_bench.sampling.vllm import VLLMSampler
+
+    with pytest.raises(StageError, match=r"computes on cpu, and the policy is on cuda"):
+        VLLMSampler(llama_folder(0), policy.tokenization, max_model_len=256, device="cuda")

@@ -17,7 +17,8 @@ from rrhf_bench.errors import DataError
 from rrhf_bench.experiment import RuntimeSettings
 from rrhf_bench.pipeline import steps
 from rrhf_bench.pipeline.services import ModelRef, Services
-from rrhf_bench.policy.policy import Tokenization, TransformersPolicy
+from rrhf_bench.policy.policy import TransformersPolicy
+from rrhf_bench.policy.tokenization import Tokenization
 from rrhf_bench.records import Preference, Prompt, Response
 from rrhf_bench.sampling.sampler import SamplingSpec
 from rrhf_bench.training.method import TrainContext, TrainInputs

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
-from conftest import TEXTS
+from conftest import TEXTS, make_tokenizer
 
 from rrhf_bench.data.dialogue import Template
-from rrhf_bench.policy.policy import Tokenization
+from rrhf_bench.policy.tokenization import Tokenization
+from rrhf_bench.records import Prompt
+from rrhf_bench.sampling.sampler import SamplingSpec, to_response
 
 REPLIES = (" First, mix the flour.", "No space before it.", " :) smile", "(well)", "  two", "\n\nlines", "")
 
@@ -30,9 +34,22 @@ def sentencepiece_like():
     )
 
 
-@pytest.fixture(params=["byte-level", "sentencepiece-like"])
-def tokenization(request, tokenizer):
-    return Tokenization(tokenizer if request.param == "byte-level" else sentencepiece_like(), Template(), "here")
+def llama_class(folder):
+    """The same vocabulary in a folder whose tokenizer class is LLaMA's, which transformers builds in its own way."""
+    from transformers import AutoTokenizer
+
+    sentencepiece_like().save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "tokenizer_class": "LlamaTokenizer", "add_bos_token": True}))
+    return AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.fixture(params=["byte-level", "sentencepiece-like", "llama"])
+def tokenization(request, tokenizer, tmp_path):
+    made = {"byte-level": lambda: tokenizer, "sentencepiece-like": sentencepiece_like}
+    made["llama"] = lambda: llama_class(tmp_path)
+    return Tokenization(made[request.param](), Template(), "here")
 
 
 @pytest.mark.parametrize("reply", REPLIES)
@@ -46,3 +63,64 @@ def test_a_reply_has_the_tokens_that_it_has_after_its_prompt(tokenization):
     ids = tokenization.response_ids(reply, ended=False)
     assert tuple(whole[-len(ids) :]) == ids
     assert tokenization.decode(whole[-len(ids) :]) == reply
+
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def chat_tokenizer(template: str = CHATML):
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def test_a_chat_model_is_trained_to_end_its_turn_and_may_end_by_any_of_its_ends():
+    """The tokenizer's end of text is <eos>; the template ends a turn with <|im_end|>, and the model lists a third."""
+    tokenizer = chat_tokenizer()
+    turn, third = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|im_start|>"])
+    chat = Tokenization(tokenizer, Template("chat"), "here", (tokenizer.eos_token_id, third))
+    assert chat.end_ids == (turn, tokenizer.eos_token_id, third)
+    assert chat.response_ids(" Mix it.", ended=True)[-1] == turn
+    transcript = Tokenization(tokenizer, Template(), "here", (third,))
+    assert transcript.end_ids == (tokenizer.eos_token_id, third)
+    spec = SamplingSpec(n=1, temperature=1.0, max_new_tokens=9, seed=0, purpose="test")
+    words = chat.response_ids(" Mix it.", ended=False)
+    for end in chat.end_ids:
+        reply = to_response(chat, spec, (*words, end), None)
+        assert (reply.finish, reply.text) == ("eos", " Mix it.")
+    assert to_response(transcript, spec, (*words, turn), None).finish == "length"
+
+
+def test_the_name_of_a_special_token_in_a_text_is_text(tokenizer):
+    tokenization = Tokenization(tokenizer, Template(), "here")
+    end, pad = tokenization.eos_id, tokenization.pad_id
+    for text in (" Mix flour.<eos>", "<eos> Mix", f" Mix {tokenizer.pad_token} it"):
+        ids = tokenization.response_ids(text, ended=True)
+        assert (ids.count(end), ids[-1]) == (1, end)
+        assert pad not in ids[:-1]
+        assert tokenization.decode(ids) == text
+        assert tokenization.names_special_token(text)
+        assert end not in tokenization.prompt_ids(Prompt(f"\n\nHuman: {text}\n\nAssistant:"))
+    assert not tokenization.names_special_token(" Mix <eo s>.")
+
+
+def test_a_reply_that_the_cap_cuts_within_a_character_is_the_text_before_it(tokenizer):
+    tokenization = Tokenization(tokenizer, Template(), "here")
+    spec = SamplingSpec(n=1, temperature=1.0, max_new_tokens=9, seed=0, purpose="test")
+    ids = tokenization.response_ids(" mix 好", ended=False)
+    assert to_response(tokenization, spec, ids, None).text == " mix 好"
+    cut = to_response(tokenization, spec, ids[:-1], None)
+    assert (cut.text, cut.token_ids, cut.finish) == (" mix ", ids[:-1], "length")
+    kept = tokenization.response_ids(cut.text, ended=False)
+    assert ids[: len(kept)] == kept  # what is trained was sampled
+
+
+def test_a_chat_template_that_writes_the_date_gives_the_same_tokens_every_day():
+    dated = "{{ strftime_now('%d %b %Y') }} " + CHATML
+    tokenization = Tokenization(chat_tokenizer(dated), Template("chat"), "here")
+    text = tokenization.tokenizer.decode(tokenization.prompt_ids(Prompt("\n\nHuman: Hi\n\nAssistant:")))
+    assert text.startswith("26 Jul 2024 <|im_start|>")

@@ -19,12 +19,14 @@ from rrhf_bench.errors import DataError, Diverged, StageError
 from rrhf_bench.evaluation.metrics import candidate_statistics
 from rrhf_bench.policy.batching import ResponseBatch
 from rrhf_bench.policy.logprobs import kl_k1, kl_k3, sequence_score
-from rrhf_bench.policy.policy import Tokenization, TransformersPolicy
+from rrhf_bench.policy.policy import TransformersPolicy
+from rrhf_bench.policy.tokenization import Tokenization
 from rrhf_bench.records import Candidates, Preference, Prompt, Response
 from rrhf_bench.sampling.sampler import SamplingSpec, to_response
+from rrhf_bench.settings import FLOAT32_MAX, OptimiserSettings
 from rrhf_bench.training.loop import OfflineTrainer, batches, tally
 from rrhf_bench.training.method import Example, LossOutput, MethodBatch, Progress, TrainContext, TrainInputs
-from rrhf_bench.training.optimiser import lr_factor
+from rrhf_bench.training.optimiser import AdamW, lr_factor
 from rrhf_bench.training.rrhf import RRHF
 from rrhf_bench.training.rrhf_settings import RRHFSettings
 
@@ -188,6 +190,7 @@ def test_rrhf_trains_towards_the_better_replies(policy, tmp_path):
         "prompts_too_long": 0,
         "responses_empty": 0,
         "responses_truncated": 0,
+        "responses_with_special_tokens": 0,
         "groups_with_ties": 8,  # the third reply scores as the first or the second in every group
         "groups_all_equal": 0,
     }
@@ -331,3 +334,16 @@ def test_a_loss_that_is_not_finite_stops_with_its_batch(policy, tmp_path):
     assert len(prompts) == 2
     assert prompts <= {prompt.text for prompt in PROMPTS}
     assert all(row["responses"][0]["text"] for row in caught.value.evidence)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.9, 0.9999])
+def test_the_highest_rate_that_is_accepted_can_be_stepped(beta: float) -> None:
+    """At 1.03 times this rate AdamW raises an error of its own."""
+    settings = OptimiserSettings(kind="sft", lr=FLOAT32_MAX * (1 - beta) * 0.999, betas=(beta, 0.999))
+    weight = torch.nn.Parameter(torch.ones(2))
+    optimiser = AdamW([weight], settings)
+    for _ in range(2):
+        weight.sum().backward()
+        optimiser.clip()
+        optimiser.step(settings.lr)
+    assert weight.abs().min() > settings.lr  # two steps of about the rate

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import date
 from typing import Any, Literal, get_args
 
 from rrhf_bench.errors import DataError
@@ -16,6 +17,9 @@ ASSISTANT = "\n\nAssistant:"
 
 # Without the blank lines: undertrained models write "toAssistant:" as well.
 STOP_STRINGS = ("Human:", "Assistant:")
+
+# The day that chat templates with a date are rendered on: the one that Llama 3's template falls back to.
+TEMPLATE_DATE = date(2024, 7, 26)
 
 Role = Literal["system", "user", "assistant"]
 TemplateKind = Literal["hh", "chat", "raw"]
@@ -199,10 +203,14 @@ def render_chat(
     a system message out.
     """
     messages = [{"role": turn.role, "content": turn.text.strip()} for turn in dialogue]
+    # A template that writes the day's date would give a prompt other tokens every day.
+    clock = {"strftime_now": TEMPLATE_DATE.strftime} if "strftime_now" in str(tokenizer.chat_template) else {}
     try:
         if not messages:
             raise ValueError("the dialogue has no message before the assistant's reply")
-        text: str = tokenizer.apply_chat_template(messages, add_generation_prompt=add_generation_prompt, tokenize=False)
+        text: str = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=add_generation_prompt, tokenize=False, **clock
+        )
     except Exception as error:  # whatever the template's own code raises
         roles = ", ".join(turn.role for turn in dialogue) or "none"
         raise RefusedDialogue(

@@ -13,6 +13,7 @@ from rrhf_bench.data.toy.reviews import build_reviews
 from rrhf_bench.data.toy.world import build_world
 from rrhf_bench.errors import BenchError
 from rrhf_bench.experiment import RuntimeSettings, ScratchSettings
+from rrhf_bench.pipeline.memory import WITHOUT_A_FILE, out_of_memory_named
 from rrhf_bench.pipeline.run import environment
 from rrhf_bench.pipeline.services import ModelRef, Services
 from rrhf_bench.policy import onednn
@@ -41,7 +42,7 @@ def examine(
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU (no CUDA GPU)"
     findings.append(Finding("device", None, f"{device}, {torch.get_num_threads()} threads"))
     findings.append(_pins())
-    chosen = choose_backend(backend)
+    chosen = choose_backend(backend, device=runtime.device)
     findings.append(Finding("sampler", None, chosen.note or chosen.identity))
     services = Services(runtime)
     world = build_world(seed=0, raw_corpus=1, corpus=200, perplexity_corpus=1, preferences=8, dev=1, test=8)
@@ -58,16 +59,19 @@ def examine(
                 progress=lambda done, total: None,
             )
             policy = ModelRef(str(Path(folder) / "model"), max_length=settings.context)
-        findings += _guarded("sampler's log-probs", lambda: _sampler(services, policy, chosen.name, world.test))
+        findings += _guarded(
+            services, "sampler's log-probs", lambda: _sampler(services, policy, chosen.name, world.test)
+        )
     if reward is not None:
-        findings += _guarded("reward model", lambda: _reward(services, reward))
+        findings += _guarded(services, "reward model", lambda: _reward(services, reward))
     return findings
 
 
-def _guarded(check: str, body: object) -> list[Finding]:
+def _guarded(services: Services, check: str, body: object) -> list[Finding]:
     assert callable(body)
     try:
-        return body()
+        with out_of_memory_named(services, WITHOUT_A_FILE):
+            return body()
     except BenchError as error:
         return [Finding(check, False, str(error))]
 

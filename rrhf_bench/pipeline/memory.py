@@ -1,15 +1,69 @@
-"""The peak memory of this process on its device, counted from a moment that the caller chooses."""
+"""Memory of this process: its peak on a device from a chosen moment on, and the error of an allocation that fails."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Protocol
 
 import torch
+
+from rrhf_bench.errors import StageError, is_out_of_memory
 
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 _STATUS = Path("/proc/self/status")
 _RESET_RESIDENT_PEAK = "5"  # proc(5): sets VmHWM of the process to its present resident set
+
+HOLDERS_NAMED = 4  # in a message: the largest ones
+
+# What lowers the memory of a kind of stage, first what changes no result beyond rounding.
+_SCORING = "lower runtime.score_batch"
+_TRAINING = "lower runtime.pass_tokens, set runtime.checkpoint_activations = true, or set lora for the method"
+_SAMPLING = "lower sampling.max_new_tokens, or policy.max_length"
+_LOWER = {
+    "train": _TRAINING,
+    "sample": _SAMPLING,
+    "score": _SCORING,
+    "score pairs": "lower runtime.pass_tokens",
+    "evaluate": f"{_SCORING} and runtime.pass_tokens",
+    "evaluate pairs": f"{_SCORING} and runtime.pass_tokens",
+}
+WITHOUT_A_FILE = "use a smaller model, --dtype bfloat16 or another --device, or for `train` --set lora.rank=8"
+
+
+class Holding(Protocol):
+    """Something that loads models."""
+
+    device: str
+
+    def held(self) -> Sequence[tuple[str, int]]:
+        """Return (what, bytes) of everything loaded, largest first."""
+        ...
+
+
+def what_to_lower(kind: str, device: str) -> str:
+    """Return the keys of an experiment file that lower the memory of a kind of stage."""
+    own = _LOWER.get(kind, "use a smaller model")
+    share = "give the sampler less with runtime.gpu_memory" if device == "cuda" else "set runtime.workers = 1"
+    return f"{own}, or {share}"
+
+
+@contextmanager
+def out_of_memory_named(services: Holding, advice: str) -> Iterator[None]:
+    """Raise StageError if an allocation fails in here; it names the largest holders of memory and gives the advice."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = str(error).strip().partition("\n")[0][:200]
+        held = ", ".join(f"{what} {size / 2**30:.2f} GiB" for what, size in services.held()[:HOLDERS_NAMED])
+        raise StageError(
+            f"out of memory on {services.device} ({reason or 'no room'}); loaded in this process: "
+            f"{held or 'no model'}; {advice}"
+        ) from error
 
 
 def reset_peak(device: torch.device) -> bool:

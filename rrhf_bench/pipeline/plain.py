@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -27,7 +28,8 @@ from rrhf_bench.pipeline import steps
 from rrhf_bench.pipeline.candidates import assemble, pair_candidates
 from rrhf_bench.pipeline.services import FILE, DistinctTexts, ModelRef, Services, context_of
 from rrhf_bench.pipeline.store import replacing
-from rrhf_bench.policy.policy import Tokenization, TransformersPolicy
+from rrhf_bench.policy.policy import TransformersPolicy
+from rrhf_bench.policy.tokenization import Tokenization
 from rrhf_bench.records import Candidates, Decoding, Evaluated, Preference, Prompt
 from rrhf_bench.rewards.gold import GoldReward
 from rrhf_bench.sampling.backend import BackendName
@@ -52,6 +54,10 @@ class PlainSteps:
     faulty_rows: FaultyRows = "error"
     note: Callable[[str], None] = lambda text: None
 
+    @cached_property
+    def services(self) -> Services:
+        return Services(self.runtime)
+
     def sample(
         self, model: ModelRef, prompts: Path, out: Path, spec: SamplingSpec, sources: Sequence[str]
     ) -> dict[str, int]:
@@ -62,7 +68,7 @@ class PlainSteps:
                 f'{prompts}: has no "chosen" and "rejected"; they are needed for --sources {",".join(sources)}'
             )
         with replacing(out) as path:
-            services = Services(self.runtime)
+            services = self.services
             policy = services.fixed_policy(model)
             read = self._usable(read, [policy], context_of(policy, model) - spec.max_new_tokens)
             sampler = services.sampler_for(
@@ -77,7 +83,7 @@ class PlainSteps:
         """Score every response of a file, write it again with ``scores``, and return counts of what is odd."""
         read = load_candidates(candidates, scored=False, faulty_rows=self.faulty_rows)
         with replacing(out) as path:
-            model = self._reward(Services(self.runtime), reward)
+            model = self._reward(self.services, reward)
             scored = steps.score_shared_candidates(model, read.candidates, reward.source, self.progress)
             write_rrhf(path, scored)
         return {**read.counts, **count_candidates(scored), "truncated": model.truncated}
@@ -95,7 +101,7 @@ class PlainSteps:
         stop: tuple[str, ...],
     ) -> TrainResult:
         """Train a policy by one method and write a transformers folder with ``metrics.jsonl`` beside its weights."""
-        services = Services(self.runtime)
+        services = self.services
         if "reward" in method.needs and reward is None:
             raise DataError(f"{method.kind}: scores its own samples; name a reward model with --reward-model")
         inputs, counts, places = _train_inputs(method, data, self.faulty_rows)
@@ -154,7 +160,7 @@ class PlainSteps:
         if gold:
             _require_embedded_world(read.prompts, prompts)
         with replacing(out) as path:
-            services = Services(self.runtime)
+            services = self.services
             policy = services.policy(model)
             reference = None
             if initial is not None:

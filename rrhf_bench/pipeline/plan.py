@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -21,7 +22,7 @@ from rrhf_bench.experiment import (
 from rrhf_bench.pipeline.judging import judge_identity
 from rrhf_bench.pipeline.store import content_key, folder_identity
 from rrhf_bench.sampling.backend import Backend, choose_backend
-from rrhf_bench.settings import READ, SEARCH_KEYS, CandidateSettings, MethodSettings
+from rrhf_bench.settings import READ, SEARCH_KEYS, CandidateSettings, MethodSettings, Strategy
 
 # Raised when a stage's code would give another result for the same settings: old artifacts are then not used.
 VERSIONS = {
@@ -41,6 +42,8 @@ VERSIONS = {
 
 # The version of the rules by which files and hub sets are read. The embedded worlds do not depend on them.
 READER = 2
+# The same for models of the hub and of folders: how their tokenizers are read, and which tokens end a reply.
+MODEL_READER = 2
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,7 @@ PAIR_ROWS = ("chosen", "rejected")
 
 def make_plan(experiment: Experiment) -> Plan:
     """Every stage of an experiment. Raises StoreError for a model folder that is not there."""
-    backend = choose_backend(experiment.sampling.backend)
+    backend = choose_backend(experiment.sampling.backend, device=experiment.runtime.device)
     builder = _Builder(experiment, backend)
     test_scores = {
         (row, seed): builder.scores(row, method, "test", seed)
@@ -216,10 +219,18 @@ class _Builder:
         )
 
     def _given(self, settings: ModelSettings | RewardModelSettings) -> dict[str, Any]:
-        """A model that is used as it is: a folder by its content, a hub model by id and revision."""
-        dump = settings.model_dump(mode="json", exclude={"scratch", "training", "part"})
+        """Return the settings of a model that is used as it is: a folder by its content, a hub model by id, revision.
+
+        The settings of an adapter's folder have the content of its base as well.
+        """
+        dump: dict[str, Any] = {"reader": MODEL_READER}
+        dump |= settings.model_dump(mode="json", exclude={"scratch", "training", "part"})
         folder = Path(settings.source)
-        return {**dump, "identity": folder_identity(folder)} if folder.is_dir() else dump
+        if folder.is_dir():
+            dump["identity"] = folder_identity(folder)
+            base = _base_folder(folder)
+            dump |= {} if base is None else {"base": folder_identity(base)}
+        return dump
 
     @cached_property
     def prompts(self) -> Stage:
@@ -243,6 +254,10 @@ class _Builder:
         )
         return Stage("prompts", "prompts", settings, {"data": self.data, "policy": self.policy, **others}, sizes)
 
+    def _sampler(self, strategy: Strategy) -> str:
+        """Return the identity of the sampler that serves a strategy."""
+        return choose_backend(self.experiment.sampling.backend, strategy, self.experiment.runtime.device).identity
+
     def sample(self, candidates: CandidateSettings, model: Stage, dtype: str, split: str, seed: int) -> Stage:
         """Candidates of a model; those that are searched for are the same for all seeds, unless the model is not."""
         sampling = self.experiment.sampling
@@ -252,7 +267,7 @@ class _Builder:
             "max_new_tokens": sampling.max_new_tokens,
             "stop": list(sampling.training_stop),
             "split": split,
-            "sampler": choose_backend(sampling.backend, strategy).identity,
+            "sampler": self._sampler(strategy),
             "dtype": dtype,
         }
         if candidates.drawn:
@@ -410,7 +425,7 @@ class _Builder:
             settings["sampling"] = {
                 "max_new_tokens": e.sampling.max_new_tokens,
                 "stop": list(e.sampling.training_stop),
-                "sampler": choose_backend(e.sampling.backend, method.strategy or "sample").identity,
+                "sampler": self._sampler(method.strategy or "sample"),
             }
         return Stage(
             f"train {self._whose(row, method)}, seed {seed}",
@@ -463,6 +478,16 @@ def _read_alike(one: PolicySettings, other: PolicySettings) -> bool:
         return False
     sizes = [(policy.scratch.vocabulary, policy.scratch.context) for policy in (one, other)]
     return one.source == "toy-raw" or sizes[0] == sizes[1]
+
+
+def _base_folder(folder: Path) -> Path | None:
+    """Return the folder of the base model that an adapter's folder names, or None."""
+    try:
+        base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+        found = Path(base)
+    except (OSError, ValueError, TypeError, KeyError):  # no adapter, or one that loading refuses
+        return None
+    return found if found.is_dir() else None
 
 
 def _how(candidates: CandidateSettings) -> str:

@@ -128,7 +128,7 @@ def make(
     import torch
 
     from rrhf_bench.pipeline.job import Job
-    from rrhf_bench.pipeline.memory import peak_bytes, reset_peak
+    from rrhf_bench.pipeline.memory import out_of_memory_named, peak_bytes, reset_peak, what_to_lower
     from rrhf_bench.pipeline.stages import BODIES
 
     started = time.monotonic()
@@ -151,10 +151,11 @@ def make(
             store.writing(stage.key, about) as folder,
         ):
             services = _services(runtime)
+            services.begin_stage()
             job = Job(stage.kind, settings, inputs, folder, services, backend, progress, stage.row, scratch)
             device = torch.device(services.device)
             measured = reset_peak(device)  # else a stage would report the peak of a stage before it
-            with quiet():
+            with quiet(), out_of_memory_named(services, what_to_lower(stage.kind, services.device)):
                 BODIES[stage.kind](job)
             seconds = time.monotonic() - started
             peak_mib = peak_bytes(device) / 2**20 if measured else None

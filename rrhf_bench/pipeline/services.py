@@ -1,7 +1,8 @@
-"""Models by reference, loaded when first asked for; one sampling engine an architecture, its weights synced."""
+"""Load models by reference and keep the ones in use; one sampling engine an architecture, its weights synced."""
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import math
@@ -9,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -18,6 +20,7 @@ from rrhf_bench.data.dialogue import Template, TemplateKind
 from rrhf_bench.errors import DataError
 from rrhf_bench.experiment import Dtype, RuntimeSettings
 from rrhf_bench.jsonl import from_json
+from rrhf_bench.policy.loading import architecture_of, require_savable
 from rrhf_bench.policy.policy import Computation, TransformersPolicy
 from rrhf_bench.records import Preference, Prompt
 from rrhf_bench.rewards.checks import Check, on_pairs
@@ -71,18 +74,66 @@ def resolve_device(runtime: RuntimeSettings) -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+# How many models and samplers that the present stage has not used may stay in memory when it loads another. A GPU has
+# room for none: at 7B each is a sixth of it. On a CPU an evaluation uses four (initial policy, reward model, perplexity
+# model, sampler), so that these survive a stage that samples from a policy of its own. With four, the embedded
+# experiment that has the most policies (sampling_quality) loads 30 models in 163 stages; 12 without a limit.
+IDLE_MODELS = {"cpu": 4, "cuda": 0}
+
+
 class Services:
-    """What stages are lent. Lives as long as the process; policies that train are loaded anew each time."""
+    """The models of the stages, for the life of a process.
+
+    Models that are not trained, and samplers of transformers, are kept from stage to stage. Before another model is
+    loaded, the least recently used ones that the present stage has not used are dropped, down to IDLE_MODELS. Engines
+    of vLLM stay for ever (sampling/vllm.py says why).
+    """
 
     def __init__(self, runtime: RuntimeSettings) -> None:
         self.runtime = runtime
         self.device = resolve_device(runtime)
-        self._kept: dict[tuple[str, ModelRef], Any] = {}  # by kind: one reference may name a policy and a reward model
-        self._samplers: dict[str, Sampler] = {}
+        # By (kind, reference or engine key), the least recently used first. One reference may name a policy and a
+        # reward model.
+        self._kept: dict[tuple[str, ModelRef | str], Any] = {}
+        self._used: set[tuple[str, ModelRef | str]] = set()  # by the present stage
+        self._engines: dict[str, Sampler] = {}
+        self._policies: WeakKeyDictionary[TransformersPolicy, str] = WeakKeyDictionary()  # all alive, by their source
+
+    def begin_stage(self) -> None:
+        """Mark everything kept as unused, so that it may be dropped when the stage loads a model."""
+        self._used = set()
+
+    def make_room(self) -> None:
+        """Drop what the present stage has not used beyond IDLE_MODELS: a model is about to be loaded."""
+        idle = [key for key in self._kept if key not in self._used]
+        dropped = idle[: max(0, len(idle) - IDLE_MODELS[self.device])]
+        for key in dropped:
+            del self._kept[key]
+        if dropped and self.device == "cuda":
+            gc.collect()
+            torch.cuda.empty_cache()  # an engine that starts measures what the device has left
+
+    def _keep(self, key: tuple[str, ModelRef | str], load: Callable[[], Any]) -> Any:
+        """Return what is kept under ``key``; if there is nothing, load it."""
+        if key not in self._kept:
+            self.make_room()
+            self._kept[key] = load()
+        self._used.add(key)
+        self._kept[key] = self._kept.pop(key)  # the most recently used is last
+        return self._kept[key]
 
     def policy(self, ref: ModelRef) -> TransformersPolicy:
-        """A policy of its own weights, to be trained."""
-        return TransformersPolicy.load(
+        """Load a policy with weights of its own, to be trained. It is not kept.
+
+        Raises DataError if the trained policy could not be saved.
+        """
+        self.make_room()
+        policy = self._load_policy(ref)
+        require_savable(ref.source, policy.model, policy.tokenization.tokenizer)
+        return policy
+
+    def _load_policy(self, ref: ModelRef) -> TransformersPolicy:
+        policy = TransformersPolicy.load(
             ref.source,
             template=Template(ref.template),
             device=self.device,
@@ -92,22 +143,46 @@ class Services:
             trust_remote_code=ref.trust_remote_code,
             computation=Computation(self.runtime.pass_tokens, self.runtime.checkpoint_activations, self.runtime.onednn),
         )
+        self._policies[policy] = ref.source
+        return policy
 
     def fixed_policy(self, ref: ModelRef) -> TransformersPolicy:
-        """Return a policy that is not trained, such as the initial one or the perplexity model; it is loaded once."""
-        key = ("policy", ref)
-        if key not in self._kept:
-            policy = self.policy(ref)
+        """Return a policy that is not trained, such as the initial one or the perplexity model."""
+
+        def load() -> TransformersPolicy:
+            policy = self._load_policy(ref)
             policy.model.requires_grad_(False)
-            self._kept[key] = policy
-        return self._kept[key]
+            return policy
+
+        return self._keep(("policy", ref), load)
 
     def reward(self, ref: ModelRef) -> DistinctTexts:
-        """Return a reward model that scores each text of a call once; it is loaded once."""
-        key = ("reward model", ref)
-        if key not in self._kept:
-            self._kept[key] = DistinctTexts(load_reward(ref, self.device, self.runtime.score_batch))
-        return self._kept[key]
+        """Return a reward model that scores each text of a call once."""
+        return self._keep(
+            ("reward model", ref), lambda: DistinctTexts(load_reward(ref, self.device, self.runtime.score_batch))
+        )
+
+    def held(self) -> list[tuple[str, int]]:
+        """Return (what, bytes) of each model that this process holds, largest first.
+
+        The bytes are those of weights and gradients, and of a vLLM engine what it was given.
+        """
+        found = [(f"policy {source}", _bytes(policy)) for policy, source in self._policies.items()]
+        for (kind, ref), kept in self._kept.items():
+            if isinstance(kept, DistinctTexts):
+                assert isinstance(ref, ModelRef)
+                found.append((f"{kind} {ref.source}", _bytes(kept.reward)))
+            elif kind == "sampler":
+                found.append(("sampler's copy of the policy", _bytes(kept.policy)))
+        found += [("vLLM engine", self._engine_bytes) for _ in self._engines]
+        return sorted(found, key=lambda item: -item[1])
+
+    @property
+    def _engine_bytes(self) -> int:
+        """The share of a GPU that a vLLM engine takes, or its cache on a CPU."""
+        if self.device != "cuda":
+            return self.runtime.kv_cache_mib << 20
+        return round(self.runtime.gpu_memory * torch.cuda.get_device_properties(0).total_memory)
 
     def reward_checks(self, ref: ModelRef, pairs: Sequence[Preference]) -> tuple[Check, ...]:
         """What was found of a reward model when it was loaded, and what held-out pairs show of it."""
@@ -133,9 +208,14 @@ class Services:
         setting of the runtime for an engine that is started by this call.
         """
         key = engine_key(policy, ref, backend)
-        if key not in self._samplers:
-            self._samplers[key] = self._start(policy, ref, backend, kv_cache_mib or self.runtime.kv_cache_mib)
-        engine: Any = self._samplers[key]
+        cache_mib = kv_cache_mib or self.runtime.kv_cache_mib
+        engine: Any
+        if backend == "transformers":
+            engine = self._keep(("sampler", key), lambda: self._start(policy, ref, backend, cache_mib))
+        else:
+            if key not in self._engines:
+                self._engines[key] = self._start(policy, ref, backend, cache_mib)
+            engine = self._engines[key]
         context = context_of(policy, ref)
         engine.resize(context)
         sampler = CheckedSampler(engine, ref.dtype, context, progress=progress, note=note)
@@ -175,16 +255,25 @@ class Services:
             return TransformersSampler(policy, max_model_len=length)
         from rrhf_bench.sampling.vllm import VLLMSampler
 
+        source, revision = architecture_of(ref.source, ref.revision)
         return VLLMSampler(
-            ref.source,
+            source,
             policy.tokenization,
             max_model_len=length,
+            device=self.device,
             dtype=ref.dtype,
-            revision=ref.revision,
+            revision=revision,
             trust_remote_code=ref.trust_remote_code,
             kv_cache_mib=kv_cache_mib,
             gpu_memory=self.runtime.gpu_memory,
         )
+
+
+def _bytes(holder: object) -> int:
+    """Return the bytes of the parameters, and of their gradients, of the modules that an object has as attributes."""
+    modules = [value for value in vars(holder).values() if isinstance(value, torch.nn.Module)]
+    tensors = {id(p): p for module in modules for p in module.parameters()}.values()
+    return sum(p.nbytes + (p.grad.nbytes if p.grad is not None else 0) for p in tensors)
 
 
 # What a model's configuration says that no forward pass reads: where it came from, how it was made, how it is trained.
@@ -193,12 +282,12 @@ UNREAD |= {"dtype", "torch_dtype", "id2label", "label2id", "return_dict", "outpu
 
 
 def engine_key(policy: TransformersPolicy, ref: ModelRef, backend: BackendName) -> str:
-    """What an engine is started for and cannot change: the architecture, the dtype that it computes in, and the
-    vocabulary and end-of-text token by which it knows where a reply ends."""
-    tokenization = policy.tokenization
-    vocabulary = hashlib.sha256(json.dumps(sorted(tokenization.tokenizer.get_vocab().items())).encode()).hexdigest()
+    """Return what an engine is started for and cannot change: the architecture, the dtype that it computes in, and the
+    vocabulary of its tokenizer. The ends of a reply are part of each request."""
+    vocab = policy.tokenization.tokenizer.get_vocab()
+    vocabulary = hashlib.sha256(json.dumps(sorted(vocab.items())).encode()).hexdigest()
     architecture = _read(policy.model.config.to_dict())
-    return json.dumps([backend, ref.dtype, vocabulary, tokenization.eos_id, architecture], sort_keys=True, default=str)
+    return json.dumps([backend, ref.dtype, vocabulary, architecture], sort_keys=True, default=str)
 
 
 def _read(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -129,6 +129,7 @@ def model(job: Job) -> None:
     settings = ScratchSettings.model_validate(s["scratch"])
     texts = [json.loads(line)["text"] for line in (job.inputs["data"] / f"{s['corpus']}.jsonl").open(encoding="utf-8")]
     log: list[Mapping[str, float]] = []
+    job.services.make_room()
     train_language_model(
         texts,
         settings,
@@ -160,6 +161,7 @@ def reward_model(job: Job) -> None:
         log.append(metrics)
         job.progress(len(log), steps_in_all)
 
+    job.services.make_room()
     classifies = settings.objective == "classification"
     result = (train_classifier if classifies else train_reward_model)(
         policy.source,
@@ -342,6 +344,7 @@ def train(job: Job) -> None:
     """A policy trained by one method, its metrics, and its reward on the dev prompts along the way."""
     s = job.settings
     settings = _method(s["method"])
+    reward = job.services.reward(job.ref("reward model"))  # first, or it could be dropped to make room for the policy
     policy = job.services.policy(job.ref())
     unadapted = steps.adapt(policy, settings, s["seed"])
     inputs = train_inputs(job, settings)
@@ -352,7 +355,7 @@ def train(job: Job) -> None:
     context = TrainContext(
         seed=s["seed"],
         sampler=sampler_of(job, policy, backend) if "sampler" in settings.needs else None,
-        reward=job.services.reward(job.ref("reward model")) if "reward" in settings.needs else None,
+        reward=reward if "reward" in settings.needs else None,
         reference=(unadapted or job.services.fixed_policy(job.ref())) if "reference" in settings.needs else None,
         watch=curve.watch,
         log=record.log.append,
@@ -496,9 +499,9 @@ def evaluate(job: Job) -> None:
     """The evaluation prompts, every decoding, judged; and the policy's own ranking of held-out pairs."""
     s = job.settings
     initial = job.services.fixed_policy(job.ref())
+    judges = _judges(job)  # before the policy, or they could be dropped to make room for it
     policy = job.services.policy(job.ref("trained")) if "trained" in job.inputs else initial
     sampler: Sampler = sampler_of(job, policy, job.backend)
-    judges = _judges(job)
     specs = decodings(s["evaluation"], s["seed"], "evaluate")
     if "method" in s:
         sampler = registry.build(_method(s["method"])).wrap(sampler, judges.reward)

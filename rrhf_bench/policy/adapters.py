@@ -69,19 +69,25 @@ def merge(model: Any) -> None:
         setattr(model.get_submodule(parent), child, layer.base_layer)
 
 
-@torch.no_grad()
-def merged_state(model: Any) -> dict[str, Tensor]:
-    """The weights under the names that they have without adapters, adapters added unless they are off."""
+def merged_state(model: Any, *, device: str | None = None) -> Iterator[tuple[str, Tensor]]:
+    """Return an iterator over the weights under the names that they have without adapters.
+
+    Each adapted weight is merged when it is reached, so that one merged matrix exists at a time if the caller keeps
+    none. Adapters that are off when this function is called stay out, however late the iterator is used. Merged
+    matrices are moved to ``device`` if it is given; the other weights are the model's own tensors.
+    """
     layers = _adapted(model)
-    if not layers:
-        return model.state_dict()
-    state = {}
-    for name, value in model.state_dict().items():
-        if ".lora_" in name:
-            continue
-        owner, _, leaf = name.rpartition(".")
-        layer = layers.get(owner.removesuffix(".base_layer")) if owner.endswith(".base_layer") else None
-        if layer is not None and leaf == "weight" and not layer.disable_adapters:
-            value = (value + layer.get_delta_weight("default").to(value.dtype)).contiguous()
-        state[name.replace(".base_layer.", ".")] = value
-    return state
+    active = {f"{name}.base_layer.weight": layer for name, layer in layers.items() if not layer.disable_adapters}
+    weights = [(name, value) for name, value in model.state_dict().items() if ".lora_" not in name]
+    return (
+        (name.replace(".base_layer.", ".") if layers else name, _merged(value, active.get(name), device))
+        for name, value in weights
+    )
+
+
+@torch.no_grad()
+def _merged(value: Tensor, layer: Any | None, device: str | None) -> Tensor:
+    """Return a weight with the adapter of its layer added; if there is no layer, the weight itself."""
+    if layer is None:
+        return value
+    return (value + layer.get_delta_weight("default").to(value.dtype)).contiguous().to(device or value.device)

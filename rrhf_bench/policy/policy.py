@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
-from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -17,14 +13,14 @@ import torch
 from torch import Tensor
 
 from rrhf_bench.data.dialogue import Template
-from rrhf_bench.errors import DataError
+from rrhf_bench.errors import DataError, is_out_of_memory
 from rrhf_bench.policy import activations, attention, embedding, last_layer, linear, onednn, rotary
 from rrhf_bench.policy.adapters import adapters_off, add_adapters, merge, merged_state
 from rrhf_bench.policy.batching import Pack, PaddedLayout, ResponseBatch, pack, padded, passes, places
 from rrhf_bench.policy.head import KEPT, token_logprobs
-from rrhf_bench.policy.loading import load_causal_lm
+from rrhf_bench.policy.loading import end_ids_of, load_causal_lm, save_causal_lm
 from rrhf_bench.policy.logprobs import gather_logprobs
-from rrhf_bench.records import Prompt, Response
+from rrhf_bench.policy.tokenization import Tokenization
 from rrhf_bench.settings import LoraSettings
 
 # Tokens fed at once: enough to keep the device busy, few enough for the activations to fit.
@@ -39,100 +35,6 @@ class ResponseStates:
 
     logp_BT: Tensor  # float32, 0 beyond each row's end
     hidden_BTD: Tensor  # the model's dtype, 0 beyond each row's end
-
-
-class Tokenization:
-    """A tokenizer with the dialogue template its model expects: the one place where text becomes ids.
-
-    Prompt and response are encoded apart and joined, in training, sampling and scoring alike, so that the tokens a
-    policy is trained on are the tokens it would have sampled. A leading special token is added to the prompt only.
-    Raises DataError for a tokenizer without an end-of-text token, or without a pad token, which only the ``raw``
-    template, that of sampling, does without.
-    """
-
-    def __init__(self, tokenizer: Any, template: Template, where: str) -> None:
-        if tokenizer.eos_token_id is None:
-            raise DataError(
-                f"{where}: the tokenizer has no EOS token, so no reply could end; name it in tokenizer_config.json"
-            )
-        if tokenizer.pad_token_id is None and template.kind != "raw":
-            raise DataError(
-                f"{where}: the tokenizer has no pad token; name one of its tokens with policy.pad_token (--pad-token)"
-            )
-        self.tokenizer = tokenizer
-        self.template = template
-        self.eos_id: int = tokenizer.eos_token_id
-        self.pad_id: int = self.eos_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        # LLaMA's tokenizer puts a space before any text and takes one off when decoding: apart from its prompt, a reply
-        # would be written with a space too many and read with one too few. Behind a colon, as in a transcript, neither.
-        self._colon_ids: list[int] = tokenizer(":", add_special_tokens=False)["input_ids"]
-        after_colon = tokenizer(": a", add_special_tokens=False)["input_ids"][len(self._colon_ids) :]
-        apart = tokenizer(" a", add_special_tokens=False)["input_ids"]
-        self._adds_space = template.kind == "hh" and after_colon != apart
-        # Training asks for the same texts in every epoch. Kept in 4 bytes a token: in Python's own integers it is 36.
-        self._prompt_ids = lru_cache(1 << 16)(lambda prompt: array("I", self._encode_prompt(prompt)))
-        self._text_ids = lru_cache(1 << 18)(lambda text: array("I", self._encode_text(text)))
-
-    def __deepcopy__(self, memo: Any) -> Tokenization:
-        return self  # never changes
-
-    @cached_property
-    def identity(self) -> str:
-        """What decides text to ids and back: the vocabulary and the template."""
-        vocabulary = json.dumps(sorted(self.tokenizer.get_vocab().items()))
-        return hashlib.sha256(f"{self.template.kind} {vocabulary}".encode()).hexdigest()
-
-    def has_vocabulary_of(self, other: Tokenization) -> bool:
-        """Return True if both tokenizers have the same tokens with the same ids."""
-        return self is other or bool(self.tokenizer.get_vocab() == other.tokenizer.get_vocab())
-
-    def prompt_ids(self, prompt: Prompt) -> tuple[int, ...]:
-        """Ids of the rendered prompt, with the tokenizer's own leading special token if it adds one; of a raw prompt
-        ``tokenizer(text)``, whatever that is."""
-        return tuple(self._prompt_ids(prompt))
-
-    def _encode_prompt(self, prompt: Prompt) -> tuple[int, ...]:
-        text, add_special_tokens = self.template.render_prompt(prompt, self.tokenizer)
-        ids = self.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
-        # Some tokenizers close every text with EOS; a prompt that has ended cannot be continued.
-        closed = ids and ids[-1] == self.eos_id and self.template.kind != "raw"
-        return tuple(ids[:-1] if closed else ids)
-
-    def response_ids(self, text: str, *, ended: bool) -> tuple[int, ...]:
-        """Ids of a response; EOS is its last scored token if it ended, and is absent if the token cap cut it."""
-        return tuple(self._text_ids(text)) + ((self.eos_id,) if ended else ())
-
-    def _encode_text(self, text: str) -> tuple[int, ...]:
-        rendered = self.template.render_response(text)
-        ids = self.tokenizer(rendered, add_special_tokens=False)["input_ids"]
-        if self._adds_space:
-            colon = len(self._colon_ids)
-            joined = self.tokenizer(":" + rendered, add_special_tokens=False)["input_ids"]
-            ids = joined[colon:] if joined[:colon] == self._colon_ids else ids
-        return tuple(ids)
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of sampled ids, special tokens dropped, spaces as they are."""
-        ids = [*self._colon_ids, *ids] if self._adds_space else ids
-        text = self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return text.removeprefix(":") if self._adds_space else text
-
-    def batch(self, rows: Iterable[tuple[Prompt, Response]], max_length: int | None = None) -> ResponseBatch:
-        """A batch from records. ``max_length`` bounds prompt + response: the response is cut on the right (it then
-        has no EOS), and at least one of its tokens must fit. Raises DataError where the prompt leaves no room."""
-        pairs = []
-        for prompt, response in rows:
-            prompt_ids = self.prompt_ids(prompt)
-            response_ids = self.response_ids(response.text, ended=response.ended)
-            if max_length is not None:
-                if len(prompt_ids) >= max_length:
-                    raise DataError(
-                        f"prompt {prompt.id}: has {len(prompt_ids)} tokens; at most {max_length - 1} leave room for a "
-                        f"response within max_length {max_length}; drop it or raise max_length"
-                    )
-                response_ids = response_ids[: max_length - len(prompt_ids)]
-            pairs.append((prompt_ids, response_ids))
-        return ResponseBatch.of_pairs(pairs)
 
 
 class Policy(Protocol):
@@ -155,8 +57,12 @@ class Policy(Protocol):
 
     def parameters(self) -> Iterable[torch.nn.Parameter]: ...
 
-    def state(self) -> Mapping[str, Tensor]:
-        """The weights under transformers' names: what a sampler syncs from."""
+    def state(self) -> Iterator[tuple[str, Tensor]]:
+        """Return an iterator over the weights under transformers' names, from which samplers copy.
+
+        Adapters are added to a weight when the iterator reaches it. A consumer that copies each weight before it takes
+        the next one therefore never holds a second copy of the model.
+        """
         ...
 
     def save(self, folder: Path) -> None:
@@ -225,7 +131,8 @@ class TransformersPolicy:
         tokenizer, model = load_causal_lm(
             str(source), dtype=dtype, revision=revision, pad_token=pad_token, trust_remote_code=trust_remote_code
         )
-        return cls(model.to(device), Tokenization(tokenizer, template, str(source)), computation)
+        tokenization = Tokenization(tokenizer, template, str(source), end_ids_of(model))
+        return cls(model.to(device), tokenization, computation)
 
     def _take_over_linear_layers(self) -> None:
         if self.device.type == "cpu":
@@ -268,6 +175,8 @@ class TransformersPolicy:
             hidden_ND = torch.cat([self._packed(part, layers_seen=seen) for part in pack(group, 1 << 10)])
             packed_BT = self._by_row(group, self._logprobs(hidden_ND, group, range(len(group.lengths)), keep=0))
         except (RuntimeError, ValueError, TypeError, AttributeError, LookupError) as error:
+            if is_out_of_memory(error):
+                raise  # it says nothing of packs
             packed_BT, reason = None, str(error).strip().partition("\n")[0] or type(error).__name__
         if packed_BT is not None:
             gap = (packed_BT - expected_BT).abs().sum().item() / sum(group.lengths)
@@ -385,12 +294,14 @@ class TransformersPolicy:
     def parameters(self) -> Iterable[torch.nn.Parameter]:
         return self.model.parameters()
 
-    def state(self) -> Mapping[str, Tensor]:
+    def state(self) -> Iterator[tuple[str, Tensor]]:
         return merged_state(self.model)
 
     def save(self, folder: Path) -> None:
-        self.model.save_pretrained(folder, state_dict=dict(self.state()), safe_serialization=True)
-        self.tokenization.tokenizer.save_pretrained(folder)
+        # A safetensors file is written from all of its tensors at once. Merged ones wait for it in the host's memory:
+        # on a GPU one exists at a time, and what has no adapter is not copied.
+        state = dict(merged_state(self.model, device="cpu"))
+        save_causal_lm(folder, self.model, self.tokenization.tokenizer, state)
 
     def adapt(self, lora: LoraSettings, seed: int) -> None:
         """From here on only low-rank adapters train (2106.09685), whose product is zero at first."""
@@ -432,7 +343,7 @@ class _WithoutAdapters:
     def parameters(self) -> Iterable[torch.nn.Parameter]:
         return ()
 
-    def state(self) -> Mapping[str, Tensor]:
+    def state(self) -> Iterator[tuple[str, Tensor]]:
         with adapters_off(self._policy.model):
             return self._policy.state()
 

@@ -188,7 +188,8 @@ def reward_curves(view: View, initial: str) -> Iterator[Made]:
     caption = (
         f"Rows that start from {initial}. Mean reward of the current policy on the same dev prompts (no KL term), at "
         f"fixed fractions of each budget. Bold: {seeds}. Sampling and scoring the candidates counts before step 0, so "
-        "these curves start to the right of 0 in tokens and seconds; seconds are of the machine named under Cost."
+        "these curves start to the right of 0 in tokens and seconds; the optimiser steps of a row with several rounds "
+        "are those of its last round. Seconds are of the machine named under Cost."
         + _left_out(view, [row for row in view.rows_from(initial) if view.kind(row) in ("rrhf", "ppo")], shown)
     )
     name = "reward_curves" if initial == BASE else f"reward_curves_{1 + view.policies.index(initial)}"

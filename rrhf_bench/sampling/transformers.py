@@ -53,8 +53,15 @@ class TransformersSampler:
         """From now on this many tokens of prompt + reply at most."""
         self.max_model_len = max_model_len
 
+    @torch.no_grad()
     def sync(self, policy: Policy) -> None:
-        self.policy.model.load_state_dict(dict(policy.state()))
+        """Copy the policy's weights one by one. Both must have the same weights, by name and shape."""
+        own = self.policy.model.state_dict()  # references: copying into them changes the model
+        for name, value in policy.state():
+            weight = own.pop(name)
+            assert weight.shape == value.shape, f"{name}: {tuple(value.shape)} into {tuple(weight.shape)}"
+            weight.copy_(value)
+        assert not own, f"not synced: {', '.join(own)}"
         self.tokenization = policy.tokenization
 
     def sample(self, prompts: Sequence[Prompt], spec: SamplingSpec) -> list[Candidates]:
@@ -88,13 +95,12 @@ class TransformersSampler:
     def _search(
         self, prompts: Sequence[Prompt], prompt_ids: Sequence[tuple[int, ...]], spec: SamplingSpec
     ) -> list[Candidates]:
-        """Beams, with the end-of-text and pad tokens that ``generate`` would take from the model."""
+        """Return the replies that beam search finds; a group that is done is padded as ``generate`` pads it."""
         model = self.policy.model
-        defaults = model.generation_config
-        eos_ids = self.tokenization.eos_id if defaults.eos_token_id is None else defaults.eos_token_id
-        eos_ids = eos_ids if isinstance(eos_ids, list) else [eos_ids]
+        eos_ids = self.tokenization.end_ids
         vocabulary = range(model.config.get_text_config().vocab_size)
-        pad_id = defaults.pad_token_id if defaults.pad_token_id in vocabulary else eos_ids[0]
+        pad_id = model.generation_config.pad_token_id
+        pad_id = pad_id if pad_id in vocabulary else eos_ids[0]
         found: dict[int, Candidates] = {}
         order = sorted(range(len(prompts)), key=lambda i: len(prompt_ids[i]))  # rows of like length pad less
         size = max(1, self.batch // spec.beams)
@@ -137,7 +143,7 @@ class TransformersSampler:
             cached.go_on(going, tokens[going].tolist())
 
     def _ended(self, row: _Request, spec: SamplingSpec) -> bool:
-        if row.ids[-1] == self.tokenization.eos_id or len(row.ids) >= spec.max_new_tokens:
+        if row.ids[-1] in self.tokenization.end_ids or len(row.ids) >= spec.max_new_tokens:
             return True
         # A stop string that has just been completed lies in the last few tokens.
         return bool(spec.stop) and any(stop in self.tokenization.decode(row.ids[-12:]) for stop in spec.stop)

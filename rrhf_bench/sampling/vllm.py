@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from rrhf_bench.errors import StageError
-from rrhf_bench.policy.policy import Policy, Tokenization
+from rrhf_bench.policy.policy import Policy
+from rrhf_bench.policy.tokenization import Tokenization
 from rrhf_bench.records import Candidates, Prompt, Response
 from rrhf_bench.sampling.backend import choose_backend
 from rrhf_bench.sampling.sampler import SamplingSpec, fitting_ids, to_response
@@ -33,7 +34,8 @@ class VLLMSampler:
     """A Sampler over one in-process vLLM engine.
 
     ``folder`` gives architecture, vocabulary and first weights; ``sync`` replaces the weights by those of any policy
-    with the same architecture and vocabulary. Raises StageError where the engine does not start.
+    with the same architecture and vocabulary. Raises StageError where the engine does not start, or the installed vLLM
+    does not compute on ``device``.
     """
 
     def __init__(
@@ -42,6 +44,7 @@ class VLLMSampler:
         tokenization: Tokenization,
         *,
         max_model_len: int,
+        device: str = "cpu",
         dtype: str = "float32",
         revision: str | None = None,
         trust_remote_code: bool = False,
@@ -53,7 +56,8 @@ class VLLMSampler:
         self.progress = progress
         self.max_model_len = max_model_len
         self.identity = f"{choose_backend('vllm').identity} {dtype}"
-        cuda = torch.cuda.is_available()
+        cuda = torch.device(device).type == "cuda"
+        self._device = device
         self._folder = str(folder)
         self._settings: dict[str, Any] = {
             "revision": revision,
@@ -79,6 +83,7 @@ class VLLMSampler:
         """Start the engine. Raises StageError where it does not."""
         with _untouched_random_state():
             engine = import_vllm()
+            self._require_device()
             gc.collect()
             gc.freeze()  # what is imported so far is never garbage: spares the engine's many collections a walk over it
             length = self.max_model_len
@@ -86,22 +91,35 @@ class VLLMSampler:
                 self.llm = engine(
                     self._folder, max_model_len=length, max_num_batched_tokens=max(8192, length), **self._settings
                 )
-            except (RuntimeError, ValueError, OSError) as error:
+            # It asserts that no one else frees memory while it measures how much there is.
+            except (RuntimeError, ValueError, OSError, AssertionError) as error:
                 raise StageError(f"{self._folder}: {self._fault(error)}") from error
         _ENGINES.append(self.llm)
         self._started_for = length
+
+    def _require_device(self) -> None:
+        """Raise StageError if the installed vLLM computes elsewhere than the trainer: nothing chooses its device."""
+        from vllm.platforms import current_platform
+
+        found, expected = current_platform.device_type or "no device that it finds", torch.device(self._device).type
+        if found != expected:
+            raise StageError(
+                f"{self.identity}: computes on {found}, and the policy is on {expected}; set runtime.device to where "
+                f"both are, or {_OTHER}"
+            )
 
     def _fault(self, error: Exception) -> str:
         """Return one line about an engine that did not start, with what to change."""
         lines = (line.strip() for line in str(error).splitlines())
         length = next((line for line in lines if "max seq len" in line or "max_model_len" in line), None)
-        if length is None:
-            return f"vLLM could not start ({_first_line(error)}); {_OTHER}"
         memory = "runtime.kv_cache_mib" if "kv_cache_memory_bytes" in self._settings else "runtime.gpu_memory"
-        return (
-            f"vLLM could not start for {self.max_model_len} tokens of prompt and reply ({length.partition('. ')[0]}); "
-            f"lower policy.max_length, raise {memory}, or {_OTHER}"
-        )
+        if length is not None:
+            return (
+                f"vLLM could not start for {self.max_model_len} tokens of prompt and reply "
+                f"({length.partition('. ')[0]}); lower policy.max_length, raise {memory}, or {_OTHER}"
+            )
+        remedy = f"change {memory}, or " if "memory" in str(error).lower() else ""
+        return f"vLLM could not start ({_first_line(error)}); {remedy}{_OTHER}"
 
     def resize(self, max_model_len: int) -> None:
         """From now on this many tokens of prompt + reply at most. Beyond what the engine was started for, a longer one
@@ -133,6 +151,9 @@ class VLLMSampler:
                         top_k=spec.top_k,
                         max_tokens=spec.max_new_tokens,
                         stop=list(spec.stop),
+                        # Of the ends in its folder the engine is to know none: the policy synced last may have others.
+                        ignore_eos=True,
+                        stop_token_ids=list(self.tokenization.end_ids),
                         seed=None if spec.greedy else spec.request_seed(prompt, index),
                         logprobs=0 if spec.logprobs else None,
                         flat_logprobs=True,  # a list of numbers, not an object and a dictionary a token
@@ -172,7 +193,7 @@ class VLLMSampler:
         """
         with _untouched_random_state(), torch.no_grad():
             try:
-                self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(policy.state().items())})
+                self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": policy.state()})
             except (ValueError, KeyError) as error:
                 raise StageError(
                     f"{self._folder}: vLLM does not take its weights ({_first_line(error)}); {_OTHER}"
@@ -189,10 +210,17 @@ def import_vllm() -> Any:
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # binding would pin the trainer's threads as well
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    # On a GPU vLLM's attention in float32 is a Triton kernel, and Triton multiplies float32 in TF32 unless this says
+    # otherwise. TF32 keeps 10 of 23 bits: log-probs would be further from the trainer's than the contract allows.
+    os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")
     from vllm import LLM
     from vllm.model_executor.models import bloom
+    from vllm.model_executor.models.transformers.base import Base
 
     bloom._add_transformer_prefix = _name_bloom_weights
+    # vLLM runs GPT-NeoX, Phi, OLMo and others with the classes of transformers, and rewrites these classes for
+    # torch.compile: the trainer's own models of such a class then fail. Nothing is compiled here (``enforce_eager``).
+    Base._decorate_for_torch_compile = lambda self: None
     return LLM
 
 

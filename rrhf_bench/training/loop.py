@@ -13,7 +13,8 @@ from typing import Any, Protocol, TypeVar
 from rrhf_bench.errors import DataError, Diverged
 from rrhf_bench.jsonl import to_json
 from rrhf_bench.policy.batching import within
-from rrhf_bench.policy.policy import Policy, Tokenization
+from rrhf_bench.policy.policy import Policy
+from rrhf_bench.policy.tokenization import Tokenization
 from rrhf_bench.records import Candidates
 from rrhf_bench.seeding import generator
 from rrhf_bench.settings import OfflineSettings
@@ -211,10 +212,12 @@ def with_tokens(groups: Sequence[Candidates], tokenization: Tokenization) -> tup
 
 
 def tally(examples: Sequence[Example], tokenization: Tokenization, max_length: int | None) -> dict[str, int]:
-    """Return the counts of responses that ``max_length`` cuts and of groups with tied rewards.
+    """Return the counts of responses that ``max_length`` cuts, of responses that contain the name of a special token
+    such as ``</s>``, and of groups with tied rewards.
 
     The prompts of all examples must fit. Ties are counted on the same float64 rewards that the loss compares.
     """
+    responses = [response for example in examples for response in example.responses]
     cut = 0
     if max_length is not None:
         for example in examples:
@@ -223,6 +226,7 @@ def tally(examples: Sequence[Example], tokenization: Tokenization, max_length: i
     scored = [example.rewards for example in examples if example.rewards]
     return {
         "responses_truncated": cut,
+        "responses_with_special_tokens": sum(tokenization.names_special_token(r.text) for r in responses),
         "groups_with_ties": sum(len(set(r)) < len(r) for r in scored),
         "groups_all_equal": sum(len(set(r)) == 1 for r in scored),
     }

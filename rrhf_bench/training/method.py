@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from rrhf_bench.policy.batching import ResponseBatch
-from rrhf_bench.policy.policy import Policy, Tokenization
+from rrhf_bench.policy.policy import Policy
+from rrhf_bench.policy.tokenization import Tokenization
 from rrhf_bench.records import Candidates, Preference, Prompt, Response
 from rrhf_bench.rewards.reward import RewardModel
 from rrhf_bench.sampling.sampler import Sampler

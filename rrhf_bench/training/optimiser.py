@@ -32,8 +32,11 @@ class AdamW:
             for p, master in zip(self._trained, self._master, strict=True)
             if master is not p
         ]
+        on_gpu = all(p.is_cuda for p in self._master)
         self._adamw = torch.optim.AdamW(
             self._master,
+            # One kernel without temporaries. CUDA's default holds square roots as large as all weights beside them.
+            fused=True if on_gpu else None,
             lr=settings.lr,
             betas=settings.betas,
             eps=settings.eps,
