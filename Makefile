@@ -9,7 +9,7 @@ help:
 	@echo 'make smoke      the smallest experiment, from end to end'
 	@echo 'make test       the tests                    (make test-slow: those that take minutes)'
 	@echo 'make test-kill  a run that is killed at 40 moments ends as one that is not; half an hour'
-	@echo 'make gpu-check  the tests that need a CUDA GPU; without one it says so'
+	@echo 'make gpu-check  what only a CUDA GPU can show (docs/gpu.md); needs no environment and no network'
 	@echo 'make check      ruff and mypy'
 	@echo 'make env        only the environment'
 	@echo 'ARGS="..."      is passed on: make run ARGS="--set seeds=[0]", make test ARGS="-k rrhf"'
@@ -35,10 +35,12 @@ test-slow: env
 test-kill: env
 	$(BIN)/pytest -m kill -s $(ARGS)
 
-# The line that `env` prints says why there is no GPU to check on.
-gpu-check: env
-	@if grep -q '"machine": "gpu"' .venv/setup.json; then $(BIN)/pytest -m gpu -rs $(ARGS); \
-	else echo 'Skipped: no CUDA GPU on this machine, so nothing to check here'; fi
+# Makes no environment: the first part needs none of its own, and a machine with a GPU may have no network.
+gpu-check:
+	@status=0; $(firstword $(wildcard $(BIN)/python) $(PYTHON)) scripts/gpu_check.py $(ARGS) || status=$$?; \
+	if [ $$status = 2 ]; then exit 2; fi; \
+	if [ -x $(BIN)/pytest ]; then $(BIN)/pytest -m gpu -rs || status=1; \
+	else echo 'Without .venv the tests of vLLM do not run: make env makes it'; fi; exit $$status
 
 check: env
 	$(BIN)/ruff check .

@@ -17,6 +17,7 @@ from torch import Tensor
 from baselines.sft import sft_loss
 from rrhf_bench.errors import DataError
 from rrhf_bench.policy import attention, onednn
+from rrhf_bench.policy import policy as policy_module
 from rrhf_bench.policy.batching import ResponseBatch, pack, within
 from rrhf_bench.policy.head import chunk_rows, token_logprobs
 from rrhf_bench.policy.logprobs import gather_logprobs, sequence_score
@@ -236,6 +237,65 @@ def test_the_three_forms_of_attention_are_one(long: int, monkeypatch: pytest.Mon
     torch.testing.assert_close(flexible, expected, rtol=0, atol=1e-14)
 
 
+def test_flex_attention_is_compiled_twice_a_model_whatever_the_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Traced as for a GPU, with the traced graph run as it is: equal to the definition, and few compilations."""
+    from torch._dynamo.exc import FailOnRecompileLimitHit
+    from torch._dynamo.testing import CompileCounter
+    from torch.nn.attention import flex_attention
+
+    # On a CPU it refuses gradients, which its compiled kernels there do not have; the graph has them.
+    monkeypatch.setattr(flex_attention, "_validate_device", lambda *tensors: None)
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)  # as if another library had set it
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    rng = torch.Generator().manual_seed(0)
+
+    def attend(length: int, heads: int, size: int, *, grad: bool) -> None:
+        pairs = [((1, 2, 3), (4,) * (length - 6)), ((1, 2, 3), (5,) * 5)]  # the last tokens are not fed
+        (part,) = pack(ResponseBatch.of_pairs(pairs), 1 << 12)
+        assert len(part.ids_L) == length
+        shapes = [(1, length, n, size) for n in (heads, 2, 2)]
+        leaves = [torch.randn(shape, generator=rng).transpose(1, 2).requires_grad_(grad) for shape in shapes]
+        expected = attention.dense_attention(*leaves, part.prefixes, 0.2)
+        found = attention.flex_attention(*leaves, part.prefixes, 0.2, backend=counter)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+        if grad:
+            d_out = torch.randn(found.shape, generator=rng)
+            gradients = (torch.autograd.grad(out, leaves, d_out) for out in (found, expected))
+            for own, wanted in zip(*gradients, strict=True):
+                torch.testing.assert_close(own, wanted, rtol=0, atol=1e-5)
+
+    for model, (heads, size) in enumerate([(4, 16), (6, 16)]):
+        for length in (20, 385, 600):
+            for grad in (False, True):
+                attend(length, heads, size, grad=grad)
+        assert counter.frame_count == 2 * (model + 1)
+    monkeypatch.setattr(attention, "COMPILATIONS", counter.frame_count)
+    torch._dynamo.config.recompile_limit = counter.frame_count
+    with pytest.raises(FailOnRecompileLimitHit):  # and not the form that holds all scores
+        attend(20, 8, 16, grad=False)
+    torch._dynamo.reset()
+
+
+def test_the_trial_at_load_can_train_and_leaves_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, whose backward kernel may not build for a head size: then rows are padded, with the reason."""
+    monkeypatch.setattr(policy_module, "TRIAL_TRAINS", ("cpu",))
+    for name in ("llama", "gpt2", "opt"):
+        for computation in (Computation(), Computation(checkpoint_activations=True)):
+            policy = TransformersPolicy(made(PACKED[name]), tokenization(), computation)
+            assert policy.layout == "packed", policy.layout_reason
+            assert all(parameter.grad is None for parameter in policy.parameters())
+    frozen = made(PACKED["llama"]).requires_grad_(False)
+    assert TransformersPolicy(frozen, tokenization()).layout == "packed"
+
+    def fail(*arguments: object, **options: object) -> None:
+        raise RuntimeError("no kernel of this size")
+
+    monkeypatch.setattr(attention, "attend_backward", fail)
+    policy = TransformersPolicy(made(PACKED["llama"]), tokenization())
+    assert (policy.layout, policy.layout_reason) == ("padded", "no kernel of this size")
+
+
 @pytest.mark.parametrize("long", [10, 256])
 def test_queries_without_a_gradient_change_nothing(long: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rrhf_bench.policy.batching.LONG", long)
@@ -281,9 +341,10 @@ def test_where_only_some_positions_ask_they_get_the_same(long: int, monkeypatch:
 
 @pytest.mark.parametrize("keep", [0, 8 * 11 * 8, 1 << 30])  # nothing, a chunk and a bit, everything
 @pytest.mark.parametrize("bias", [False, True])
-def test_the_chunked_head_is_the_definition(keep: int, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rrhf_bench.policy.head.chunk_rows", lambda vocabulary: 5)
-    monkeypatch.setattr("rrhf_bench.policy.head.LONGEST_CHUNK", 5)
+@pytest.mark.parametrize("way", ["cpu", "cuda"])
+def test_the_chunked_head_is_the_definition(keep: int, bias: bool, way: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rrhf_bench.policy.head.chunk_rows", lambda vocabulary, way: 5)
+    monkeypatch.setattr("rrhf_bench.policy.head.LONGEST_CHUNK", {"cpu": 5, "cuda": 5})
     monkeypatch.setattr("rrhf_bench.policy.head.BLOCK", 2 * 11)
     rng = torch.Generator().manual_seed(1)
     head = torch.nn.Linear(6, 11, bias=bias).double()
@@ -293,7 +354,7 @@ def test_the_chunked_head_is_the_definition(keep: int, bias: bool, monkeypatch: 
     weight[[0, 3, 6, 7]] = 0.0
     weight[10:15] = 0.0  # a whole chunk without gradient
     expected = gather_logprobs(head(hidden), token, 0.7)
-    found = token_logprobs(head, hidden, token, 0.7, keep)
+    found = token_logprobs(head, hidden, token, 0.7, keep, way)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-13)
     leaves = [hidden, *head.parameters()]
     wanted = torch.autograd.grad((expected * weight).sum(), leaves)
@@ -343,8 +404,29 @@ def test_a_token_too_unlikely_for_a_probability_keeps_its_log_prob() -> None:
     torch.testing.assert_close(gotten, wanted, rtol=1e-5, atol=1e-3)  # of gradients of some 300
 
 
+@pytest.mark.parametrize("keep", [0, 1 << 30])
+@pytest.mark.parametrize("way", ["cpu", "cuda"])
+def test_a_likely_token_keeps_its_gradient_in_half_precision(keep: int, way: Any) -> None:
+    """Of p - 1, where p is 0.99 and more and bfloat16 has steps of 0.004. The usual log-softmax is 1% off."""
+    rng = torch.Generator().manual_seed(0)
+    token = torch.randint(0, 500, (64,), generator=rng)
+    weight = torch.randn(500, 64, generator=rng) / 8
+    hidden = torch.randn(64, 64, generator=rng) + 12 * weight[token] / weight[token].norm(dim=-1, keepdim=True)
+    half, head = hidden.bfloat16().requires_grad_(), torch.nn.Linear(64, 500, bias=False, dtype=torch.bfloat16)
+    head.weight = torch.nn.Parameter(weight.bfloat16())
+    exact = half.detach().double().requires_grad_()
+    logp = gather_logprobs(exact @ head.weight.double().t(), token)
+    likely = logp.exp() > 0.99
+    assert likely.sum() > 20
+    (wanted,) = torch.autograd.grad(logp.sum(), exact)
+    (found,) = torch.autograd.grad(token_logprobs(head, half, token, 1.0, keep, way).sum(), half)
+    error = (found - wanted).norm(dim=-1) / wanted.norm(dim=-1)
+    assert error[likely].median() < 0.03
+
+
 def test_chunks_are_bounded_by_bytes_and_by_rows() -> None:
     assert [chunk_rows(v) for v in (100, 32000, 152_000, 10**6)] == [512, 262, 64, 64]
+    assert [chunk_rows(v, "cuda") for v in (100, 32000, 152_000, 10**7)] == [4096, 4096, 883, 64]
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "opt"])

@@ -21,6 +21,12 @@ from torch import Tensor
 from rrhf_bench.policy.batching import Prefixes, Span
 from rrhf_bench.policy.linear import with_gradient
 
+FLEX_BLOCK = 128  # tokens of a block of FlexAttention's mask
+# torch compiles for 1 block apart. If the number of blocks equals a number of heads when it compiles, it takes the two
+# for one number, and compiles again for other lengths; 2 key heads are common, 3 are not.
+LEAST_BLOCKS = 3
+COMPILATIONS = 64  # of FlexAttention in a process: two to four a model, so room for all that one run loads
+
 NAME = "rrhf_shared_prefix"  # of the attention, in transformers' registry
 
 # Private operators of the pinned torch: the CPU's fused attention that also returns the log-sum-exp, and its backward.
@@ -183,27 +189,54 @@ def _per_query_head(q_HLD: Tensor, x_HLD: Tensor) -> Tensor:
     return x_HLD if x_HLD.shape[1] == q_HLD.shape[1] else x_HLD.repeat_interleave(q_HLD.shape[1] // x_HLD.shape[1], 1)
 
 
-def flex_attention(q_HLD: Tensor, k_HLD: Tensor, v_HLD: Tensor, prefixes: Prefixes, scale: float) -> Tensor:
-    """The same with FlexAttention, (1, H, L, D) each: compiled on a GPU; eager elsewhere, where it has no backward."""
+def flex_attention(
+    q_HLD: Tensor, k_HLD: Tensor, v_HLD: Tensor, prefixes: Prefixes, scale: float, backend: Any = None
+) -> Tensor:
+    """The same with FlexAttention, (1, H, L, D) each, compiled by ``backend``: by default inductor's on a GPU and none
+    elsewhere, where FlexAttention is eager and has no backward.
+
+    A pack is filled up to whole blocks, at least LEAST_BLOCKS, with tokens that see each other only. FlexAttention has
+    other kernels for less than a block and for a last block that is not full, so the trial of a few tokens, when a
+    policy is loaded, would compile what training never uses.
+    """
     from torch.nn.attention.flex_attention import flex_attention as attend
 
-    attend = cast(Any, _compiled(attend) if q_HLD.is_cuda else attend)
-    mask = _block_mask(prefixes, q_HLD.shape[2], q_HLD.device)
-    return attend(q_HLD, k_HLD, v_HLD, block_mask=mask, scale=scale, enable_gqa=k_HLD.shape[1] != q_HLD.shape[1])
+    backend = backend or ("inductor" if q_HLD.is_cuda else None)
+    attend = cast(Any, _compiled(attend, backend) if backend else attend)
+    length = q_HLD.shape[2]
+    filled = max(LEAST_BLOCKS, -(-length // FLEX_BLOCK)) * FLEX_BLOCK
+    mask = _block_mask(prefixes, filled, q_HLD.device)
+    # As (1, L, H, D), so that all of them lie in memory alike: it would be compiled for other strides as well.
+    qkv = (torch.nn.functional.pad(x.transpose(1, 2), (0, 0, 0, 0, 0, filled - length)) for x in (q_HLD, k_HLD, v_HLD))
+    q_HLD, k_HLD, v_HLD = (x.transpose(1, 2) for x in qkv)
+    gqa = k_HLD.shape[1] != q_HLD.shape[1]
+    return attend(q_HLD, k_HLD, v_HLD, block_mask=mask, scale=scale, enable_gqa=gqa)[:, :, :length]
+
+
+def _compiled(function: Any, backend: Any) -> Any:
+    """Return FlexAttention as one graph for any length. It is compiled once for each size and number of heads, dtype,
+    and with or without gradients.
+
+    torch compiles a function 8 times at most, which four models exhaust. Then it would go on with the eager form, which
+    holds all scores and is many times slower; of a function that must be one graph it raises instead.
+    """
+    if torch._dynamo.config.recompile_limit < COMPILATIONS:  # at each call, since vLLM's import sets it, to 16
+        torch._dynamo.config.recompile_limit = COMPILATIONS
+    return _compile(function, backend)
 
 
 @cache
-def _compiled(function: Any) -> Any:
-    return torch.compile(function, dynamic=True)
+def _compile(function: Any, backend: Any) -> Any:
+    return torch.compile(function, dynamic=True, fullgraph=True, backend=backend)
 
 
 def _block_mask(prefixes: Prefixes, length: int, device: torch.device) -> Any:
-    """Made once a pack, for all layers."""
+    """Made once a pack, for all layers; tokens behind the last segment are a segment of their own."""
     from torch.nn.attention.flex_attention import create_block_mask
 
     kept = prefixes.__dict__.setdefault("_block_masks", {})
     if device not in kept:
-        segment_L = torch.zeros(length, dtype=torch.int32)
+        segment_L = torch.full((length,), -2, dtype=torch.int32)
         prompt_L = torch.full((length,), -1, dtype=torch.int32)  # the segment that a token sees beside its own
         for number, (start, end) in enumerate(prefixes.segments):
             segment_L[start:end] = number

@@ -27,6 +27,9 @@ from rrhf_bench.settings import LoraSettings
 PASS_TOKENS = {"cpu": 2048, "cuda": 16384}
 # How far the log-probs of two layouts may be apart on average, in nats: what a precision leaves, with room.
 ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.1}
+# Devices on which the trial of packing runs a backward pass too. A GPU compiles a kernel of its own for it; for some
+# head sizes on some cards only that kernel fails, and otherwise the first step would show it.
+TRIAL_TRAINS = ("cuda",)
 
 
 @dataclass(frozen=True)
@@ -168,12 +171,17 @@ class TransformersPolicy:
         if before not in ("sdpa", attention.NAME):
             return f"its attention is {before}"
         group = self._trial()
+        table = self.model.get_input_embeddings().weight
+        trains = self.device.type in TRIAL_TRAINS and table.requires_grad
         expected_BT = self.token_logprobs(group)  # padded, as nothing else has been decided yet
         seen: list[Any] = []
         try:
             self.model.set_attn_implementation(attention.register())
-            hidden_ND = torch.cat([self._packed(part, layers_seen=seen) for part in pack(group, 1 << 10)])
-            packed_BT = self._by_row(group, self._logprobs(hidden_ND, group, range(len(group.lengths)), keep=0))
+            with torch.set_grad_enabled(trains):
+                hidden_ND = torch.cat([self._packed(part, layers_seen=seen) for part in pack(group, 1 << 10)])
+                packed_BT = self._by_row(group, self._logprobs(hidden_ND, group, range(len(group.lengths)), keep=0))
+                if trains and not torch.autograd.grad(packed_BT.sum(), table)[0].isfinite().all():
+                    raise ValueError("its gradients are not finite")
         except (RuntimeError, ValueError, TypeError, AttributeError, LookupError) as error:
             if is_out_of_memory(error):
                 raise  # it says nothing of packs
