@@ -38,7 +38,8 @@ class Tokenization:
             )
         if tokenizer.pad_token_id is None and template.kind != "raw":
             raise DataError(
-                f"{where}: the tokenizer has no pad token; name one of its tokens with policy.pad_token (--pad-token)"
+                f"{where}: the tokenizer has no pad token; name one of its tokens with the pad_token of its table "
+                "(--pad-token, --perplexity-pad-token)"
             )
         self.tokenizer = tokenizer
         self.template = template

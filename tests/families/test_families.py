@@ -159,7 +159,7 @@ def test_load(case: Case, record_property: Callable[[str, object], None]) -> Non
     if case.family.pad_token is None:
         assert case.services.policy(ref).tokenization.pad_id == case.plain.tokenizer.pad_token_id
         return
-    with pytest.raises(DataError, match=r"has no pad token; name one of its tokens with policy\.pad_token") as caught:
+    with pytest.raises(DataError, match="has no pad token; name one") as caught:
         case.services.policy(ref)
     assert "\n" not in str(caught.value)
     record_property("refused", "refused")
