@@ -220,8 +220,8 @@ class OptimiserSettings(MethodSettings):
         highest = FLOAT32_MAX * (1.0 - self.betas[0])
         if self.lr > highest:
             raise ValueError(
-                f"lr: found {self.lr:g}; expected at most {highest:.3g}, or AdamW's first step, lr / (1 - betas[0]), is "
-                "beyond float32; lower lr"
+                f"lr: found {self.lr:g}; expected at most {highest:.3g}, or AdamW's first step, lr / (1 - betas[0]), "
+                "is beyond float32; lower lr"
             )
         return self
 

@@ -20,6 +20,7 @@ from rrhf_bench.policy.batching import ResponseBatch
 from rrhf_bench.policy.policy import TransformersPolicy
 from rrhf_bench.records import Prompt
 from rrhf_bench.sampling.backend import choose_backend
+from rrhf_bench.sampling.cached import cache_bytes
 from rrhf_bench.sampling.sampler import SamplingSpec, to_response
 from rrhf_bench.sampling.transformers import TransformersSampler
 
@@ -280,3 +281,25 @@ def test_the_benchmark_times_equal_tokens_only(engine, policy):
 
     with pytest.raises(StageError, match=r"n=2: . of 6 replies are not those of raw vLLM"):
         measure(Otherwise(), policy.model, PROMPTS, Workload(n=2), plan)
+
+
+@pytest.mark.parametrize(
+    ("how", "one_by_one"),
+    [({}, list(range(1, 17))), ({"strategy": "diverse-beam", "beams": 4, "groups": 4}, [4, 8, 12, 16])],
+)
+def test_a_batch_is_bounded_by_its_cache(policy, monkeypatch, how, one_by_one):
+    """Long prompts are sampled in smaller batches, and the same replies come out."""
+    long, short, other = PROMPTS
+    prompts = [short, long, other, short]
+    spec = replace(SPEC, **{"n": 4, "max_new_tokens": 8, "logprobs": False, **how})
+    done: list[int] = []
+    sampler = TransformersSampler(policy, max_model_len=512, progress=lambda rows, _: done.append(rows))
+    whole = sampler.sample(prompts, spec)
+    assert done == [16]
+    longest = max(len(policy.tokenization.prompt_ids(prompt)) for prompt in prompts) + 8
+    # Eight rows of the longest prompts, or of the shortest, fit; nine of the longest do not.
+    for tokens, batches in (8 * longest, [8, 16]), (1, one_by_one):
+        done.clear()
+        monkeypatch.setattr("rrhf_bench.sampling.transformers.CACHE_BYTES", tokens * cache_bytes(policy.model, 1))
+        assert sampler.sample(prompts, spec) == whole
+        assert done == batches

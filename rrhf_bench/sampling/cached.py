@@ -8,6 +8,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+MEASURED_TOKENS = 4  # of the pass that shows how large a model's KV cache is
+
+
+@torch.no_grad()
+def cache_bytes(model: Any, length: int) -> int:
+    """Return the bytes of keys and values of one sequence of ``length`` tokens in the model's own dtype.
+
+    The result is 0 for a model that caches no keys and values. Layers with a sliding window count as if they kept all.
+    """
+    ids_1L = torch.zeros((1, MEASURED_TOKENS), dtype=torch.long, device=model.device)
+    cache = getattr(model(input_ids=ids_1L, use_cache=True), "past_key_values", None)
+    parts = [getattr(layer, name, None) for layer in getattr(cache, "layers", ()) for name in ("keys", "values")]
+    return sum(part.nbytes for part in parts if isinstance(part, Tensor)) * length // MEASURED_TOKENS
+
 
 class CachedRows:
     """N sequences of token ids under a causal language model, of which the cache holds all but the last tokens.
