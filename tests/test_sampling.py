@@ -64,7 +64,7 @@ def disagreement(sampler, policy, temperature: float, prompts=PROMPTS) -> float:
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0])
-def test_log_probs_are_the_trainers_before_and_after_a_sync(sampler, policy, llama_folder, temperature):
+def test_log_probs_are_the_trainers_before_and_after_a_sync(onednn, sampler, policy, llama_folder, temperature):
     assert disagreement(sampler, policy, temperature) < 1e-5
     other = TransformersPolicy.load(llama_folder(1), template=Template())
     sampler.sync(other)
