@@ -83,6 +83,16 @@ def policy(llama_folder):
     return TransformersPolicy.load(llama_folder(0), template=Template())
 
 
+@pytest.fixture(params=["off", "on"])
+def onednn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Run a test with float32 products by PyTorch's default and by oneDNN, whatever the processor.
+
+    The value is for ``Computation.onednn``. Policies that leave it to the processor follow, if they are made later.
+    """
+    monkeypatch.setattr("rrhf_bench.policy.onednn.worth_it", lambda: request.param == "on")
+    return request.param
+
+
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
     """Run torch on one thread: models this small gain nothing from more, and lose minutes on a busy machine."""

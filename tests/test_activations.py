@@ -107,10 +107,17 @@ def test_what_only_looks_alike_is_left_alone() -> None:
     assert activations.take_over(made(PACKED["gemma"])) == 0
 
 
-def test_adapters_train_through_layers_that_were_taken_over() -> None:
-    model = made(PACKED["llama"], torch.float64)
+@pytest.mark.parametrize(
+    # oneDNN multiplies in float32 only. The adapters here are a tenth of the weights; their gradients showed 1e-5.
+    ("dtype", "steered", "exact", "rounded"),
+    [(torch.float64, "off", 1e-12, 1e-6), (torch.float32, "off", 1e-5, 4e-5), (torch.float32, "on", 1e-5, 4e-5)],
+)
+def test_adapters_train_through_layers_that_were_taken_over(
+    dtype: torch.dtype, steered: str, exact: float, rounded: float
+) -> None:
+    model = made(PACKED["llama"], dtype)
     plain = copy.deepcopy(model)
-    policy = policy_of(model)
+    policy = policy_of(model, onednn=steered)
     policy.adapt(LoraSettings(rank=4), seed=0)
     add_adapters(plain, LoraSettings(rank=4), seed=0)
     rng = torch.Generator().manual_seed(5)
@@ -121,7 +128,7 @@ def test_adapters_train_through_layers_that_were_taken_over() -> None:
                 p.data.copy_(0.1 * values[name])
     batch = ragged(0)
     expected, found = defined(plain, batch), policy.token_logprobs(batch)
-    assert relative(found, expected) < 1e-12
+    assert relative(found, expected) < exact
     for logp_BT in (expected, found):
         logp_BT.sum().backward()
-    assert relative(gradient(model), gradient(plain)) < 1e-6
+    assert relative(gradient(model), gradient(plain)) < rounded

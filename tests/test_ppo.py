@@ -140,8 +140,9 @@ def test_replies_shorten_where_length_is_charged_for() -> None:
 
 @pytest.mark.parametrize("value", ["head", "separate"])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_every_fresh_rollout_starts_at_ratio_1(value: str, temperature: float) -> None:
+def test_every_fresh_rollout_starts_at_ratio_1(value: str, temperature: float, onednn: str) -> None:
     run = Run(stop=("ad",))
+    assert (run.policy.onednn_layers > 0) == (onednn == "on")
     run.policy.pass_tokens = 60  # three or four rollouts
     PPO(settings(iterations=3, value=value, temperature=temperature)).fit(run.policy, INPUTS, run.context)
     for row in run.log:
@@ -183,6 +184,7 @@ def test_same_seed_same_weights_whatever_the_global_generators_do() -> None:
     assert first.log != other.log
 
 
+@pytest.mark.usefixtures("onednn")
 @pytest.mark.parametrize("value", ["head", "separate"])
 def test_micro_batches_do_not_change_the_gradient(value: str) -> None:
     gradients = []
@@ -207,6 +209,7 @@ def test_micro_batches_do_not_change_the_gradient(value: str) -> None:
             torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
 
 
+@pytest.mark.usefixtures("onednn")
 def test_a_separate_value_model_leaves_the_value_gradient_out_of_the_policy() -> None:
     run = Run()
     before = run.weights()

@@ -86,8 +86,12 @@ def train(settings: Any, folder: Path, dtype: torch.dtype = torch.float32, kill_
     return run.weights(), noted.log, result
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_a_killed_run_ends_as_if_it_had_not_been(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "onednn"),
+    [*((name, "off") for name in METHODS), ("rrhf with adapters", "on"), ("ppo with a value model", "on")],
+    indirect=["onednn"],
+)
+def test_a_killed_run_ends_as_if_it_had_not_been(name: str, onednn: str, tmp_path: Path) -> None:
     settings = METHODS[name]
     weights, log, result = train(settings, tmp_path / "whole")
     for kill_at in sorted({1, 2, len(log) // 2, len(log)}):

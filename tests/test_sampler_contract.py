@@ -274,7 +274,7 @@ def test_an_agreement_is_judged_by_mean_and_maximum_and_no_number_breaks_it():
     assert not Agreement.of(np.array([0.0, math.nan]), 1.0).within(LIMITS["bfloat16"])
 
 
-def test_adapters_are_in_the_weights_that_a_sampler_gets(sampler, llama_folder):
+def test_adapters_are_in_the_weights_that_a_sampler_gets(onednn, sampler, llama_folder):
     """Trained adapters sample as the trainer scores; with them off, as the policy was before."""
     policy = TransformersPolicy.load(llama_folder(0), template=Template())
     policy.adapt(LoraSettings(rank=4), seed=0)

@@ -65,7 +65,7 @@ def disagreement(sampler, policy, temperature: float, prompts=PROMPTS) -> float:
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0])
-def test_log_probs_are_the_trainers_before_and_after_a_sync(sampler, policy, llama_folder, temperature):
+def test_log_probs_are_the_trainers_before_and_after_a_sync(onednn, sampler, policy, llama_folder, temperature):
     assert disagreement(sampler, policy, temperature) < 1e-5
     other = TransformersPolicy.load(llama_folder(1), template=Template())
     sampler.sync(other)
@@ -360,3 +360,25 @@ def test_an_engine_computes_where_the_policy_is_or_not_at_all(llama_folder, poli
 
     with pytest.raises(StageError, match=r"computes on cpu, and the policy is on cuda"):
         VLLMSampler(llama_folder(0), policy.tokenization, max_model_len=256, device="cuda")
+
+
+@pytest.mark.parametrize(
+    ("how", "one_by_one"),
+    [({}, list(range(1, 17))), ({"strategy": "diverse-beam", "beams": 4, "groups": 4}, [4, 8, 12, 16])],
+)
+def test_a_batch_is_bounded_by_its_cache(policy, monkeypatch, how, one_by_one):
+    """Long prompts are sampled in smaller batches, and the same replies come out."""
+    long, short, other = PROMPTS
+    prompts = [short, long, other, short]
+    spec = replace(SPEC, **{"n": 4, "max_new_tokens": 8, "logprobs": False, **how})
+    done: list[int] = []
+    sampler = TransformersSampler(policy, max_model_len=512, progress=lambda rows, _: done.append(rows))
+    whole = sampler.sample(prompts, spec)
+    assert done == [16]
+    longest = max(len(policy.tokenization.prompt_ids(prompt)) for prompt in prompts) + 8
+    # Eight rows of the longest prompts, or of the shortest, fit; nine of the longest do not.
+    for tokens, batches in (8 * longest, [8, 16]), (1, one_by_one):
+        done.clear()
+        monkeypatch.setattr("rrhf_bench.sampling.transformers.CACHE_BYTES", tokens * cache_bytes(policy.model, 1))
+        assert sampler.sample(prompts, spec) == whole
+        assert done == batches

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -14,8 +14,12 @@ from rrhf_bench.policy.policy import Policy, TransformersPolicy
 from rrhf_bench.records import Candidates, Prompt
 from rrhf_bench.sampling.backend import choose_backend
 from rrhf_bench.sampling.beam import beam_search
-from rrhf_bench.sampling.cached import CachedRows
+from rrhf_bench.sampling.cached import CachedRows, cache_bytes
 from rrhf_bench.sampling.sampler import SamplingSpec, fitting_ids, to_response
+
+# Keys and values of a batch take at most this many bytes, or one prompt is sampled at a time. 7B weights in bfloat16
+# cache 0.5 MiB a token: 32,768 tokens, 128 rows of 256. Models of a few million parameters are far below the bound.
+CACHE_BYTES = 16 << 30
 
 
 @dataclass
@@ -76,10 +80,10 @@ class TransformersSampler:
                 rng = np.random.default_rng(spec.request_seed(prompt, index))
                 requests.append(_Request(prompt, ids, (p, index), rng))
         queue = sorted(requests, key=lambda request: len(request.prompt_ids))  # rows of like length pad less
-        for start in range(0, len(queue), self.batch):
-            self._finish(queue[start : start + self.batch], spec)
+        for part in self._batches([len(request.prompt_ids) + spec.max_new_tokens for request in queue]):
+            self._finish(queue[part], spec)
             if self.progress is not None:
-                self.progress(min(start + self.batch, len(queue)), len(queue))
+                self.progress(part.stop, len(queue))
         rows = iter(sorted(requests, key=lambda request: request.place))
         return [
             Candidates(
@@ -92,6 +96,20 @@ class TransformersSampler:
             for prompt in prompts
         ]
 
+    def _batches(self, lengths: Sequence[int], rows: int = 1) -> Iterator[slice]:
+        """Yield the batches of a queue whose items have ``rows`` rows each, of ascending lengths in tokens.
+
+        A batch has at most ``batch`` rows, and the cache of all its tokens takes at most CACHE_BYTES.
+        """
+        tokens = CACHE_BYTES // max(1, cache_bytes(self.policy.model, 1))
+        start = 0
+        while start < len(lengths):
+            end = min(start + max(1, self.batch // rows), len(lengths))
+            while end - start > 1 and (end - start) * rows * lengths[end - 1] > tokens:
+                end -= 1
+            yield slice(start, end)
+            start = end
+
     def _search(
         self, prompts: Sequence[Prompt], prompt_ids: Sequence[tuple[int, ...]], spec: SamplingSpec
     ) -> list[Candidates]:
@@ -103,9 +121,8 @@ class TransformersSampler:
         pad_id = pad_id if pad_id in vocabulary else eos_ids[0]
         found: dict[int, Candidates] = {}
         order = sorted(range(len(prompts)), key=lambda i: len(prompt_ids[i]))  # rows of like length pad less
-        size = max(1, self.batch // spec.beams)
-        for start in range(0, len(order), size):
-            part = order[start : start + size]
+        for batch in self._batches([len(prompt_ids[i]) + spec.max_new_tokens for i in order], spec.beams):
+            part = order[batch]
             replies = beam_search(
                 model,
                 [prompt_ids[i] for i in part],
