@@ -101,6 +101,7 @@ def test_an_adapter_folder_is_its_base_with_the_adapter_added(llama_folder, toke
     with torch.no_grad():
         torch.testing.assert_close(policy.model(ids).logits, expected(ids).logits, rtol=1e-5, atol=1e-5)
     assert not torch.equal(logprobs(policy), logprobs(load(llama_folder(0))))
+    assert all(parameter.requires_grad for parameter in policy.parameters())
     policy.save(tmp_path / "saved")
     torch.testing.assert_close(logprobs(load(tmp_path / "saved")), logprobs(policy), rtol=0, atol=0)
     assert architecture_of(str(tmp_path / "adapter"), None)[0] == str(llama_folder(0))

@@ -102,7 +102,8 @@ class _Adapter:
         brought = [name for name in self.weights if self._brings(name)]
         untrained = [name for name in base.untrained if not (brought and self._brings(name))]
         untrained += [name for name in result.missing_keys if "lora_" in name]
-        return Loaded(model.merge_and_unload(), untrained, list(result.unexpected_keys))
+        merged = model.merge_and_unload().requires_grad_(True)  # peft froze the base's weights
+        return Loaded(merged, untrained, list(result.unexpected_keys))
 
 
 def _adapter(source: str, revision: str | None) -> _Adapter | None:
