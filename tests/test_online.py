@@ -354,7 +354,7 @@ def test_ties_stop_a_run_that_begins_with_nothing_else(policy):
     with pytest.raises(DataError, match="none of 6 prompts has two responses with different scores"):
         Run(policy, lambda text: 0.5).fit(online(), TrainInputs(candidates=UNGIVEN))
 
-    later = Run(policy, lambda text: 0.5 if later.kept else share_of_letters(text))  # as when a policy collapses
+    later = Run(policy, lambda text: 0.5 if later.kept else -share_of_letters(text))  # as when a policy collapses
     result = later.fit(online(), TrainInputs(candidates=UNGIVEN))
     assert result.steps == 6
     assert 10 <= result.counts["groups_all_equal"] <= result.counts["groups_with_ties"] <= 16

@@ -247,36 +247,36 @@ def test_flex_attention_is_compiled_twice_a_model_whatever_the_length(monkeypatc
 
     # On a CPU it refuses gradients, which its compiled kernels there do not have; the graph has them.
     monkeypatch.setattr(flex_attention, "_validate_device", lambda *tensors: None)
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)  # as if another library had set it
-    torch._dynamo.reset()
-    counter = CompileCounter()
-    rng = torch.Generator().manual_seed(0)
+    with torch._dynamo.config.patch(recompile_limit=2):  # as if another library had set it
+        torch._dynamo.reset()
+        counter = CompileCounter()
+        rng = torch.Generator().manual_seed(0)
 
-    def attend(length: int, heads: int, size: int, *, grad: bool) -> None:
-        pairs = [((1, 2, 3), (4,) * (length - 6)), ((1, 2, 3), (5,) * 5)]  # the last tokens are not fed
-        (part,) = pack(ResponseBatch.of_pairs(pairs), 1 << 12)
-        assert len(part.ids_L) == length
-        shapes = [(1, length, n, size) for n in (heads, 2, 2)]
-        leaves = [torch.randn(shape, generator=rng).transpose(1, 2).requires_grad_(grad) for shape in shapes]
-        expected = attention.dense_attention(*leaves, part.prefixes, 0.2)
-        found = attention.flex_attention(*leaves, part.prefixes, 0.2, backend=counter)
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
-        if grad:
-            d_out = torch.randn(found.shape, generator=rng)
-            gradients = (torch.autograd.grad(out, leaves, d_out) for out in (found, expected))
-            for own, wanted in zip(*gradients, strict=True):
-                torch.testing.assert_close(own, wanted, rtol=0, atol=1e-5)
+        def attend(length: int, heads: int, size: int, *, grad: bool) -> None:
+            pairs = [((1, 2, 3), (4,) * (length - 6)), ((1, 2, 3), (5,) * 5)]  # the last tokens are not fed
+            (part,) = pack(ResponseBatch.of_pairs(pairs), 1 << 12)
+            assert len(part.ids_L) == length
+            shapes = [(1, length, n, size) for n in (heads, 2, 2)]
+            leaves = [torch.randn(shape, generator=rng).transpose(1, 2).requires_grad_(grad) for shape in shapes]
+            expected = attention.dense_attention(*leaves, part.prefixes, 0.2)
+            found = attention.flex_attention(*leaves, part.prefixes, 0.2, backend=counter)
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+            if grad:
+                d_out = torch.randn(found.shape, generator=rng)
+                gradients = (torch.autograd.grad(out, leaves, d_out) for out in (found, expected))
+                for own, wanted in zip(*gradients, strict=True):
+                    torch.testing.assert_close(own, wanted, rtol=0, atol=1e-5)
 
-    for model, (heads, size) in enumerate([(4, 16), (6, 16)]):
-        for length in (20, 385, 600):
-            for grad in (False, True):
-                attend(length, heads, size, grad=grad)
-        assert counter.frame_count == 2 * (model + 1)
-    monkeypatch.setattr(attention, "COMPILATIONS", counter.frame_count)
-    torch._dynamo.config.recompile_limit = counter.frame_count
-    with pytest.raises(FailOnRecompileLimitHit):  # and not the form that holds all scores
-        attend(20, 8, 16, grad=False)
-    torch._dynamo.reset()
+        for model, (heads, size) in enumerate([(4, 16), (6, 16)]):
+            for length in (20, 385, 600):
+                for grad in (False, True):
+                    attend(length, heads, size, grad=grad)
+            assert counter.frame_count == 2 * (model + 1)
+        monkeypatch.setattr(attention, "COMPILATIONS", counter.frame_count)
+        torch._dynamo.config.recompile_limit = counter.frame_count
+        with pytest.raises(FailOnRecompileLimitHit):  # and not the form that holds all scores
+            attend(20, 8, 16, grad=False)
+        torch._dynamo.reset()
 
 
 def test_the_trial_at_load_can_train_and_leaves_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:

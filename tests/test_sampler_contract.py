@@ -112,8 +112,8 @@ class Rounded:
         self.policy, self.tokenization = policy, policy.tokenization
 
     def state(self):
-        whole = self.policy.state().items()
-        return {name: ((w.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(w.dtype) for name, w in whole}
+        for name, w in self.policy.state():
+            yield name, ((w.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(w.dtype)
 
 
 def test_a_sampler_of_less_than_float32_is_caught_and_named(sampler, policy, monkeypatch):

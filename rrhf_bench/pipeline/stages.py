@@ -123,8 +123,7 @@ def model(job: Job) -> None:
     """A language model: trained from scratch on a corpus, or a reference to one that is given."""
     s = job.settings
     if "scratch" not in s:
-        ref = ModelRef(**{k: v for k, v in s.items() if k != "identity"})
-        ModelRef(**{**ref.__dict__, "revision": _commit(ref)}).write(job.out)
+        _given(s).write(job.out)
         return
     settings = ScratchSettings.model_validate(s["scratch"])
     texts = [json.loads(line)["text"] for line in (job.inputs["data"] / f"{s['corpus']}.jsonl").open(encoding="utf-8")]
@@ -148,8 +147,7 @@ def reward_model(job: Job) -> None:
     """A reward model: trained on the labelled pairs from the initial policy, or a reference to one that is given."""
     s = job.settings
     if "training" not in s:
-        ref = ModelRef(**{k: v for k, v in s.items() if k != "identity"})
-        ModelRef(**{**ref.__dict__, "revision": _commit(ref)}).write(job.out)
+        _given(s).write(job.out)
         return
     policy = job.ref()
     log: list[Mapping[str, float]] = []
@@ -180,6 +178,13 @@ def reward_model(job: Job) -> None:
     job.write_json("counts.json", {"pairs": len(pairs), **result.counts})
     label = POSITIVE if classifies else None
     ModelRef("model", template=policy.template, label=label, trust_remote_code=policy.trust_remote_code).write(job.out)
+
+
+def _given(settings: Mapping[str, Any]) -> ModelRef:
+    """Return the reference of a model that is used as it is, with the commit of a hub model."""
+    only_in_keys = {"identity", "base", "reader"}
+    ref = ModelRef(**{name: value for name, value in settings.items() if name not in only_in_keys})
+    return replace(ref, revision=_commit(ref))
 
 
 def _commit(ref: ModelRef) -> str | None:
