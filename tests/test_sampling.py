@@ -382,3 +382,15 @@ def test_a_batch_is_bounded_by_its_cache(policy, monkeypatch, how, one_by_one):
         monkeypatch.setattr("rrhf_bench.sampling.transformers.CACHE_BYTES", tokens * cache_bytes(policy.model, 1))
         assert sampler.sample(prompts, spec) == whole
         assert done == batches
+
+
+@needs_vllm
+def test_a_folder_whose_configuration_names_no_architecture_is_sampled(llama_folder, tmp_path):
+    shutil.copytree(llama_folder(0), tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    del config["architectures"]
+    path.write_text(json.dumps(config), encoding="utf-8")
+    services, ref = Services(RuntimeSettings(device="cpu", kv_cache_mib=16)), ModelRef(str(tmp_path / "model"))
+    sampler = services.sampler(services.fixed_policy(ref), ref, "vllm")
+    assert len(sampler.sample(PROMPTS[:1], replace(SPEC, n=1))[0].responses) == 1

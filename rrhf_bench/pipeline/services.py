@@ -264,6 +264,7 @@ class Services:
             dtype=ref.dtype,
             revision=revision,
             trust_remote_code=ref.trust_remote_code,
+            architecture=None if policy.model.config.architectures else type(policy.model).__name__,
             kv_cache_mib=kv_cache_mib,
             gpu_memory=self.runtime.gpu_memory,
         )

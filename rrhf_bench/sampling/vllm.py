@@ -48,6 +48,7 @@ class VLLMSampler:
         dtype: str = "float32",
         revision: str | None = None,
         trust_remote_code: bool = False,
+        architecture: str | None = None,
         kv_cache_mib: int = 96,
         gpu_memory: float = 0.4,
         progress: Callable[[int, int], None] | None = None,
@@ -62,6 +63,8 @@ class VLLMSampler:
         self._settings: dict[str, Any] = {
             "revision": revision,
             "trust_remote_code": trust_remote_code,
+            # Named by the caller if config.json names none: vLLM would take the model for one without a head.
+            "hf_overrides": {} if architecture is None else {"architectures": [architecture]},
             "dtype": dtype,
             "enforce_eager": True,
             # Prompts whole, never in pieces: a seeded request whose prompt is cut over two engine steps rewinds its
