@@ -433,6 +433,19 @@ def test_a_dialogue_that_the_chat_template_refuses_names_its_row_or_is_counted(
     assert line.startswith(f"{path}:2: prompt ")
 
 
+def test_a_dialogue_that_the_reward_models_template_refuses_names_its_row_or_is_counted(
+    refused: Any, cli: Cli, rows: Any, reward: Any, out: Path
+) -> None:
+    folder = reward()
+    (folder / "chat_template.jinja").write_text(ALTERNATING)
+    path = rows(SCORED, {**SCORED, "query": TWICE})
+    (line,) = refused(*score(folder, path, out, "--template", "chat"))
+    assert line.startswith(f"{path}:2: prompt ")
+    words = ["--template", "chat", "--faulty-rows", "drop", "--json"]
+    counts = cli(*score(folder, path, out, *words)).json["counts"]
+    assert counts.items() >= {"prompts": 1, "refused_by_template": 1}.items()
+
+
 @pytest.mark.parametrize("faulty_rows", ["error", "drop"])
 def test_an_experiment_finds_what_the_chat_template_refuses_before_it_samples(
     rows: Any, alternating: Path, tmp_path: Path, faulty_rows: str

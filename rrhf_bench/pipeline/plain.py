@@ -84,9 +84,10 @@ class PlainSteps:
         read = load_candidates(candidates, scored=False, faulty_rows=self.faulty_rows)
         with replacing(out) as path:
             model = self._reward(self.services, reward)
-            scored = steps.score_shared_candidates(model, read.candidates, reward.source, self.progress)
+            groups, refused = self._fit(read.candidates, model.prompt_length, sys.maxsize, read.places)
+            scored = steps.score_shared_candidates(model, groups, reward.source, self.progress)
             write_rrhf(path, scored)
-        return {**read.counts, **count_candidates(scored), "truncated": model.truncated}
+        return {**read.counts, **refused, **count_candidates(scored), "truncated": model.truncated}
 
     def train(
         self,
@@ -109,7 +110,7 @@ class PlainSteps:
         context = context_of(policy, model)
         # The offline loop itself leaves long prompts out and counts them; a sampler stops at the first.
         limit = context - max_new_tokens if "sampler" in method.needs else sys.maxsize
-        usable, fitted = self._fit(inputs.candidates, [policy], limit, places)
+        usable, fitted = self._fit(inputs.candidates, _prompt_length([policy]), limit, places)
         prompts = {row.prompt for row in usable}
         inputs = TrainInputs([pair for pair in inputs.preferences if pair.prompt in prompts], usable)
         unadapted = steps.adapt(policy, method, seed)
@@ -191,7 +192,8 @@ class PlainSteps:
 
     def _usable(self, read: Questions, policies: Sequence[TransformersPolicy], limit: int) -> Questions:
         """Return the prompts that leave room for a reply and that the policies' chat templates render."""
-        rows, counts = self._fit([Candidates(prompt, ()) for prompt in read.prompts], policies, limit, read.places)
+        asked = [Candidates(prompt, ()) for prompt in read.prompts]
+        rows, counts = self._fit(asked, _prompt_length(policies), limit, read.places)
         prompts = [row.prompt for row in rows]
         kept = set(prompts)
         pairs = [pair for pair in read.pairs if pair.prompt in kept]
@@ -200,20 +202,25 @@ class PlainSteps:
     def _fit(
         self,
         rows: Sequence[Candidates],
-        policies: Sequence[TransformersPolicy],
+        prompt_length: Callable[[Prompt], int],
         limit: int,
         places: Mapping[Prompt, str],
     ) -> tuple[tuple[Candidates, ...], dict[str, int]]:
-        """Return (the rows that the policies can be given, counts of the others)."""
+        """Return (the rows whose prompts the models of a step can be given, counts of the others)."""
         kept, counts = fit_context(
             rows,
-            lambda prompt: max(len(policy.tokenization.prompt_ids(prompt)) for policy in policies),
+            prompt_length,
             limit,
             long_prompts=self.faulty_rows,
             faulty_rows=self.faulty_rows,
             places=places,
         )
         return kept, {name: count for name, count in counts.items() if count and name != "kept"}
+
+
+def _prompt_length(policies: Sequence[TransformersPolicy]) -> Callable[[Prompt], int]:
+    """Return a function that counts the tokens of a prompt by the policy that needs the most."""
+    return lambda prompt: max(len(policy.tokenization.prompt_ids(prompt)) for policy in policies)
 
 
 def _require_embedded_world(prompts: Sequence[Prompt], path: Path) -> None:

@@ -325,6 +325,14 @@ class DistinctTexts:
         """
         return getattr(self.reward, "truncated", 0)
 
+    def prompt_length(self, prompt: Prompt) -> int:
+        """Return the number of tokens that a prompt with a short reply is read as, or 0 for a reward without tokens.
+
+        Raises RefusedDialogue if the model's chat template does not render the prompt.
+        """
+        encode = getattr(self.reward, "encode", None)
+        return 0 if encode is None else len(encode(prompt, " a"))
+
     @property
     def checks(self) -> tuple[Check, ...]:
         """Return what was found of the model when it was loaded."""
