@@ -804,6 +804,16 @@ def test_bad_candidates_name_file_line_and_field(write: Write, change: Any, expe
         read_rrhf(path)
 
 
+def test_a_query_may_be_a_list_of_messages(write: Write) -> None:
+    query = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+    (group,) = load_candidates(write({"query": query, "responses": ["Yes."], "scores": [1.0]})).candidates
+    assert group.prompt.text == "\n\nSystem: Be brief.\n\nHuman: Hi\n\nAssistant:"
+    with pytest.raises(DataError, match="the last message is"):
+        load_candidates(
+            write({"query": [{"role": "assistant", "content": "Hi"}], "responses": ["Yes."], "scores": [1.0]})
+        )
+
+
 def test_queries_cut_on_the_left_and_queries_that_are_none(write: Write) -> None:
     whole = "\n\nHuman: How?\n\nAssistant: So.\n\nHuman: And then?\n\nAssistant:"
     rest = {"responses": ["a", "b"], "scores": [1.0, 0.0]}

@@ -756,8 +756,9 @@ def load_candidates(path: str | Path, *, scored: bool = True, faulty_rows: Fault
     """Return candidates of rows ``{"query", "responses", "scores"}`` (the file that RRHF's train.py reads).
 
     The path is one of ``load_prompt_data``, or a file of JSON lines with any name. Without ``scored`` the scores may be
-    absent and are not read. RRHF's own data_generation cuts a long query on its left, so a query may begin in the
-    middle of a turn: that turn is then the Human's or the assistant's, as the turn after it requires.
+    absent and are not read. A query is text or a list of messages. RRHF's own data_generation cuts a long query on its
+    left, so a text may begin in the middle of a turn: that turn is then the Human's or the assistant's, as the turn
+    after it requires.
 
     A response's source is "file" and its finish "given" unless the row says otherwise (``sources``, ``finish``,
     ``token_ids``, ``logprobs``: one entry a response). Counts: those of ``count_candidates``, ``prompt_rewritten``,
@@ -772,16 +773,20 @@ def load_candidates(path: str | Path, *, scored: bool = True, faulty_rows: Fault
     candidates: list[Candidates] = []
     places: dict[Prompt, str] = {}
     for where, row in _file_rows([Path(path)] if _is_file(path) else find_files(path)):
-        query = _text(row, "query", where)
+        query = _said_by(row, "query", where)
         try:
-            prompt = as_prompt(query, f"{where}: query", cut_on_the_left=True)
+            if isinstance(query, str):
+                prompt = as_prompt(query, f"{where}: query", cut_on_the_left=True)
+            else:
+                prompt = prompt_of_messages(query, f"{where}: query")
         except DataError as error:
             if faulty_rows == "error":
                 raise DataError(str(_FaultyRow("not_a_prompt", str(error)))) from error
             notes["not_a_prompt"] += 1
             continue
-        notes["prompt_rewritten"] += prompt.text != query
-        notes["cut_on_the_left"] += begins_within_a_turn(query)
+        if isinstance(query, str):
+            notes["prompt_rewritten"] += prompt.text != query
+            notes["cut_on_the_left"] += begins_within_a_turn(query)
         places.setdefault(prompt, where)
         texts = _listed(row, "responses", where, None)
         scores = _listed(row, "scores", where, len(texts)) if scored else [None] * len(texts)
