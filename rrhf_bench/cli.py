@@ -429,14 +429,7 @@ def doctor(
     options: dict[str, Any] = {"template": template, "dtype": dtype, "pad_token": pad_token}
     _refuse_unread(model, "--model", options)
     policy = None if model is None else model_ref(model, **options)
-    judge = _reward_ref(
-        reward_model,
-        layout=layout,
-        label=label,
-        template=reward_template,
-        dtype=reward_dtype,
-        pad_token=reward_pad_token,
-    )
+    judge = _reward_ref(reward_model, layout, label, reward_template, reward_dtype, reward_pad_token)
     with quiet():
         findings = examine(policy, judge, backend, RuntimeSettings(device=device))
     if as_json:
@@ -593,14 +586,7 @@ def train(
     from rrhf_bench.pipeline.plain import model_ref
 
     ref = model_ref(model, template=template, dtype=dtype, pad_token=pad_token)
-    reward = _reward_ref(
-        reward_model,
-        layout=layout,
-        label=label,
-        template=reward_template,
-        dtype=reward_dtype,
-        pad_token=reward_pad_token,
-    )
+    reward = _reward_ref(reward_model, layout, label, reward_template, reward_dtype, reward_pad_token)
     with _steps(device, backend, f"training {method}", as_json, faulty_rows) as steps:
         result = steps.train(
             settings,
@@ -672,14 +658,7 @@ def evaluate(
         )
         for source in (model, initial)
     )
-    judge = _reward_ref(
-        reward_model,
-        layout=layout,
-        label=label,
-        template=reward_template,
-        dtype=reward_dtype,
-        pad_token=reward_pad_token,
-    )
+    judge = _reward_ref(reward_model, layout, label, reward_template, reward_dtype, reward_pad_token)
     fluency = None
     _refuse_unread(perplexity_model, "--perplexity-model", {"perplexity_pad_token": perplexity_pad_token})
     if perplexity_model is not None:
@@ -725,11 +704,17 @@ def evaluate(
     _done(False, f"{_words(counts)}: {out}", {})
 
 
-def _reward_ref(source: str | None, *, layout: Any, label: str | None, **own: Any) -> ModelRef | None:
-    """Return the reference of --reward-model, or None. ``own`` are its template, dtype and pad token, whose options
-    begin with --reward-. Raises ConfigError if an option is given and the model is not."""
+def _reward_ref(
+    source: str | None, layout: Any, label: str | None, template: Any, dtype: Any, pad_token: str | None
+) -> ModelRef | None:
+    """Return the reference of --reward-model, or None.
+
+    The options of template, dtype and pad token begin with --reward-. Raises ConfigError if an option is given and the
+    model is not.
+    """
     from rrhf_bench.pipeline.plain import model_ref
 
+    own: dict[str, Any] = {"template": template, "dtype": dtype, "pad_token": pad_token}
     named = {f"reward_{name}": value for name, value in own.items()}
     _refuse_unread(source, "--reward-model", {"layout": layout, "label": label, **named})
     return None if source is None else model_ref(source, layout=layout, label=label, prefix="reward-", **own)

@@ -93,7 +93,7 @@ def within(errors: dict[str, float], limits: dict[str, float]) -> bool:
 
 
 def machine(check: Check) -> tuple[bool, Found]:
-    """What is here, and how fast it multiplies and copies. A product in float32 must be one: TF32 is 1e-3 off."""
+    """Record the card, the versions and the rates of products and copies; check that float32 products are not TF32."""
     import torch
 
     found: Found = {name: _version(name) for name in PACKAGES}
@@ -308,7 +308,7 @@ def sampling(check: Check) -> tuple[bool, Found]:
 
 
 def memory(check: Check) -> tuple[bool, Found] | None:
-    """What a model of the shape of Qwen2.5-0.5B takes in training, in GiB, against arithmetic."""
+    """Compare the memory of training a model of the shape of Qwen2.5-0.5B, in GiB, with arithmetic."""
     import torch
     from architectures import tokenization
 
@@ -396,7 +396,7 @@ STEPS: dict[str, Callable[[Check], tuple[bool, Found] | None]] = {
 }
 
 
-# What the steps share.
+# Functions that several steps call.
 
 
 def _version(package: str) -> str | None:

@@ -60,7 +60,7 @@ def test_a_generation_configuration_that_transformers_cannot_write_is_saved_as_i
     path = tmp_path / "model" / "generation_config.json"
     own = {**json.loads(path.read_text()), "temperature": 0.9, "top_p": 0.6}
     path.write_text(json.dumps(own))
-    policy = Services(RuntimeSettings(device="cpu")).policy(ModelRef(str(tmp_path / "model")))
+    policy = Services(RuntimeSettings(device="cpu")).policy_to_train(ModelRef(str(tmp_path / "model")))
     policy.save(tmp_path / "saved")
     saved = json.loads((tmp_path / "saved" / "generation_config.json").read_text())
     assert {key: saved[key] for key in ("temperature", "top_p", "eos_token_id")} == {
@@ -74,7 +74,7 @@ def test_a_model_that_could_not_be_saved_is_refused_before_it_is_trained(llama_f
     monkeypatch.setattr(TransformersPolicy, "load", lambda *_, **__: policy)
     policy.model.config.odd = {1, 2}  # a set cannot be written as JSON
     with pytest.raises(DataError, match="could not be saved"):
-        Services(RuntimeSettings(device="cpu")).policy(ModelRef(str(llama_folder(0))))
+        Services(RuntimeSettings(device="cpu")).policy_to_train(ModelRef(str(llama_folder(0))))
 
 
 def adapter(base, task, targets, folder, tokenizer=None, **settings):

@@ -409,7 +409,7 @@ def test_a_token_too_unlikely_for_a_probability_keeps_its_log_prob() -> None:
 @pytest.mark.parametrize("keep", [0, 1 << 30])
 @pytest.mark.parametrize("way", ["cpu", "cuda"])
 def test_a_likely_token_keeps_its_gradient_in_half_precision(keep: int, way: Any) -> None:
-    """Of p - 1, where p is 0.99 and more and bfloat16 has steps of 0.004. The usual log-softmax is 1% off."""
+    """The gradient is p - 1. Where p exceeds 0.99, bfloat16 has steps of 0.004; the usual log-softmax is 1% off."""
     rng = torch.Generator().manual_seed(0)
     token = torch.randint(0, 500, (64,), generator=rng)
     weight = torch.randn(500, 64, generator=rng) / 8

@@ -18,7 +18,7 @@ _RESET_RESIDENT_PEAK = "5"  # proc(5): sets VmHWM of the process to its present 
 
 HOLDERS_NAMED = 4  # in a message: the largest ones
 
-# What lowers the memory of a kind of stage, first what changes no result beyond rounding.
+# The keys that lower the memory of a kind of stage. Those that change no result beyond rounding come first.
 _SCORING = "lower runtime.score_batch"
 _TRAINING = "lower runtime.pass_tokens, set runtime.checkpoint_activations = true, or set lora for the method"
 _SAMPLING = "lower sampling.max_new_tokens, or policy.max_length"

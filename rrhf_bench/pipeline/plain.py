@@ -106,7 +106,7 @@ class PlainSteps:
         if "reward" in method.needs and reward is None:
             raise DataError(f"{method.kind}: scores its own samples; name a reward model with --reward-model")
         inputs, counts, places = _train_inputs(method, data, self.faulty_rows)
-        policy = services.policy(model)
+        policy = services.policy_to_train(model)
         context = context_of(policy, model)
         # The offline loop itself leaves long prompts out and counts them; a sampler stops at the first.
         limit = context - max_new_tokens if "sampler" in method.needs else sys.maxsize

@@ -123,12 +123,13 @@ class Services:
         return self._kept[key]
 
     def policy(self, ref: ModelRef) -> TransformersPolicy:
-        """Load a policy with weights of its own, to be trained. It is not kept.
-
-        Raises DataError if the trained policy could not be saved.
-        """
+        """Load a policy with weights of its own. It is not kept."""
         self.make_room()
-        policy = self._load_policy(ref)
+        return self._load_policy(ref)
+
+    def policy_to_train(self, ref: ModelRef) -> TransformersPolicy:
+        """Load a policy with weights of its own. Raises DataError if it could not be saved after it is trained."""
+        policy = self.policy(ref)
         require_savable(ref.source, policy.model, policy.tokenization.tokenizer)
         return policy
 

@@ -350,7 +350,7 @@ def train(job: Job) -> None:
     s = job.settings
     settings = _method(s["method"])
     reward = job.services.reward(job.ref("reward model"))  # first, or it could be dropped to make room for the policy
-    policy = job.services.policy(job.ref())
+    policy = job.services.policy_to_train(job.ref())
     unadapted = steps.adapt(policy, settings, s["seed"])
     inputs = train_inputs(job, settings)
     curve = _Curve(job, policy)

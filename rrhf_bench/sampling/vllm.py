@@ -154,7 +154,7 @@ class VLLMSampler:
                         top_k=spec.top_k,
                         max_tokens=spec.max_new_tokens,
                         stop=list(spec.stop),
-                        # Of the ends in its folder the engine is to know none: the policy synced last may have others.
+                        # The request names every end. The engine's folder may list others than the policy synced last.
                         ignore_eos=True,
                         stop_token_ids=list(self.tokenization.end_ids),
                         seed=None if spec.greedy else spec.request_seed(prompt, index),

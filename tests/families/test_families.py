@@ -178,7 +178,7 @@ def test_ids(case: Case) -> None:
 
 
 def test_ends(case: Case) -> None:
-    """What ends a reply is what ends one in ``generate``; what is trained is the template's own end."""
+    """A reply ends by the tokens that end one in ``generate``, and training appends the template's own end."""
     tokenization = case.policy.tokenization
     assert set(tokenization.end_ids) == set(case.plain.end_ids)
     assert tokenization.end_ids[0] == tokenization.eos_id == case.plain.end_ids[0]
