@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rrhf_bench.policy import activations, linear, onednn
 from rrhf_bench.policy.adapters import add_adapters
-from rrhf_bench.settings import LoraSettings
+from rrhf_bench.settings.methods import LoraSettings
 from tests.architectures import PACKED, made
 from tests.test_packing import defined, gradient, policy_of, ragged, relative
 
