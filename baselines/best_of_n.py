@@ -80,8 +80,6 @@ def _finite(name: str, values: ArrayLike) -> NDArray[np.float64]:
 class BestOfN:
     """Best-of-n as an InferenceMethod: wraps any sampler in one that draws n and keeps the best-scored."""
 
-    requires = BestOfNSettings.requires
-
     def __init__(self, settings: BestOfNSettings) -> None:
         self.settings = settings
 

@@ -7,13 +7,18 @@ at the sampling temperature. Position t holds token t: the log-prob and the rewa
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from rrhf_bench.policy.logprobs import kl_k1, kl_k3, masked_mean
+from rrhf_bench.training.kl_control import AdaptiveKL, FixedKL
+
+__all__ = [
+    "AdaptiveKL", "FixedKL", "PolicyLoss", "explained_variance", "gae", "policy_loss", "shaped_reward", "value_loss",
+    "whiten",
+]  # fmt: skip
 
 
 def shaped_reward(
@@ -119,31 +124,3 @@ def explained_variance(value_BT: Tensor, return_BT: Tensor, mask_BT: Tensor) -> 
     return_N = return_BT[mask_BT]
     total = variance(return_N)
     return torch.where(total > 0, 1.0 - variance(return_N - value_BT[mask_BT]) / total, torch.nan)
-
-
-@dataclass
-class FixedKL:
-    """A KL coefficient that stays what it is."""
-
-    coefficient: float
-
-    def update(self, kl: float, n_steps: int) -> None:
-        """Nothing follows from the KL."""
-
-
-@dataclass
-class AdaptiveKL:
-    """A KL coefficient steered towards ``target`` (1909.08593, section 2.2).
-
-    e = clip(KL / target - 1, -0.2, 0.2); coefficient *= 1 + e * n_steps / horizon. KL is the mean summed log-ratio of a
-    response in nats; n_steps and ``horizon`` count responses.
-    """
-
-    coefficient: float
-    target: float
-    horizon: float
-
-    def update(self, kl: float, n_steps: int) -> None:
-        """Move the coefficient by what ``n_steps`` responses with mean KL ``kl`` say."""
-        error = min(max(kl / self.target - 1.0, -0.2), 0.2)
-        self.coefficient *= 1.0 + error * n_steps / self.horizon

@@ -13,7 +13,6 @@ from torch import Tensor
 from baselines.sft_settings import SFTSettings
 from rrhf_bench.errors import DataError
 from rrhf_bench.policy.logprobs import masked_mean, sequence_score
-from rrhf_bench.policy.policy import Policy
 from rrhf_bench.records import Response
 from rrhf_bench.training.method import Example, LossOutput, MethodBatch, TrainInputs
 
@@ -33,8 +32,6 @@ def sft_loss(logp_BT: Tensor, mask_BT: Tensor, *, reduction: Literal["token", "s
 class SFT:
     """SFT as a LossMethod: an example is a prompt with its chosen reply."""
 
-    requires = SFTSettings.requires
-
     def __init__(self, settings: SFTSettings) -> None:
         self.settings = settings
 
@@ -47,9 +44,9 @@ class SFT:
             for pair in inputs.preferences
         ]
 
-    def loss(self, policy: Policy, batch: MethodBatch) -> LossOutput:
-        logp_BT = policy.token_logprobs(batch.batch)
-        mask_BT = batch.batch.mask_BT.to(logp_BT.device)
-        loss = sft_loss(logp_BT, mask_BT, reduction=self.settings.reduction)
-        weight = float(mask_BT.sum()) if self.settings.reduction == "token" else float(len(batch.examples))
-        return LossOutput(loss, weight, {"logps/chosen": sequence_score(logp_BT, mask_BT).mean().item()})
+    def loss(self, logp_RT: Tensor, batch: MethodBatch) -> LossOutput:
+        """Return the loss over the batch's response tokens, or over its responses, as ``reduction`` says."""
+        mask_RT = batch.responses.mask_BT.to(logp_RT.device)
+        loss = sft_loss(logp_RT, mask_RT, reduction=self.settings.reduction)
+        weight = float(mask_RT.sum()) if self.settings.reduction == "token" else float(batch.prompts)
+        return LossOutput(loss, weight, {"logps/chosen": sequence_score(logp_RT, mask_RT).mean().item()})

@@ -37,6 +37,7 @@ from rrhf_bench.sampling.backend import choose_backend
 from rrhf_bench.sampling.vllm import VLLMSampler
 from rrhf_bench.settings.reward import RewardTrainingSettings
 from rrhf_bench.training.method import TrainContext, TrainInputs
+from rrhf_bench.training.on_policy import OnPolicyTrainer
 
 NAME = "ppo"
 PARTS = ("sync", "sample", "score", "logprobs", "update")
@@ -61,7 +62,7 @@ class Layout:
 
     def run(self) -> None:
         inputs = TrainInputs(candidates=[Candidates(prompt, ()) for prompt in world_prompts(self.settings.rollouts)])
-        PPO(self.settings).fit(self.policy, inputs, self.lent)
+        OnPolicyTrainer(PPO(self.settings), self.settings).fit(self.policy, inputs, self.lent)
 
 
 def small_reward(folder: Path, where: Path, device: str) -> RewardModel:
@@ -94,7 +95,7 @@ def ppo(
         torch.set_num_threads(threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     settings = PPOSettings(
-        iterations=iterations, rollouts=rollouts, minibatch=max(1, rollouts // 2), ppo_epochs=2, lr=1e-5
+        iterations=iterations, rollouts=rollouts, minibatch=max(1, rollouts // 2), update_epochs=2, lr=1e-5
     )
 
     def say(words: str) -> None:

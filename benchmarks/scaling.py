@@ -59,8 +59,8 @@ from rrhf_bench.policy.batching import ResponseBatch
 from rrhf_bench.policy.policy import TransformersPolicy
 from rrhf_bench.records import Candidates, Prompt, Response
 from rrhf_bench.seeding import generator
-from rrhf_bench.training.loop import FixedExamples, OfflineTrainer
 from rrhf_bench.training.method import LossOutput, MethodBatch, TrainContext, TrainInputs
+from rrhf_bench.training.offline import FixedExamples, OfflineTrainer
 from rrhf_bench.training.rrhf import RRHF
 from rrhf_bench.training.rrhf_settings import RRHFSettings
 
@@ -229,8 +229,8 @@ class MadePrompts(Sequence[Candidates]):
 class NoLoss(RRHF):
     """RRHF that plans and computes nothing."""
 
-    def loss(self, policy: Any, batch: MethodBatch) -> LossOutput:
-        return LossOutput(torch.zeros((), requires_grad=True), float(len(batch.examples)))
+    def loss(self, logp_RT: Any, batch: MethodBatch) -> LossOutput:
+        return LossOutput(torch.zeros((), requires_grad=True), float(batch.prompts))
 
 
 def planning_memory(prompts: int, seed: int) -> tuple[int | None, float]:

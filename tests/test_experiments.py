@@ -46,7 +46,7 @@ epochs = 1
 iterations = 2
 rollouts = 16
 minibatch = 16
-ppo_epochs = 1
+update_epochs = 1
 [evaluation]
 prompts = 20
 pairs = 40

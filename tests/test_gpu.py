@@ -191,7 +191,7 @@ sft = {{ epochs = 1 }}
 rrhf = {{ epochs = 1 }}
 rrhf_samples_only = {{ epochs = 1 }}
 rrhf_pair_only = {{ epochs = 1 }}
-ppo = {{ iterations = 3, rollouts = 32, minibatch = 16, ppo_epochs = 2 }}
+ppo = {{ iterations = 3, rollouts = 32, minibatch = 16, update_epochs = 2 }}
 
 [evaluation]
 prompts = 32

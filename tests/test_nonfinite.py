@@ -22,7 +22,6 @@ from conftest import TEXTS
 
 from baselines.best_of_n import BestOfN
 from baselines.best_of_n_settings import BestOfNSettings
-from baselines.ppo import PPO
 from baselines.ppo_settings import PPOSettings
 from baselines.sft_settings import SFTSettings
 from rrhf_bench import cli
@@ -101,8 +100,9 @@ def test_a_reward_model_returns_what_it_computes(reward: ClassifierReward) -> No
 
 def test_ppo_diverges_with_its_rollouts(policy: TransformersPolicy, reward: ClassifierReward) -> None:
     settings = PPOSettings(iterations=1, rollouts=16, minibatch=8, temperature=5.0)
+    trainer = stage_helpers.trainer(settings, CONTEXT)
     with pytest.raises(Diverged, match=r"iteration 1, step 1: .* of 16 rewards are not finite") as caught:
-        PPO(settings).fit(policy, TrainInputs(preferences=PAIRS), context(policy, reward))
+        trainer.fit(policy, TrainInputs(preferences=PAIRS), context(policy, reward))
     assert {row["prompt"] for row in caught.value.evidence} == {prompt.text for prompt in PROMPTS}
     assert any(row["reward"] == "nan" for row in caught.value.evidence)
 
@@ -147,7 +147,7 @@ def test_weights_that_are_not_finite_are_named_with_their_step(llama_folder: Cal
     inputs, lent = TrainInputs(preferences=PAIRS), context(policy, Length(), sampler=sampler)  # type: ignore[arg-type]
     trainers = {
         "sft": stage_helpers.trainer(SFTSettings(lr=1e6, warmup=0.0, epochs=1), CONTEXT),
-        "ppo": PPO(PPOSettings(lr=1e6, iterations=1, rollouts=8, minibatch=8)),
+        "ppo": stage_helpers.trainer(PPOSettings(lr=1e6, iterations=1, rollouts=8, minibatch=8), CONTEXT),
     }
     with pytest.raises(Diverged, match=r"weights are not finite after step 1 of \d") as caught:
         trainers[kind].fit(policy, inputs, lent)

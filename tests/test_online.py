@@ -7,7 +7,6 @@ import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,8 +21,8 @@ from rrhf_bench.records import Candidates, Prompt, Response
 from rrhf_bench.sampling.backend import choose_backend
 from rrhf_bench.sampling.sampler import Sampler, SamplingSpec, to_response
 from rrhf_bench.sampling.transformers import TransformersSampler
-from rrhf_bench.training.loop import OfflineTrainer, batches
 from rrhf_bench.training.method import Progress, TrainContext, TrainInputs, TrainResult
+from rrhf_bench.training.offline import FixedExamples, OfflineTrainer, batches
 from rrhf_bench.training.online import OnlineExamples
 from rrhf_bench.training.rrhf import RRHF
 from rrhf_bench.training.rrhf_settings import RRHFSettings
@@ -131,8 +130,7 @@ class Run:
 
     def supply(self, settings: RRHFSettings, inputs: TrainInputs = INPUTS) -> OnlineExamples:
         self.watched.append(Progress(0.0, 0, 0))
-        score = stage_helpers.score_candidates
-        return OnlineExamples(RRHF(settings), settings, self.policy, inputs, self.context, score=score)
+        return OnlineExamples(RRHF(settings), settings, self.policy, inputs, self.context)
 
     def weights(self) -> torch.Tensor:
         return torch.cat([p.detach().flatten() for p in self.policy.parameters()])
@@ -464,9 +462,8 @@ def test_candidates_come_about_as_the_settings_say(policy, search, read):
 def test_a_trainer_without_refresh_samples_nothing(policy):
     trainer = stage_helpers.trainer(online(refresh=None), CONTEXT)
     assert isinstance(trainer, OfflineTrainer)
-    assert trainer.requires == {"candidates", "scores"}
-    assert stage_helpers.trainer(online(), CONTEXT).requires == {"candidates", "scores", "sampler", "reward"}
-    assert "reference" in stage_helpers.trainer(online(reward_kl=0.01), CONTEXT).requires
-    supply = stage_helpers.trainer(online(), CONTEXT).supply
-    assert isinstance(supply, partial)
-    assert supply.func is OnlineExamples
+    assert trainer.supply is FixedExamples
+    assert online(refresh=None).needs == {"candidates", "scores"}
+    assert online().needs == {"candidates", "scores", "sampler", "reward"}
+    assert "reference" in online(reward_kl=0.01).needs
+    assert stage_helpers.trainer(online(), CONTEXT).supply is OnlineExamples

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from baselines.ppo import PPO, PPOState, RewardScale, accumulate_gradient, cycled, roll_out
+from baselines.ppo import PPO, RewardScale
 from baselines.ppo_settings import PPOSettings
 from rrhf_bench.data.dialogue import Template
 from rrhf_bench.errors import DataError, Diverged, StageError
@@ -27,6 +27,8 @@ from rrhf_bench.records import Candidates, Preference, Prompt, Response
 from rrhf_bench.sampling.transformers import TransformersSampler
 from rrhf_bench.seeding import torch_seed
 from rrhf_bench.training.method import Progress, TrainContext, TrainInputs
+from rrhf_bench.training.on_policy import OnPolicyTrainer
+from rrhf_bench.training.rollouts import cycle_prompts
 
 PROMPTS = [
     Prompt(f"\n\nHuman: {a} {b}\n\nAssistant:") for a in ("ab", "cd", "abcd") for b in ("dead", "bad", "add", "b")
@@ -108,14 +110,34 @@ class Run:
 
 
 def settings(**changes: Any) -> PPOSettings:
-    base = {"iterations": 2, "rollouts": 16, "minibatch": 8, "ppo_epochs": 2, "lr": 3e-3}
+    base = {"iterations": 2, "rollouts": 16, "minibatch": 8, "update_epochs": 2, "lr": 3e-3}
     return PPOSettings(**{**base, **changes})
+
+
+def trainer(made: PPOSettings) -> OnPolicyTrainer:
+    return OnPolicyTrainer(PPO(made), made)
+
+
+class Iteration:
+    """The first iteration of a run, taken apart."""
+
+    def __init__(self, run: Run, made: PPOSettings, prompts: Sequence[Prompt] = PROMPTS) -> None:
+        self.trainer = trainer(made)
+        self.state = self.trainer.start(run.policy)
+        inputs = TrainInputs(candidates=[Candidates(prompt, ()) for prompt in prompts])
+        sampler = self.trainer.sampler(run.policy, run.context)
+        self.rollouts = self.trainer.roll_out(sampler, inputs, self.state)
+        self.advantages = self.trainer.method.advantages(self.rollouts, made.kl_coefficient)
+        self.metrics = {**self.rollouts.metrics, **self.advantages.metrics}
+
+    def accumulate(self, policy: Policy, rows: Sequence[int]) -> Mapping[str, float]:
+        return self.trainer.accumulate(policy, self.rollouts, self.advantages, rows, self.state)
 
 
 def test_reward_rises_and_the_run_reports_it() -> None:
     run = Run()
-    made = settings(iterations=8, rollouts=48, minibatch=16, ppo_epochs=4, lr=5e-3, kl_coefficient=0.02)
-    result = PPO(made).fit(run.policy, INPUTS, run.context)
+    made = settings(iterations=8, rollouts=48, minibatch=16, update_epochs=4, lr=5e-3, kl_coefficient=0.02)
+    result = trainer(made).fit(run.policy, INPUTS, run.context)
     rewards = [row["reward/mean"] for row in run.log]
     assert np.mean(rewards[-2:]) > np.mean(rewards[:2]) + 0.2, rewards
     assert result.steps == 8 * 4 * 3 == run.log[-1]["step"]
@@ -131,9 +153,9 @@ def test_reward_rises_and_the_run_reports_it() -> None:
 def test_replies_shorten_where_length_is_charged_for() -> None:
     run = Run(lambda text: -float(len(text)))
     made = settings(
-        iterations=8, rollouts=48, minibatch=16, ppo_epochs=4, lr=5e-3, kl_coefficient=0.02, missing_eos="none"
+        iterations=8, rollouts=48, minibatch=16, update_epochs=4, lr=5e-3, kl_coefficient=0.02, missing_eos="none"
     )
-    PPO(made).fit(run.policy, INPUTS, run.context)
+    trainer(made).fit(run.policy, INPUTS, run.context)
     assert run.log[0]["completions/mean_length"] > 6.0
     assert run.log[-1]["completions/mean_length"] < 4.0
 
@@ -144,7 +166,7 @@ def test_every_fresh_rollout_starts_at_ratio_1(value: str, temperature: float, o
     run = Run(stop=("ad",))
     assert (run.policy.onednn_layers > 0) == (onednn == "on")
     run.policy.pass_tokens = 60  # three or four rollouts
-    PPO(settings(iterations=3, value=value, temperature=temperature)).fit(run.policy, INPUTS, run.context)
+    trainer(settings(iterations=3, value=value, temperature=temperature)).fit(run.policy, INPUTS, run.context)
     for row in run.log:
         assert row["val/ratio"] == pytest.approx(1.0, abs=1e-6)
         assert row["val/ratio_deviation"] < 1e-5
@@ -158,8 +180,8 @@ def test_every_fresh_rollout_starts_at_ratio_1(value: str, temperature: float, o
 
 def test_log_probs_at_another_temperature_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     run = Run()
-    method = PPO(settings(iterations=1, temperature=0.7))
-    monkeypatch.setattr("baselines.ppo.Rollouts.batch", lambda self, rows: _at_temperature_1(self, rows))
+    method = trainer(settings(iterations=1, temperature=0.7))
+    monkeypatch.setattr("rrhf_bench.training.rollouts.Rollouts.batch", lambda self, rows: _at_temperature_1(self, rows))
     method.fit(run.policy, INPUTS, run.context)
     assert run.log[0]["val/ratio_deviation"] > 1e-2
 
@@ -178,7 +200,7 @@ def test_same_seed_same_weights_whatever_the_global_generators_do() -> None:
     first, second, other = Run(), Run(disturbing), Run(seed=1)
     torch.manual_seed(123)
     for run in (first, second, other):
-        PPO(settings()).fit(run.policy, INPUTS, run.context)
+        trainer(settings()).fit(run.policy, INPUTS, run.context)
     assert all(torch.equal(a, b) for a, b in zip(first.weights().values(), second.weights().values(), strict=True))
     assert first.log == second.log
     assert first.log != other.log
@@ -193,16 +215,16 @@ def test_micro_batches_do_not_change_the_gradient(value: str) -> None:
         run = Run(stop=("ad",))
         run.policy.pass_tokens = tokens
         made = settings(rollouts=8, value=value)
-        state = PPOState.start(run.policy, made)
-        rollouts = roll_out(run.policy, PROMPTS, run.context, state, made)
+        first = Iteration(run, made)
+        parameters = first.state.optimiser.parameters
         with torch.no_grad():  # away from the old policy, so that ratios, clipping and values all matter
-            for index, parameter in enumerate(state.optimiser.parameters):
+            for index, parameter in enumerate(parameters):
                 noise = np.random.default_rng(index).normal(scale=0.05, size=tuple(parameter.shape))
                 parameter.add_(torch.as_tensor(noise, dtype=parameter.dtype))
-        metrics.append(accumulate_gradient(run.policy, rollouts, range(8), state, made))
-        gradients.append([p.grad for p in state.optimiser.parameters if p.grad is not None])
-    assert len({len(ids) for _, ids in rollouts.pairs}) > 1, "lopsided rows are the point"
-    assert metrics[0]["clip_fraction"] > 0.0
+        metrics.append(first.accumulate(run.policy, range(8)))
+        gradients.append([p.grad for p in parameters if p.grad is not None])
+    assert len({len(ids) for _, ids in first.rollouts.pairs}) > 1, "lopsided rows are the point"
+    assert metrics[0]["policy/clipfrac_avg"] > 0.0
     for other, row in zip(gradients[1:], metrics[1:], strict=True):
         assert row == pytest.approx(metrics[0], abs=1e-5)
         for a, b in zip(gradients[0], other, strict=True):
@@ -216,11 +238,11 @@ def test_a_separate_value_model_leaves_the_value_gradient_out_of_the_policy() ->
     # Without clipped policy updates (advantages 0) only the value loss is left to change anything.
     made = settings(value="separate", iterations=1, kl_coefficient=0.0, reward_scale="none", missing_eos="none")
     run.context.reward.function = lambda text: 0.0  # type: ignore[union-attr]
-    PPO(made).fit(run.policy, INPUTS, run.context)
+    trainer(made).fit(run.policy, INPUTS, run.context)
     assert all(torch.equal(before[name], weight) for name, weight in run.weights().items())
 
-    state = PPOState.start(run.policy, made)
-    shared = PPOState.start(run.policy, settings())
+    state = trainer(made).start(run.policy)
+    shared = trainer(settings()).start(run.policy)
     count = sum(1 for _ in run.policy.parameters())
     assert len(state.optimiser.parameters) == 2 * count + 2
     assert len(shared.optimiser.parameters) == count + 2
@@ -239,7 +261,7 @@ class PromptReward:
 def test_the_value_function_learns(value: str) -> None:
     run = Run()
     made = settings(iterations=6, rollouts=32, value=value, lr=1e-2, kl_coefficient=0.0, missing_eos="none")
-    PPO(made).fit(run.policy, INPUTS, replace(run.context, reward=PromptReward()))
+    trainer(made).fit(run.policy, INPUTS, replace(run.context, reward=PromptReward()))
     assert run.log[0]["val/explained_variance"] == pytest.approx(0.0, abs=1e-6)  # a head of zeros explains nothing
     assert max(row["val/explained_variance"] for row in run.log) > 0.4
 
@@ -255,11 +277,11 @@ def test_the_value_function_learns(value: str) -> None:
 def test_a_missing_end_costs(mode: str, expected: Callable[[float], float]) -> None:
     run = Run(lambda text: 0.5, stop=("ad", "da"))
     made = settings(missing_eos=mode, missing_eos_penalty=-2.0, reward_scale="none")
-    state = PPOState.start(run.policy, made)
-    metrics = roll_out(run.policy, PROMPTS, run.context, state, made).metrics
+    first = Iteration(run, made)
+    metrics = first.metrics
     missing = metrics["completions/clipped_ratio"]
     assert 0.0 < missing < 1.0
-    assert state.missing_ends == missing * 16
+    assert first.state.missing_ends == missing * 16
     assert metrics["reward/mean"] == 0.5
     assert metrics["objective/scores"] == pytest.approx(expected(missing))
     assert metrics["objective/rlhf_reward"] == pytest.approx(expected(missing), abs=1e-6)  # the KL is still 0
@@ -269,15 +291,16 @@ def test_a_stop_string_is_an_ending_and_its_tokens_stay() -> None:
     texts: list[str] = []
     run = Run(lambda text: texts.append(text) or 0.0, stop=("ad", "da"))  # type: ignore[func-returns-value]
     made = settings(rollouts=64, minibatch=8, reward_scale="none")
-    state = PPOState.start(run.policy, made)
-    rollouts = roll_out(run.policy, PROMPTS, run.context, state, made)
+    first = Iteration(run, made)
+    rollouts = first.rollouts
     assert not any("ad" in text or "da" in text for text in texts)
     sampled = [TOKENIZATION.decode(ids) for _, ids in rollouts.pairs]
     stopped = [n for n, text in enumerate(sampled) if "ad" in text or "da" in text]
     assert stopped, "no stop string occurred"
     mask = rollouts.batch(range(64)).mask_BT
     last = mask.sum(-1) - 1
-    final_return = rollouts.return_NT.gather(1, last[:, None]).squeeze(1)
+    assert first.advantages.return_NT is not None
+    final_return = first.advantages.return_NT.gather(1, last[:, None]).squeeze(1)
     for n in stopped:
         assert len(rollouts.pairs[n][1]) <= 8
         assert final_return[n] == 0.0  # the score of a reply that ended, at its last sampled token: no penalty
@@ -288,7 +311,7 @@ def test_a_stop_string_is_an_ending_and_its_tokens_stay() -> None:
 def test_a_prompt_that_comes_twice_gets_two_replies() -> None:
     run = Run()
     made = settings(rollouts=8, minibatch=8)
-    rollouts = roll_out(run.policy, PROMPTS[:1], run.context, PPOState.start(run.policy, made), made)
+    rollouts = Iteration(run, made, PROMPTS[:1]).rollouts
     assert len({ids for _, ids in rollouts.pairs}) > 4
 
 
@@ -298,23 +321,23 @@ def test_rollouts_come_from_the_present_weights() -> None:
         for parameter in run.policy.parameters():
             parameter.mul_(0.5)
     made = settings()
-    metrics = roll_out(run.policy, PROMPTS, run.context, PPOState.start(run.policy, made), made).metrics
+    metrics = Iteration(run, made).metrics
     assert metrics["sampling/sampling_logp_difference/max"] < 1e-4
     assert metrics["objective/kl"] != 0.0
 
 
 def test_prompts_come_in_rounds() -> None:
-    drawn = [cycled(PROMPTS, start, 5, seed=3) for start in range(0, 60, 5)]
+    drawn = [cycle_prompts(PROMPTS, start, 5, 3, "ppo") for start in range(0, 60, 5)]
     flat = [prompt for part in drawn for prompt in part]
     orders = [flat[i : i + 12] for i in range(0, 60, 12)]
     assert all(set(order) == set(PROMPTS) for order in orders)
     assert len({tuple(order) for order in orders}) == 5
-    assert flat == cycled(PROMPTS, 0, 60, seed=3)
+    assert flat == cycle_prompts(PROMPTS, 0, 60, 3, "ppo")
 
 
 def test_an_adaptive_coefficient_moves() -> None:
     run = Run()
-    PPO(settings(iterations=3, kl="adaptive", kl_target=50.0, kl_horizon=16)).fit(run.policy, INPUTS, run.context)
+    trainer(settings(iterations=3, kl="adaptive", kl_target=50.0, kl_horizon=16)).fit(run.policy, INPUTS, run.context)
     # The KL is far below 50: 1 - .2 * 16 / 16 each iteration.
     assert [row["kl_coefficient"] for row in run.log] == pytest.approx([0.1, 0.08, 0.064])
 
@@ -341,7 +364,7 @@ def test_a_reward_that_is_no_number_stops_the_run() -> None:
 
     run = Run(breaks_later)
     with pytest.raises(StageError, match=r"iteration 2, step 5: 1 of 16 rewards are not finite, the first nan"):
-        PPO(settings()).fit(run.policy, INPUTS, run.context)
+        trainer(settings()).fit(run.policy, INPUTS, run.context)
 
 
 def test_a_loss_that_is_no_number_stops_the_run() -> None:
@@ -350,16 +373,15 @@ def test_a_loss_that_is_no_number_stops_the_run() -> None:
         next(iter(run.policy.parameters())).fill_(torch.nan)
     made = settings()
     good = Run()
-    state = PPOState.start(good.policy, made)
-    rollouts = roll_out(good.policy, PROMPTS, good.context, state, made)
+    first = Iteration(good, made)
     with pytest.raises(StageError, match=r"iteration 1, step 1: the loss is nan"):
-        accumulate_gradient(run.policy, rollouts, range(8), state, made)
+        first.accumulate(run.policy, range(8))
 
 
 def test_a_sampler_without_ids_and_a_run_without_prompts_are_refused() -> None:
     run = Run()
     with pytest.raises(DataError, match="no training prompts"):
-        PPO(settings()).fit(run.policy, TrainInputs(), run.context)
+        trainer(settings()).fit(run.policy, TrainInputs(), run.context)
 
     class Silent:
         identity = "silent"
@@ -371,17 +393,13 @@ def test_a_sampler_without_ids_and_a_run_without_prompts_are_refused() -> None:
         def sync(self, policy: Policy) -> None: ...
 
     with pytest.raises(StageError, match="no token ids"):
-        PPO(settings()).fit(run.policy, INPUTS, replace(run.context, sampler=Silent()))
+        trainer(settings()).fit(run.policy, INPUTS, replace(run.context, sampler=Silent()))
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"sources": ("model",)}, "samples its own rollouts"),
-        ({"n": 4}, "one per prompt"),
-        ({"top_p": 0.9}, "full distribution"),
-        ({"top_k": 5}, "full distribution"),
-        ({"max_length": 64}, "max_new_tokens"),
+        ({"rollouts": 66, "replies": 4}, "multiple of replies"),
         ({"temperature": 0.0}, "greater than 0"),
         ({"minibatch": 256}, "at most rollouts"),
         ({"kl": "adaptive"}, "kl_target"),
@@ -398,13 +416,13 @@ def test_settings_that_contradict_themselves(changes: dict[str, Any], message: s
 def test_models_in_memory() -> None:
     assert PPOSettings().models_in_memory() == ("policy", "reference", "reward model")
     assert PPOSettings(value="separate").models_in_memory() == ("policy", "reference", "reward model", "value model")
-    assert PPOSettings(top_p=1.0, top_k=0).requires == PPO.requires == {"sampler", "reward", "reference"}
+    assert PPOSettings().requires == {"sampler", "reward", "reference"}
 
 
 def test_an_iteration_is_taken_apart() -> None:
     run = Run()
     took: list[Mapping[str, float]] = []
-    PPO(settings(iterations=2)).fit(run.policy, INPUTS, replace(run.context, took=took.append))
+    trainer(settings(iterations=2)).fit(run.policy, INPUTS, replace(run.context, took=took.append))
     assert len(took) == 2
     for seconds in took:
         assert set(seconds) == {"sync", "sample", "score", "logprobs", "update", "iteration"}
@@ -416,10 +434,10 @@ def test_what_diverged_is_told_with_its_rollouts() -> None:
     rewards = iter([math.nan, *[1.0] * 15])
     run = Run(lambda text: next(rewards))
     with pytest.raises(Diverged, match="iteration 1, step 1: 1 of 16 rewards are not finite") as caught:
-        PPO(settings()).fit(run.policy, INPUTS, run.context)
+        trainer(settings()).fit(run.policy, INPUTS, run.context)
     assert [row["reward"] for row in caught.value.evidence] == ["nan", *[1.0] * 15]
     run = Run()
     with pytest.raises(Diverged, match=r"ppo, iteration 1, step [23]: the (loss|gradient)") as caught:
-        PPO(settings(lr=1e30, warmup=0.0)).fit(run.policy, INPUTS, run.context)
+        trainer(settings(lr=1e30, warmup=0.0)).fit(run.policy, INPUTS, run.context)
     assert len(caught.value.evidence) == 8
     assert all(row["prompt"] in {prompt.text for prompt in PROMPTS} for row in caught.value.evidence)

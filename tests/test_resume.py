@@ -39,10 +39,10 @@ METHODS: dict[str, Any] = {
     "sft": SFTSettings(**OFFLINE),
     "op-2+kl": RRHFSettings(**OFFLINE, refresh=2, reward_kl=0.01, n=2, sources=("model", "chosen")),
     "ppo": PPOSettings(
-        iterations=5, rollouts=6, minibatch=3, ppo_epochs=2, lr=3e-3, kl="adaptive", kl_target=1.0, kl_horizon=20,
+        iterations=5, rollouts=6, minibatch=3, update_epochs=2, lr=3e-3, kl="adaptive", kl_target=1.0, kl_horizon=20,
         reward_scale="running",
     ),
-    "ppo with a value model": PPOSettings(iterations=3, rollouts=6, minibatch=3, ppo_epochs=1, value="separate"),
+    "ppo with a value model": PPOSettings(iterations=3, rollouts=6, minibatch=3, update_epochs=1, value="separate"),
 }  # fmt: skip
 
 

@@ -11,8 +11,7 @@ import psutil
 import pytest
 import torch
 
-from baselines.ppo import PPO
-from tests.test_ppo import INPUTS, Run, settings
+from tests.test_ppo import INPUTS, Run, settings, trainer
 
 
 @pytest.mark.slow
@@ -31,8 +30,8 @@ def test_two_hundred_iterations_hold_no_more_than_the_first_fifty() -> None:
         if len(resident) in (50, 200):
             tensors.append(sum(isinstance(x, torch.Tensor) for x in gc.get_objects()))
 
-    made = settings(iterations=200, rollouts=16, minibatch=8, ppo_epochs=1, lr=1e-4)
-    PPO(made).fit(run.policy, INPUTS, replace(run.context, took=took))
+    made = settings(iterations=200, rollouts=16, minibatch=8, update_epochs=1, lr=1e-4)
+    trainer(made).fit(run.policy, INPUTS, replace(run.context, took=took))
     assert len(run.log) == 200
     assert tensors[1] <= tensors[0] + 20  # the iteration at hand may be at another point
     quarters = [float(np.median(part)) for part in np.array_split(np.array(resident), 4)]

@@ -24,8 +24,8 @@ from rrhf_bench.policy.tokenization import Tokenization
 from rrhf_bench.records import Candidates, Preference, Prompt, Response
 from rrhf_bench.sampling.sampler import SamplingSpec, to_response
 from rrhf_bench.settings.methods import FLOAT32_MAX, OptimiserSettings
-from rrhf_bench.training.loop import OfflineTrainer, batches, tally
 from rrhf_bench.training.method import Example, LossOutput, MethodBatch, Progress, TrainContext, TrainInputs
+from rrhf_bench.training.offline import OfflineTrainer, batches, tally
 from rrhf_bench.training.optimiser import AdamW, lr_factor
 from rrhf_bench.training.rrhf import RRHF
 from rrhf_bench.training.rrhf_settings import RRHFSettings
@@ -215,9 +215,9 @@ def test_a_loss_that_is_not_finite_stops_with_its_step(policy, tmp_path):
     class Broken(SFT):
         calls = 0
 
-        def loss(self, policy, batch: MethodBatch) -> LossOutput:
+        def loss(self, logp_RT, batch: MethodBatch) -> LossOutput:
             Broken.calls += 1
-            output = super().loss(policy, batch)
+            output = super().loss(logp_RT, batch)
             return LossOutput(output.loss * (math.nan if Broken.calls == 2 else 1.0), output.weight)
 
     settings = SFTSettings(batch_prompts=4)
@@ -285,9 +285,9 @@ def test_rewards_that_float32_would_tie_are_ranked(policy, better):
     example = Example(PROMPTS[0], replies, rewards)
     batch = MethodBatch.of([example], policy.tokenization, None)
     with torch.no_grad():
-        logp_RT = policy.token_logprobs(batch.batch)
-        output = RRHF(RRHFSettings(margin=50.0)).loss(policy, batch)
-    p = sequence_score(logp_RT, batch.batch.mask_BT).tolist()
+        logp_RT = policy.token_logprobs(batch.responses)
+        output = RRHF(RRHFSettings(margin=50.0)).loss(logp_RT, batch)
+    p = sequence_score(logp_RT, batch.responses.mask_BT).tolist()
     assert output.metrics["loss/rank"] == pytest.approx(p[1 - better] - p[better] + 50.0, abs=1e-4)
     assert output.metrics["loss/sft"] == pytest.approx(-logp_RT.sum(-1)[better].item(), rel=1e-6)
     assert output.metrics["rewards/accuracies"] == float(p[better] > p[1 - better])

@@ -1,8 +1,8 @@
 """Compute the cost of a row's trained policy by one walk backwards over the stages that its method needs.
 
-Charged to a row: drawing, scoring and judging its training candidates, reading them from a file, its own training, all
-earlier rounds, and the training of the rows whose models it samples, with all that these need in turn. Stages that
-several rows need are charged in full to each of them.
+Charged to a row: drawing, scoring and judging its training candidates, reading them from a file, their log-probs under
+the initial policy if the method reads these, its own training, all earlier rounds, and the training of the rows whose
+models it samples, with all that these need in turn. Stages that several rows need are charged in full to each of them.
 
 Not charged: what every row is given (data, prompts, initial policies, reward and perplexity model), and evaluation. An
 initial policy that is itself a trained row, such as sft, is given as well: its training is charged to that row alone.
@@ -48,6 +48,7 @@ def needed_stages(stages: Stages, trained: str, given: Collection[str]) -> list[
             inputs = stages[own["judged"]]["inputs"]
         elif {*PAIR_ROWS, "reply"} & {*(stages[key]["settings"]["method"].get("sources") or ())}:
             found[own["pair scores"]] = None
+        found.update({key: None for role, key in own.items() if role.startswith("reference ")})
         for source, candidates in sampled_inputs(inputs):
             drawn = drawn_by(stages, candidates)
             found.update({candidates: None, drawn: None})

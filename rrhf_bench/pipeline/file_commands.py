@@ -36,6 +36,7 @@ from rrhf_bench.sampling.sampler import SamplingSpec
 from rrhf_bench.settings.experiment import Dtype, RuntimeSettings
 from rrhf_bench.settings.methods import MethodSettings
 from rrhf_bench.training.method import TrainContext, TrainInputs, TrainResult
+from rrhf_bench.training.reference import compute_reference
 
 Report = Callable[[int, int], None]
 
@@ -113,6 +114,10 @@ class PlainSteps:
         usable, fitted = self._fit(inputs.candidates, _prompt_length([policy]), limit, places)
         prompts = {row.prompt for row in usable}
         inputs = TrainInputs([pair for pair in inputs.preferences if pair.prompt in prompts], usable)
+        reads_reference = {"reference", "sampler"} <= method.needs
+        if "reference" in method.requires and not reads_reference:
+            groups = [*pair_candidates(inputs.preferences), *inputs.candidates]
+            inputs = replace(inputs, reference=compute_reference(policy, groups, max_length=context))
         unadapted = stage_helpers.adapt(policy, method, seed)
         log: list[Mapping[str, float]] = []
         with replacing(out) as folder:
@@ -126,7 +131,7 @@ class PlainSteps:
                     else None
                 ),
                 reward=judge,
-                reference=(unadapted or services.fixed_policy(model)) if "reference" in method.needs else None,
+                reference=(unadapted or services.fixed_policy(model)) if reads_reference else None,
                 watch=lambda progress, _: self.progress(round(1000 * progress.fraction), 1000),
                 log=log.append,
                 max_new_tokens=max_new_tokens,

@@ -22,7 +22,14 @@ from rrhf_bench.settings.experiment import (
     RewardModelSettings,
     SourceSettings,
 )
-from rrhf_bench.settings.methods import READ, SEARCH_KEYS, CandidateSettings, MethodSettings, Strategy
+from rrhf_bench.settings.methods import (
+    READ,
+    SEARCH_KEYS,
+    CandidateSettings,
+    MethodSettings,
+    OfflineSettings,
+    Strategy,
+)
 
 # Raised when a stage's code would give another result for the same settings: old artifacts are then not used.
 VERSIONS = {
@@ -35,6 +42,7 @@ VERSIONS = {
     "score": 2,
     "judge": 1,
     "score pairs": 1,
+    "reference": 1,
     "train": 8,
     "evaluate": 3,
     "evaluate pairs": 1,
@@ -340,6 +348,26 @@ class _Builder:
             return {f"scores {name}": stage for name, stage in self.samples(row, method, "train", seed).items()}
         return {f"scores {name}": stage for name, stage in self.scores(row, method, "train", seed).items()}
 
+    def _references(self, method: OfflineSettings, candidates: Mapping[str, Stage]) -> dict[str, Stage]:
+        """By role in training: the log-probs of the responses that a row trains on, under its initial policy.
+
+        A stage depends on a set of responses and on the initial policy alone, so rows share it.
+        """
+        initial = self.initial(method.initial)
+        found = {}
+        for role, stage in {"pairs": None, **candidates}.items():
+            inputs = {"prompts": self.prompts, "policy": initial} | ({} if stage is None else {"candidates": stage})
+            whose = "the training pairs" if stage is None else stage.name.removeprefix("scores of ")
+            found[f"reference {role}"] = Stage(
+                f"log-probs of {whose} under {initial.name}",
+                "reference",
+                {"dtype": self._dtype(method.initial)},
+                inputs,
+                f"{self.experiment.data.train_prompts} pairs" if stage is None else stage.size,
+                seed=None if stage is None else stage.seed,
+            )
+        return found
+
     def _judged(self, row: str, method: MethodSettings, seed: int) -> Stage:
         """Whole groups at once: a judge reads all responses to a prompt beside each other."""
         judge = self.experiment.judge
@@ -411,8 +439,12 @@ class _Builder:
         e = self.experiment
         initial = self.initial(method.initial)
         inputs = {"prompts": self.prompts, "policy": initial, "reward model": self.reward_model}
+        candidates: Mapping[str, Stage] = {}
         if "candidates" in method.requires:
-            inputs |= {"pair scores": self.train_pairs, **self.candidates(row, method, seed)}
+            candidates = self.candidates(row, method, seed)
+            inputs |= {"pair scores": self.train_pairs, **candidates}
+        if "reference" in method.requires and isinstance(method, OfflineSettings) and method.refresh is None:
+            inputs |= self._references(method, candidates)
         # What a key holds already, as an input or not at all: where samples come from, and who the row started from.
         unread = {"initial", "rounds", *(SEARCH_KEYS if method.drawn else ())}
         settings = {

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, cast
 
 import numpy as np
@@ -22,8 +21,10 @@ from rrhf_bench.rewards.reward import RewardModel, require_finite, require_finit
 from rrhf_bench.sampling.sampler import Sampler, SamplingSpec
 from rrhf_bench.seeding import derive_seed
 from rrhf_bench.settings.methods import MethodSettings, OfflineSettings, OptimiserSettings
-from rrhf_bench.training.loop import FixedExamples, OfflineTrainer, Supplier
+from rrhf_bench.settings.online import OnPolicySettings
 from rrhf_bench.training.method import Trainer
+from rrhf_bench.training.offline import FixedExamples, OfflineTrainer
+from rrhf_bench.training.on_policy import OnPolicyTrainer
 from rrhf_bench.training.online import OnlineExamples
 
 Row = tuple[Prompt, Response]
@@ -74,15 +75,15 @@ def score_shared_candidates(
 
 
 def trainer(settings: MethodSettings, context: int) -> Trainer:
-    """A method's own loop, or the one offline loop around its loss, where no text goes beyond the model's context; with
-    ``refresh``, on candidates sampled while it trains."""
+    """Return the loop that trains a method: the offline loop, in which no text goes beyond ``context`` tokens, or the
+    on-policy loop. A method that is neither brings a ``fit`` of its own."""
     method = registry.build(settings)
+    if isinstance(settings, OnPolicySettings):
+        return OnPolicyTrainer(method, settings)
     if not isinstance(settings, OfflineSettings):
         return cast(Trainer, method)
     max_length = min(settings.max_length or context, context)
-    supply: Supplier = FixedExamples
-    if settings.refresh is not None:
-        supply = partial(OnlineExamples, score=score_candidates)
+    supply = FixedExamples if settings.refresh is None else OnlineExamples
     return OfflineTrainer(method, settings.model_copy(update={"max_length": max_length}), supply)
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import operator
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import cache
+from functools import cache, reduce
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,7 @@ from rrhf_bench.settings.experiment import ScratchSettings
 from rrhf_bench.settings.methods import READ, MethodSettings
 from rrhf_bench.settings.reward import RewardTrainingSettings
 from rrhf_bench.training.method import Progress, TrainContext, TrainInputs
+from rrhf_bench.training.reference import ReferenceLogprobs, compute_reference
 
 
 def data(job: Job) -> None:
@@ -345,6 +347,17 @@ def own_replies(job: Job, split: str) -> list[Candidates]:
     ]
 
 
+def reference(job: Job) -> None:
+    """Write the token log-probs of training responses under the initial policy."""
+    policy = job.services.fixed_policy(job.ref())
+    folder = job.inputs.get("candidates")
+    groups = (
+        pair_candidates(job.pairs("train")) if folder is None else read_jsonl(folder / "candidates.jsonl", Candidates)
+    )
+    length, batch = context_of(policy, job.ref()), job.services.runtime.score_batch
+    compute_reference(policy, groups, max_length=length, batch=batch, progress=job.progress).write(job.out)
+
+
 def train(job: Job) -> None:
     """A policy trained by one method, its metrics, and its reward on the dev prompts along the way."""
     s = job.settings
@@ -356,12 +369,13 @@ def train(job: Job) -> None:
     curve = _Curve(job, policy)
     record = _Record(curve)
     backend = choose_backend(job.backend, settings.strategy or "sample").name
+    reads_reference = {"reference", "sampler"} <= settings.needs
     assert job.scratch is not None
     context = TrainContext(
         seed=s["seed"],
         sampler=sampler_of(job, policy, backend) if "sampler" in settings.needs else None,
         reward=reward if "reward" in settings.needs else None,
-        reference=(unadapted or job.services.fixed_policy(job.ref())) if "reference" in settings.needs else None,
+        reference=(unadapted or job.services.fixed_policy(job.ref())) if reads_reference else None,
         watch=curve.watch,
         log=record.log.append,
         keep=record.made.extend,
@@ -413,17 +427,19 @@ def _mean_of(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
 def train_inputs(job: Job, settings: MethodSettings) -> TrainInputs:
     """The training pairs and, for a method that uses them, the scored candidates of its sources."""
     pairs = job.pairs("train")
+    tables = [ReferenceLogprobs.read(folder) for role, folder in job.inputs.items() if role.startswith("reference ")]
+    reference = reduce(operator.or_, tables) if tables else None
     if "candidates" not in settings.requires:
-        return TrainInputs(preferences=pairs)
+        return TrainInputs(pairs, reference=reference)
     if "judged" in job.inputs:
-        return TrainInputs(pairs, read_jsonl(job.inputs["judged"] / "candidates.jsonl", Candidates))
+        return TrainInputs(pairs, read_jsonl(job.inputs["judged"] / "candidates.jsonl", Candidates), reference)
     sampled = {
         role.removeprefix("scores "): read_jsonl(folder / "candidates.jsonl", Candidates)
         for role, folder in job.inputs.items()
         if role.startswith("scores ")
     }
     scored_pairs = read_jsonl(job.inputs["pair scores"] / "candidates.jsonl", Candidates)
-    return TrainInputs(pairs, assemble(settings.sources or (), sampled, scored_pairs))
+    return TrainInputs(pairs, assemble(settings.sources or (), sampled, scored_pairs), reference)
 
 
 class _Curve:
@@ -557,6 +573,7 @@ BODIES: dict[str, Callable[[Job], None]] = {
     "score": score,
     "judge": judge,
     "score pairs": score_pairs,
+    "reference": reference,
     "train": train,
     "evaluate": evaluate,
     "evaluate pairs": evaluate_pairs,

@@ -238,8 +238,9 @@ class OfflineSettings(OptimiserSettings):
     batch_prompts: Annotated[int, Field(ge=1)] = 16  # examples (prompts) an optimiser step
 
     def models_in_memory(self) -> tuple[str, ...]:
-        # With adapters the reference is the policy with these off.
-        others: Mapping[Requirement, str] = {} if self.lora else {"reference": "reference"}
+        # Offline, the log-probs of the reference are data. With adapters it is the policy with these off.
+        resident = "sampler" in self.needs and not self.lora
+        others: Mapping[Requirement, str] = {"reference": "reference"} if resident else {}
         others = {**others, "reward": "reward model"}
         return ("policy", *(model for need, model in others.items() if need in self.needs))
 

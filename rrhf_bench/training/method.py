@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from rrhf_bench.policy.batching import ResponseBatch
@@ -15,7 +18,7 @@ from rrhf_bench.policy.tokenization import Tokenization
 from rrhf_bench.records import Candidates, Preference, Prompt, Response
 from rrhf_bench.rewards.reward import RewardModel
 from rrhf_bench.sampling.sampler import Sampler
-from rrhf_bench.settings.methods import Requirement
+from rrhf_bench.training.reference import ReferenceLogprobs
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,7 @@ class TrainInputs:
 
     preferences: Sequence[Preference] = ()  # of the training prompts
     candidates: Sequence[Candidates] = ()  # scored, one for each training prompt; what is sampled in training is absent
+    reference: ReferenceLogprobs | None = None  # of every response above, for a method that requires it
 
     @property
     def prompts(self) -> list[Prompt]:
@@ -34,51 +38,73 @@ class TrainInputs:
 
 @dataclass(frozen=True)
 class Example:
-    """One prompt's worth of training: the unit that batch sizes count. ``rewards`` is empty where no score is used."""
+    """One prompt's worth of training: the unit that batch sizes count."""
 
     prompt: Prompt
     responses: tuple[Response, ...]
-    rewards: tuple[float, ...] = ()
+    rewards: tuple[float, ...] = ()  # of the responses; empty if the method uses none
+    # Token log-probs of each response under the frozen initial policy; empty if the method requires no reference.
+    reference: tuple[NDArray[np.float32], ...] = ()
 
 
 @dataclass(frozen=True)
 class MethodBatch:
-    """Some examples and their responses as one batch: row r of it belongs to example ``group_of[r]``."""
+    """R responses to B prompts: row r belongs to prompt ``group_of[r]``. Rows of one prompt follow one another."""
 
-    examples: tuple[Example, ...]
-    batch: ResponseBatch
+    responses: ResponseBatch
     group_of: tuple[int, ...]
+    reward_R: Tensor  # float64 on the CPU, NaN where there is none
+    reference_RT: Tensor | None = None  # float32 on the CPU, 0 beyond each row's end
 
     @classmethod
     def of(cls, examples: Sequence[Example], tokenization: Tokenization, max_length: int | None) -> MethodBatch:
+        """Return the batch of some examples. Responses are cut where prompt and response exceed ``max_length``."""
         rows = [(example.prompt, response) for example in examples for response in example.responses]
         group_of = tuple(g for g, example in enumerate(examples) for _ in example.responses)
-        return cls(tuple(examples), tokenization.batch(rows, max_length), group_of)
+        # Losses compare rewards. In float32 two rewards that the reward model tells apart could tie.
+        rewards = [r for example in examples for r in example.rewards or (math.nan,) * len(example.responses)]
+        responses = tokenization.batch(rows, max_length)
+        reference = [logp_T for example in examples for logp_T in example.reference]
+        return cls(
+            responses,
+            group_of,
+            torch.tensor(rewards, dtype=torch.float64),
+            _pad(reference, responses.lengths) if reference else None,
+        )
 
-    def rewards(self) -> Tensor:
-        """Return the (R,) rewards of the rows in float64, the precision in which the records hold them.
-
-        Losses compare rewards. In float32 two rewards that the reward model tells apart could tie.
-        """
-        return torch.tensor([r for example in self.examples for r in example.rewards], dtype=torch.float64)
+    @property
+    def prompts(self) -> int:
+        """B, the number of prompts."""
+        return self.group_of[-1] + 1
 
     def grouped(self, value_R: Tensor) -> Tensor:
         """Return the (R, ...) values of the rows as (B, G, ...), with G the widest group.
 
         Narrower groups are filled up with zeros (False).
         """
-        sizes = [len(example.responses) for example in self.examples]
-        empty = value_R.new_zeros((len(sizes), max(sizes), *value_R.shape[1:]))
-        present_BG = torch.arange(max(sizes)) < torch.tensor(sizes)[:, None]
+        size_B = torch.bincount(torch.tensor(self.group_of), minlength=self.prompts)
+        widest = int(size_B.max())
+        empty = value_R.new_zeros((self.prompts, widest, *value_R.shape[1:]))
+        present_BG = torch.arange(widest) < size_B[:, None]
         mask = present_BG.to(value_R.device).reshape(*present_BG.shape, *(1,) * (value_R.dim() - 1))
         return empty.masked_scatter(mask.expand_as(empty), value_R)
 
     def padded_lengths(self) -> Tensor:
         """Return the (B,) longest query + response of each group in tokens, to which the released RRHF code pads it."""
-        lengths = [0] * len(self.examples)
-        for group, prompt, response in zip(self.group_of, self.batch.prompt_of, self.batch.response_ids, strict=True):
-            lengths[group] = max(lengths[group], len(self.batch.prompt_ids[prompt]) + len(response))
+        batch = self.responses
+        lengths = [0] * self.prompts
+        for group, prompt, response in zip(self.group_of, batch.prompt_of, batch.response_ids, strict=True):
+            lengths[group] = max(lengths[group], len(batch.prompt_ids[prompt]) + len(response))
         return torch.tensor(lengths)
+
+
+def _pad(rows: Sequence[NDArray[np.float32]], lengths: Sequence[int]) -> Tensor:
+    """Return the (R, T) first ``lengths`` values of each row, 0 beyond them."""
+    padded_RT = torch.zeros(len(rows), max(lengths))
+    for row, (values, length) in enumerate(zip(rows, lengths, strict=True)):
+        assert len(values) >= length, "reference log-probs are of other tokens than the response"
+        padded_RT[row, :length] = torch.as_tensor(values[:length])
+    return padded_RT
 
 
 @dataclass(frozen=True)
@@ -92,15 +118,18 @@ class LossOutput:
 
 
 class LossMethod(Protocol):
-    """RRHF, SFT and their kind: examples in, a pure loss out."""
-
-    requires: frozenset[Requirement]
+    """An offline method such as RRHF or SFT: it chooses examples and computes a loss of log-probs. It sees no model."""
 
     def examples(self, inputs: TrainInputs) -> Sequence[Example]:
-        """The examples of one epoch. Raises DataError where nothing could be learnt from the inputs."""
+        """Return the examples of one epoch. Raises DataError if nothing could be learnt from the inputs.
+
+        The loop fills in ``Example.reference`` for a method that requires a reference.
+        """
         ...
 
-    def loss(self, policy: Policy, batch: MethodBatch) -> LossOutput: ...
+    def loss(self, logp_RT: Tensor, batch: MethodBatch) -> LossOutput:
+        """Return the loss of a batch from the (R, T) log-probs of its responses, which carry the gradient."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -142,7 +171,7 @@ class TrainContext:
     seed: int
     sampler: Sampler | None  # holds some weights; sync before use
     reward: RewardModel | None
-    reference: Policy | None  # the initial policy, frozen
+    reference: Policy | None  # the initial policy, frozen, for a method that samples while it trains
     max_new_tokens: int  # length cap of what a method samples while training
     stop: tuple[str, ...]  # stop strings of the same
     # Called once before the first optimiser step, then after every step (offline loop) or every iteration (PPO).
@@ -163,14 +192,10 @@ class TrainResult:
 class Trainer(Protocol):
     """Changes a policy's weights in place."""
 
-    requires: frozenset[Requirement]
-
     def fit(self, policy: Policy, inputs: TrainInputs, context: TrainContext) -> TrainResult: ...
 
 
 class InferenceMethod(Protocol):
-    """Best-of-n and its kind: no weight changes, another way to sample."""
-
-    requires: frozenset[Requirement]
+    """A method such as best-of-n: it changes no weights and samples in another way."""
 
     def wrap(self, sampler: Sampler, reward: RewardModel) -> Sampler: ...

@@ -7,8 +7,9 @@ order of prompts and the method are the same.
 from __future__ import annotations
 
 import math
+import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from typing import Any
@@ -21,19 +22,19 @@ from rrhf_bench.jsonl import from_json, to_json
 from rrhf_bench.policy.logprobs import kl_k1
 from rrhf_bench.policy.policy import Policy
 from rrhf_bench.records import Candidates, Prompt, Response
-from rrhf_bench.rewards.reward import RewardModel, require_finite_of_row
+from rrhf_bench.rewards.reward import require_finite_of_row
 from rrhf_bench.sampling.sampler import SamplingSpec
 from rrhf_bench.settings.methods import READ, OfflineSettings
-from rrhf_bench.training.loop import batches, fitting, step_count, tally, with_tokens
 from rrhf_bench.training.method import Example, LossMethod, TrainContext, TrainInputs
-
-Score = Callable[[RewardModel, Sequence[Candidates]], list[Candidates]]
+from rrhf_bench.training.offline import batches, fitting, step_count, tally, with_reference, with_tokens
+from rrhf_bench.training.reference import compute_reference
+from rrhf_bench.training.rollouts import RolloutSampler, sample_metrics, sampled_tokens
 
 
 class OnlineExamples:
     """The Supply of OP-k: every ``refresh`` optimiser steps the policy in training samples candidates for the prompts
-    of the next ``refresh`` steps, and ``score`` has the reward model score them. A group is its samples, then the given
-    candidates of ``inputs``, which come scored.
+    of the next ``refresh`` steps, and the reward model scores them. A group is its samples, then the given candidates
+    of ``inputs``, which come scored.
 
     With ``reward_kl`` (OP-k+KL) a method sees reward - reward_kl * log(pi(y | x) / ref(y | x)) in place of the reward,
     for every candidate of the group, the given ones included: pi is the policy as it is at that refresh, and the
@@ -54,8 +55,6 @@ class OnlineExamples:
         policy: Policy,
         inputs: TrainInputs,
         context: TrainContext,
-        *,
-        score: Score,
     ) -> None:
         assert settings.refresh is not None
         self.method = method
@@ -63,7 +62,7 @@ class OnlineExamples:
         self.policy = policy
         self.inputs = inputs
         self.context = context
-        self.score = score
+        self.sampler = self._sampler()
         self.refresh = settings.refresh
         given = inputs.candidates or [Candidates(prompt, ()) for prompt in inputs.prompts]
         self.given = fitting(given, policy.tokenization, settings.max_length)
@@ -113,22 +112,14 @@ class OnlineExamples:
         """
         done = number * self.refresh
         place = f"refresh {number + 1}, step {done + 1} of {self.steps}"
-        assert self.context.reward is not None
-        drawn = self.score(self.context.reward, self._sample(number, [row.prompt for row in given]))
-        _check_finite(drawn, place)
+        drawn = self.sampler.sample(number, [row.prompt for row in given], place)
         groups = [Candidates(row.prompt, row.responses + own.responses) for row, own in zip(drawn, given, strict=True)]
         self.context.keep(groups)
         groups, empty = with_tokens(groups, self.policy.tokenization)
 
-        replies = [reply for row in drawn for reply in row.responses]
-        tokens = sum(len(reply.token_ids or ()) for reply in replies)
-        self.sampled_tokens += tokens
-        metrics = {
-            "reward/mean": _mean([score for row in drawn for score in row.scores]),
-            "reward/max": _mean([max(row.scores) for row in drawn]),  # a prompt's best sample
-            "completions/mean_length": tokens / len(replies),
-            "completions/clipped_ratio": _mean([not reply.ended for reply in replies]),
-        }
+        self.sampled_tokens += sampled_tokens(drawn)
+        best = float(np.mean([max(row.scores) for row in drawn]))  # the mean of each prompt's best sample
+        metrics = {**sample_metrics(drawn), "reward/max": best}
         if self.settings.reward_kl:
             log_ratio = self._log_ratios(groups)
             # The mean is over the samples alone, which are the policy's own. It is no KL: they are drawn at another
@@ -136,42 +127,32 @@ class OnlineExamples:
             samples = [_key(row.prompt, reply) for row in drawn for reply in row.responses]
             ratios = [log_ratio[key] for key in samples if key in log_ratio]
             if ratios:
-                metrics["objective/log_ratio"] = _mean(ratios)
+                metrics["objective/log_ratio"] = float(np.mean(ratios))
             groups = _shaped(groups, log_ratio, self.settings.reward_kl)
             _check_finite(groups, f"{place}, less reward_kl x log-ratio")
         examples = self._examples([group for group in groups if group.responses])
+        if "reference" in self.settings.requires:
+            assert self.context.reference is not None
+            length = self.settings.max_length or sys.maxsize
+            examples = with_reference(examples, compute_reference(self.context.reference, groups, max_length=length))
         counts = tally(examples, self.policy.tokenization, self.settings.max_length)
         self.counts.update({"refreshes": 1, "groups": len(groups), "responses_empty": empty, **counts})
         self.context.log({"step": done, "refresh": number + 1, "sampled_tokens": self.sampled_tokens, **metrics})
         made = iter(examples)
         return [next(made) if group.responses else None for group in groups]
 
-    def _sample(self, number: int, prompts: Sequence[Prompt]) -> list[Candidates]:
-        """n responses to each prompt, from the policy's present weights."""
+    def _sampler(self) -> RolloutSampler:
         settings, context = self.settings, self.context
-        assert context.sampler is not None
-        context.sampler.sync(self.policy)
         read = {key: getattr(settings, key) for key in READ[settings.strategy or "sample"]}
-        said: dict[str, Any] = {key: value for key, value in read.items() if value is not None}
-        # A prompt that comes twice, in two epochs, needs a second purpose: its seeds would be the same, so its samples.
-        seen: Counter[Prompt] = Counter()
-        turns: list[list[int]] = []  # places of the prompts that come for the first time, the second time, ...
-        for place, prompt in enumerate(prompts):
-            if seen[prompt] == len(turns):
-                turns.append([])
-            turns[seen[prompt]].append(place)
-            seen[prompt] += 1
-        found: dict[int, Candidates] = {}
-        for turn, places in enumerate(turns):
-            spec = SamplingSpec(
-                **{"temperature": 1.0, **said},  # which a search does not read
-                max_new_tokens=context.max_new_tokens,
-                seed=context.seed,
-                purpose=f"online/{number}" + (f"/{turn}" if turn else ""),
-                stop=context.stop,
-            )
-            found |= zip(places, context.sampler.sample([prompts[place] for place in places], spec), strict=True)
-        return [found[place] for place in range(len(prompts))]
+        set_here: dict[str, Any] = {key: value for key, value in read.items() if value is not None}
+        spec = SamplingSpec(
+            **{"temperature": 1.0, **set_here},  # a search reads no temperature
+            max_new_tokens=context.max_new_tokens,
+            seed=context.seed,
+            purpose="online",
+            stop=context.stop,
+        )
+        return RolloutSampler(self.policy, context, spec)
 
     def _examples(self, groups: Sequence[Candidates]) -> Sequence[Example]:
         """The method's examples of these groups.
@@ -233,7 +214,3 @@ def _check_finite(groups: Sequence[Candidates], place: str) -> None:
     texts = [reply.text for group in groups for reply in group.responses]
     scores = np.array([score for group in groups for score in group.scores])
     require_finite_of_row(scores, prompts, texts, place)
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)

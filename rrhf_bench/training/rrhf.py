@@ -13,7 +13,6 @@ from torch import Tensor
 
 from rrhf_bench.errors import DataError
 from rrhf_bench.policy.logprobs import sequence_score
-from rrhf_bench.policy.policy import Policy
 from rrhf_bench.training.method import Example, LossOutput, MethodBatch, TrainInputs
 from rrhf_bench.training.rrhf_settings import RRHFSettings
 
@@ -93,8 +92,6 @@ def rrhf_loss(
 class RRHF:
     """RRHF as a LossMethod. An example is a prompt with all its scored candidates."""
 
-    requires = RRHFSettings.requires
-
     def __init__(self, settings: RRHFSettings) -> None:
         self.settings = settings
 
@@ -111,12 +108,11 @@ class RRHF:
             )
         return examples
 
-    def loss(self, policy: Policy, batch: MethodBatch) -> LossOutput:
+    def loss(self, logp_RT: Tensor, batch: MethodBatch) -> LossOutput:
         """Return the loss over the batch's prompts, which are its weight, with the metrics of the ranking."""
-        logp_RT = policy.token_logprobs(batch.batch)
         logp_BGT = batch.grouped(logp_RT)
-        mask_BGT = batch.grouped(batch.batch.mask_BT.to(logp_RT.device))
-        reward_BG = batch.grouped(batch.rewards().to(logp_RT.device))
+        mask_BGT = batch.grouped(batch.responses.mask_BT.to(logp_RT.device))
+        reward_BG = batch.grouped(batch.reward_R.to(logp_RT.device))
         s = self.settings
         losses = rrhf_loss(
             logp_BGT,
@@ -138,4 +134,4 @@ class RRHF:
             # Of the pairs with different rewards, the share that the policy ranks as the reward does.
             "rewards/accuracies": (ordered_BGG & pair_BGG).sum().item() / max(1, int(pair_BGG.sum())),
         }
-        return LossOutput(losses.total, float(len(batch.examples)), metrics)
+        return LossOutput(losses.total, float(batch.prompts), metrics)

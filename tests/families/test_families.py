@@ -243,7 +243,7 @@ def test_rrhf(case: Case, tmp_path: Path) -> None:
 
 def test_ppo(case: Case, tmp_path: Path) -> None:
     """So cold that rollouts are the greedy replies: as many count as cut, and they have the mean score."""
-    settings = PPOSettings(iterations=1, rollouts=3, minibatch=3, ppo_epochs=2, temperature=0.02, lr=1e-3)
+    settings = PPOSettings(iterations=1, rollouts=3, minibatch=3, update_epochs=2, temperature=0.02, lr=1e-3)
     prompts = rows(tmp_path / "prompts.jsonl", *({"prompt": prompt} for prompt in PROMPTS))
     log = case.train(settings, prompts, tmp_path / "out")
     scores = [

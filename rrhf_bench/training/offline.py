@@ -28,6 +28,7 @@ from rrhf_bench.training.method import (
     TrainResult,
 )
 from rrhf_bench.training.optimiser import AdamW, lr_factor
+from rrhf_bench.training.reference import ReferenceLogprobs
 
 T = TypeVar("T")
 Row = TypeVar("Row", Example, Candidates)
@@ -93,6 +94,9 @@ class FixedExamples:
             )
         made = method.examples(replace(inputs, candidates=groups))
         examples = fitting(made, policy.tokenization, settings.max_length)
+        if "reference" in settings.requires:
+            assert inputs.reference is not None
+            examples = with_reference(examples, inputs.reference)
         self.steps = step_count(len(examples), settings)
         self.counts = {
             "examples": len(examples),
@@ -119,7 +123,6 @@ class OfflineTrainer:
         self.method = method
         self.settings = settings
         self.supply = supply
-        self.requires = settings.needs
 
     def fit(self, policy: Policy, inputs: TrainInputs, context: TrainContext) -> TrainResult:
         """Train the policy in place.
@@ -172,7 +175,7 @@ class OfflineTrainer:
         sums: dict[str, float] = defaultdict(float)
         for run in within(sizes, policy.pass_tokens):
             method_batch = MethodBatch.of([batch[i] for i in run], policy.tokenization, max_length)
-            output = self.method.loss(policy, method_batch)
+            output = self.method.loss(policy.token_logprobs(method_batch.responses), method_batch)
             (output.loss * output.weight).backward()
             weight += output.weight
             for name, value in {"loss": output.loss.item(), **output.metrics}.items():
@@ -182,8 +185,12 @@ class OfflineTrainer:
 
 def fed_tokens(policy: Policy, example: Example, max_length: int | None) -> int:
     """Tokens that the policy is fed for one example."""
-    batch = MethodBatch.of([example], policy.tokenization, max_length).batch
-    return policy.fed_tokens(batch)
+    return policy.fed_tokens(MethodBatch.of([example], policy.tokenization, max_length).responses)
+
+
+def with_reference(examples: Sequence[Example], reference: ReferenceLogprobs) -> list[Example]:
+    """Return the examples with the reference log-probs of their responses."""
+    return [replace(e, reference=tuple(reference.of(e.prompt, r) for r in e.responses)) for e in examples]
 
 
 def fitting(rows: Sequence[Row], tokenization: Tokenization, max_length: int | None) -> list[Row]:

@@ -1,0 +1,75 @@
+"""Settings that every method shares that trains on rollouts of the policy in training."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, ClassVar, Literal, Self
+
+from pydantic import Field, model_validator
+
+from rrhf_bench.settings.methods import OptimiserSettings, Requirement, Schedule
+
+Positive = Annotated[float, Field(gt=0.0)]
+Count = Annotated[int, Field(ge=1)]
+
+MissingEos = Literal["penalty", "replace", "none"]
+
+
+class OnPolicySettings(OptimiserSettings):
+    """Iterations of rollouts and of updates on them, and the weight of the KL to the initial policy."""
+
+    requires: ClassVar[frozenset[Requirement]] = frozenset({"sampler", "reward", "reference"})
+
+    schedule: Schedule = "constant"
+    warmup: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+
+    iterations: Count = 14
+    rollouts: Annotated[int, Field(ge=2)] = 128  # replies an iteration
+    replies: Count = 1  # of them to one prompt
+    temperature: Annotated[float, Field(gt=0.0, le=10.0)] = 1.0  # of the rollouts and of every log-prob
+    update_epochs: Count = 1  # passes over an iteration's rollouts
+    minibatch: Count = 32  # rollouts an optimiser step
+
+    kl: Literal["fixed", "adaptive"] = "fixed"
+    kl_coefficient: Annotated[float, Field(ge=0.0)] = 0.1  # adaptive: the first one
+    kl_target: Positive | None = None  # adaptive only: nats a response
+    kl_horizon: Count | None = None  # adaptive only: rollouts
+
+    missing_eos: MissingEos = "penalty"  # "penalty" is added to the score, "replace" takes its place
+    missing_eos_penalty: float = -1.0  # a reply that ends at a stop string has ended; one cut by the cap has not
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        faults = []
+        if self.minibatch > self.rollouts:
+            faults.append(f"minibatch: found {self.minibatch}; expected at most rollouts ({self.rollouts})")
+        if self.rollouts % self.replies:
+            faults.append(f"rollouts: found {self.rollouts}; expected a multiple of replies ({self.replies})")
+        if self.kl == "adaptive" and (self.kl_target is None or self.kl_horizon is None):
+            faults.append(
+                'kl: "adaptive" needs kl_target (nats a response) and kl_horizon (rollouts); set them (1909.08593 '
+                "moves by kl_horizon = 10000)"
+            )
+        if self.kl == "adaptive" and self.kl_coefficient == 0.0:
+            faults.append(
+                "kl_coefficient: found 0; an adaptive one is multiplied and never leaves 0; give a first value"
+            )
+        if self.kl == "fixed" and (self.kl_target is not None or self.kl_horizon is not None):
+            faults.append('kl: found "fixed", which reads no kl_target or kl_horizon; set "adaptive" or remove them')
+        if faults:
+            raise ValueError("; ".join(faults))
+        return self
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps of the whole run."""
+        return self.iterations * self.update_epochs * math.ceil(self.rollouts / self.minibatch)
+
+    def models_in_memory(self) -> tuple[str, ...]:
+        return ("policy", *(() if self.lora else ("reference",)), "reward model")
+
+    def budget(self, prompts: int, responses: int) -> str:
+        return (
+            f"{self.iterations} iterations of {self.rollouts} rollouts, {self.update_epochs} passes in minibatches of "
+            f"{self.minibatch} = {self.steps} steps"
+        )
