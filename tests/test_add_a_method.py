@@ -1,0 +1,90 @@
+"""Methods of another package: docs/add_a_method.md, block by block, in a folder of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rrhf_bench.errors import ConfigError
+from rrhf_bench.settings.reading import load_experiment
+
+ROOT = Path(__file__).parents[1]
+BLOCK = re.compile(r"```(?:python|toml)\n# (?P<name>\S+\.(?:py|toml))\n(?P<text>.*?)```", re.S)
+SMALL = """
+[data]
+train_prompts = 12
+toy = { raw_corpus = 40, corpus = 60, perplexity_corpus = 40, preferences = 80 }
+[evaluation]
+prompts = 8
+pairs = 12
+dev_prompts = 4
+curve_points = 1
+max_new_tokens = 16
+pool_prompts = 2
+pool_samples = 4
+[sampling]
+max_new_tokens = 16
+backend = "transformers"
+[runtime]
+workers = 1
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The page's files, with an experiment that has the page's rows alone and a world of seconds."""
+    folder = tmp_path_factory.mktemp("author")
+    blocks = {m["name"]: m["text"] for m in BLOCK.finditer((ROOT / "docs" / "add_a_method.md").read_text("utf-8"))}
+    for name, text in blocks.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(text, encoding="utf-8")
+    rows = blocks["my_experiment.toml"][blocks["my_experiment.toml"].index("[methods") :]
+    (folder / "small.toml").write_text(SMALL + rows, encoding="utf-8")
+    return folder
+
+
+def run(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    paths = os.pathsep.join([str(folder), str(ROOT)])
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "rrhf_bench.cli", *words]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False)
+
+
+def test_the_pages_methods_run_to_their_report(folder: Path) -> None:
+    done = run(folder, "run", "small.toml")
+    assert done.returncode == 0, done.stderr
+    made = folder / "runs" / "small"
+    table = (made / "report" / "tables" / "main.md").read_text(encoding="utf-8")
+    assert all(f"| {row} |" in table for row in ("base", "my_dpo", "my_reinforce"))
+    lines = [json.loads(line) for line in (made / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    logged = {name: [line for line in lines if line["row"] == name] for name in ("my_dpo", "my_reinforce")}
+    assert logged["my_dpo"][0]["loss"] == pytest.approx(0.693147, abs=1e-4)  # log 2: the policy is the reference
+    assert logged["my_dpo"][-1]["loss"] != logged["my_dpo"][0]["loss"]
+    assert len(logged["my_reinforce"]) == 3
+    assert logged["my_reinforce"][0]["val/ratio_deviation"] < 1e-5
+    figures = "".join(path.read_text(encoding="utf-8") for path in (made / "report" / "figures").glob("*.svg"))
+    assert "#e69f00" in figures.lower()
+    assert "#56b4e9" in figures.lower()
+
+
+def test_the_pages_own_experiment_plans(folder: Path) -> None:
+    (folder / "experiments").symlink_to(ROOT / "experiments")
+    done = run(folder, "plan", "my_experiment.toml", "--json")
+    assert done.returncode == 0, done.stderr
+    stages = [stage["name"] for stage in json.loads(done.stdout)["stages"]]
+    assert {"train my_dpo, seed 0", "train my_reinforce, seed 0"} <= set(stages)
+    assert "log-probs of the training pairs under policy" in stages
+
+
+@pytest.mark.parametrize("kind", ["nowhere:DPO", "rrhf_bench.registry:NOTHING", "rrhf_bench.registry:METHODS"])
+def test_an_address_without_a_method_is_refused(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "x.toml"
+    path.write_text(f'[methods.mine]\nkind = "{kind}"\n')
+    with pytest.raises(ConfigError, match=r"methods\.mine\.kind: found '" + kind):
+        load_experiment(path, [])
