@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from rrhf_bench.settings.methods import OptimiserSettings, Requirement, Schedule
 
@@ -25,8 +25,6 @@ class PPOSettings(OptimiserSettings):
     """
 
     requires: ClassVar[frozenset[Requirement]] = frozenset({"sampler", "reward", "reference"})
-    candidate_keys: ClassVar[frozenset[str]] = frozenset({"temperature"})
-    why_unread: ClassVar[str] = "PPO samples one reply a rollout from the full distribution"
 
     kind: Literal["ppo"] = "ppo"
 
@@ -59,30 +57,6 @@ class PPOSettings(OptimiserSettings):
     reward_clip: Positive = 10.0  # of the scaled score, both sides
     missing_eos: MissingEos = "penalty"  # "penalty" is added to the score, "replace" takes its place
     missing_eos_penalty: float = -1.0  # a reply that ends at a stop string has ended; one cut by the cap has not
-
-    @field_validator("sources", "n")
-    @classmethod
-    def _no_candidates(cls, value: object) -> object:
-        if value is not None:
-            raise ValueError(
-                f"found {value!r}; PPO samples its own rollouts from the policy in training, one per prompt; remove "
-                "the key, and say with rollouts how many an iteration"
-            )
-        return value
-
-    @field_validator("top_p", "top_k")
-    @classmethod
-    def _full_distribution(cls, value: float | None, info: ValidationInfo) -> float | None:
-        if value not in (None, 1.0 if info.field_name == "top_p" else 0):
-            raise ValueError(f"found {value!r}; PPO's ratios need log-probs of the full distribution; remove the key")
-        return value
-
-    @field_validator("max_length")
-    @classmethod
-    def _never_cut(cls, value: int | None) -> int | None:
-        if value is not None:
-            raise ValueError(f"found {value!r}; PPO trains on all it sampled; set sampling.max_new_tokens instead")
-        return value
 
     @model_validator(mode="after")
     def _consistent(self) -> PPOSettings:

@@ -21,7 +21,7 @@ from rrhf_bench.rewards.gold import Gold
 from rrhf_bench.rewards.reward import RewardModel, require_finite, require_finite_of_row
 from rrhf_bench.sampling.sampler import Sampler, SamplingSpec
 from rrhf_bench.seeding import derive_seed
-from rrhf_bench.settings.methods import MethodSettings, OfflineSettings, OptimiserSettings
+from rrhf_bench.settings.methods import MethodSettings, OfflineSettings, OptimiserSettings, candidates_of
 from rrhf_bench.training.loop import FixedExamples, OfflineTrainer, Supplier
 from rrhf_bench.training.method import Trainer
 from rrhf_bench.training.online import OnlineExamples
@@ -81,7 +81,8 @@ def trainer(settings: MethodSettings, context: int) -> Trainer:
         return cast(Trainer, method)
     max_length = min(settings.max_length or context, context)
     supply: Supplier = FixedExamples
-    if settings.refresh is not None:
+    candidates = candidates_of(settings)
+    if candidates is not None and candidates.refresh:
         supply = partial(OnlineExamples, score=score_candidates)
     return OfflineTrainer(method, settings.model_copy(update={"max_length": max_length}), supply)
 

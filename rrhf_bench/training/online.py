@@ -23,7 +23,8 @@ from rrhf_bench.policy.policy import Policy
 from rrhf_bench.records import Candidates, Prompt, Response
 from rrhf_bench.rewards.reward import RewardModel, require_finite_of_row
 from rrhf_bench.sampling.sampler import SamplingSpec
-from rrhf_bench.settings.methods import READ, OfflineSettings
+from rrhf_bench.settings.candidates import SampledCandidates
+from rrhf_bench.settings.methods import OfflineSettings, candidates_of
 from rrhf_bench.training.loop import batches, fitting, step_count, tally, with_tokens
 from rrhf_bench.training.method import Example, LossMethod, TrainContext, TrainInputs
 
@@ -57,14 +58,16 @@ class OnlineExamples:
         *,
         score: Score,
     ) -> None:
-        assert settings.refresh is not None
+        candidates = candidates_of(settings)
+        assert isinstance(candidates, SampledCandidates), "online candidates are samples of the policy"
+        self.candidates = candidates
         self.method = method
         self.settings = settings
         self.policy = policy
         self.inputs = inputs
         self.context = context
         self.score = score
-        self.refresh = settings.refresh
+        self.refresh = candidates.refresh
         given = inputs.candidates or [Candidates(prompt, ()) for prompt in inputs.prompts]
         self.given = fitting(given, policy.tokenization, settings.max_length)
         self.steps = step_count(len(self.given), settings)
@@ -129,7 +132,7 @@ class OnlineExamples:
             "completions/mean_length": tokens / len(replies),
             "completions/clipped_ratio": _mean([not reply.ended for reply in replies]),
         }
-        if self.settings.reward_kl:
+        if self.candidates.reward_kl:
             log_ratio = self._log_ratios(groups)
             # The mean is over the samples alone, which are the policy's own. It is no KL: they are drawn at another
             # temperature, truncated or searched for.
@@ -137,7 +140,7 @@ class OnlineExamples:
             ratios = [log_ratio[key] for key in samples if key in log_ratio]
             if ratios:
                 metrics["objective/log_ratio"] = _mean(ratios)
-            groups = _shaped(groups, log_ratio, self.settings.reward_kl)
+            groups = _shaped(groups, log_ratio, self.candidates.reward_kl)
             _check_finite(groups, f"{place}, less reward_kl x log-ratio")
         examples = self._examples([group for group in groups if group.responses])
         counts = tally(examples, self.policy.tokenization, self.settings.max_length)
@@ -148,11 +151,9 @@ class OnlineExamples:
 
     def _sample(self, number: int, prompts: Sequence[Prompt]) -> list[Candidates]:
         """n responses to each prompt, from the policy's present weights."""
-        settings, context = self.settings, self.context
+        context = self.context
         assert context.sampler is not None
         context.sampler.sync(self.policy)
-        read = {key: getattr(settings, key) for key in READ[settings.strategy or "sample"]}
-        said: dict[str, Any] = {key: value for key, value in read.items() if value is not None}
         # A prompt that comes twice, in two epochs, needs a second purpose: its seeds would be the same, so its samples.
         seen: Counter[Prompt] = Counter()
         turns: list[list[int]] = []  # places of the prompts that come for the first time, the second time, ...
@@ -164,7 +165,7 @@ class OnlineExamples:
         found: dict[int, Candidates] = {}
         for turn, places in enumerate(turns):
             spec = SamplingSpec(
-                **{"temperature": 1.0, **said},  # which a search does not read
+                **{"temperature": 1.0, **self.candidates.arguments()},  # a search has no temperature
                 max_new_tokens=context.max_new_tokens,
                 seed=context.seed,
                 purpose=f"online/{number}" + (f"/{turn}" if turn else ""),
