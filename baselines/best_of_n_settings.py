@@ -13,8 +13,6 @@ class BestOfNSettings(MethodSettings):
     """n samples of the initial policy a prompt; the reward model picks one. No training."""
 
     requires: ClassVar[frozenset[Requirement]] = frozenset({"sampler", "reward"})
-    candidate_keys: ClassVar[frozenset[str]] = frozenset({"n"})
-    why_unread: ClassVar[str] = "its samples are decoded as [evaluation] says"
 
     kind: Literal["best_of_n"] = "best_of_n"
     n: Annotated[int, Field(ge=1, le=1024)] = 4

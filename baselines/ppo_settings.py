@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field
 
 from rrhf_bench.settings.online import Count, OnPolicySettings, Positive
 
@@ -19,9 +19,6 @@ class PPOSettings(OnPolicySettings):
     The reward of a rollout is the reward model's score, then scaled, then clipped, then corrected where the reply did
     not end: ``missing_eos_penalty`` and ``kl_coefficient`` are in units of the scaled score.
     """
-
-    candidate_keys: ClassVar[frozenset[str]] = frozenset({"temperature"})
-    why_unread: ClassVar[str] = "PPO samples one reply a rollout from the full distribution"
 
     kind: Literal["ppo"] = "ppo"
 
@@ -41,30 +38,6 @@ class PPOSettings(OnPolicySettings):
     whiten_rewards: bool = False  # token rewards, variance only
     reward_scale: RewardScaling = "first-batch"  # minus its mean, over its std; "running": over the running std (trlX)
     reward_clip: Positive = 10.0  # of the scaled score, both sides
-
-    @field_validator("sources", "n")
-    @classmethod
-    def _no_candidates(cls, value: object) -> object:
-        if value is not None:
-            raise ValueError(
-                f"found {value!r}; PPO samples its own rollouts from the policy in training, one per prompt; remove "
-                "the key, and say with rollouts how many an iteration"
-            )
-        return value
-
-    @field_validator("top_p", "top_k")
-    @classmethod
-    def _full_distribution(cls, value: float | None, info: ValidationInfo) -> float | None:
-        if value not in (None, 1.0 if info.field_name == "top_p" else 0):
-            raise ValueError(f"found {value!r}; PPO's ratios need log-probs of the full distribution; remove the key")
-        return value
-
-    @field_validator("max_length")
-    @classmethod
-    def _never_cut(cls, value: int | None) -> int | None:
-        if value is not None:
-            raise ValueError(f"found {value!r}; PPO trains on all it sampled; set sampling.max_new_tokens instead")
-        return value
 
     def models_in_memory(self) -> tuple[str, ...]:
         models = super().models_in_memory()

@@ -28,8 +28,8 @@ from rrhf_bench.pipeline.store import Store, on_disk
 from rrhf_bench.records import STOP_STRINGS
 from rrhf_bench.registry import METHODS
 from rrhf_bench.sampling.backend import BackendName
+from rrhf_bench.settings.candidates import Strategy
 from rrhf_bench.settings.experiment import RuntimeSettings
-from rrhf_bench.settings.methods import Strategy
 from rrhf_bench.settings.reading import load_experiment, parse_method
 from rrhf_bench.terminal import Screen, TerminalReporter, inert
 

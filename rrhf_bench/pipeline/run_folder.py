@@ -33,6 +33,7 @@ from rrhf_bench.pipeline.store import (
 from rrhf_bench.records import Candidates, CurvePoint, Evaluated, PairScored, PoolScored, Preference
 from rrhf_bench.sampling.backend import installed
 from rrhf_bench.settings.experiment import Experiment
+from rrhf_bench.settings.methods import candidates_of
 from rrhf_bench.settings.reading import load_experiment
 
 T = TypeVar("T")
@@ -296,7 +297,8 @@ def _model_words(source: str, how: str, run: _Run, key: Any) -> str:
 def _candidates(run: _Run, experiment: Experiment, row: Row, key: str) -> tuple[Candidates, ...]:
     """What a row was trained on, as scored: made before it trained, or while it did."""
     method = experiment.methods[row[0]]
-    if "candidates" not in method.requires:
+    settings = candidates_of(method)
+    if settings is None:
         return ()
     if (run.artifact(key) / "candidates.jsonl").exists():
         return tuple(run.records(key, "candidates.jsonl", Candidates))
@@ -304,7 +306,7 @@ def _candidates(run: _Run, experiment: Experiment, row: Row, key: str) -> tuple[
     if "judged" in inputs:
         return tuple(run.records(inputs["judged"], "candidates.jsonl", Candidates))
     sampled = {source: run.scored(stage) for source, stage in sampled_inputs(inputs)}
-    return tuple(assemble(method.sources or (), sampled, run.pair_scores["train"]))
+    return tuple(assemble(settings.sources, sampled, run.pair_scores["train"]))
 
 
 def _test_candidates(run: _Run, experiment: Experiment) -> dict[Row, tuple[Candidates, ...]]:
@@ -312,10 +314,11 @@ def _test_candidates(run: _Run, experiment: Experiment) -> dict[Row, tuple[Candi
     pairs = run.pair_scores["test"][: experiment.evaluation.prompts]
     groups: dict[Row, tuple[Candidates, ...]] = {}
     for entry in run.json["test scores"]:
-        method = experiment.methods[entry["row"]]
+        settings = candidates_of(experiment.methods[entry["row"]])
+        assert settings is not None
         sampled = {name: run.scored(key) for name, key in entry["sources"].items()}
-        if set(method.sources or ()) <= {*sampled, *PAIR_ROWS, "reply"}:
-            groups[entry["row"], entry["seed"]] = tuple(assemble(method.sources or (), sampled, pairs))
+        if set(settings.sources) <= {*sampled, *PAIR_ROWS, "reply"}:
+            groups[entry["row"], entry["seed"]] = tuple(assemble(settings.sources, sampled, pairs))
     return groups
 
 
@@ -348,7 +351,8 @@ def _costs(
     run: _Run, experiment: Experiment, trained: Mapping[Row, str]
 ) -> tuple[dict[Row, Cost], dict[Row, StageCost]]:
     """Return by row what it costs in all, and the part of that before its last train stage, whose key is given."""
-    given = {name for name, source in experiment.sources.items() if source.model in experiment.policies}
+    models = {name: getattr(source, "model", None) for name, source in experiment.sources.items()}
+    given = {name for name, model in models.items() if model in experiment.policies}
     needed = {row: needed_stages(run.json["stages"], key, given) for row, key in trained.items()}
     spent = {key: _stage_cost(run, key) for keys in needed.values() for key in keys}
     peaks_mib = {row: run.read(key, TIMING).get(STAGE_PEAK) for row, key in trained.items()}

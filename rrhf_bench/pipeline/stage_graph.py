@@ -13,23 +13,17 @@ from typing import Any
 from rrhf_bench.pipeline.judging import judge_identity
 from rrhf_bench.pipeline.store import content_key, folder_identity
 from rrhf_bench.sampling.backend import Backend, choose_backend
+from rrhf_bench.settings.candidates import Beams, Candidates, Draw, GivenCandidates, Sampling, Strategy
 from rrhf_bench.settings.experiment import (
     TOY_MODELS,
     WORLDS,
     Experiment,
+    FileSource,
     ModelSettings,
     PolicySettings,
     RewardModelSettings,
-    SourceSettings,
 )
-from rrhf_bench.settings.methods import (
-    READ,
-    SEARCH_KEYS,
-    CandidateSettings,
-    MethodSettings,
-    OfflineSettings,
-    Strategy,
-)
+from rrhf_bench.settings.methods import MethodSettings, candidates_of
 
 # Raised when a stage's code would give another result for the same settings: old artifacts are then not used.
 VERSIONS = {
@@ -105,7 +99,7 @@ def make_plan(experiment: Experiment) -> Plan:
         (row, seed): builder.scores(row, method, "test", seed)
         for seed in experiment.seeds
         for row, method in experiment.methods.items()
-        if "candidates" in method.requires and method.scored_by is None
+        if (candidates := candidates_of(method)) is not None and candidates.scored_by == "reward model"
     }
     return Plan(experiment, backend, tuple(builder.all(test_scores)), test_scores)
 
@@ -130,7 +124,7 @@ def _ordered(stages: Iterable[Stage]) -> Iterator[Stage]:
 class _Builder:
     experiment: Experiment
     backend: Backend
-    trained: dict[tuple[str, int | None, int], Stage] = field(default_factory=dict)  # by row, rounds, seed
+    trained: dict[tuple[str, int, int], Stage] = field(default_factory=dict)  # by row, rounds, seed
 
     def all(self, test_scores: Mapping[tuple[str, int], Mapping[str, Stage]]) -> Iterator[Stage]:
         e = self.experiment
@@ -144,7 +138,7 @@ class _Builder:
                 yield self.evaluate(name, None, seed, initial=name)
             yield self.pool(seed)
             for row, method in e.methods.items():
-                if "candidates" in method.requires:
+                if candidates_of(method) is not None:
                     yield from self.candidates(row, method, seed).values()
                     yield from test_scores.get((row, seed), {}).values()
                 yield self.evaluate(row, method, seed, initial=method.initial)
@@ -266,51 +260,53 @@ class _Builder:
         """Return the identity of the sampler that serves a strategy."""
         return choose_backend(self.experiment.sampling.backend, strategy, self.experiment.runtime.device).identity
 
-    def sample(self, candidates: CandidateSettings, model: Stage, dtype: str, split: str, seed: int) -> Stage:
+    def sample(self, samples: Sampling, model: Stage, dtype: str, split: str, seed: int) -> Stage:
         """Candidates of a model; those that are searched for are the same for all seeds, unless the model is not."""
         sampling = self.experiment.sampling
-        strategy = candidates.strategy or "sample"
+        drawn = isinstance(samples, Draw)
         settings = {
-            **candidates.model_dump(mode="json", include=set(READ[strategy])),
+            **samples.arguments(),
             "max_new_tokens": sampling.max_new_tokens,
             "stop": list(sampling.training_stop),
             "split": split,
-            "sampler": self._sampler(strategy),
+            "sampler": self._sampler(samples.strategy),
             "dtype": dtype,
         }
-        if candidates.drawn:
+        if drawn:
             settings["seed"] = seed
         count = self.experiment.data.train_prompts
         if split == "test":
             count = settings["prompts"] = self.experiment.evaluation.prompts
         whose = "" if model is self.policy else f" of {model.name.removeprefix('train ')}"
         return Stage(
-            f"candidates{whose} for {split} prompts ({_how(candidates)})"
-            + (f", seed {seed}" if candidates.drawn else ""),
+            f"candidates{whose} for {split} prompts ({_how(samples)})" + (f", seed {seed}" if drawn else ""),
             "sample",
             settings,
             {"prompts": self.prompts, "policy": model},
-            f"{count} prompts x {candidates.n}",
-            seed=seed if candidates.drawn else model.seed,
+            f"{count} prompts x {samples.n}",
+            seed=seed if drawn else model.seed,
         )
 
     def samples(self, row: str, method: MethodSettings, split: str, seed: int) -> dict[str, Stage]:
         """By source: the responses that a row has before it trains, the data set's own apart."""
-        e = self.experiment
+        e, candidates = self.experiment, _candidates(method)
         found = {}
-        for name in method.sources or ():
-            if name == "model" and method.refresh is None:
+        for name in candidates.sources:
+            if name == "model":
+                if candidates.refresh:
+                    continue
+                assert not isinstance(candidates, GivenCandidates)
                 model, dtype = self.initial(method.initial), self._dtype(method.initial)
-                if (method.rounds or 1) > 1:
-                    before = method.model_copy(update={"rounds": (method.rounds or 1) - 1})
-                    model = self.train(row, before, seed)
-                found[name] = self.sample(method, model, dtype, split, seed)
-            elif name in e.sources and e.sources[name].file is not None:
-                if split == "train":
-                    found[name] = self._file(name, e.sources[name], method.scored_by == "file")
+                if candidates.rounds > 1:
+                    before = candidates.model_copy(update={"rounds": candidates.rounds - 1})
+                    model = self.train(row, method.model_copy(update={"candidates": before}), seed)
+                found[name] = self.sample(candidates, model, dtype, split, seed)
             elif name in e.sources:
                 source = e.sources[name]
-                assert source.model is not None
+                if isinstance(source, FileSource):
+                    if split == "train":
+                        found[name] = self._file(name, source, candidates.scored_by == "file")
+                    continue
                 if source.model in e.policies:
                     model, dtype = self.initial(source.model), self._dtype(source.model)
                 else:
@@ -319,8 +315,7 @@ class _Builder:
                 found[name] = self.sample(source, model, dtype, split, seed)
         return found
 
-    def _file(self, name: str, source: SourceSettings, scored: bool) -> Stage:
-        assert source.file is not None
+    def _file(self, name: str, source: FileSource, scored: bool) -> Stage:
         content = hashlib.sha256(Path(source.file).read_bytes()).hexdigest()
         settings = {"content": content, "name": name, "scored": scored}
         inputs, where = {"prompts": self.prompts}, {"path": source.file}
@@ -342,13 +337,14 @@ class _Builder:
 
     def candidates(self, row: str, method: MethodSettings, seed: int) -> dict[str, Stage]:
         """By role in training: the scored responses that a row trains on, beside the data set's own."""
-        if method.scored_by == "judge":
+        scored_by = _candidates(method).scored_by
+        if scored_by == "judge":
             return {"judged": self._judged(row, method, seed)}
-        if method.scored_by == "file":
+        if scored_by == "file":
             return {f"scores {name}": stage for name, stage in self.samples(row, method, "train", seed).items()}
         return {f"scores {name}": stage for name, stage in self.scores(row, method, "train", seed).items()}
 
-    def _references(self, method: OfflineSettings, candidates: Mapping[str, Stage]) -> dict[str, Stage]:
+    def _references(self, method: MethodSettings, candidates: Mapping[str, Stage]) -> dict[str, Stage]:
         """By role in training: the log-probs of the responses that a row trains on, under its initial policy.
 
         A stage depends on a set of responses and on the initial policy alone, so rows share it.
@@ -373,7 +369,7 @@ class _Builder:
         judge = self.experiment.judge
         assert judge is not None
         samples = self.samples(row, method, "train", seed)
-        settings = {"identity": judge_identity(judge), "sources": list(method.sources or ())}
+        settings = {"identity": judge_identity(judge), "sources": list(_candidates(method).sources)}
         inputs = {"prompts": self.prompts} | {f"candidates {name}": stage for name, stage in samples.items()}
         size = f"{self.experiment.data.train_prompts} prompts x {self.experiment.responses(method)}"
         recorded = {"judge": judge.model_dump(mode="json")}  # where it listens may change from run to run
@@ -430,7 +426,7 @@ class _Builder:
 
     def train(self, row: str, method: MethodSettings, seed: int) -> Stage:
         """The row trained; of one with several rounds, its last. Made once: what rows are made of may share it."""
-        made = (row, method.rounds, seed)
+        made = (row, _rounds(method), seed)
         if made not in self.trained:
             self.trained[made] = self._train(row, method, seed)
         return self.trained[made]
@@ -439,16 +435,18 @@ class _Builder:
         e = self.experiment
         initial = self.initial(method.initial)
         inputs = {"prompts": self.prompts, "policy": initial, "reward model": self.reward_model}
-        candidates: Mapping[str, Stage] = {}
-        if "candidates" in method.requires:
-            candidates = self.candidates(row, method, seed)
-            inputs |= {"pair scores": self.train_pairs, **candidates}
-        if "reference" in method.requires and isinstance(method, OfflineSettings) and method.refresh is None:
-            inputs |= self._references(method, candidates)
-        # What a key holds already, as an input or not at all: where samples come from, and who the row started from.
-        unread = {"initial", "rounds", *(SEARCH_KEYS if method.drawn else ())}
+        candidates = candidates_of(method)
+        responses: Mapping[str, Stage] = {}
+        if candidates is not None:
+            responses = self.candidates(row, method, seed)
+            inputs |= {"pair scores": self.train_pairs, **responses}
+        if "reference" in method.requires and "sampler" not in method.needs:
+            inputs |= self._references(method, responses)
         settings = {
-            "method": method.model_dump(mode="json", exclude=unread, exclude_none=True),
+            # The inputs hold the initial policy, and the samples of the model of the round before.
+            "method": method.model_dump(
+                mode="json", exclude={"initial": True, "candidates": {"rounds"}}, exclude_none=True
+            ),
             "seed": seed,
             "curve_points": e.evaluation.curve_points,
             "evaluation": self._decoding(method.initial),
@@ -457,7 +455,7 @@ class _Builder:
             settings["sampling"] = {
                 "max_new_tokens": e.sampling.max_new_tokens,
                 "stop": list(e.sampling.training_stop),
-                "sampler": self._sampler(method.strategy or "sample"),
+                "sampler": self._sampler("sample" if candidates is None else candidates.strategy),
             }
         return Stage(
             f"train {self._whose(row, method)}, seed {seed}",
@@ -471,8 +469,8 @@ class _Builder:
 
     def _whose(self, row: str, method: MethodSettings) -> str:
         """A row, or a round of it before its last, for people."""
-        last = method.rounds in (None, self.experiment.methods[row].rounds)
-        return row if last else f"round {method.rounds} of {row}"
+        last = _rounds(method) == _rounds(self.experiment.methods[row])
+        return row if last else f"round {_rounds(method)} of {row}"
 
     def evaluate(self, row: str, method: MethodSettings | None, seed: int, initial: str | None = None) -> Stage:
         inputs = {
@@ -484,8 +482,7 @@ class _Builder:
         prompts = self.experiment.evaluation.prompts
         settings: dict[str, Any] = {"seed": seed, "prompts": prompts, "evaluation": self._decoding(initial)}
         if method is not None and method.family == "inference":
-            unread = {"initial", *SEARCH_KEYS}
-            settings["method"] = method.model_dump(mode="json", exclude=unread, exclude_none=True)
+            settings["method"] = method.model_dump(mode="json", exclude={"initial"}, exclude_none=True)
         elif method is not None:
             inputs["trained"] = self.train(row, method, seed)
         decodings = " and ".join(self.experiment.evaluation.decoding)
@@ -522,15 +519,27 @@ def _base_folder(folder: Path) -> Path | None:
     return found if found.is_dir() else None
 
 
-def _how(candidates: CandidateSettings) -> str:
+def _candidates(method: MethodSettings) -> Candidates:
+    """Return where the candidates of a row come from that trains on some."""
+    candidates = candidates_of(method)
+    assert candidates is not None, f"{method.kind} trains on no candidates"
+    return candidates
+
+
+def _rounds(method: MethodSettings) -> int:
+    candidates = candidates_of(method)
+    return 1 if candidates is None else candidates.rounds
+
+
+def _how(samples: Sampling) -> str:
     """How samples come about, for people."""
-    if candidates.drawn:
-        top_p = f", top-p={candidates.top_p}" if candidates.top_p not in (None, 1.0) else ""
-        top_k = f", top-k={candidates.top_k}" if candidates.top_k else ""
-        return f"n={candidates.n}, T={candidates.temperature}{top_p}{top_k}"
-    if candidates.strategy == "beam":
-        return f"beam search, beams={candidates.beams}"
-    sizes = f"beams={candidates.beams}, groups={candidates.groups}, penalty={candidates.diversity_penalty}"
+    if isinstance(samples, Draw):
+        top_p = f", top-p={samples.top_p}" if samples.top_p != 1.0 else ""
+        top_k = f", top-k={samples.top_k}" if samples.top_k else ""
+        return f"n={samples.n}, T={samples.temperature}{top_p}{top_k}"
+    if isinstance(samples, Beams):
+        return f"beam search, beams={samples.beams}"
+    sizes = f"beams={samples.beams}, groups={samples.groups}, penalty={samples.diversity_penalty}"
     return f"diverse beam search, {sizes}"
 
 

@@ -20,7 +20,7 @@ from rrhf_bench.rewards.gold import Gold
 from rrhf_bench.rewards.reward import RewardModel, require_finite, require_finite_of_row
 from rrhf_bench.sampling.sampler import Sampler, SamplingSpec
 from rrhf_bench.seeding import derive_seed
-from rrhf_bench.settings.methods import MethodSettings, OfflineSettings, OptimiserSettings
+from rrhf_bench.settings.methods import MethodSettings, OfflineSettings, OptimiserSettings, candidates_of
 from rrhf_bench.settings.online import OnPolicySettings
 from rrhf_bench.training.method import Trainer
 from rrhf_bench.training.offline import FixedExamples, OfflineTrainer
@@ -83,7 +83,8 @@ def trainer(settings: MethodSettings, context: int) -> Trainer:
     if not isinstance(settings, OfflineSettings):
         return cast(Trainer, method)
     max_length = min(settings.max_length or context, context)
-    supply = FixedExamples if settings.refresh is None else OnlineExamples
+    candidates = candidates_of(settings)
+    supply = FixedExamples if candidates is None or not candidates.refresh else OnlineExamples
     return OfflineTrainer(method, settings.model_copy(update={"max_length": max_length}), supply)
 
 

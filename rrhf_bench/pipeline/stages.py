@@ -42,8 +42,9 @@ from rrhf_bench.rewards.sentiment import POSITIVE, train_classifier
 from rrhf_bench.sampling.backend import BackendName, choose_backend
 from rrhf_bench.sampling.sampler import Sampler, SamplingSpec
 from rrhf_bench.seeding import derive_seed
+from rrhf_bench.settings.candidates import STRATEGY_KEYS
 from rrhf_bench.settings.experiment import ScratchSettings
-from rrhf_bench.settings.methods import READ, MethodSettings
+from rrhf_bench.settings.methods import MethodSettings, candidates_of
 from rrhf_bench.settings.reward import RewardTrainingSettings
 from rrhf_bench.training.method import Progress, TrainContext, TrainInputs
 from rrhf_bench.training.reference import ReferenceLogprobs, compute_reference
@@ -264,7 +265,7 @@ def sample(job: Job) -> None:
     sampler = sampler_of(job, policy, backend, job.progress)
     unread = {"temperature": 1.0, "seed": 0}  # by a search
     spec = SamplingSpec(
-        **{**unread, **{key: s[key] for key in (*READ[strategy], "seed") if key in s}},
+        **{**unread, **{key: s[key] for key in (*STRATEGY_KEYS, "seed") if key in s}},
         max_new_tokens=s["max_new_tokens"],
         purpose=CANDIDATES if s["split"] != "pool" else "pool",
         stop=tuple(s["stop"]),
@@ -368,8 +369,9 @@ def train(job: Job) -> None:
     inputs = train_inputs(job, settings)
     curve = _Curve(job, policy)
     record = _Record(curve)
-    backend = choose_backend(job.backend, settings.strategy or "sample").name
     reads_reference = {"reference", "sampler"} <= settings.needs
+    candidates = candidates_of(settings)
+    backend = choose_backend(job.backend, "sample" if candidates is None else candidates.strategy).name
     assert job.scratch is not None
     context = TrainContext(
         seed=s["seed"],
@@ -429,7 +431,8 @@ def train_inputs(job: Job, settings: MethodSettings) -> TrainInputs:
     pairs = job.pairs("train")
     tables = [ReferenceLogprobs.read(folder) for role, folder in job.inputs.items() if role.startswith("reference ")]
     reference = reduce(operator.or_, tables) if tables else None
-    if "candidates" not in settings.requires:
+    candidates = candidates_of(settings)
+    if candidates is None:
         return TrainInputs(pairs, reference=reference)
     if "judged" in job.inputs:
         return TrainInputs(pairs, read_jsonl(job.inputs["judged"] / "candidates.jsonl", Candidates), reference)
@@ -439,7 +442,7 @@ def train_inputs(job: Job, settings: MethodSettings) -> TrainInputs:
         if role.startswith("scores ")
     }
     scored_pairs = read_jsonl(job.inputs["pair scores"] / "candidates.jsonl", Candidates)
-    return TrainInputs(pairs, assemble(settings.sources or (), sampled, scored_pairs), reference)
+    return TrainInputs(pairs, assemble(candidates.sources, sampled, scored_pairs), reference)
 
 
 class _Curve:

@@ -460,7 +460,7 @@ def _method_point(ax: Axes, view: View, row: str, measure: Measure, pool: Block[
     y = view.mean_of(part.array(lambda reply: getattr(reply, measure)), prompts, "best of n", row, measure)
     x: Estimate | float | Missing
     if view.kind(row) == "best_of_n":
-        x = best_of_n_kl(view.methods[row].n or 1)
+        x = best_of_n_kl(getattr(view.methods[row], "n", 1))
     elif view.unmeasured("kl", "sample", part.items):
         return False
     else:

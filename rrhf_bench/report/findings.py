@@ -12,8 +12,9 @@ from rrhf_bench.report.health import health_sentences
 from rrhf_bench.report.table import Cell, Column, Missing, Table, deciding_digits, interval, markdown, number
 from rrhf_bench.report.tables import accuracy, samples_as
 from rrhf_bench.report.view import DECODING_WORDS, MEASURE_WORDS, View, changed
+from rrhf_bench.settings.candidates import ONLINE_KL, REVIEWS_KL, Beams, Candidates, DiverseBeams, Draw
 from rrhf_bench.settings.experiment import Experiment
-from rrhf_bench.settings.methods import ONLINE_KL, REVIEWS_KL, CandidateSettings, MethodSettings
+from rrhf_bench.settings.methods import MethodSettings, candidates_of
 
 MANY = 8  # rows beyond which a sentence names the first and the last only
 
@@ -209,11 +210,11 @@ def rows_table(view: View) -> Table:
             none = Cell.of(Missing("an initial policy is not trained here"))
             rows.append((Cell(row), kind, Cell(_source(view.experiment, row)), part, *[none] * 4))
             continue
-        k = view.experiment.responses(settings) if "candidates" in settings.requires else None
+        candidates = candidates_of(settings)
         words = ", ".join(f"{key} {_plain(value)}" for key, value in changed(settings).items())
         untrained = Missing("it is not trained on candidates")
-        sources = Cell.of(untrained if k is None else _sources_words(settings))
-        counted = Cell.of(untrained if k is None else k)
+        sources = Cell.of(untrained if candidates is None else _sources_words(candidates))
+        counted = Cell.of(untrained if candidates is None else view.experiment.responses(settings))
         rows.append(
             (
                 Cell(row),
@@ -319,42 +320,46 @@ def _source(experiment: Experiment, initial: str) -> str:
 
 
 def _method_settings(settings: MethodSettings, policy: str | None) -> Iterator[_Setting]:
-    """``policy``: the sampling policy of the paper that the row follows."""
-    samples = "model" in (settings.sources or ())
+    """``policy``: the recipe of the paper that the row's candidates follow."""
+    candidates = candidates_of(settings)
+    samples = candidates is not None and "model" in candidates.sources
     for key, paper in _PAPER.get(settings.kind, {}).items():
-        here = getattr(settings, key)
         if settings.kind == "rrhf" and ((key == "n" and not samples) or (key == "sources" and policy is not None)):
             continue  # P and D are the paper's as well
+        here = getattr(settings if hasattr(settings, key) else candidates, key)
         yield f"{settings.kind}: {key}", paper, ", ".join(here) if isinstance(here, tuple) else _plain(here)
+    if candidates is None:
+        return
     if settings.kind == "rrhf" and samples:
         # The paper's temperature of 0.8 has no effect on beams (sampling/beam.py), so it is no departure.
-        online = " while training (OP-k)" if settings.refresh is not None else ""
-        yield f"rrhf: candidates{online}", _search_words(4, 4, 1.0), _candidates_words(settings)
-    if settings.refresh is not None:
-        yield "rrhf: refresh (k of OP-k)", "every 32 of about 3575 steps", f"every {settings.refresh} steps"
-        yield "rrhf: reward_kl (of OP-k)", "none, or 0.01", _reward_kl(settings.reward_kl)
-    if settings.rounds is not None:
-        paper = f"{settings.rounds}" if settings.rounds <= 3 else "at most 3"
-        yield "rrhf: rounds (n of IP-n)", paper, str(settings.rounds)
-    if settings.scored_by not in (None, "reward model"):
-        yield f"{settings.kind}: scored_by", "reward model", str(settings.scored_by)
+        online = " while training (OP-k)" if candidates.refresh else ""
+        yield f"rrhf: candidates{online}", _search_words(4, 4, 1.0), _candidates_words(candidates)
+    if candidates.refresh:
+        yield "rrhf: refresh (k of OP-k)", "every 32 of about 3575 steps", f"every {candidates.refresh} steps"
+        yield "rrhf: reward_kl (of OP-k)", "none, or 0.01", _reward_kl(candidates.reward_kl)
+    if candidates.rounds > 1:
+        paper = f"{candidates.rounds}" if candidates.rounds <= 3 else "at most 3"
+        yield "rrhf: rounds (n of IP-n)", paper, str(candidates.rounds)
+    if candidates.scored_by != "reward model":
+        yield f"{settings.kind}: scored_by", "reward model", candidates.scored_by
 
 
-def _reward_kl(value: float | None) -> str:
-    return "none, or 0.01" if value in (None, 0.0, ONLINE_KL) else _plain(value)
+def _reward_kl(value: float) -> str:
+    return "none, or 0.01" if value in (0.0, ONLINE_KL) else _plain(value)
 
 
-def _sources_words(settings: CandidateSettings) -> str:
+def _sources_words(settings: Candidates) -> str:
     """Where a row's candidates come from, such as "model (beam search, 4 beams), chosen, rejected"."""
-    names = settings.sources or ()
-    return ", ".join(f"model ({_candidates_words(settings)})" if name == "model" else name for name in names)
+    words = (f"model ({_candidates_words(settings)})" if name == "model" else name for name in settings.sources)
+    return ", ".join(words)
 
 
-def _candidates_words(settings: CandidateSettings) -> str:
-    if settings.strategy == "beam":
+def _candidates_words(settings: Candidates) -> str:
+    if isinstance(settings, Beams):
         return f"beam search, {settings.beams} beams"
-    if settings.strategy == "diverse-beam":
+    if isinstance(settings, DiverseBeams):
         return _search_words(settings.beams, settings.groups, settings.diversity_penalty)
+    assert isinstance(settings, Draw)
     words = f"sampling, temperature {_plain(settings.temperature)}, top-p {_plain(settings.top_p)}"
     return f"{words}, top-k {settings.top_k}" if settings.top_k else words
 

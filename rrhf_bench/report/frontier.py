@@ -99,7 +99,12 @@ def _draw(view: View, frontier: _Frontier) -> tuple[Drawn, Figure]:
         for row in frontier.others:
             reward = view.mean(row, "sample", measure)
             if not isinstance(reward, Missing):
-                ax.plot([best_of_n_kl(view.methods[row].n or 1)], [reward.value], "D", color=KIND_COLOURS["best_of_n"])
+                ax.plot(
+                    [best_of_n_kl(getattr(view.methods[row], "n", 1))],
+                    [reward.value],
+                    "D",
+                    color=KIND_COLOURS["best_of_n"],
+                )
         start = view.mean(frontier.initial, "sample", measure)
         if not isinstance(start, Missing):
             ax.plot([0], [start.value], "P", color="black", markersize=6, zorder=3)
@@ -164,5 +169,5 @@ def _keys(
     if len(weights) > 1:
         keys += [key(f"ranking x {w:g}", GREY, _MARKERS[i % len(_MARKERS)]) for i, w in enumerate(weights)]
     for row in frontier.others:
-        keys.append(key(f"best of {view.methods[row].n}", KIND_COLOURS["best_of_n"], "D"))
+        keys.append(key(f"best of {getattr(view.methods[row], 'n', 1)}", KIND_COLOURS["best_of_n"], "D"))
     return [*keys, key("initial policy", "black", "P")]

@@ -26,6 +26,7 @@ from rrhf_bench.report.comparisons import (
 from rrhf_bench.report.table import Cell, Column, Missing, Table, number
 from rrhf_bench.report.tables import absent, accuracy, likelihood_cells, samples_as
 from rrhf_bench.report.view import BASE, DECODING_WORDS, GIVEN, Found, View
+from rrhf_bench.settings.methods import candidates_of
 from rrhf_bench.training.rrhf_settings import RRHFSettings
 
 REWARD_MODEL = "reward model"
@@ -67,7 +68,7 @@ def counterparts(view: View, part: str, setting: str) -> list[str]:
         return [row for row in rows if view.kind(row) == "ppo"]
     if setting.startswith("Best-of-"):
         n = int(setting.removeprefix("Best-of-"))
-        return [row for row in rows if view.kind(row) == "best_of_n" and view.methods[row].n == n]
+        return [row for row in rows if view.kind(row) == "best_of_n" and getattr(view.methods[row], "n", 1) == n]
     name = setting.removeprefix("RRHF_")
     exact = [row for row in rows if _as_printed(view, row) and view.sampling_policy(row) == name]
     return exact or [row for row in rows if _as_printed(view, row) and _alike(view.sampling_policy(row), name)]
@@ -90,8 +91,8 @@ def counterpart(view: View, part: str, setting: str) -> str | Missing:
 def _as_printed(view: View, row: str) -> bool:
     settings = view.methods[row]
     return (
-        view.kind(row) == "rrhf"
-        and settings.scored_by in (None, "reward model")
+        isinstance(settings, RRHFSettings)
+        and settings.candidates.scored_by == "reward model"
         and all(getattr(settings, key) == value for key, value in _AS_PRINTED.items())
     )
 
@@ -547,7 +548,8 @@ def samples_a_query(view: View) -> Table | None:
 def _samples_row(view: View, row: str) -> tuple[Cell, ...]:
     settings, kind = view.methods[row], view.kind(row)
     method = {"best_of_n": "Best-of-n", "sft": "SFT", "ppo": "PPO", "rrhf": "RRHF"}.get(kind)
-    method = "RRHF_OP" if settings.refresh is not None else method
+    candidates = candidates_of(settings)
+    method = "RRHF_OP" if candidates is not None and candidates.refresh else method
     published = next((p for p in table8() if p.method == method), None)
     none = Missing("it trains nothing")
     trained_on: Cell = Cell.of(none)
@@ -555,13 +557,13 @@ def _samples_row(view: View, row: str) -> tuple[Cell, ...]:
     in_all: Cell = Cell.of(none)
     queries = view.experiment.data.train_prompts
     seeds = [seed for name, seed in view.records.training if name == row]
-    if row in view.candidates:
+    if row in view.candidates and candidates is not None:
         block = view.candidates[row]
         drawn = sum(r.source not in (*GIVEN, "reply") for c in block.items for r in c.responses)
         different = len({prompt.partition("/")[0] for prompt in block.prompts})
         trained_on = Cell(sum(len(c.responses) for c in block.items) / len(block.items))
         sampled = Cell(drawn / len(block.items))
-        in_all = Cell(drawn * (settings.rounds or 1) / different / len(block.seeds))
+        in_all = Cell(drawn * candidates.rounds / different / len(block.seeds))
     elif "sampler" in settings.requires and settings.family != "inference":
         rollouts = [view.records.counts.get(f"{row}, seed {seed}", {}).get("rollouts") for seed in seeds]
         known = [count for count in rollouts if count is not None]
@@ -579,7 +581,7 @@ def _samples_row(view: View, row: str) -> tuple[Cell, ...]:
         sampled,
         in_all,
         Cell.of(published.inference if published else Missing("the paper has no such method")),
-        Cell(settings.n or 1) if settings.family == "inference" else Cell(1),
+        Cell(getattr(settings, "n", 1)) if settings.family == "inference" else Cell(1),
     )
 
 
@@ -639,8 +641,8 @@ def _review_row(view: View, method: str, setting: str) -> str | Missing:
     elif method == "RRHF":
         found = [row for row in rows if _as_printed(view, row) and view.sampling_policy(row) == setting]
     elif method.startswith("RRHF-OP"):
-        online = [row for row in rows if _as_printed(view, row) and view.methods[row].refresh is not None]
-        found = [row for row in online if bool(view.methods[row].reward_kl) != free]
+        settings = {row: candidates_of(view.methods[row]) for row in rows if _as_printed(view, row)}
+        found = [row for row, c in settings.items() if c is not None and c.refresh and bool(c.reward_kl) != free]
     else:
         return Missing(f"{method} is no method of this project; the published number only")
     return view.plain_row(found) or Missing(f"no row of this run is {method} {setting}")

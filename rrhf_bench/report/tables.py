@@ -138,7 +138,7 @@ def _kl_cell(view: View, row: str, decoding: Decoding) -> Cell:
     if row in GIVEN:
         return Cell.of(_NO_MODEL)
     if view.kind(row) == "best_of_n":
-        n = view.methods[row].n or 1
+        n = getattr(view.methods[row], "n", 1)
         return Cell.of(Missing(f"{_WEIGHTLESS.reason}; for n = {n} its KL is at most {best_of_n_kl(n):.2f}"))
     if decoding != "sample":
         return Cell.of(Missing("a KL is a mean over sampled replies"))

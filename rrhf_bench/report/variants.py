@@ -9,6 +9,7 @@ from rrhf_bench.report.comparisons import compare
 from rrhf_bench.report.table import Cell, Column, Missing, Table, interval, markdown, number
 from rrhf_bench.report.tables import accuracy, likelihood_cells, right
 from rrhf_bench.report.view import DECODING_WORDS, MEASURE_WORDS, Found, Measure, View, paired
+from rrhf_bench.settings.methods import candidates_of
 from rrhf_bench.training.rrhf_settings import RRHFSettings
 
 REFERENCE = "paper"
@@ -33,8 +34,9 @@ def variant_groups(view: View) -> list[list[str]]:
     """Rows that differ in ``variant`` alone and train on the same candidates, ``paper`` first."""
     groups = []
     for rows in view.alike("variant"):
-        settings = view.methods[rows[0]]
-        if settings.refresh is None and settings.rounds in (None, 1):  # else each has sampled its own candidates
+        candidates = candidates_of(view.methods[rows[0]])
+        assert candidates is not None
+        if not candidates.refresh and candidates.rounds == 1:  # else each has sampled its own candidates
             rows = sorted(rows, key=lambda row: list(COMPUTES).index(_variant(view, row)))
             if _variant(view, rows[0]) == REFERENCE and len(rows) > 1:
                 groups.append(rows)

@@ -27,7 +27,8 @@ from rrhf_bench.pipeline.results import RunRecords
 from rrhf_bench.records import Candidates, CurvePoint, Decoding, Evaluated, PairScored, PoolScored, Prompt
 from rrhf_bench.report.table import Missing
 from rrhf_bench.seeding import generator
-from rrhf_bench.settings.methods import CandidateSettings, MethodSettings, sampling_policy
+from rrhf_bench.settings.candidates import recipe_of
+from rrhf_bench.settings.methods import MethodSettings, candidates_of
 
 Measure = Literal["reward", "gold", "kl", "tokens"]
 Found: TypeAlias = Estimate | Missing
@@ -155,7 +156,8 @@ class View:
     @cached_property
     def rewarded(self) -> dict[str, Block[Candidates]]:
         """The candidates that the reward model scored: other scores are on another scale than rewards."""
-        return {row: block for row, block in self.candidates.items() if self.methods[row].scored_by is None}
+        scored_by = {row: getattr(candidates_of(self.methods[row]), "scored_by", None) for row in self.methods}
+        return {row: block for row, block in self.candidates.items() if scored_by.get(row) == "reward model"}
 
     @cached_property
     def test_candidates(self) -> dict[str, Block[Candidates]]:
@@ -213,7 +215,8 @@ class View:
 
     def sampling_policy(self, row: str) -> str | None:
         """The paper's name for where a row's candidates come from, where it has one."""
-        return sampling_policy(self.methods[row]) if row in self.methods else None
+        candidates = candidates_of(self.methods[row]) if row in self.methods else None
+        return None if candidates is None else recipe_of(candidates)
 
     def plain_row(self, rows: Iterable[str]) -> str | None:
         """The row with the fewest settings that differ from their defaults; of equals, the first."""
@@ -228,9 +231,7 @@ class View:
         return groups
 
     def _way(self, row: str) -> str:
-        settings = self.methods[row]
-        candidates = settings.model_dump(include=_HOW) if "candidates" in settings.requires else None
-        return repr((self.initial(row), self.kind(row), candidates))
+        return repr((self.initial(row), self.kind(row), candidates_of(self.methods[row])))
 
     def same_way(self, row: str) -> list[str]:
         """The rows that differ from this one in hyper-parameters alone, itself among them."""
@@ -401,13 +402,10 @@ def difference_between(
     return paired(first, value, second, value, one.clusters, every_seed=alone, pooled=pooled)
 
 
-# Where a row comes from and how it comes to its candidates, which is not what its method does with them.
-_HOW = {*CandidateSettings.model_fields, "initial", "rounds", "refresh", "reward_kl", "scored_by"}
-
-
 def changed(settings: MethodSettings) -> dict[str, object]:
     """The settings of a row's method, candidates aside, that differ from their defaults."""
-    fields = {key: field for key, field in type(settings).model_fields.items() if key not in {*_HOW, "kind"}}
+    where_from = {"kind", "initial", "candidates"}  # which is not what a method does with its candidates
+    fields = {key: field for key, field in type(settings).model_fields.items() if key not in where_from}
     found = {key: getattr(settings, key) for key in fields}
     return {key: value for key, value in found.items() if value != fields[key].default}
 

@@ -7,12 +7,32 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, Field, SerializeAsAny, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Discriminator,
+    Field,
+    SerializeAsAny,
+    Tag,
+    field_validator,
+    model_validator,
+)
 
 from rrhf_bench.records import STOP_STRINGS
+from rrhf_bench.settings.base import Settings
+from rrhf_bench.settings.candidates import (
+    RECIPES,
+    Beams,
+    CandidateDefaults,
+    DiverseBeams,
+    Draw,
+    DrawnCandidates,
+    expand,
+    strategy_of,
+)
 from rrhf_bench.settings.claims import ClaimSettings
 from rrhf_bench.settings.judge import JudgeSettings
-from rrhf_bench.settings.methods import POLICIES, CandidateSettings, MethodSettings, Names, Settings, Strategy
+from rrhf_bench.settings.methods import MethodSettings, candidates_of
 from rrhf_bench.settings.reward import RewardTrainingSettings
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -154,48 +174,61 @@ class RewardModelSettings(Settings):
         return self.source in ("toy", "scratch")
 
 
-class SourceSettings(CandidateSettings):
-    """A further candidate source: samples of another model, or responses from a file. Keys that it does not say are
-    taken from [sampling]."""
+class FileSource(Settings):
+    """A further candidate source: the responses of a file."""
 
-    model: str | None = None  # a table of [policies], or a row of [methods]: the model that it trained
-    file: str | None = None  # JSON lines of {"query", "responses", "scores"}, as RRHF's train.py reads them
+    file: str  # JSON lines of {"query", "responses", "scores"}, as RRHF's train.py reads them
 
-    @model_validator(mode="before")
+    @field_validator("file")
     @classmethod
-    def _samples(cls, table: Any) -> Any:
-        """What is said, before a sampling policy is put in what it stands for."""
-        if not isinstance(table, dict):
-            return table
-        if "sources" in table:
-            raise ValueError(f"sources: found {table['sources']!r}; a source is one; remove the key")
-        names = [name for name, policy in POLICIES.items() if "strategy" in policy]
-        if table.get("policy") in [name for name in POLICIES if name not in names]:
-            raise ValueError(
-                f"policy: found {table['policy']!r}, which takes no samples; allowed are {', '.join(names)}"
-            )
-        return table
+    def _there(cls, file: str) -> str:
+        if not _exists(file, Path.is_file):
+            raise ValueError(f"found {file!r}, which does not exist; expected a JSON-lines file")
+        return file
 
-    @field_validator("sources")
-    @classmethod
-    def _left_out(cls, value: object) -> None:
-        """What a sampling policy takes beside the samples is the method's to say."""
 
-    @model_validator(mode="after")
-    def _from_somewhere(self) -> Self:
-        if (self.model is None) == (self.file is None):
-            raise ValueError(
-                "model: a source has either model = a policy or row, or file = a path; give one of the two"
-            )
-        if self.file is not None and not _exists(self.file, Path.is_file):
-            raise ValueError(f"file: found {self.file!r}, which does not exist; expected a JSON-lines file")
-        return self
+class ModelSource(Settings):
+    """A further candidate source: samples of another model. Keys that it does not say are taken from [candidates]."""
 
-    @property
-    def said(self) -> tuple[str, ...]:
-        """The keys of sampling that are said."""
-        keys = CandidateSettings.model_fields
-        return tuple(key for key in keys if getattr(self, key) is not None)
+    model: str  # a table of [policies], or a row of [methods]: the model that it trained
+
+
+class DrawnSource(Draw, ModelSource): ...
+
+
+class BeamSource(Beams, ModelSource): ...
+
+
+class DiverseBeamSource(DiverseBeams, ModelSource): ...
+
+
+def _expand_source(table: Any) -> Any:
+    """Return the table of a source with its recipe expanded. What a recipe takes beside the samples is left out."""
+    name = table.get("recipe") if isinstance(table, dict) else None
+    if name is None:
+        return expand(table)
+    names = [name for name, recipe in RECIPES.items() if "strategy" in recipe]
+    if name not in names:
+        raise ValueError(f"recipe: found {name!r}; allowed for the samples of one source are {', '.join(names)}")
+    return {key: value for key, value in expand(table).items() if key != "sources" or key in table}
+
+
+FILE = "file"  # the tag of a source without samples
+
+
+def _source_tag(table: Any) -> str:
+    is_file = FILE in table if isinstance(table, dict) else isinstance(table, FileSource)
+    return FILE if is_file else strategy_of(table)
+
+
+Source = Annotated[
+    Annotated[FileSource, Tag(FILE)]
+    | Annotated[DrawnSource, Tag("sample")]
+    | Annotated[BeamSource, Tag("beam")]
+    | Annotated[DiverseBeamSource, Tag("diverse-beam")],
+    Discriminator(_source_tag),
+    BeforeValidator(_expand_source),
+]
 
 
 class JudgeTable(Settings):
@@ -211,19 +244,10 @@ class JudgeTable(Settings):
         return self
 
 
-class SamplingSettings(CandidateSettings):
-    """The candidates of every method that does not say otherwise."""
+class SamplingSettings(Settings):
+    """What all samples share, whichever model and method they serve."""
 
     backend: Literal["vllm", "transformers"] = "vllm"
-    sources: Names = ("model", "chosen", "rejected")
-    n: Annotated[int, Field(ge=1, le=1024)] = 4
-    strategy: Strategy = "sample"
-    beams: Annotated[int, Field(ge=1, le=1024)] = 4
-    groups: Annotated[int, Field(ge=1)] = 4
-    diversity_penalty: Annotated[float, Field(ge=0.0)] = 1.0
-    temperature: Annotated[float, Field(ge=0.0, le=10.0)] = 1.0
-    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
-    top_k: Annotated[int, Field(ge=0)] = 0
     max_new_tokens: Positive = 64
     stop: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(strict=False)] = STOP_STRINGS
     cut_at_stop: bool = True  # training replies too; the paper did not cut them
@@ -286,7 +310,8 @@ class Experiment(Settings):
     perplexity_model: ModelSettings = ModelSettings()
     judge: JudgeTable | None = None
     sampling: SamplingSettings = SamplingSettings()
-    sources: Mapping[str, SourceSettings] = Field(default_factory=dict)
+    candidates: CandidateDefaults = DrawnCandidates()  # of every row and source that does not say otherwise
+    sources: Mapping[str, Source] = Field(default_factory=dict)
     methods: Mapping[str, SerializeAsAny[MethodSettings]] = Field(default_factory=dict)
     evaluation: EvaluationSettings = EvaluationSettings()
     claims: Mapping[str, SerializeAsAny[ClaimSettings]] = Field(default_factory=dict)
@@ -298,8 +323,17 @@ class Experiment(Settings):
         return self.policy if method is None or method.initial is None else self.policies[method.initial]
 
     def responses(self, method: MethodSettings) -> int:
-        """k of a row. A file's responses count as one a prompt: how many it holds is not known before it is read."""
-        return method.responses({name: 1 if source.n is None else source.n for name, source in self.sources.items()})
+        """Return k of a row, the responses a prompt; 0 if it trains on no candidates.
+
+        A file's responses count as one a prompt: how many it holds is not known before it is read.
+        """
+        candidates = candidates_of(method)
+        if candidates is None:
+            return 0
+        files = {name: 1 for name, source in self.sources.items() if isinstance(source, FileSource)}
+        models = {name: source.n for name, source in self.sources.items() if not isinstance(source, FileSource)}
+        sizes = {**files, **models, "model": candidates.n}
+        return sum(sizes.get(source, 1) for source in candidates.sources)
 
     def to_toml(self) -> str:
         """The resolved file: loading it gives this Experiment again."""

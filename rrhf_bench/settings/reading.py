@@ -8,18 +8,26 @@ import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin
+from typing import Annotated, Any, get_args, get_origin
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Tag, TypeAdapter, ValidationError
 
 from rrhf_bench.errors import SIGNED_URL, ConfigError, nearest, visible
 from rrhf_bench.registry import METHODS, find, settings_class
+from rrhf_bench.settings.candidates import (
+    CANDIDATE_KEYS,
+    GIVEN,
+    STRATEGY_KEYS,
+    CandidateDefaults,
+    CandidateSettings,
+    SampledCandidates,
+    merge,
+)
 from rrhf_bench.settings.claims import CLAIMS, ClaimSettings
-from rrhf_bench.settings.experiment import NAME, Experiment, SamplingSettings
-from rrhf_bench.settings.methods import READ, CandidateSettings, MethodSettings
+from rrhf_bench.settings.experiment import FILE, NAME, Experiment, ModelSource, SamplingSettings
+from rrhf_bench.settings.methods import MethodSettings
 from rrhf_bench.settings.validation import contradictions
 
-TRAINED_WITH = ("rounds", "refresh", "reward_kl")  # what a sampling policy may say beyond the candidates themselves
 DEEPEST = 16  # tables and lists inside each other; an experiment has four
 
 
@@ -44,7 +52,7 @@ def parse_method(kind: str, assignments: Sequence[str]) -> MethodSettings:
     """A method's settings from ``key=value`` words alone, for the plain-file steps. Raises ConfigError."""
     table: dict[str, Any] = {"method": {"kind": kind}}
     faults = [fault for word in assignments if (fault := _override(table, f"method.{word}"))]
-    method = None if faults else _method("method", table["method"], faults)
+    method = None if faults else _method("method", table["method"], _defaults({}), faults)
     if faults or method is None:
         raise ConfigError("\n".join(map(visible, faults)))
     return method
@@ -120,25 +128,13 @@ def _unusable(value: Any, where: tuple[str, ...] = ()) -> Iterator[str]:
 
 
 def _merged(below: Any, above: Any, *where: str) -> Any:
-    """``where``: the keys of the tables."""
+    """Return one value over another; ``where`` holds the keys of the tables."""
     if not (isinstance(below, dict) and isinstance(above, dict)):
         return above
-    if _of_candidates(*where) and isinstance(above.get("policy"), str):  # nothing that was said below of them is left
-        below = _without_candidates(below)
-    return below | {
-        key: _merged(below[key], value, *where, key) if key in below else value for key, value in above.items()
-    }
-
-
-def _of_candidates(*where: str) -> bool:
-    """Whether a table's ``policy`` is a sampling policy; at the top level, where [sources] lie, it is the initial one.
-    ``method`` is the table of words alone."""
-    return where in (("sampling",), ("method",)) or (len(where) == 2 and where[0] in ("defaults", "methods", "sources"))
-
-
-def _without_candidates(table: Mapping[str, Any]) -> dict[str, Any]:
-    of_candidates = (*CandidateSettings.model_fields, *TRAINED_WITH)
-    return {key: value for key, value in table.items() if key not in of_candidates}
+    merged = {key: _merged(below[key], value, *where, key) if key in below else value for key, value in above.items()}
+    if where[-1:] == ("candidates",) or (len(where) == 2 and where[0] == "sources"):
+        return merge(below, merged, row=where[0] in ("defaults", "methods", "method"))
+    return below | merged
 
 
 def _override(table: dict[str, Any], override: str) -> str | None:
@@ -150,32 +146,34 @@ def _override(table: dict[str, Any], override: str) -> str | None:
         value = tomllib.loads(f"value = {text}")["value"]
     except (ValueError, RecursionError):  # TOMLDecodeError is the first kind
         value = text  # a bare word is text: --set policy.source=gpt2
-    *parents, last = [part.strip() for part in key.split(".")]
-    for fault in _unusable(value, (*parents, last)):
+    keys = [part.strip() for part in key.split(".")]
+    for fault in _unusable(value, tuple(keys)):
         return fault
-    for parent in parents:
-        table = table.setdefault(parent, {})
-        if not isinstance(table, dict):
+    inner: Any = table
+    for parent in keys[:-1]:
+        inner = inner.get(parent, {})
+        if not isinstance(inner, dict):
             return f"--set {override}: {parent} is a value, not a table"
-    if last == "policy" and _of_candidates(*parents) and isinstance(value, str):  # as in a file that extends another
-        kept = _without_candidates(table)
-        table.clear()
-        table.update(kept)
-    table[last] = value
+    if isinstance(value, dict):  # takes the place of a table, unlike one in a file that extends another
+        inner.pop(keys[-1], None)
+    for part in reversed(keys):
+        value = {part: value}
+    table.update(_merged(table, value))  # as in a file that extends another
     return None
 
 
 def _validate(table: dict[str, Any], faults: list[str]) -> Experiment | None:
     table = dict(table)
     defaults = dict(_tables(table.pop("defaults", {}), "defaults", "[defaults.rrhf]", faults))
+    shared = _defaults(table.get("candidates", {}))
     for kind in list(defaults):
-        if not _default(kind, defaults[kind], faults):
+        if not _default(kind, defaults[kind], shared, faults):
             del defaults[kind]
     methods: dict[str, MethodSettings] = {}
     for name, of_row in _tables(table.get("methods", {}), "methods", "[methods.rrhf]", faults).items():
         if isinstance(of_row, dict):
             of_row = _merged(defaults.get(str(of_row.get("kind", name)), {}), of_row, "methods", name)
-        method = _method(f"methods.{name}", of_row, faults) if _nameable("methods", name, faults) else None
+        method = _method(f"methods.{name}", of_row, shared, faults) if _nameable("methods", name, faults) else None
         if method is not None:
             methods[name] = method
     claims: dict[str, ClaimSettings] = {}
@@ -185,6 +183,8 @@ def _validate(table: dict[str, Any], faults: list[str]) -> Experiment | None:
             claims[name] = claim
     written = dict(table)
     table |= {"methods": methods, "claims": claims}
+    if isinstance(sources := table.get("sources"), dict):
+        table["sources"] = {name: _source(source, shared) for name, source in sources.items()}
     faulty: set[str] = set()  # tables with a faulty key
     try:
         experiment = Experiment.model_validate(table)
@@ -195,17 +195,6 @@ def _validate(table: dict[str, Any], faults: list[str]) -> Experiment | None:
             experiment = Experiment.model_validate({key: value for key, value in table.items() if key not in faulty})
         except ValidationError:
             return None
-    sampling = experiment.sampling
-    if not sampling.drawn and "n" not in sampling.model_fields_set:
-        sampling = sampling.model_copy(update={"n": sampling.beams})
-    inherited = {
-        "methods": {name: _inherit(method, sampling) for name, method in methods.items()},
-        "sources": {
-            name: source if source.file is not None else _inherit_sampling(source, sampling)
-            for name, source in experiment.sources.items()
-        },
-    }
-    experiment = experiment.model_copy(update={"sampling": sampling, **inherited})
     # What a faulty table holds is named elsewhere, and cannot be looked at.
     unread = {
         str(name)
@@ -233,7 +222,25 @@ def _nameable(where: str, name: str, faults: list[str]) -> bool:
     return True
 
 
-def _default(kind: str, table: Any, faults: list[str]) -> bool:
+def _defaults(table: Any) -> dict[str, Any] | None:
+    """Return [candidates] with every key filled in, or None if it has a fault, which is found elsewhere."""
+    adapter: TypeAdapter[SampledCandidates] = TypeAdapter(CandidateDefaults)
+    try:
+        return adapter.validate_python(table).model_dump()
+    except ValidationError:
+        return None
+
+
+def _source(table: Any, shared: Mapping[str, Any] | None) -> Any:
+    """Return a table of [sources] over the keys of [candidates] that say how a model is sampled."""
+    if not isinstance(table, dict) or FILE in table:
+        return table
+    if shared is None:
+        return {key: value for key, value in table.items() if key == "model"}
+    return merge({key: value for key, value in shared.items() if key in STRATEGY_KEYS}, table, row=False)
+
+
+def _default(kind: str, table: Any, shared: Mapping[str, Any] | None, faults: list[str]) -> bool:
     """Whether what rows of a kind start from can be used; the faults of one that cannot."""
     before = len(faults)
     where = f"defaults.{kind}"
@@ -242,7 +249,7 @@ def _default(kind: str, table: Any, faults: list[str]) -> bool:
     elif isinstance(table, dict) and "kind" in table:
         faults.append(f"{where}.kind: found {table['kind']!r}; the table's name is the kind; remove the key")
     else:
-        _method(where, {**table, "kind": kind} if isinstance(table, dict) else table, faults)
+        _method(where, {**table, "kind": kind} if isinstance(table, dict) else table, shared, faults)
     return len(faults) == before
 
 
@@ -274,7 +281,8 @@ def _claim(where: str, table: Any, faults: list[str]) -> ClaimSettings | None:
         return None
 
 
-def _method(where: str, table: Any, faults: list[str]) -> MethodSettings | None:
+def _method(where: str, table: Any, shared: Mapping[str, Any] | None, faults: list[str]) -> MethodSettings | None:
+    """Return the settings of a row. ``shared``: [candidates], which its own candidates lie over; None is faulty."""
     name = where.rpartition(".")[2]
     if not isinstance(table, dict):
         faults.append(f"{where}: found {table!r}; expected a table of the method's settings")
@@ -284,42 +292,15 @@ def _method(where: str, table: Any, faults: list[str]) -> MethodSettings | None:
         faults.append(f"{where}.kind: {fault}")
         return None
     settings = settings_class(kind)
-    if "candidates" not in settings.requires:
-        of_candidates = {*CandidateSettings.model_fields, *TRAINED_WITH, "scored_by"} - settings.candidate_keys
-        allowed = ", ".join(key for key in settings.model_fields if key not in of_candidates)
-        unread = [key for key in table if key in of_candidates]
-        faults.extend(
-            f"{where}.{key}: found {_shown(table[key])}, which changes nothing: {settings.why_unread}; allowed are "
-            f"{allowed}; remove the key"
-            for key in unread
-        )
-        table = {key: value for key, value in table.items() if key not in unread}
+    candidates = table.get("candidates", {})
+    if "candidates" in settings.requires and isinstance(candidates, dict):
+        merged = {} if shared is None else merge(shared, candidates, row=True)
+        table = {**table, "candidates": merged}
     try:
         return settings.model_validate({**table, "kind": kind})
     except ValidationError as error:
         faults.extend(_faults(error, settings, where))
         return None
-
-
-def _inherit(method: MethodSettings, sampling: SamplingSettings) -> MethodSettings:
-    """A method that trains on candidates, with what it does not say about them taken from [sampling]."""
-    if "candidates" not in method.requires:
-        return method
-    if method.scored_by == "reward model":  # said or not, it is the same row
-        method = method.model_copy(update={"scored_by": None})
-    return _inherit_sampling(method, sampling, "sources")
-
-
-C = TypeVar("C", bound=CandidateSettings)
-
-
-def _inherit_sampling(candidates: C, sampling: SamplingSettings, *also: str) -> C:
-    strategy = candidates.strategy or sampling.strategy
-    unsaid = [key for key in (*also, "strategy", *READ[strategy]) if getattr(candidates, key) is None]
-    update = {key: getattr(sampling, key) for key in unsaid}
-    if strategy != "sample" and candidates.n is None:
-        update["n"] = candidates.beams or sampling.beams
-    return candidates.model_copy(update=update)
 
 
 def _faults(error: ValidationError, model: type[BaseModel], prefix: str) -> Iterator[str]:
@@ -328,13 +309,18 @@ def _faults(error: ValidationError, model: type[BaseModel], prefix: str) -> Iter
     for fault in error.errors():
         if fault["type"] == "too_short" and any(loc[:-1] == fault["loc"] for loc in found_at):
             continue  # pydantic counts the valid items of a list only; the invalid ones are faults already
-        where = ".".join(filter(None, [prefix, *map(str, fault["loc"])]))
+        table, keys, tag = _table_at(model, fault["loc"])
+        where = ".".join(filter(None, [prefix, *keys]))
         found = _shown(fault["input"])
         if where.startswith("judge"):  # a key put into the wrong field must not come back in the message about it
             found = "what is not shown here"
         if fault["type"] == "extra_forbidden":
-            keys = list(_table_at(model, fault["loc"][:-1]).model_fields)
-            yield f"{where}: unknown key; allowed are {', '.join(keys)}{nearest(str(fault['loc'][-1]), keys)}"
+            allowed, above = list(table.model_fields), where.rpartition(".")[0]
+            if moved := _moved(table, above, keys[-1]):
+                yield f"{where}: unknown key; it is {moved} now"
+            else:
+                which = _OF_TAG.get(tag, "")
+                yield f"{where}: unknown key{which}; allowed are {', '.join(allowed)}{nearest(keys[-1], allowed)}"
         elif fault["type"] == "missing":
             yield f"{where}: missing"
         elif fault["type"] == "value_error":
@@ -346,18 +332,60 @@ def _faults(error: ValidationError, model: type[BaseModel], prefix: str) -> Iter
             yield f"{where}: found {found}; {message[0].lower()}{message[1:]}"
 
 
+# Which of several tables it is that has no such key.
+_OF_TAG: Mapping[str | None, str] = {
+    GIVEN: ' without "model" in sources',
+    "sample": ' with strategy = "sample"',
+    "beam": ' with strategy = "beam"',
+    "diverse-beam": ' with strategy = "diverse-beam"',
+    FILE: " of responses from a file",
+}
+
+
+def _moved(table: type[BaseModel], above: str, key: str) -> str | None:
+    """Return where a key of candidates is, if it stands in the table that candidates belong to."""
+    new = "recipe" if key == "policy" else key
+    if issubclass(table, CandidateSettings | ModelSource):
+        return f"{above}.{new}" if new != key else None
+    if new not in (*CANDIDATE_KEYS, "recipe"):
+        return None
+    if issubclass(table, SamplingSettings):
+        return f"candidates.{new}"
+    return f"{above}.candidates.{new}" if "candidates" in table.model_fields and table is not Experiment else None
+
+
 def _shown(value: Any) -> str:
     """Return a value as one short piece of a message."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _table_at(model: type[BaseModel], keys: Sequence[int | str]) -> type[BaseModel]:
-    path = iter(keys)
-    for key in path:
-        annotation = model.model_fields[str(key)].annotation
-        found = [kind for kind in (annotation, *get_args(annotation)) if isinstance(kind, type)]
-        model = next(kind for kind in found if issubclass(kind, BaseModel))
-        if get_origin(annotation) is Mapping:
-            next(path, None)  # the table's own name
-    return model
+def _table_at(model: type[BaseModel], place: Sequence[int | str]) -> tuple[type[BaseModel], list[str], str | None]:
+    """Return the table that holds a place of pydantic's, the keys of the place, and the table's tag in a union."""
+    keys: list[str] = []
+    tag: str | None = None
+    path = list(place)
+    while path:
+        keys.append(str(path.pop(0)))
+        field = model.model_fields.get(keys[-1])
+        if field is None:
+            break
+        if get_origin(field.annotation) is Mapping and path:
+            keys.append(str(path.pop(0)))  # the table's own name
+        tables = dict(_tables_of(field.annotation))
+        tag = str(path.pop(0)) if path and path[0] in tables else None
+        if not path or tag not in tables:
+            break
+        model = tables[tag]
+    return model, keys + [str(key) for key in path], tag
+
+
+def _tables_of(annotation: Any, tag: str | None = None) -> Iterator[tuple[str | None, type[BaseModel]]]:
+    """Yield (tag, class) of the tables that a key may hold."""
+    if get_origin(annotation) is Annotated:
+        annotation, *metadata = get_args(annotation)
+        tag = next((data.tag for data in metadata if isinstance(data, Tag)), tag)
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield tag, annotation
+    for inner in get_args(annotation):
+        yield from _tables_of(inner, tag)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 
 from rrhf_bench.errors import nearest
 from rrhf_bench.settings.experiment import (
@@ -11,11 +11,12 @@ from rrhf_bench.settings.experiment import (
     TOY_MODELS,
     WORLDS,
     Experiment,
+    FileSource,
     ModelSettings,
     PolicySettings,
-    SourceSettings,
+    Source,
 )
-from rrhf_bench.settings.methods import READ, SIZES, CandidateSettings, MethodSettings
+from rrhf_bench.settings.methods import MethodSettings, candidates_of
 
 RESERVED_ROWS = ("base", "chosen", "rejected")  # rows that every table has without being asked
 OWN_SOURCES = ("model", "chosen", "rejected", "reply")  # candidate sources that need no table of their own
@@ -33,10 +34,8 @@ def contradictions(experiment: Experiment, unread: Collection[str]) -> Iterator[
         yield f"evaluation.pool_prompts: found {evaluation.pool_prompts}; expected at most {evaluation.prompts}"
     if len(set(experiment.seeds)) < len(experiment.seeds):
         yield f"seeds: found {list(experiment.seeds)}; a seed may stand once only"
-    of_all = list(_search_faults(experiment.sampling))
-    yield from (f"sampling: {fault}" for fault in of_all)
     for name, source in experiment.sources.items():
-        yield from (f"sources.{name}{fault}" for fault in _source_faults(experiment, name, source, of_all, unread))
+        yield from (f"sources.{name}{fault}" for fault in _source_faults(experiment, name, source, unread))
     rows = (*RESERVED_ROWS[:1], *experiment.policies, *experiment.methods)
     for name, method in experiment.methods.items():
         if name in RESERVED_ROWS:
@@ -47,8 +46,7 @@ def contradictions(experiment: Experiment, unread: Collection[str]) -> Iterator[
                 f"methods.{name}.initial: found {method.initial!r}; expected a table of [policies] "
                 f"({', '.join(allowed) or 'there is none'}){nearest(method.initial, allowed)}, or nothing for [policy]"
             )
-        if "candidates" in method.requires:
-            yield from (f"methods.{name}{fault}" for fault in _candidate_faults(experiment, method, of_all, unread))
+        yield from (f"methods.{name}.candidates{fault}" for fault in _candidate_faults(experiment, method, unread))
     yield from _circles(experiment)
     for name, claim in experiment.claims.items():
         for row in claim.rows():
@@ -132,9 +130,11 @@ def _circles(experiment: Experiment) -> Iterator[str]:
         method = experiment.methods[row]
         if method.initial is not None and method.initial in experiment.policies:
             yield experiment.policies[method.initial].trained_by or "", f"methods.{row}.initial"
-        for name in method.sources or ():
-            if name in experiment.sources and name not in OWN_SOURCES:
-                model = experiment.sources[name].model or ""
+        candidates = candidates_of(method)
+        for name in () if candidates is None else candidates.sources:
+            source = experiment.sources.get(name)
+            if source is not None and not isinstance(source, FileSource) and name not in OWN_SOURCES:
+                model = source.model
                 policy = experiment.policies.get(model)
                 yield (policy.trained_by or "" if policy else model), f"sources.{name}.model"
 
@@ -155,92 +155,41 @@ def _circles(experiment: Experiment) -> Iterator[str]:
         yield from visit(row, ())
 
 
-def _source_faults(
-    experiment: Experiment, name: str, source: SourceSettings, of_all: Sequence[str], unread: Collection[str]
-) -> Iterator[str]:
+def _source_faults(experiment: Experiment, name: str, source: Source, unread: Collection[str]) -> Iterator[str]:
     if name in OWN_SOURCES:
         yield f": the name is taken; {', '.join(OWN_SOURCES)} need no table"
     if not re.fullmatch(NAME, name):
         yield ": a name is letters, digits, - and _; choose another"
-    if source.file is not None:
-        for key in source.said:
-            yield f".{key}: has no effect on the responses of a file; remove the key"
-        return
     models = (*experiment.policies, *_that_train(experiment))
-    if source.model not in (*models, *unread):
+    if not isinstance(source, FileSource) and source.model not in (*models, *unread):
         yield (
             f".model: found {source.model!r}; expected a table of [policies] or a row that trains "
-            f"({', '.join(models)}){nearest(source.model or '', models)}"
+            f"({', '.join(models)}){nearest(source.model, models)}"
         )
-    yield from _sampling_faults(source, of_all)
 
 
-def _candidate_faults(
-    experiment: Experiment, method: MethodSettings, of_all: Sequence[str], unread: Collection[str]
-) -> Iterator[str]:
-    """What is wrong with how a row comes to its candidates."""
-    sources = method.sources or ()
-    if not set(unread).isdisjoint(sources):
+def _candidate_faults(experiment: Experiment, method: MethodSettings, unread: Collection[str]) -> Iterator[str]:
+    """Yield what is wrong with where a row's candidates come from."""
+    candidates = candidates_of(method)
+    if candidates is None or not set(unread).isdisjoint(candidates.sources):
         return
+    sources, k = candidates.sources, experiment.responses(method)
     allowed = (*OWN_SOURCES, *experiment.sources)
-    files = [name for name in sources if name in experiment.sources and experiment.sources[name].file is not None]
+    files = [name for name in sources if isinstance(experiment.sources.get(name), FileSource)]
     unknown = sorted(set(sources) - set(allowed))
     if unknown:
         yield f".sources: found {unknown[0]!r}; allowed are {', '.join(allowed)}{nearest(unknown[0], allowed)}"
-    elif experiment.responses(method) < 2 and not files:
-        yield (
-            f": k = {experiment.responses(method)} response a prompt leaves nothing to rank; add sources, or "
-            'use kind = "sft"'
-        )
+    elif k < 2 and not files:
+        yield f': k = {k} response a prompt leaves nothing to rank; add sources, or use kind = "sft"'
     single = experiment.data.rows == "texts" or experiment.data.source == "toy-reviews"
-    twice = [source for i, source in enumerate(sources) if source in sources[:i]]
-    if twice:
-        yield f".sources: found {twice[0]!r} twice; a source may stand once only"
     if "reply" in sources and not single and "data" not in unread:
         yield '.sources: "reply" is a data set\'s single reply to a prompt; this one has pairs: "chosen", "rejected"'
     if experiment.data.rows == "texts" and {"chosen", "rejected"} & set(sources):
         yield f'.sources: found {list(sources)}, but texts have one reply to a prompt; use "reply"'
-    if method.refresh is not None and "model" not in sources:
-        yield (
-            f".refresh: OP-{method.refresh} samples the policy while it trains, but sources = {list(sources)} has no "
-            '"model"; add it, or remove refresh'
-        )
-    if method.refresh is not None and method.rounds is not None:
-        yield ".rounds: has no effect beside refresh, which samples the policy all the time; remove one of the two"
-    if method.rounds is not None and "model" not in sources:
-        yield f'.rounds: IP-{method.rounds} samples the model of the round before, but sources has no "model"; add it'
-    if method.reward_kl is not None and method.refresh is None:
-        yield ".reward_kl: is of online sampling only; set refresh (k of OP-k), or remove it"
-    if method.refresh is not None and method.scored_by is not None:
-        yield f".scored_by: found {method.scored_by!r}; the reward model scores online candidates; remove the key"
-    if method.scored_by == "judge" and experiment.judge is None and "judge" not in unread:
+    if candidates.scored_by == "judge" and experiment.judge is None and "judge" not in unread:
         yield '.scored_by: found "judge", and there is no [judge]; add the table, with source = "toy" or "endpoint"'
-    if method.scored_by == "file" and set(files) != set(sources):
+    if candidates.scored_by == "file" and set(files) != set(sources):
         yield (
             f'.scored_by: found "file", but of sources = {list(sources)} only {files} are files; scores of two kinds '
             "have no common scale: keep the files alone, or let the reward model score them all"
         )
-    yield from _sampling_faults(method, of_all)
-
-
-def _sampling_faults(candidates: CandidateSettings, of_all: Sequence[str]) -> Iterator[str]:
-    """What is wrong with how the samples of a model come about."""
-    drawn = candidates.drawn and "model" in (candidates.sources or ("model",))
-    if drawn and candidates.temperature == 0.0 and (candidates.n or 0) > 1:
-        yield f": temperature 0 gives {candidates.n} equal samples; raise it or set n = 1"
-    read = READ[candidates.strategy or "sample"]
-    for key in SIZES:
-        if key not in read and getattr(candidates, key) is not None:  # said: nothing unread is inherited
-            yield f'.{key}: has no effect where strategy = "{candidates.strategy}"; remove the key'
-    yield from (f": {fault}" for fault in _search_faults(candidates) if fault not in of_all)
-
-
-def _search_faults(candidates: CandidateSettings) -> Iterator[str]:
-    """What is wrong with the sizes of a search."""
-    beams, groups = candidates.beams, candidates.groups
-    if candidates.drawn or beams is None:
-        return
-    if candidates.n != beams:
-        yield f"n = {candidates.n}, but a search returns all its {beams} beams; set beams and remove n"
-    if candidates.strategy == "diverse-beam" and groups is not None and beams % groups:
-        yield f"{beams} beams do not divide into {groups} groups of equal size; change beams or groups"

@@ -24,7 +24,8 @@ from rrhf_bench.policy.policy import Policy
 from rrhf_bench.records import Candidates, Prompt, Response
 from rrhf_bench.rewards.reward import require_finite_of_row
 from rrhf_bench.sampling.sampler import SamplingSpec
-from rrhf_bench.settings.methods import READ, OfflineSettings
+from rrhf_bench.settings.candidates import SampledCandidates
+from rrhf_bench.settings.methods import OfflineSettings, candidates_of
 from rrhf_bench.training.method import Example, LossMethod, TrainContext, TrainInputs
 from rrhf_bench.training.offline import batches, fitting, step_count, tally, with_reference, with_tokens
 from rrhf_bench.training.reference import compute_reference
@@ -56,14 +57,16 @@ class OnlineExamples:
         inputs: TrainInputs,
         context: TrainContext,
     ) -> None:
-        assert settings.refresh is not None
+        candidates = candidates_of(settings)
+        assert isinstance(candidates, SampledCandidates), "online candidates are samples of the policy"
+        self.candidates = candidates
         self.method = method
         self.settings = settings
         self.policy = policy
         self.inputs = inputs
         self.context = context
         self.sampler = self._sampler()
-        self.refresh = settings.refresh
+        self.refresh = candidates.refresh
         given = inputs.candidates or [Candidates(prompt, ()) for prompt in inputs.prompts]
         self.given = fitting(given, policy.tokenization, settings.max_length)
         self.steps = step_count(len(self.given), settings)
@@ -120,7 +123,7 @@ class OnlineExamples:
         self.sampled_tokens += sampled_tokens(drawn)
         best = float(np.mean([max(row.scores) for row in drawn]))  # the mean of each prompt's best sample
         metrics = {**sample_metrics(drawn), "reward/max": best}
-        if self.settings.reward_kl:
+        if self.candidates.reward_kl:
             log_ratio = self._log_ratios(groups)
             # The mean is over the samples alone, which are the policy's own. It is no KL: they are drawn at another
             # temperature, truncated or searched for.
@@ -128,7 +131,7 @@ class OnlineExamples:
             ratios = [log_ratio[key] for key in samples if key in log_ratio]
             if ratios:
                 metrics["objective/log_ratio"] = float(np.mean(ratios))
-            groups = _shaped(groups, log_ratio, self.settings.reward_kl)
+            groups = _shaped(groups, log_ratio, self.candidates.reward_kl)
             _check_finite(groups, f"{place}, less reward_kl x log-ratio")
         examples = self._examples([group for group in groups if group.responses])
         if "reference" in self.settings.requires:
@@ -142,17 +145,14 @@ class OnlineExamples:
         return [next(made) if group.responses else None for group in groups]
 
     def _sampler(self) -> RolloutSampler:
-        settings, context = self.settings, self.context
-        read = {key: getattr(settings, key) for key in READ[settings.strategy or "sample"]}
-        set_here: dict[str, Any] = {key: value for key, value in read.items() if value is not None}
         spec = SamplingSpec(
-            **{"temperature": 1.0, **set_here},  # a search reads no temperature
-            max_new_tokens=context.max_new_tokens,
-            seed=context.seed,
+            **{"temperature": 1.0, **self.candidates.arguments()},  # a search has no temperature
+            max_new_tokens=self.context.max_new_tokens,
+            seed=self.context.seed,
             purpose="online",
-            stop=context.stop,
+            stop=self.context.stop,
         )
-        return RolloutSampler(self.policy, context, spec)
+        return RolloutSampler(self.policy, self.context, spec)
 
     def _examples(self, groups: Sequence[Candidates]) -> Sequence[Example]:
         """The method's examples of these groups.

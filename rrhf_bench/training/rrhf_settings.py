@@ -6,15 +6,17 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
+from rrhf_bench.settings.candidates import Candidates, DrawnCandidates
 from rrhf_bench.settings.methods import OfflineSettings, Requirement
 
 
 class RRHFSettings(OfflineSettings):
     """`variant` says which objective: the paper's equations, their intended reading, or the released code's."""
 
-    requires: ClassVar[frozenset[Requirement]] = frozenset({"candidates", "scores"})
+    requires: ClassVar[frozenset[Requirement]] = frozenset({"candidates"})
 
     kind: Literal["rrhf"] = "rrhf"
+    candidates: Candidates = DrawnCandidates()
     variant: Literal["paper", "intended", "official"] = "paper"
     rank_weight: Annotated[float, Field(ge=0.0)] = 1.0
     sft_weight: Annotated[float, Field(ge=0.0)] = 1.0
