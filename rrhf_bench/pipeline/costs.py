@@ -46,7 +46,7 @@ def needed_stages(stages: Stages, trained: str, given: Collection[str]) -> list[
         if "judged" in own:
             found[own["judged"]] = None
             inputs = stages[own["judged"]]["inputs"]
-        elif {*PAIR_ROWS, "reply"} & {*(stages[key]["settings"]["method"].get("sources") or ())}:
+        elif {*PAIR_ROWS, "reply"} & {*stages[key]["settings"]["method"].get("candidates", {}).get("sources", ())}:
             found[own["pair scores"]] = None
         found.update({key: None for role, key in own.items() if role.startswith("reference ")})
         for source, candidates in sampled_inputs(inputs):
