@@ -41,6 +41,7 @@ METHODS: Mapping[str, Method] = {
         "baselines.best_of_n:BestOfN",
         "best-of-n", "#CC79A7", "inference", "D",
     ),
+    "dpo": Method("baselines.dpo_settings:DPOSettings", "baselines.dpo:DPO", "DPO", "#E69F00", "offline"),
     "ppo": Method("baselines.ppo_settings:PPOSettings", "baselines.ppo:PPO", "PPO", "#D55E00", "online"),
 }  # fmt: skip
 

@@ -1,0 +1,98 @@
+"""DPO, cDPO, robust DPO and IPO against numbers worked by hand, and in the loop that trains them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from baselines.dpo import DPO, dpo_loss
+from baselines.dpo_settings import DPOSettings
+from rrhf_bench.errors import DataError
+from rrhf_bench.pipeline import stage_helpers
+from rrhf_bench.policy.policy import TransformersPolicy
+from rrhf_bench.records import Preference
+from rrhf_bench.training.method import MethodBatch, TrainInputs
+from rrhf_bench.training.reference import compute_reference
+from tests.test_training import CANDIDATES, PAIRS, PROMPTS, context
+
+# Summed log-probs of a pair: chosen -12 against -13 in the reference, rejected -10 against -9. D = 1 - (-1) = 2.
+PAIR = tuple(torch.tensor([x]) for x in (-12.0, -10.0, -13.0, -9.0))
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"beta": 0.1}, 0.598139),  # -log sigmoid(0.2)
+        ({"beta": 0.1, "label_smoothing": 0.1}, 0.618139),  # 0.9 x 0.598139 + 0.1 x 0.798139
+        ({"beta": 0.1, "label_smoothing": 0.1, "kind": "robust"}, 0.573139),  # (0.9 x ... - 0.1 x ...) / 0.8
+        ({"beta": 0.1, "kind": "ipo"}, 9.0),  # (2 - 5)^2
+    ],
+)
+def test_the_losses_are_those_worked_by_hand(settings: dict[str, Any], expected: float) -> None:
+    assert dpo_loss(*PAIR, **settings).item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_ipo_on_means_over_tokens() -> None:
+    # 6 and 4 tokens: D = 1/6 + 1/4 = 0.416667; (0.416667 - 5)^2 = 21.006944.
+    length = torch.tensor([6.0, 4.0, 6.0, 4.0])
+    means = [value / n for value, n in zip(PAIR, length, strict=True)]
+    assert dpo_loss(*means, beta=0.1, kind="ipo").item() == pytest.approx(21.006944, abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["dpo", "robust", "ipo"])
+def test_the_gradient_raises_the_chosen_and_lowers_the_rejected(kind: Any) -> None:
+    chosen, rejected = PAIR[0].clone().requires_grad_(), PAIR[1].clone().requires_grad_()
+    dpo_loss(chosen, rejected, PAIR[2], PAIR[3], beta=0.1, kind=kind).backward()
+    assert chosen.grad is not None
+    assert rejected.grad is not None
+    assert chosen.grad.item() < 0.0
+    assert rejected.grad.item() == -chosen.grad.item()
+
+
+@pytest.mark.parametrize("length_norm", ["none", "response"])
+def test_a_batch_has_the_loss_of_its_pairs_one_by_one(policy: TransformersPolicy, length_norm: Any) -> None:
+    """The slow definition: sums (or means) of one response at a time; responses are of 4 lengths."""
+    settings = DPOSettings(beta=0.3, label_smoothing=0.2, length_norm=length_norm)
+    batch = MethodBatch.of(DPO(settings).examples(TrainInputs(PAIRS)), policy.tokenization, None)
+    rng = torch.Generator().manual_seed(0)
+    mask_RT = batch.responses.mask_BT
+    logp_RT, ref_RT = (-torch.rand(mask_RT.shape, generator=rng) * mask_RT for _ in range(2))
+    found = DPO(settings).loss(logp_RT, MethodBatch(batch.responses, batch.group_of, batch.reward_R, ref_RT))
+    losses = []
+    for pair in range(len(PAIRS)):
+        values = []
+        for table in (logp_RT, ref_RT):
+            for row in (2 * pair, 2 * pair + 1):
+                tokens = table[row, : batch.responses.lengths[row]]
+                values.append((tokens.mean() if length_norm == "response" else tokens.sum())[None])
+        losses.append(dpo_loss(*values, beta=0.3, label_smoothing=0.2).item())
+    assert found.loss.item() == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+    assert found.weight == len(PAIRS)
+
+
+def test_it_learns_to_prefer_the_chosen_replies(policy: TransformersPolicy, tmp_path: Path) -> None:
+    """From log 2, where policy and reference agree; several passes a step."""
+    policy.pass_tokens = 80
+    log: list[Any] = []
+    settings = DPOSettings(epochs=6, batch_prompts=4, lr=3e-3)
+    reference = compute_reference(policy, CANDIDATES, max_length=512)
+    inputs = TrainInputs(PAIRS, reference=reference)
+    stage_helpers.trainer(settings, 512).fit(policy, inputs, context(tmp_path, log=log.append))
+    assert log[0]["loss"] == pytest.approx(0.693147, abs=1e-4)
+    assert log[0]["rewards/margins"] == pytest.approx(0.0, abs=1e-4)
+    assert log[-1]["loss"] < 0.3
+    assert log[-1]["rewards/accuracies"] == 1.0
+    assert log[-1]["rewards/margins"] == pytest.approx(
+        log[-1]["rewards/chosen"] - log[-1]["rewards/rejected"], abs=1e-5
+    )
+
+
+def test_data_without_pairs_and_keys_without_effect_are_refused() -> None:
+    with pytest.raises(DataError, match="dpo: found prompts without a pair"):
+        DPO(DPOSettings()).examples(TrainInputs([Preference(PROMPTS[0], " Yes.", None)]))
+    with pytest.raises(ValidationError, match="label_smoothing"):
+        DPOSettings(variant="ipo", label_smoothing=0.1)
