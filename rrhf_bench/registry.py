@@ -42,6 +42,7 @@ METHODS: Mapping[str, Method] = {
         "best-of-n", "#CC79A7", "inference", "D",
     ),
     "dpo": Method("baselines.dpo_settings:DPOSettings", "baselines.dpo:DPO", "DPO", "#E69F00", "offline"),
+    "rloo": Method("baselines.rloo_settings:RLOOSettings", "baselines.rloo:RLOO", "RLOO", "#56B4E9", "online"),
     "ppo": Method("baselines.ppo_settings:PPOSettings", "baselines.ppo:PPO", "PPO", "#D55E00", "online"),
 }  # fmt: skip
 
