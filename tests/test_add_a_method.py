@@ -65,7 +65,7 @@ def test_the_pages_methods_run_to_their_report(folder: Path) -> None:
     table = (made / "report" / "tables" / "main.md").read_text(encoding="utf-8")
     assert all(f"| {row} |" in table for row in ("base", "my_dpo", "my_reinforce"))
     lines = [json.loads(line) for line in (made / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    logged = {name: [line for line in lines if line["row"] == name] for name in ("my_dpo", "my_reinforce")}
+    logged = {name: [line for line in lines if line["method"] == name] for name in ("my_dpo", "my_reinforce")}
     assert logged["my_dpo"][0]["loss"] == pytest.approx(0.693147, abs=1e-4)  # log 2: the policy is the reference
     assert logged["my_dpo"][-1]["loss"] != logged["my_dpo"][0]["loss"]
     assert len(logged["my_reinforce"]) == 3
