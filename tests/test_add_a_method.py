@@ -45,6 +45,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(text, encoding="utf-8")
     rows = blocks["my_experiment.toml"][blocks["my_experiment.toml"].index("[methods") :]
+    rows = rows.replace("epochs = 1", "epochs = 1\nbatch_prompts = 4")  # several steps
     (folder / "small.toml").write_text(SMALL + rows, encoding="utf-8")
     return folder
 
