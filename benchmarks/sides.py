@@ -16,7 +16,6 @@ from benchmarks.measure import Side, peak_above
 from benchmarks.released import released
 from benchmarks.workloads import Group, Shape, make_model, make_tokenization
 from rrhf_bench.errors import StageError
-from rrhf_bench.policy.head import ROOMS
 from rrhf_bench.policy.policy import Computation, TransformersPolicy
 from rrhf_bench.training.rrhf import rrhf_loss
 
@@ -202,5 +201,4 @@ def extra_memory(
     torch.set_num_threads(threads)
     stepper = Stepper.make(side, shape, seed=seed, dtype=dtype, device=device)
     stepper.step(groups)
-    ROOMS.clear()
     return peak_above(lambda: stepper.step(groups), device)

@@ -58,7 +58,6 @@ from benchmarks.sides import (
 from benchmarks.workloads import SHAPES, Group, Shape, Workload, make_model, model_flops, total_tokens, useful_flops
 from rrhf_bench.errors import ConfigError, nearest
 from rrhf_bench.policy import onednn
-from rrhf_bench.policy.head import ROOMS
 
 NAME = "step"
 WORKLOADS = {
@@ -105,7 +104,6 @@ def measure(workload: Workload, record: Mapping[str, Any], *, memory: bool, cons
         two = {name: steppers[name] for name in (RELEASED, PACKED)}
         found_voiced = agreed(workload, two, voiced, seed=seed, device=device)
         del steppers, two
-        ROOMS.clear()
 
         def arguments(groups: Sequence[Group]) -> tuple[Shape, Sequence[Group], int, torch.dtype, torch.device, int]:
             return workload.shape, groups, seed, workload.dtype, device, threads

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from rrhf_bench.data.dialogue import Template
 from rrhf_bench.errors import DataError, is_out_of_memory
-from rrhf_bench.policy import activations, attention, embedding, last_layer, linear, onednn, rotary
+from rrhf_bench.policy import attention, onednn
 from rrhf_bench.policy.adapters import adapters_off, add_adapters, merge, merged_state
 from rrhf_bench.policy.batching import Pack, PaddedLayout, ResponseBatch, pack, padded, passes, places
-from rrhf_bench.policy.head import KEPT, token_logprobs
+from rrhf_bench.policy.head import token_logprobs
 from rrhf_bench.policy.loading import end_ids_of, load_causal_lm, save_causal_lm
 from rrhf_bench.policy.logprobs import gather_logprobs
 from rrhf_bench.policy.tokenization import Tokenization
@@ -27,9 +27,6 @@ from rrhf_bench.settings import LoraSettings
 PASS_TOKENS = {"cpu": 2048, "cuda": 16384}
 # How far the log-probs of two layouts may be apart on average, in nats: what a precision leaves, with room.
 ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.1}
-# Devices on which the trial of packing runs a backward pass too. A GPU compiles a kernel of its own for it; for some
-# head sizes on some cards only that kernel fails, and otherwise the first step would show it.
-TRIAL_TRAINS = ("cuda",)
 
 
 @dataclass(frozen=True)
@@ -104,18 +101,11 @@ class TransformersPolicy:
         self._window: int | None = getattr(config, "sliding_window", None) if sliding else None
         self._head_is_plain = self._check_head()
         self.onednn_layers = 0
-        self._take_over_linear_layers()
-        if self.device.type == "cpu":
-            activations.take_over(model)
-        self._last_layer = last_layer.find(model)
+        self._apply_onednn()
         self.layout: Literal["packed", "padded"] = "padded"
         self.layout_reason = self._unpackable(getattr(config, "attn_logit_softcapping", None))
         if self.layout_reason is None:
             self.layout = "packed"
-            if self.device.type == "cpu":
-                rotary.take_over(model)
-                trial, *_ = pack(self._trial(), 1 << 10)
-                last_layer.take_over(self._last_layer, lambda: self._packed(trial))
 
     @classmethod
     def load(
@@ -137,12 +127,10 @@ class TransformersPolicy:
         tokenization = Tokenization(tokenizer, template, str(source), end_ids_of(model))
         return cls(model.to(device), tokenization, computation)
 
-    def _take_over_linear_layers(self) -> None:
-        if self.device.type == "cpu":
-            wanted = self.computation.onednn
-            steered = wanted == "on" or (wanted == "auto" and onednn.worth_it())
-            layers = linear.take_over(self.model, onednn.product if steered else torch.mm)
-            self.onednn_layers = layers if steered else 0
+    def _apply_onednn(self) -> None:
+        wanted = self.computation.onednn
+        if self.device.type == "cpu" and (wanted == "on" or (wanted == "auto" and onednn.worth_it())):
+            self.onednn_layers = onednn.apply(self.model)
 
     @property
     def device(self) -> torch.device:
@@ -172,15 +160,15 @@ class TransformersPolicy:
             return f"its attention is {before}"
         group = self._trial()
         table = self.model.get_input_embeddings().weight
-        trains = self.device.type in TRIAL_TRAINS and table.requires_grad
         expected_BT = self.token_logprobs(group)  # padded, as nothing else has been decided yet
         seen: list[Any] = []
         try:
             self.model.set_attn_implementation(attention.register())
-            with torch.set_grad_enabled(trains):
+            # With gradients: for some head sizes on some cards only the kernel of the backward pass does not compile.
+            with torch.set_grad_enabled(table.requires_grad):
                 hidden_ND = torch.cat([self._packed(part, layers_seen=seen) for part in pack(group, 1 << 10)])
-                packed_BT = self._by_row(group, self._logprobs(hidden_ND, group, range(len(group.lengths)), keep=0))
-                if trains and not torch.autograd.grad(packed_BT.sum(), table)[0].isfinite().all():
+                packed_BT = self._by_row(group, self._logprobs(hidden_ND, group, range(len(group.lengths))))
+                if table.requires_grad and not torch.autograd.grad(packed_BT.sum(), table)[0].isfinite().all():
                     raise ValueError("its gradients are not finite")
         except (RuntimeError, ValueError, TypeError, AttributeError, LookupError) as error:
             if is_out_of_memory(error):
@@ -220,39 +208,29 @@ class TransformersPolicy:
             packs = pack(batch, max(self.pass_tokens, self.fed_tokens(batch)) if together else self.pass_tokens)
             parts = [list(part.rows) for part in packs]
             hidden_ND = torch.cat([self._packed(part) for part in packs])
-            fed = sum(len(part.ids_L) for part in packs)
         else:
             parts = passes(batch, self.pass_tokens)
             layouts = [padded(batch, part, self.tokenization.pad_id, self.device) for part in parts]
             if not self._head_is_plain:
                 return self._with_own_logits(batch, parts, layouts)
             hidden_ND = torch.cat([self._padded(layout) for layout in layouts])
-            fed = sum(layout.input_ids_BL.numel() for layout in layouts)
         order_N = places(batch, parts).to(self.device)
-        logp_N = self._logprobs(hidden_ND, batch, [row for part in parts for row in part], keep=KEPT * fed)
+        logp_N = self._logprobs(hidden_ND, batch, [row for part in parts for row in part])
         return logp_N[order_N], hidden_ND[order_N]
 
     def _packed(self, part: Pack, **extra: Any) -> Tensor:
-        """(N, D) hidden states that predict the tokens of a pack's responses."""
-        id_L, table = part.ids_L.to(self.device), self.model.get_input_embeddings()
-        if isinstance(self._last_layer, last_layer.LastLayer):
-            position_M, at_N = part.asked
-            extra["asked"] = last_layer.Asked(position_M, part.last)
-        else:
-            at_N = part.predict_N.to(self.device)
+        """Return the (N, D) hidden states that predict the tokens of a pack's responses."""
         with self._checkpoints():
-            plain = embedding.is_plain(table)
-            fed = {"inputs_embeds": embedding.embed(table, id_L)[None]} if plain else {"input_ids": id_L[None]}
             states_1LD = self._body(
-                **fed,
+                input_ids=part.ids_L[None].to(self.device),
                 position_ids=part.position_L[None].to(self.device),
-                # A mask of four dimensions is left as it is: who sees whom is in the pack.
+                # A mask of four dimensions is left as it is: the pack says which token attends to which.
                 attention_mask=torch.empty(1, 1, 1, 1, device=self.device),
                 use_cache=False,
                 prefixes=part.prefixes,
                 **extra,
             ).last_hidden_state
-        return states_1LD[0, at_N]
+        return states_1LD[0, part.predict_N.to(self.device)]
 
     def _padded(self, layout: PaddedLayout) -> Tensor:
         with self._checkpoints():
@@ -278,11 +256,9 @@ class TransformersPolicy:
         order_N = places(batch, parts).to(self.device)
         return torch.cat(logp)[order_N], torch.cat(hidden)[order_N]
 
-    def _logprobs(self, hidden_ND: Tensor, batch: ResponseBatch, rows: Sequence[int], *, keep: int) -> Tensor:
-        """(N,) log-probs of the tokens of some rows, one behind the other, from the states that predict them; with at
-        most ``keep`` bytes of softmax kept for the backward pass."""
-        keep = 0 if self._checkpointed else keep
-        return token_logprobs(self._head, hidden_ND, _tokens(batch, rows).to(self.device), batch.temperature, keep)
+    def _logprobs(self, hidden_ND: Tensor, batch: ResponseBatch, rows: Sequence[int]) -> Tensor:
+        """Return the (N,) log-probs of the tokens of some rows, row by row, from the states that predict them."""
+        return token_logprobs(self._head, hidden_ND, _tokens(batch, rows).to(self.device), batch.temperature)
 
     def _by_row(self, batch: ResponseBatch, value_N: Tensor) -> Tensor:
         """(N, ...) values of the response tokens as (B, T, ...), zeros beyond each row's end."""
@@ -314,7 +290,7 @@ class TransformersPolicy:
     def adapt(self, lora: LoraSettings, seed: int) -> None:
         """From here on only low-rank adapters train (2106.09685), whose product is zero at first."""
         add_adapters(self.model, lora, seed)
-        self._take_over_linear_layers()
+        self._apply_onednn()
 
     def before_adapting(self) -> Policy:
         """The policy with its adapters off: a reference that takes no memory. No gradients."""
