@@ -6,13 +6,12 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from rrhf_bench.settings import Family, MethodSettings, Requirement
+from rrhf_bench.settings.methods import MethodSettings, Requirement
 
 
 class BestOfNSettings(MethodSettings):
     """n samples of the initial policy a prompt; the reward model picks one. No training."""
 
-    family: ClassVar[Family] = "inference"
     requires: ClassVar[frozenset[Requirement]] = frozenset({"sampler", "reward"})
     candidate_keys: ClassVar[frozenset[str]] = frozenset({"n"})
     why_unread: ClassVar[str] = "its samples are decoded as [evaluation] says"

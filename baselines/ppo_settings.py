@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from rrhf_bench.settings import Family, OptimiserSettings, Requirement, Schedule
+from rrhf_bench.settings.methods import OptimiserSettings, Requirement, Schedule
 
 Positive = Annotated[float, Field(gt=0.0)]
 Count = Annotated[int, Field(ge=1)]
@@ -24,7 +24,6 @@ class PPOSettings(OptimiserSettings):
     not end: ``missing_eos_penalty`` and ``kl_coefficient`` are in units of the scaled score.
     """
 
-    family: ClassVar[Family] = "trainer"
     requires: ClassVar[frozenset[Requirement]] = frozenset({"sampler", "reward", "reference"})
     candidate_keys: ClassVar[frozenset[str]] = frozenset({"temperature"})
     why_unread: ClassVar[str] = "PPO samples one reply a rollout from the full distribution"

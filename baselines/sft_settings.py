@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from rrhf_bench.settings import OfflineSettings, Requirement
+from rrhf_bench.settings.methods import OfflineSettings, Requirement
 
 
 class SFTSettings(OfflineSettings):

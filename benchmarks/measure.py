@@ -29,7 +29,7 @@ import typer
 
 from rrhf_bench.errors import BenchError, ConfigError, StageError, StoreError
 from rrhf_bench.pipeline.memory import peak_bytes, reset_peak
-from rrhf_bench.pipeline.run import environment as versions
+from rrhf_bench.pipeline.run_folder import environment as versions
 
 T = TypeVar("T")
 K = TypeVar("K", bound=Hashable)

@@ -25,17 +25,17 @@ from baselines.ppo import PPO
 from baselines.ppo_settings import PPOSettings
 from benchmarks.measure import Side, Spread, machine, main, measure_rounds, ratios, spread, write_json
 from benchmarks.sampling import CONTEXT, SIZES, small_llama, world_prompts
-from rrhf_bench.data.dialogue import STOP_STRINGS, Template
+from rrhf_bench.data.dialogue import Template
 from rrhf_bench.data.toy.world import build_world
 from rrhf_bench.errors import ConfigError
 from rrhf_bench.policy.policy import TransformersPolicy
-from rrhf_bench.records import Candidates
+from rrhf_bench.records import STOP_STRINGS, Candidates
 from rrhf_bench.rewards.bradley_terry import train_reward_model
 from rrhf_bench.rewards.hub import ClassifierReward
 from rrhf_bench.rewards.reward import RewardModel
-from rrhf_bench.rewards.reward_settings import RewardTrainingSettings
 from rrhf_bench.sampling.backend import choose_backend
 from rrhf_bench.sampling.vllm import VLLMSampler
+from rrhf_bench.settings.reward import RewardTrainingSettings
 from rrhf_bench.training.method import TrainContext, TrainInputs
 
 NAME = "ppo"

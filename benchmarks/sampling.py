@@ -24,17 +24,17 @@ import torch
 import typer
 
 from benchmarks.measure import Side, Spread, machine, main, measure_rounds, ratios, spread, timed, write_json
-from rrhf_bench.data.dialogue import STOP_STRINGS, Template
+from rrhf_bench.data.dialogue import Template
+from rrhf_bench.data.toy.scratch import train_language_model
 from rrhf_bench.data.toy.world import build_world
 from rrhf_bench.errors import ConfigError, StageError
-from rrhf_bench.experiment import ScratchSettings
 from rrhf_bench.policy.policy import TransformersPolicy, load_causal_lm
-from rrhf_bench.policy.scratch import train_language_model
 from rrhf_bench.policy.tokenization import Tokenization
-from rrhf_bench.records import Candidates, Prompt
+from rrhf_bench.records import STOP_STRINGS, Candidates, Prompt
 from rrhf_bench.sampling.backend import choose_backend
 from rrhf_bench.sampling.sampler import SamplingSpec
 from rrhf_bench.sampling.vllm import VLLMSampler, import_vllm
+from rrhf_bench.settings.experiment import ScratchSettings
 
 NAME = "sampling"
 CONTEXT = 512  # of prompt + reply, as in the embedded world

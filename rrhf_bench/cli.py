@@ -21,20 +21,21 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from rrhf_bench.config import load_experiment, parse_method
-from rrhf_bench.data.dialogue import STOP_STRINGS, TemplateKind
+from rrhf_bench.data.dialogue import TemplateKind
 from rrhf_bench.errors import BenchError, ConfigError, StoreError
-from rrhf_bench.experiment import RuntimeSettings
-from rrhf_bench.pipeline.plan import Plan, make_plan
+from rrhf_bench.pipeline.stage_graph import Plan, make_plan
 from rrhf_bench.pipeline.store import Store, on_disk
+from rrhf_bench.records import STOP_STRINGS
 from rrhf_bench.registry import METHODS
 from rrhf_bench.sampling.backend import BackendName
-from rrhf_bench.settings import Strategy
+from rrhf_bench.settings.experiment import RuntimeSettings
+from rrhf_bench.settings.methods import Strategy
+from rrhf_bench.settings.reading import load_experiment, parse_method
 from rrhf_bench.terminal import Screen, TerminalReporter, inert
 
 if TYPE_CHECKING:
     from rrhf_bench.pipeline.cache import Cache, Item
-    from rrhf_bench.pipeline.plain import PlainSteps
+    from rrhf_bench.pipeline.file_commands import PlainSteps
     from rrhf_bench.pipeline.services import ModelRef
     from rrhf_bench.sampling.sampler import SamplingSpec
 
@@ -134,8 +135,8 @@ def run(file: ExperimentFile, override: Overrides = None, runs: Runs = Path("run
     experiment = load_experiment(file, override or [])
     plan = make_plan(experiment)
     console = _errors() if as_json else _out()
-    from rrhf_bench.pipeline.run import alone_with, load_run, open_run, write_metrics
-    from rrhf_bench.pipeline.runner import run_plan
+    from rrhf_bench.pipeline.run_folder import alone_with, load_run, open_run, write_metrics
+    from rrhf_bench.pipeline.scheduler import run_plan
 
     started = time.monotonic()
     command = shlex.join(["rrhf-bench", "run", str(file), *(w for o in override or [] for w in ("--set", o))])
@@ -241,7 +242,7 @@ def report(
     as_json: Json = False,
 ) -> None:
     """Write a run's report again from its records; no model is loaded."""
-    from rrhf_bench.pipeline.run import alone_with, load_run, read_run
+    from rrhf_bench.pipeline.run_folder import alone_with, load_run, read_run
 
     read_run(folder)  # before anything is written where no run is
     with alone_with(folder):
@@ -275,8 +276,8 @@ def compare(
     as_json: Json = False,
 ) -> None:
     """Compare two runs of one arena, paired by prompt and seed: A minus B, from their records; no model is loaded."""
-    from rrhf_bench.pipeline.run import load_run
-    from rrhf_bench.report.across import compare_runs, comparison_json, comparison_table
+    from rrhf_bench.pipeline.run_folder import load_run
+    from rrhf_bench.report.compare_runs import compare_runs, comparison_json, comparison_table
     from rrhf_bench.report.table import notes, printed
 
     runs = load_run(a), load_run(b)
@@ -297,7 +298,7 @@ def compare(
 def ls(runs: Runs = Path("runs"), as_json: Json = False) -> None:
     """List the runs: how much of each is complete, what is half trained, which process is at work."""
     from rrhf_bench.pipeline.locks import holder
-    from rrhf_bench.pipeline.run import lock_of, read_run
+    from rrhf_bench.pipeline.run_folder import lock_of, read_run
 
     store = Store(runs / "store")
     found: list[dict[str, Any]] = []
@@ -423,8 +424,8 @@ def doctor(
 ) -> None:
     """Say what is installed, and check that sampler, trainer and reward model agree on this machine."""
     from rrhf_bench.pipeline.doctor import examine
-    from rrhf_bench.pipeline.plain import model_ref
-    from rrhf_bench.pipeline.runner import quiet
+    from rrhf_bench.pipeline.file_commands import model_ref
+    from rrhf_bench.pipeline.scheduler import quiet
 
     options: dict[str, Any] = {"template": template, "dtype": dtype, "pad_token": pad_token}
     _refuse_unread(model, "--model", options)
@@ -484,7 +485,7 @@ def sample(
 
     With each response come its token_ids as generated, the end-of-text token included.
     """
-    from rrhf_bench.pipeline.plain import model_ref
+    from rrhf_bench.pipeline.file_commands import model_ref
     from rrhf_bench.pipeline.stages import CANDIDATES
 
     names = tuple(sources.split(","))
@@ -545,7 +546,7 @@ def score(
     as_json: Json = False,
 ) -> None:
     """Score responses with a reward model and write them as {"query", "responses", "scores"}."""
-    from rrhf_bench.pipeline.plain import model_ref
+    from rrhf_bench.pipeline.file_commands import model_ref
 
     ref = model_ref(reward_model, template=template, dtype=dtype, pad_token=pad_token, layout=layout, label=label)
     with _steps(device, "transformers", "scoring", as_json, faulty_rows) as steps:
@@ -583,7 +584,7 @@ def train(
     settings = parse_method(method, override or [])
     if settings.family == "inference":
         raise ConfigError(f"--method {method}: trains nothing; use `sample` and `score`")
-    from rrhf_bench.pipeline.plain import model_ref
+    from rrhf_bench.pipeline.file_commands import model_ref
 
     ref = model_ref(model, template=template, dtype=dtype, pad_token=pad_token)
     reward = _reward_ref(reward_model, layout, label, reward_template, reward_dtype, reward_pad_token)
@@ -637,7 +638,7 @@ def evaluate(
 ) -> None:
     """Judge a policy on prompts: one record a prompt and decoding."""
     from rrhf_bench.evaluation.metrics import fake_turn_share, mean_kl, mean_length, perplexity
-    from rrhf_bench.pipeline.plain import model_ref, pad_token_of
+    from rrhf_bench.pipeline.file_commands import model_ref, pad_token_of
     from rrhf_bench.pipeline.stages import decodings
 
     names = decoding.split(",")
@@ -712,7 +713,7 @@ def _reward_ref(
     The options of template, dtype and pad token begin with --reward-. Raises ConfigError if an option is given and the
     model is not.
     """
-    from rrhf_bench.pipeline.plain import model_ref
+    from rrhf_bench.pipeline.file_commands import model_ref
 
     own: dict[str, Any] = {"template": template, "dtype": dtype, "pad_token": pad_token}
     named = {f"reward_{name}": value for name, value in own.items()}
@@ -762,9 +763,9 @@ def _steps(
     strategy: Strategy = "sample",
 ) -> Iterator[PlainSteps]:
     """The plain-file steps with a progress bar on standard error."""
+    from rrhf_bench.pipeline.file_commands import PlainSteps
     from rrhf_bench.pipeline.memory import WITHOUT_A_FILE, out_of_memory_named
-    from rrhf_bench.pipeline.plain import PlainSteps
-    from rrhf_bench.pipeline.runner import quiet
+    from rrhf_bench.pipeline.scheduler import quiet
     from rrhf_bench.sampling.backend import choose_backend
 
     chosen = choose_backend(backend, strategy, device)

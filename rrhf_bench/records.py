@@ -22,6 +22,10 @@ Finish = Literal["eos", "stop", "length", "given"]
 # "given" is for replies from the data set, which nobody decoded.
 Decoding = Literal["greedy", "sample", "given"]
 
+# A reply that begins a further turn of a transcript is cut there. Without the blank lines: undertrained models write
+# "toAssistant:" as well.
+STOP_STRINGS = ("Human:", "Assistant:")
+
 
 @dataclass(frozen=True, slots=True)
 class Prompt:

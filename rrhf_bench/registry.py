@@ -1,33 +1,79 @@
-"""Every method by name: where its settings are (torch-free) and where its code is. Strings, resolved when used.
+"""Every method by name: its settings (torch-free), its implementation, and the traits that a report reads.
 
-A new method is one row here, one settings class, one implementation, one test.
+A new method is one row here, one settings class, one implementation and one test. A method of another package needs no
+row: its ``kind`` in the experiment file is the address of its ``Method``, such as ``"their_package.module:METHOD"``.
+The addresses are strings that are resolved when they are used, so that ``plan`` imports no torch.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib import import_module
-from typing import Any
+from typing import Any, Literal
 
-from rrhf_bench.settings import MethodSettings
-
-METHODS: dict[str, tuple[str, str]] = {
-    "rrhf": ("rrhf_bench.training.rrhf_settings:RRHFSettings", "rrhf_bench.training.rrhf:RRHF"),
-    "sft": ("baselines.sft_settings:SFTSettings", "baselines.sft:SFT"),
-    "best_of_n": ("baselines.best_of_n_settings:BestOfNSettings", "baselines.best_of_n:BestOfN"),
-    "ppo": ("baselines.ppo_settings:PPOSettings", "baselines.ppo:PPO"),
-}
+# offline: a loss over fixed examples; online: trains on replies that it samples; inference: trains nothing.
+Family = Literal["offline", "online", "inference"]
 
 
-def settings_class(kind: str) -> type[MethodSettings]:
-    """The settings class of a method; imports no torch."""
-    return _resolve(METHODS[kind][0])
+@dataclass(frozen=True)
+class Method:
+    """The traits of one method. Addresses are ``"module:object"``."""
+
+    settings: str  # a subclass of MethodSettings
+    implementation: str  # a LossMethod, Trainer or InferenceMethod, built from the settings
+    label: str  # in tables and figures
+    colour: str  # "#rrggbb", the same in every report
+    family: Family
+    marker: str = "o"  # of matplotlib
 
 
-def build(settings: MethodSettings) -> Any:
-    """The method itself: a LossMethod, Trainer or InferenceMethod according to ``settings.family``."""
-    return _resolve(METHODS[settings.kind][1])(settings)
+# The colours are Okabe and Ito's, which people with any of the common colour-blindnesses can tell apart.
+METHODS: Mapping[str, Method] = {
+    "rrhf": Method(
+        "rrhf_bench.training.rrhf_settings:RRHFSettings",
+        "rrhf_bench.training.rrhf:RRHF",
+        "RRHF", "#0072B2", "offline",
+    ),
+    "sft": Method("baselines.sft_settings:SFTSettings", "baselines.sft:SFT", "SFT", "#009E73", "offline"),
+    "best_of_n": Method(
+        "baselines.best_of_n_settings:BestOfNSettings",
+        "baselines.best_of_n:BestOfN",
+        "best-of-n", "#CC79A7", "inference", "D",
+    ),
+    "ppo": Method("baselines.ppo_settings:PPOSettings", "baselines.ppo:PPO", "PPO", "#D55E00", "online"),
+}  # fmt: skip
 
 
-def _resolve(address: str) -> Any:
+def find(kind: str) -> Method:
+    """Return the method of a ``kind``: a row of METHODS, or a ``Method`` at an address.
+
+    Raises LookupError with the reason if there is none.
+    """
+    if kind in METHODS:
+        return METHODS[kind]
+    if ":" not in kind:
+        raise LookupError("no kind of method")
+    try:
+        found = resolve(kind)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise LookupError(f"cannot be imported ({error}); install its package or set PYTHONPATH") from error
+    if not isinstance(found, Method):
+        raise LookupError(f"is a {type(found).__name__}; expected an rrhf_bench.registry.Method")
+    return found
+
+
+def settings_class(kind: str) -> Any:
+    """Return the settings class of a method. The import loads no torch."""
+    return resolve(find(kind).settings)
+
+
+def build(settings: Any) -> Any:
+    """Return the method itself, made from its settings."""
+    return resolve(find(settings.kind).implementation)(settings)
+
+
+def resolve(address: str) -> Any:
+    """Return the object at ``"module:object"``. Raises ImportError or AttributeError if it is not there."""
     module, _, name = address.partition(":")
     return getattr(import_module(module), name)

@@ -19,7 +19,7 @@ from rich.progress import (
 from rich.text import Text
 
 from rrhf_bench.errors import visible
-from rrhf_bench.pipeline.plan import Stage
+from rrhf_bench.pipeline.stage_graph import Stage
 
 
 def inert(text: str) -> str:

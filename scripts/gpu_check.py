@@ -221,7 +221,7 @@ def training(check: Check) -> tuple[bool, Found]:
     from baselines.ppo_math import policy_loss
     from baselines.sft import sft_loss
     from rrhf_bench.policy.policy import TransformersPolicy
-    from rrhf_bench.settings import OptimiserSettings
+    from rrhf_bench.settings.methods import OptimiserSettings
     from rrhf_bench.training.optimiser import AdamW
     from rrhf_bench.training.rrhf import rrhf_loss
 
@@ -274,7 +274,7 @@ def sampling(check: Check) -> tuple[bool, Found]:
 
     from rrhf_bench.policy.policy import TransformersPolicy
     from rrhf_bench.sampling.beam import beam_search
-    from rrhf_bench.sampling.contract import LIMITS, Agreement
+    from rrhf_bench.sampling.sync_check import LIMITS, Agreement
     from rrhf_bench.sampling.transformers import TransformersSampler
 
     found: Found = {}
@@ -312,7 +312,7 @@ def memory(check: Check) -> tuple[bool, Found] | None:
     from architectures import tokenization
 
     from rrhf_bench.policy.policy import Computation, TransformersPolicy
-    from rrhf_bench.settings import OptimiserSettings
+    from rrhf_bench.settings.methods import OptimiserSettings
     from rrhf_bench.training.optimiser import AdamW
 
     if not check.cuda:

@@ -10,13 +10,13 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-# From top to bottom. The settings of a method or reward model, though they lie beside its code, belong to the first
-# room: `plan` reads them without torch.
+# From top to bottom. The settings of a method lie beside its code but belong to the room of settings: `plan` reads them
+# without torch.
 ROOMS = {
-    "nouns": ("errors", "records", "seeding", "jsonl", "settings", "*_settings", "registry"),
+    "nouns": ("errors", "records", "seeding", "jsonl", "registry"),
+    "settings": ("settings", "*_settings"),
     "paper": ("paper",),
     "data": ("data",),
-    "config": ("experiment", "contradictions", "config"),
     "policy": ("policy",),
     "sampling": ("sampling",),
     "rewards": ("rewards",),
@@ -34,7 +34,7 @@ def room_of(module: str) -> str:
     """The room of a module such as ``rrhf_bench.policy.logprobs``."""
     name = module.removeprefix("rrhf_bench.")
     if name.endswith("_settings"):
-        return "nouns"
+        return "settings"
     return next(room for room, members in ROOMS.items() if name.split(".")[0] in members)
 
 
@@ -86,7 +86,7 @@ def test_no_file_imports_from_a_room_below(module):
         ("rrhf_bench.policy.logprobs", "from rrhf_bench.training.rrhf import rrhf_loss"),
         ("rrhf_bench.data.sources", "def late():\n    import rrhf_bench.pipeline.store"),
         ("baselines.sft", "from rrhf_bench import report"),
-        ("baselines.sft_settings", "from rrhf_bench.config import Experiment"),
+        ("baselines.sft_settings", "from rrhf_bench.data.dialogue import Template"),
     ],
 )
 def test_the_check_sees_an_import_from_below(module, line):

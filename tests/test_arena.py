@@ -11,17 +11,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rrhf_bench.config import load_experiment
 from rrhf_bench.errors import ConfigError, StoreError
 from rrhf_bench.evaluation.statistics import Estimate, holm
-from rrhf_bench.pipeline import run as runs
-from rrhf_bench.pipeline.plan import Stage, make_plan
+from rrhf_bench.pipeline import run_folder as runs
 from rrhf_bench.pipeline.results import RunRecords
+from rrhf_bench.pipeline.stage_graph import Stage, make_plan
 from rrhf_bench.records import Evaluated, Prompt
-from rrhf_bench.report.across import compare_runs, comparison_json, comparison_table
-from rrhf_bench.report.compare import Comparison
+from rrhf_bench.report.compare_runs import compare_runs, comparison_json, comparison_table
+from rrhf_bench.report.comparisons import Comparison
 from rrhf_bench.report.table import Missing, to_markdown
 from rrhf_bench.report.view import View
+from rrhf_bench.settings.reading import load_experiment
 from tests.test_fuzz import run
 from tests.test_report import PROMPTS, SEEDS, synthetic
 

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 
 from rrhf_bench.errors import DataError
-from rrhf_bench.experiment import RuntimeSettings
 from rrhf_bench.jsonl import read_jsonl, write_jsonl
 from rrhf_bench.pipeline.candidates import assemble, pair_candidates
-from rrhf_bench.pipeline.job import Job
 from rrhf_bench.pipeline.services import Services
+from rrhf_bench.pipeline.stage_context import Job
 from rrhf_bench.pipeline.stages import BODIES
 from rrhf_bench.records import Candidates, Preference, Prompt, Response
+from rrhf_bench.settings.experiment import RuntimeSettings
 
 PROMPTS = [Prompt(f"\n\nHuman: Question {i}?\n\nAssistant:") for i in range(3)]
 PAIRS = [Preference(prompt, f" Good {i}.", f" Bad {i}.") for i, prompt in enumerate(PROMPTS)]

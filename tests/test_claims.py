@@ -13,11 +13,17 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 from scipy import stats
 
-from rrhf_bench.config import load_experiment
 from rrhf_bench.errors import ConfigError
 from rrhf_bench.evaluation import claims as rules
 from rrhf_bench.evaluation.claims import ClaimResult, Grid, Measure, Scores, evaluate_claims
-from rrhf_bench.evaluation.claims_settings import (
+from rrhf_bench.evaluation.statistics import POOLED_FREEDOM, Estimate
+from rrhf_bench.pipeline.results import RunRecords
+from rrhf_bench.records import CurvePoint, Decoding
+from rrhf_bench.report.claims import RunEvidence, claim_results, power_words
+from rrhf_bench.report.page import write_report
+from rrhf_bench.report.view import View
+from rrhf_bench.seeding import generator
+from rrhf_bench.settings.claims import (
     CLAIMS,
     BaseBelowChanceSettings,
     BestOfNLearnerSettings,
@@ -31,13 +37,7 @@ from rrhf_bench.evaluation.claims_settings import (
     SamplingQualitySettings,
     SpreadShrinksSettings,
 )
-from rrhf_bench.evaluation.statistics import POOLED_FREEDOM, Estimate
-from rrhf_bench.pipeline.results import RunRecords
-from rrhf_bench.records import CurvePoint, Decoding
-from rrhf_bench.report.claims import RunEvidence, claim_results, power_words
-from rrhf_bench.report.page import write_report
-from rrhf_bench.report.view import View
-from rrhf_bench.seeding import generator
+from rrhf_bench.settings.reading import load_experiment
 from tests.test_report import HOSTILE, rows_of, synthetic
 
 Array = NDArray[np.float64]

@@ -24,13 +24,13 @@ import torch
 from conftest import make_llama, make_tokenizer
 
 from rrhf_bench import cli as program
-from rrhf_bench.config import load_experiment
 from rrhf_bench.data.sources import load_candidates
 from rrhf_bench.errors import BenchError
-from rrhf_bench.pipeline.plan import Plan, make_plan
-from rrhf_bench.pipeline.runner import run_plan
+from rrhf_bench.pipeline.scheduler import run_plan
 from rrhf_bench.pipeline.services import ModelRef
+from rrhf_bench.pipeline.stage_graph import Plan, make_plan
 from rrhf_bench.pipeline.store import Store
+from rrhf_bench.settings.reading import load_experiment
 
 ROOT = Path(__file__).parents[1]
 SMOKE = ROOT / "experiments" / "smoke.toml"
@@ -733,13 +733,13 @@ def test_training_that_makes_no_sense(
 
 def test_a_folder_that_is_no_run(refused: Any, tmp_path: Path) -> None:
     (line,) = refused("report", tmp_path)
-    assert line == f"{tmp_path}: holds no run (no run.json); give the folder of a run, such as runs/hh_compare"
+    assert line == f"{tmp_path}: holds no run (no run_folder.json); give the folder of a run, such as runs/hh_compare"
 
 
 def test_a_report_that_cannot_be_published_leaves_the_earlier_one(
     cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from rrhf_bench.pipeline import run
+    from rrhf_bench.pipeline import run_folder
 
     written, published = (
         tmp_path / "runs" / "mine" / "report" / "report.md",
@@ -748,8 +748,8 @@ def test_a_report_that_cannot_be_published_leaves_the_earlier_one(
     for path, text in ((written, "new"), (published, "earlier")):
         path.parent.mkdir(parents=True)
         path.write_text(text)
-    monkeypatch.setattr(run, "read_run", lambda folder: {})
-    monkeypatch.setattr(run, "load_run", lambda folder: None)
+    monkeypatch.setattr(run_folder, "read_run", lambda folder: {})
+    monkeypatch.setattr(run_folder, "load_run", lambda folder: None)
     monkeypatch.setattr(program, "_write_report", lambda records, folder: written)
 
     def full(source: Path, place: Path, **rest: object) -> None:

@@ -14,13 +14,13 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from rrhf_bench.config import TRAINED_WITH, load_experiment, parse_method
 from rrhf_bench.errors import ConfigError
-from rrhf_bench.experiment import Experiment
-from rrhf_bench.pipeline.plan import Plan, Stage, make_plan
+from rrhf_bench.pipeline.stage_graph import Plan, Stage, make_plan
 from rrhf_bench.registry import METHODS
 from rrhf_bench.sampling.backend import choose_backend
-from rrhf_bench.settings import POLICIES, CandidateSettings
+from rrhf_bench.settings.experiment import Experiment
+from rrhf_bench.settings.methods import POLICIES, CandidateSettings
+from rrhf_bench.settings.reading import TRAINED_WITH, load_experiment, parse_method
 
 ROOT = Path(__file__).parents[1]
 SMOKE = ROOT / "experiments" / "smoke.toml"
@@ -719,7 +719,7 @@ KNOWN = "BP, DP, SP, D, P, B, IP-n, OP-k, OP-k+KL (n rounds, k optimiser steps)"
             ],
         ),
         ("[claims.orderd]\nmargin = 0.0", [CLAIM := "claims.orderd.kind: found 'orderd'; allowed are "]),
-        ("[defaults.rhf]\nlr = 0.1", [DEFAULT := "defaults.rhf: no kind of method; allowed are rrhf, sft, "]),
+        ("[defaults.rhf]\nlr = 0.1", [DEFAULT := "defaults.rhf: found 'rhf'; allowed are rrhf, sft, "]),
         ("[defaults]\nrrhf = 3\n[methods.rrhf]", ["defaults.rrhf: found 3; expected a table of the method's settings"]),
         ("defaults = 3\n[methods.rrhf]", ["defaults: found 3; expected tables such as [defaults.rrhf]"]),
         (

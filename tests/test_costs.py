@@ -11,16 +11,16 @@ import numpy as np
 import pytest
 import torch
 
-from rrhf_bench.config import load_experiment
-from rrhf_bench.experiment import RuntimeSettings
 from rrhf_bench.jsonl import write_jsonl
-from rrhf_bench.pipeline import memory, run, runner, stages
+from rrhf_bench.pipeline import memory, run_folder, scheduler, stages
 from rrhf_bench.pipeline.costs import StageCost
-from rrhf_bench.pipeline.job import Job
-from rrhf_bench.pipeline.plan import Plan, Stage, make_plan
 from rrhf_bench.pipeline.results import STAGE_PEAK, Cost, Row
+from rrhf_bench.pipeline.stage_context import Job
+from rrhf_bench.pipeline.stage_graph import Plan, Stage, make_plan
 from rrhf_bench.pipeline.store import TIMING, Store, sealed
 from rrhf_bench.records import Candidates, Prompt, Response
+from rrhf_bench.settings.experiment import RuntimeSettings
+from rrhf_bench.settings.reading import load_experiment
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -137,8 +137,8 @@ def make_run(folder: Path, toml: str) -> Made:
     for stage in plan.stages:
         with store.writing(stage.key, {}) as artifact:
             _write(stage, artifact)
-    opened = run._Run(folder, store, run._run_json(plan, "run"))
-    return Made(*run._costs(opened, experiment, _trained(plan)))
+    opened = run_folder._Run(folder, store, run_folder._run_json(plan, "run"))
+    return Made(*run_folder._costs(opened, experiment, _trained(plan)))
 
 
 def _write(stage: Stage, artifact: Path) -> None:
@@ -229,7 +229,7 @@ def peak_of(name: str, body: Callable[[Job], None], store: Store, monkeypatch: p
     """Make a stage in this process and return the peak that its timing.json holds."""
     monkeypatch.setitem(stages.BODIES, "data", body)
     stage = Stage(name, "data", {"name": name}, {}, "")
-    assert runner.make(stage, store, RuntimeSettings(device="cpu"), "transformers", lambda *_: None) is not None
+    assert scheduler.make(stage, store, RuntimeSettings(device="cpu"), "transformers", lambda *_: None) is not None
     return json.loads((store.folder(stage.key) / TIMING).read_text())[STAGE_PEAK]
 
 

@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 
-from rrhf_bench.config import load_experiment
 from rrhf_bench.errors import BenchError, StoreError
-from rrhf_bench.pipeline.plan import make_plan
-from rrhf_bench.pipeline.run import load_run, open_run
+from rrhf_bench.pipeline.run_folder import load_run, open_run
+from rrhf_bench.pipeline.stage_graph import make_plan
 from rrhf_bench.pipeline.store import Store
+from rrhf_bench.settings.reading import load_experiment
 
 ROOT = Path(__file__).parents[1]
 

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from rrhf_bench.config import load_experiment
-from rrhf_bench.pipeline.plan import make_plan
-from rrhf_bench.pipeline.run import load_run, open_run
-from rrhf_bench.pipeline.runner import run_plan
+from rrhf_bench.pipeline.run_folder import load_run, open_run
+from rrhf_bench.pipeline.scheduler import run_plan
+from rrhf_bench.pipeline.stage_graph import make_plan
 from rrhf_bench.pipeline.store import Store
 from rrhf_bench.report.page import write_report
+from rrhf_bench.settings.reading import load_experiment
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 FILES = (

@@ -26,7 +26,6 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from rrhf_bench import cli
-from rrhf_bench.config import load_experiment
 from rrhf_bench.data.dialogue import (
     ASSISTANT,
     HUMAN,
@@ -44,6 +43,7 @@ from rrhf_bench.data.sources import load_candidates, load_preferences, load_prom
 from rrhf_bench.errors import BenchError, ConfigError, DataError, visible
 from rrhf_bench.jsonl import read_jsonl, to_json, write_jsonl
 from rrhf_bench.records import Candidates, CurvePoint, Evaluated, PairScored, PoolScored, Prompt, Response
+from rrhf_bench.settings.reading import load_experiment
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 FILES = 300  # of each kind

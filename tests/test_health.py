@@ -12,7 +12,7 @@ import pytest
 
 from rrhf_bench.pipeline.results import RunRecords
 from rrhf_bench.records import Candidates, Prompt, Response
-from rrhf_bench.report.across import compare_runs
+from rrhf_bench.report.compare_runs import compare_runs
 from rrhf_bench.report.findings import findings
 from rrhf_bench.report.health import collapses, counted, health_sentences
 from rrhf_bench.report.page import compared_tables, write_report

@@ -20,13 +20,13 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from rich.console import Console
 
-from rrhf_bench.config import load_experiment
 from rrhf_bench.errors import BenchError, ConfigError, DataError, StageError, redacted, visible
 from rrhf_bench.jsonl import read_jsonl, write_jsonl
-from rrhf_bench.pipeline.plan import Stage, make_plan
-from rrhf_bench.pipeline.run import open_run
+from rrhf_bench.pipeline.run_folder import open_run
+from rrhf_bench.pipeline.stage_graph import Stage, make_plan
 from rrhf_bench.records import Prompt, Response
 from rrhf_bench.report.table import Cell, Column, Table, fenced, latex, markdown, to_csv, to_latex, to_markdown
+from rrhf_bench.settings.reading import load_experiment
 from rrhf_bench.terminal import TerminalReporter
 from tests.test_fuzz import run
 from tests.test_pipeline import CUTS, SMOKE

@@ -33,8 +33,8 @@ from rrhf_bench.rewards.judge import (
     presented,
     question,
 )
-from rrhf_bench.rewards.judge_settings import JudgeSettings
 from rrhf_bench.rewards.toy_judge import ToyJudge
+from rrhf_bench.settings.judge import JudgeSettings
 from tests.judge_endpoints import AXES, Faulty, Reply, answer, endpoints, rate_by_length, texts_of, vllm_endpoint
 
 

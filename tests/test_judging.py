@@ -16,15 +16,15 @@ import torch
 
 from rrhf_bench import cli
 from rrhf_bench.errors import ConfigError, DataError, StageError, StoreError
-from rrhf_bench.experiment import JudgeTable, RuntimeSettings
 from rrhf_bench.jsonl import read_jsonl, write_jsonl
-from rrhf_bench.pipeline import runner
+from rrhf_bench.pipeline import scheduler
 from rrhf_bench.pipeline.judging import JOURNALS, judge_candidates, judge_identity
-from rrhf_bench.pipeline.plan import Stage
+from rrhf_bench.pipeline.stage_graph import Stage
 from rrhf_bench.pipeline.store import Store
 from rrhf_bench.records import Candidates, Preference, Prompt, Response
-from rrhf_bench.rewards.judge_settings import JudgeSettings
 from rrhf_bench.rewards.toy_judge import ToyJudge
+from rrhf_bench.settings.experiment import JudgeTable, RuntimeSettings
+from rrhf_bench.settings.judge import JudgeSettings
 from tests.judge_endpoints import Faulty, Reply, endpoints, rate_by_length, vllm_endpoint
 
 LAST = "\n\nAssistant: Yes.\n\nHuman: How do I bake bread?\n\nAssistant:"  # a question of the embedded world
@@ -81,7 +81,7 @@ def judging(store: Store) -> Callable[[JudgeTable], Stage]:
 
 
 def make(store: Store, stage: Stage) -> Path:
-    runner.make(stage, store, RuntimeSettings(device="cpu"), "transformers", lambda done, total: None)
+    scheduler.make(stage, store, RuntimeSettings(device="cpu"), "transformers", lambda done, total: None)
     return store.folder(stage.key)
 
 

@@ -11,12 +11,12 @@ from conftest import make_llama
 
 from rrhf_bench.data.dialogue import Template
 from rrhf_bench.errors import DataError
-from rrhf_bench.experiment import RuntimeSettings
 from rrhf_bench.pipeline.services import ModelRef, Services
 from rrhf_bench.policy.batching import ResponseBatch
 from rrhf_bench.policy.loading import architecture_of
 from rrhf_bench.policy.policy import TransformersPolicy
 from rrhf_bench.rewards.hub import ClassifierReward
+from rrhf_bench.settings.experiment import RuntimeSettings
 
 BATCH = ResponseBatch.of_pairs([((3, 4, 5), (6, 7)), ((3, 4), (8,))])
 pytestmark = pytest.mark.usefixtures("one_thread")

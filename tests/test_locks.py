@@ -19,13 +19,13 @@ import pytest
 
 from rrhf_bench import cli
 from rrhf_bench.errors import StageError, StoreError
-from rrhf_bench.experiment import RuntimeSettings
-from rrhf_bench.pipeline import runner
+from rrhf_bench.pipeline import scheduler
 from rrhf_bench.pipeline.locks import Held, Holder, alone, holder
-from rrhf_bench.pipeline.plan import Stage
-from rrhf_bench.pipeline.run import alone_with
+from rrhf_bench.pipeline.run_folder import alone_with
+from rrhf_bench.pipeline.stage_graph import Stage
 from rrhf_bench.pipeline.stages import BODIES
 from rrhf_bench.pipeline.store import Store
+from rrhf_bench.settings.experiment import RuntimeSettings
 
 ROOT = Path(__file__).parents[1]
 SMOKE = ROOT / "experiments" / "smoke.toml"
@@ -212,7 +212,7 @@ STAGE = Stage("greeting", "data", {"text": "hello"}, {}, "")
 
 
 def make(store: Store, stage: Stage = STAGE, note: Callable[[str], None] = lambda text: None) -> float | None:
-    return runner.make(stage, store, RuntimeSettings(device="cpu"), "transformers", lambda done, total: None, note)
+    return scheduler.make(stage, store, RuntimeSettings(device="cpu"), "transformers", lambda done, total: None, note)
 
 
 def test_of_two_that_want_one_artifact_one_makes_it_and_the_other_waits(
@@ -282,10 +282,10 @@ def test_a_stage_finds_what_it_left_in_its_scratch_folder(store: Store, monkeypa
 
 PARENT = """
 import multiprocessing, threading, time
-from rrhf_bench.pipeline import runner
+from rrhf_bench.pipeline import scheduler
 
 def work():
-    threading.Thread(target=runner._end_with_parent, daemon=True).start()
+    threading.Thread(target=scheduler._end_with_parent, daemon=True).start()
     time.sleep(60)
 
 if __name__ == "__main__":

@@ -10,11 +10,11 @@ import torch
 from rrhf_bench import cli
 from rrhf_bench.data.dialogue import Template
 from rrhf_bench.errors import StageError, is_out_of_memory
-from rrhf_bench.experiment import RuntimeSettings
 from rrhf_bench.pipeline.memory import out_of_memory_named, what_to_lower
 from rrhf_bench.pipeline.services import ModelRef, Services
 from rrhf_bench.policy import attention
 from rrhf_bench.policy.policy import TransformersPolicy
+from rrhf_bench.settings.experiment import RuntimeSettings
 
 ON_A_GPU = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.11 GiB"
 

@@ -28,14 +28,14 @@ from baselines.sft_settings import SFTSettings
 from rrhf_bench import cli
 from rrhf_bench.data.dialogue import Template
 from rrhf_bench.errors import DataError, Diverged
-from rrhf_bench.pipeline import steps
-from rrhf_bench.pipeline.run import load_run
+from rrhf_bench.pipeline import stage_helpers
+from rrhf_bench.pipeline.run_folder import load_run
 from rrhf_bench.policy.policy import TransformersPolicy
 from rrhf_bench.records import Candidates, Preference, Prompt, Response
 from rrhf_bench.rewards.checks import PROBES, on_pairs
 from rrhf_bench.rewards.hub import ClassifierReward
-from rrhf_bench.sampling.contract import CheckedSampler
 from rrhf_bench.sampling.sampler import SamplingSpec
+from rrhf_bench.sampling.sync_check import CheckedSampler
 from rrhf_bench.sampling.transformers import TransformersSampler
 from rrhf_bench.training.method import TrainContext, TrainInputs
 from rrhf_bench.training.rrhf_settings import RRHFSettings
@@ -111,7 +111,7 @@ def test_online_sampling_diverges_with_its_samples(policy: TransformersPolicy, r
     settings = RRHFSettings(refresh=2, n=4, temperature=5.0, epochs=1, batch_prompts=4)
     inputs = TrainInputs(candidates=[Candidates(prompt, ()) for prompt in PROMPTS])
     with pytest.raises(Diverged, match=r"refresh 1, step 1 of 2: .* of 32 rewards are not finite") as caught:
-        steps.trainer(settings, CONTEXT).fit(policy, inputs, context(policy, reward))
+        stage_helpers.trainer(settings, CONTEXT).fit(policy, inputs, context(policy, reward))
     assert len(caught.value.evidence) == 32
 
 
@@ -121,13 +121,13 @@ def test_what_one_row_is_judged_by_diverges_and_what_rows_share_is_a_data_error(
     sampler = TransformersSampler(policy, max_model_len=CONTEXT)
     hot = {"sample": SamplingSpec(1, 5.0, 16, 0, "test")}
     with pytest.raises(Diverged, match=r"ppo, sample replies: .* of 8 rewards are not finite"):
-        steps.evaluate("ppo", 0, sampler, PROMPTS, steps.Judges(reward), hot, policy, None)
+        stage_helpers.evaluate("ppo", 0, sampler, PROMPTS, stage_helpers.Judges(reward), hot, policy, None)
     best = BestOfN(BestOfNSettings(n=4)).wrap(sampler, reward)
     with pytest.raises(Diverged, match=r"best_of_n: .* of 32 rewards are not finite"):
         best.sample(PROMPTS, hot["sample"])
     shared = [Candidates(PROMPTS[0], (Response(" Yes.", "model"), Response(f" {OVERFLOWING[0]}", "model")))]
     with pytest.raises(DataError, match=f"folder: 1 of 2 rewards are not finite, .*{PROMPTS[0].id}"):
-        steps.score_shared_candidates(reward, shared, "folder")
+        stage_helpers.score_shared_candidates(reward, shared, "folder")
     with pytest.raises(DataError, match="1 of 2 rewards are not finite"):
         on_pairs(reward, [Preference(PROMPTS[0], " Yes.", f" {OVERFLOWING[0]}")])
 
@@ -146,7 +146,7 @@ def test_weights_that_are_not_finite_are_named_with_their_step(llama_folder: Cal
     sampler = TransformersSampler(policy, max_model_len=CONTEXT)
     inputs, lent = TrainInputs(preferences=PAIRS), context(policy, Length(), sampler=sampler)  # type: ignore[arg-type]
     trainers = {
-        "sft": steps.trainer(SFTSettings(lr=1e6, warmup=0.0, epochs=1), CONTEXT),
+        "sft": stage_helpers.trainer(SFTSettings(lr=1e6, warmup=0.0, epochs=1), CONTEXT),
         "ppo": PPO(PPOSettings(lr=1e6, iterations=1, rollouts=8, minibatch=8)),
     }
     with pytest.raises(Diverged, match=r"weights are not finite after step 1 of \d") as caught:

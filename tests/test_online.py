@@ -16,7 +16,7 @@ import torch
 
 from rrhf_bench.data.dialogue import Template
 from rrhf_bench.errors import DataError, StageError
-from rrhf_bench.pipeline import steps
+from rrhf_bench.pipeline import stage_helpers
 from rrhf_bench.policy.policy import TransformersPolicy
 from rrhf_bench.records import Candidates, Prompt, Response
 from rrhf_bench.sampling.backend import choose_backend
@@ -127,11 +127,11 @@ class Run:
         )
 
     def fit(self, settings: RRHFSettings, inputs: TrainInputs = INPUTS) -> TrainResult:
-        return steps.trainer(settings, CONTEXT).fit(self.policy, inputs, self.context)
+        return stage_helpers.trainer(settings, CONTEXT).fit(self.policy, inputs, self.context)
 
     def supply(self, settings: RRHFSettings, inputs: TrainInputs = INPUTS) -> OnlineExamples:
         self.watched.append(Progress(0.0, 0, 0))
-        score = steps.score_candidates
+        score = stage_helpers.score_candidates
         return OnlineExamples(RRHF(settings), settings, self.policy, inputs, self.context, score=score)
 
     def weights(self) -> torch.Tensor:
@@ -199,7 +199,7 @@ def test_one_refresh_for_the_whole_run_is_offline_training(policy, refresh):
 
     sampler = TransformersSampler(policy, max_model_len=CONTEXT)
     sampled = sampler.sample(PROMPTS, SamplingSpec(3, 0.9, 8, 5, "online/0", stop=STOP))
-    scored = steps.score_candidates(run.reward, sampled)
+    scored = stage_helpers.score_candidates(run.reward, sampled)
     groups = [Candidates(row.prompt, row.responses + given.responses) for row, given in zip(scored, GIVEN, strict=True)]
     offline = Run(policy)
     expected = offline.fit(settings.model_copy(update={"refresh": None}), TrainInputs(candidates=groups))
@@ -462,11 +462,11 @@ def test_candidates_come_about_as_the_settings_say(policy, search, read):
 
 
 def test_a_trainer_without_refresh_samples_nothing(policy):
-    trainer = steps.trainer(online(refresh=None), CONTEXT)
+    trainer = stage_helpers.trainer(online(refresh=None), CONTEXT)
     assert isinstance(trainer, OfflineTrainer)
     assert trainer.requires == {"candidates", "scores"}
-    assert steps.trainer(online(), CONTEXT).requires == {"candidates", "scores", "sampler", "reward"}
-    assert "reference" in steps.trainer(online(reward_kl=0.01), CONTEXT).requires
-    supply = steps.trainer(online(), CONTEXT).supply
+    assert stage_helpers.trainer(online(), CONTEXT).requires == {"candidates", "scores", "sampler", "reward"}
+    assert "reference" in stage_helpers.trainer(online(reward_kl=0.01), CONTEXT).requires
+    supply = stage_helpers.trainer(online(), CONTEXT).supply
     assert isinstance(supply, partial)
     assert supply.func is OnlineExamples

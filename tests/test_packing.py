@@ -19,7 +19,7 @@ from rrhf_bench.policy import attention
 from rrhf_bench.policy.batching import ResponseBatch, pack, within
 from rrhf_bench.policy.logprobs import sequence_score
 from rrhf_bench.policy.policy import Computation, TransformersPolicy
-from rrhf_bench.settings import LoraSettings, OptimiserSettings
+from rrhf_bench.settings.methods import LoraSettings, OptimiserSettings
 from rrhf_bench.training.optimiser import AdamW
 from rrhf_bench.training.rrhf import rrhf_loss
 from tests.architectures import PACKED, PADDED, VOCABULARY, made, tokenization

@@ -13,14 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rrhf_bench.config import load_experiment
 from rrhf_bench.evaluation.statistics import Estimate
-from rrhf_bench.experiment import Experiment
 from rrhf_bench.paper import table6
 from rrhf_bench.pipeline.results import RunRecords
 from rrhf_bench.records import Candidates, CurvePoint, Evaluated, PairScored, PoolScored, Prompt, Response
 from rrhf_bench.report.claims import RunEvidence
-from rrhf_bench.report.compare import Comparison, best_of_n_learners, comparison_pairs, comparison_words
+from rrhf_bench.report.comparisons import Comparison, best_of_n_learners, comparison_pairs, comparison_words
 from rrhf_bench.report.figures import best_of_n_curve, reward_curves, training_curves
 from rrhf_bench.report.figures import test_reward as forest
 from rrhf_bench.report.findings import departures_table, findings, rows_table, trades
@@ -42,7 +40,9 @@ from rrhf_bench.report.tables import main_table
 from rrhf_bench.report.variants import variant_groups, variant_sentences, variants_table
 from rrhf_bench.report.view import View
 from rrhf_bench.seeding import generator
-from rrhf_bench.settings import POLICIES, MethodSettings, sampling_policy
+from rrhf_bench.settings.experiment import Experiment
+from rrhf_bench.settings.methods import POLICIES, MethodSettings, sampling_policy
+from rrhf_bench.settings.reading import load_experiment
 from rrhf_bench.training.rrhf_settings import RRHFSettings
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"

@@ -21,17 +21,17 @@ import torch
 from safetensors.torch import load_file
 
 from rrhf_bench import cli
-from rrhf_bench.config import load_experiment
 from rrhf_bench.data.sources import load_candidates
-from rrhf_bench.experiment import RuntimeSettings
 from rrhf_bench.jsonl import read_jsonl
 from rrhf_bench.pipeline.memory import reset_peak
-from rrhf_bench.pipeline.run import load_run
+from rrhf_bench.pipeline.run_folder import load_run
 from rrhf_bench.pipeline.services import ModelRef, Services
 from rrhf_bench.pipeline.store import TIMING, Store
 from rrhf_bench.policy.batching import ResponseBatch
 from rrhf_bench.records import Candidates, Evaluated
 from rrhf_bench.sampling.backend import choose_backend
+from rrhf_bench.settings.experiment import RuntimeSettings
+from rrhf_bench.settings.reading import load_experiment
 
 ROOT = Path(__file__).parents[1]
 SMOKE = ROOT / "experiments" / "smoke.toml"
@@ -63,12 +63,12 @@ PLAIN = (
 DISTURBED = """
 import random, numpy, torch
 from rrhf_bench import cli, terminal
-from rrhf_bench.pipeline import runner
+from rrhf_bench.pipeline import scheduler
 
 def disturb():
     random.random(), numpy.random.rand(3), torch.rand(7)
 
-def make(stage, *rest, made=runner.make):
+def make(stage, *rest, made=scheduler.make):
     random.seed(stage.name), numpy.random.seed(len(stage.name)), torch.manual_seed(len(stage.name))
     disturb()
     return made(stage, *rest)
@@ -77,7 +77,7 @@ def progress(self, *rest, reported=terminal.TerminalReporter.progress):
     disturb()
     reported(self, *rest)
 
-runner.make, terminal.TerminalReporter.progress = make, progress
+scheduler.make, terminal.TerminalReporter.progress = make, progress
 cli.main()
 """
 

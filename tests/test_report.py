@@ -21,17 +21,17 @@ from baselines.ppo_settings import PPOSettings
 from baselines.sft_settings import SFTSettings
 from rrhf_bench.errors import StoreError
 from rrhf_bench.evaluation.statistics import Estimate
-from rrhf_bench.experiment import Experiment, ReportSettings, SamplingSettings
 from rrhf_bench.pipeline.results import Cost, RunRecords, Timing
-from rrhf_bench.pipeline.run import write_metrics
+from rrhf_bench.pipeline.run_folder import write_metrics
 from rrhf_bench.records import Candidates, CurvePoint, Evaluated, PairScored, PoolScored, Prompt, Response
-from rrhf_bench.report.compare import comparisons
+from rrhf_bench.report.comparisons import comparisons
 from rrhf_bench.report.findings import standing
 from rrhf_bench.report.page import compared_tables, write_report
 from rrhf_bench.report.table import Cell, Column, Table, fenced, markdown, printed, to_csv, write_table
 from rrhf_bench.report.tables import level_words, main_table, method_costs
 from rrhf_bench.report.view import View
 from rrhf_bench.seeding import generator
+from rrhf_bench.settings.experiment import Experiment, ReportSettings, SamplingSettings
 from rrhf_bench.training.rrhf_settings import RRHFSettings
 
 SEEDS = (0, 1, 2)

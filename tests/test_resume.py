@@ -12,10 +12,10 @@ import torch
 
 from baselines.ppo_settings import PPOSettings
 from baselines.sft_settings import SFTSettings
-from rrhf_bench.pipeline import steps
+from rrhf_bench.pipeline import stage_helpers
 from rrhf_bench.pipeline.checkpoints import FileCheckpoints
 from rrhf_bench.records import Candidates, Preference, Response
-from rrhf_bench.settings import LoraSettings
+from rrhf_bench.settings.methods import LoraSettings
 from rrhf_bench.training.method import TrainInputs
 from rrhf_bench.training.rrhf_settings import RRHFSettings
 from tests.test_ppo import PROMPTS, Run
@@ -76,13 +76,13 @@ def train(settings: Any, folder: Path, dtype: torch.dtype = torch.float32, kill_
         if written == kill_at:
             raise Killed
 
-    unadapted = steps.adapt(run.policy, settings, seed=0)
+    unadapted = stage_helpers.adapt(run.policy, settings, seed=0)
     context = replace(run.context, log=log, checkpoints=FileCheckpoints(folder, 0.0, noted))
     context = replace(context, reference=unadapted or context.reference)
     inputs = TrainInputs(PAIRS, [replace(c, responses=c.responses[:1]) for c in CANDIDATES])
     if settings.refresh is None:
         inputs = TrainInputs(PAIRS, CANDIDATES)
-    result = steps.trainer(settings, 128).fit(run.policy, inputs, context)
+    result = stage_helpers.trainer(settings, 128).fit(run.policy, inputs, context)
     return run.weights(), noted.log, result
 
 

@@ -9,15 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rrhf_bench.config import load_experiment
 from rrhf_bench.data.toy.reviews import own_reply
 from rrhf_bench.errors import ConfigError
 from rrhf_bench.jsonl import read_jsonl
-from rrhf_bench.pipeline.plan import make_plan
-from rrhf_bench.pipeline.run import load_run, open_run
-from rrhf_bench.pipeline.runner import run_plan
+from rrhf_bench.pipeline.run_folder import load_run, open_run
+from rrhf_bench.pipeline.scheduler import run_plan
+from rrhf_bench.pipeline.stage_graph import make_plan
 from rrhf_bench.pipeline.store import Store
 from rrhf_bench.records import Candidates, Preference
+from rrhf_bench.settings.reading import load_experiment
 
 WORDS = ("the", "film", "plot", "was", "good", "bad", "slow", "and", "I", "never", "ending")
 

@@ -31,11 +31,11 @@ from rrhf_bench.errors import DataError
 from rrhf_bench.records import Preference, Prompt
 from rrhf_bench.rewards.bradley_terry import train_reward_model
 from rrhf_bench.rewards.checks import PROBES, ROUNDING, Check, on_pairs, record_of
-from rrhf_bench.rewards.contract import CONTRACT_FILE, KNOWN_LAYOUTS, RewardContract
 from rrhf_bench.rewards.hub import ClassifierReward
-from rrhf_bench.rewards.reward_settings import RewardTrainingSettings
+from rrhf_bench.rewards.input_contract import CONTRACT_FILE, KNOWN_LAYOUTS, RewardContract
 from rrhf_bench.rewards.sentiment import train_classifier
 from rrhf_bench.rewards.value_head import ValueHeadReward
+from rrhf_bench.settings.reward import RewardTrainingSettings
 
 ROOT = Path(__file__).parents[1]
 NAMES = [
@@ -676,8 +676,8 @@ def test_nothing_here_reads_a_file_that_could_run_code() -> None:
 
 def test_trust_is_off_unless_the_file_says_so(trained: Path) -> None:
     """Off, it stands in no key and no resolved file: what was made before there was such a key is found again."""
-    from rrhf_bench.config import load_experiment
-    from rrhf_bench.pipeline.plan import make_plan
+    from rrhf_bench.pipeline.stage_graph import make_plan
+    from rrhf_bench.settings.reading import load_experiment
 
     def given(*overrides: str) -> tuple[Any, dict[str, Any]]:
         words = [f"{table}.source={trained}" for table in ("policy", "reward_model", "perplexity_model")]
@@ -705,12 +705,12 @@ def test_trust_is_off_unless_the_file_says_so(trained: Path) -> None:
 
 
 def test_held_out_pairs_warn_of_a_setting_that_orders_them_worse(spoilt: Path, tmp_path: Path) -> None:
-    from rrhf_bench.experiment import RuntimeSettings
     from rrhf_bench.jsonl import write_jsonl
-    from rrhf_bench.pipeline.job import Job
     from rrhf_bench.pipeline.results import WARNINGS
     from rrhf_bench.pipeline.services import ModelRef, Services
+    from rrhf_bench.pipeline.stage_context import Job
     from rrhf_bench.pipeline.stages import score_pairs
+    from rrhf_bench.settings.experiment import RuntimeSettings
 
     def warnings() -> list[str]:
         for name in ("prompts", "reward", "out"):
@@ -733,9 +733,9 @@ def test_held_out_pairs_warn_of_a_setting_that_orders_them_worse(spoilt: Path, t
 
 
 def test_doctor_shows_every_check(trained: Path, spoilt: Path) -> None:
-    from rrhf_bench.experiment import RuntimeSettings
     from rrhf_bench.pipeline.doctor import _guarded, _reward
     from rrhf_bench.pipeline.services import ModelRef, Services
+    from rrhf_bench.settings.experiment import RuntimeSettings
 
     services = Services(RuntimeSettings(device="cpu"))
     findings = _reward(services, ModelRef(str(trained)))

@@ -18,15 +18,15 @@ from conftest import make_llama, make_tokenizer
 from rrhf_bench.errors import DataError, StageError
 from rrhf_bench.records import Preference, Prompt
 from rrhf_bench.rewards.bradley_terry import bradley_terry_loss, train_reward_model
-from rrhf_bench.rewards.contract import CONTRACT_FILE, KNOWN_LAYOUTS, RewardContract, by_length
 from rrhf_bench.rewards.gold import GoldReward, ReviewsGold
-from rrhf_bench.rewards.head import batch_order
 from rrhf_bench.rewards.hub import ClassifierReward
+from rrhf_bench.rewards.input_contract import CONTRACT_FILE, KNOWN_LAYOUTS, RewardContract, by_length
 from rrhf_bench.rewards.reward import require_finite
-from rrhf_bench.rewards.reward_settings import RewardTrainingSettings
 from rrhf_bench.rewards.sentiment import classification_loss, train_classifier
+from rrhf_bench.rewards.train_head import batch_order
 from rrhf_bench.rewards.value_head import ValueHeadReward
 from rrhf_bench.seeding import generator
+from rrhf_bench.settings.reward import RewardTrainingSettings
 
 # Lopsided on purpose: an empty reply, a long one, two of one length, a fake turn.
 REPLIES = [

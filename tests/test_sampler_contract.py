@@ -17,15 +17,15 @@ import torch
 
 from rrhf_bench.data.dialogue import Template
 from rrhf_bench.errors import StageError
-from rrhf_bench.experiment import RuntimeSettings
 from rrhf_bench.pipeline.services import ModelRef, Services
 from rrhf_bench.policy.policy import TransformersPolicy
 from rrhf_bench.records import Prompt
 from rrhf_bench.sampling.backend import choose_backend
-from rrhf_bench.sampling.contract import LIMITS, PROMPT_TOKENS, Agreement, CheckedSampler, Limit, canaries
 from rrhf_bench.sampling.sampler import SamplingSpec
+from rrhf_bench.sampling.sync_check import LIMITS, PROMPT_TOKENS, Agreement, CheckedSampler, Limit, canaries
 from rrhf_bench.sampling.transformers import TransformersSampler
-from rrhf_bench.settings import LoraSettings
+from rrhf_bench.settings.experiment import RuntimeSettings
+from rrhf_bench.settings.methods import LoraSettings
 
 CONTEXT = 256
 PROMPTS = [

@@ -15,7 +15,6 @@ import torch
 
 from rrhf_bench.data.dialogue import Template
 from rrhf_bench.errors import DataError, StageError
-from rrhf_bench.experiment import RuntimeSettings
 from rrhf_bench.pipeline.services import DistinctTexts, ModelRef, Services, engine_key
 from rrhf_bench.policy.batching import ResponseBatch
 from rrhf_bench.policy.policy import TransformersPolicy
@@ -24,6 +23,7 @@ from rrhf_bench.sampling.backend import choose_backend
 from rrhf_bench.sampling.cached import cache_bytes
 from rrhf_bench.sampling.sampler import SamplingSpec, to_response
 from rrhf_bench.sampling.transformers import TransformersSampler
+from rrhf_bench.settings.experiment import RuntimeSettings
 
 # Longer than one cache block (32 tokens): a stale prefix shows on such prompts only.
 LONG = "\n\nHuman: " + "How do I bake bread when the flour is old and the oven is slow? " * 4 + "\n\nAssistant:"

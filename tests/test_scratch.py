@@ -8,9 +8,9 @@ import torch
 from conftest import TEXTS
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from rrhf_bench.data.toy.scratch import train_language_model
 from rrhf_bench.errors import StageError
-from rrhf_bench.experiment import ScratchSettings
-from rrhf_bench.policy.scratch import train_language_model
+from rrhf_bench.settings.experiment import ScratchSettings
 
 SETTINGS = ScratchSettings(vocabulary=300, hidden=32, layers=1, heads=1, ffn=64, context=64, epochs=2, batch=2)
 OTHER = tuple(text.replace("?", ", please?") for text in TEXTS)

@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 
-from rrhf_bench.config import load_experiment
-from rrhf_bench.experiment import RuntimeSettings
 from rrhf_bench.pipeline import services
-from rrhf_bench.pipeline.plan import Plan, Stage, make_plan
-from rrhf_bench.pipeline.runner import run_plan
+from rrhf_bench.pipeline.scheduler import run_plan
 from rrhf_bench.pipeline.services import ModelRef, Services
+from rrhf_bench.pipeline.stage_graph import Plan, Stage, make_plan
 from rrhf_bench.pipeline.store import Store
 from rrhf_bench.policy.policy import TransformersPolicy
+from rrhf_bench.settings.experiment import RuntimeSettings
+from rrhf_bench.settings.reading import load_experiment
 
 WORLD = Path(__file__).parents[1] / "experiments" / "world.toml"
 EXPERIMENT = f"""

@@ -29,7 +29,7 @@ from rrhf_bench.data.sources import (
     write_rrhf,
 )
 from rrhf_bench.errors import DataError
-from rrhf_bench.pipeline.plain import read_prompts
+from rrhf_bench.pipeline.file_commands import read_prompts
 from rrhf_bench.records import Candidates, Preference, Prompt, Response
 
 ASK = "\n\nHuman: Ask\n\nAssistant:"

@@ -15,12 +15,12 @@ from baselines.sft_settings import SFTSettings
 from benchmarks import statistics as simulation
 from benchmarks.statistics import REAL, SETTINGS, Noise, Setting
 from rrhf_bench.evaluation import statistics
-from rrhf_bench.experiment import EvaluationSettings, Experiment
 from rrhf_bench.pipeline.results import RunRecords
 from rrhf_bench.records import Evaluated, Prompt
-from rrhf_bench.report.compare import Comparison, compare
+from rrhf_bench.report.comparisons import Comparison, compare
 from rrhf_bench.report.view import View
 from rrhf_bench.seeding import generator
+from rrhf_bench.settings.experiment import EvaluationSettings, Experiment
 
 WORLDS = 20
 PROMPTS = tuple(Prompt(f"\n\nHuman: Question {i}?\n\nAssistant:") for i in range(300))

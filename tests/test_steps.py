@@ -14,13 +14,13 @@ import torch
 from baselines.sft_settings import SFTSettings
 from rrhf_bench.data.dialogue import Template
 from rrhf_bench.errors import DataError
-from rrhf_bench.experiment import RuntimeSettings
-from rrhf_bench.pipeline import steps
+from rrhf_bench.pipeline import stage_helpers
 from rrhf_bench.pipeline.services import ModelRef, Services
 from rrhf_bench.policy.policy import TransformersPolicy
 from rrhf_bench.policy.tokenization import Tokenization
 from rrhf_bench.records import Preference, Prompt, Response
 from rrhf_bench.sampling.sampler import SamplingSpec
+from rrhf_bench.settings.experiment import RuntimeSettings
 from rrhf_bench.training.method import TrainContext, TrainInputs
 from rrhf_bench.training.rrhf_settings import RRHFSettings
 
@@ -59,20 +59,20 @@ def context_of_training(tmp_path) -> TrainContext:
 
 @pytest.mark.parametrize("max_length", [None, CONTEXT, 10 * CONTEXT])
 def test_training_cuts_replies_at_the_context_and_counts_them(gpt2, tmp_path, max_length):
-    trainer = steps.trainer(SFTSettings(epochs=1, max_length=max_length), CONTEXT)
+    trainer = stage_helpers.trainer(SFTSettings(epochs=1, max_length=max_length), CONTEXT)
     result = trainer.fit(gpt2, TrainInputs(preferences=PAIRS), context_of_training(tmp_path))
     assert result.counts["responses_truncated"] == 1
 
 
 def test_a_shorter_max_length_holds(gpt2, tmp_path):
-    trainer = steps.trainer(SFTSettings(epochs=1, max_length=12), CONTEXT)
+    trainer = stage_helpers.trainer(SFTSettings(epochs=1, max_length=12), CONTEXT)
     with pytest.raises(DataError, match="max_length 12: none of 2 prompts leaves room"):
         trainer.fit(gpt2, TrainInputs(preferences=PAIRS), context_of_training(tmp_path))
 
 
 def test_what_a_method_is_asked_for_is_not_changed():
     settings = RRHFSettings()
-    steps.trainer(settings, CONTEXT)
+    stage_helpers.trainer(settings, CONTEXT)
     assert settings.max_length is None
 
 
@@ -80,16 +80,16 @@ def test_judging_shortens_the_prompt_and_keeps_the_reply(gpt2):
     reply = Response(" First, mix the flour.", "chosen")
     ids = gpt2.tokenization.response_ids(reply.text, ended=True)
     long = Prompt(QUESTION.text.replace("bread", "bread " * 80))
-    (_, tokens), (_, again) = steps.reply_nll(gpt2, [(QUESTION, reply), (long, reply)], 2)
+    (_, tokens), (_, again) = stage_helpers.reply_nll(gpt2, [(QUESTION, reply), (long, reply)], 2)
     assert tokens == again == len(ids)
-    scored = steps.score_pairs_by_likelihood("row", 0, gpt2, PAIRS, 2)
+    scored = stage_helpers.score_pairs_by_likelihood("row", 0, gpt2, PAIRS, 2)
     assert all(pair.chosen < 0 and pair.rejected < 0 for pair in scored)
 
 
 def test_a_reply_that_was_cut_before_it_said_anything_has_no_likelihood(gpt2):
     said = (QUESTION, Response(" Then let it rest.", "model", "length"))
-    found = steps.reply_nll(gpt2, [(QUESTION, Response("", "model", "length")), said], batch=8)
-    assert found == [(0.0, 0), *steps.reply_nll(gpt2, [said], batch=8)]
+    found = stage_helpers.reply_nll(gpt2, [(QUESTION, Response("", "model", "length")), said], batch=8)
+    assert found == [(0.0, 0), *stage_helpers.reply_nll(gpt2, [said], batch=8)]
     assert found[1][0] > 0
 
 
@@ -139,7 +139,9 @@ def test_a_kl_is_estimated_from_draws_of_the_policy_alone(
     spec = SamplingSpec(**{"n": 1, "temperature": 1.0, "max_new_tokens": 6, "seed": 0, "purpose": "test", **drawn})
     sampler = services.sampler(policy, ref, "transformers")
     prompts = [QUESTION, PAIRS[1].prompt]
-    records = steps.evaluate("row", 0, sampler, prompts, steps.Judges(Length()), {"sample": spec}, policy, reference)
+    records = stage_helpers.evaluate(
+        "row", 0, sampler, prompts, stage_helpers.Judges(Length()), {"sample": spec}, policy, reference
+    )
     assert [record.kl is not None for record in records] == [estimated] * 2
 
 

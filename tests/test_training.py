@@ -23,7 +23,7 @@ from rrhf_bench.policy.policy import TransformersPolicy
 from rrhf_bench.policy.tokenization import Tokenization
 from rrhf_bench.records import Candidates, Preference, Prompt, Response
 from rrhf_bench.sampling.sampler import SamplingSpec, to_response
-from rrhf_bench.settings import FLOAT32_MAX, OptimiserSettings
+from rrhf_bench.settings.methods import FLOAT32_MAX, OptimiserSettings
 from rrhf_bench.training.loop import OfflineTrainer, batches, tally
 from rrhf_bench.training.method import Example, LossOutput, MethodBatch, Progress, TrainContext, TrainInputs
 from rrhf_bench.training.optimiser import AdamW, lr_factor

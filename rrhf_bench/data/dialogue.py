@@ -9,14 +9,11 @@ from datetime import date
 from typing import Any, Literal, get_args
 
 from rrhf_bench.errors import DataError
-from rrhf_bench.records import Prompt
+from rrhf_bench.records import STOP_STRINGS, Prompt
 
 SYSTEM = "\n\nSystem:"
 HUMAN = "\n\nHuman:"
 ASSISTANT = "\n\nAssistant:"
-
-# Without the blank lines: undertrained models write "toAssistant:" as well.
-STOP_STRINGS = ("Human:", "Assistant:")
 
 # The day that chat templates with a date are rendered on: the one that Llama 3's template falls back to.
 TEMPLATE_DATE = date(2024, 7, 26)

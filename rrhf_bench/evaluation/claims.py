@@ -32,19 +32,6 @@ from typing import Any, Literal, Protocol, TypeVar
 import numpy as np
 from scipy import stats
 
-from rrhf_bench.evaluation.claims_settings import (
-    BaseBelowChanceSettings,
-    BestOfNLearnerSettings,
-    BestOfNOverRowsSettings,
-    BetterRewardModelSettings,
-    ClaimSettings,
-    KLRepairsSettings,
-    OrderedSettings,
-    OveroptimisesSettings,
-    RRHFReachesPPOSettings,
-    SamplingQualitySettings,
-    SpreadShrinksSettings,
-)
 from rrhf_bench.evaluation.statistics import (
     Estimate,
     Floats,
@@ -57,6 +44,19 @@ from rrhf_bench.evaluation.statistics import (
 )
 from rrhf_bench.records import Decoding
 from rrhf_bench.seeding import generator
+from rrhf_bench.settings.claims import (
+    BaseBelowChanceSettings,
+    BestOfNLearnerSettings,
+    BestOfNOverRowsSettings,
+    BetterRewardModelSettings,
+    ClaimSettings,
+    KLRepairsSettings,
+    OrderedSettings,
+    OveroptimisesSettings,
+    RRHFReachesPPOSettings,
+    SamplingQualitySettings,
+    SpreadShrinksSettings,
+)
 
 Measure = Literal["reward", "gold", "nll", "kl"]
 Verdict = Literal["supported", "refuted", "inconclusive", "not tested"]

@@ -14,7 +14,7 @@ from typing import Any
 
 from rrhf_bench.pipeline.judging import JOURNALS
 from rrhf_bench.pipeline.locks import Held, holder
-from rrhf_bench.pipeline.run import read_run
+from rrhf_bench.pipeline.run_folder import read_run
 from rrhf_bench.pipeline.store import MANIFEST, SCRATCH, Store, on_disk
 
 _ARTIFACT = re.compile(r"[0-9a-f]{32}")

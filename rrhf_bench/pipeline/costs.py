@@ -16,8 +16,8 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from rrhf_bench.pipeline.plan import PAIR_ROWS
 from rrhf_bench.pipeline.results import Cost, Row
+from rrhf_bench.pipeline.stage_graph import PAIR_ROWS
 
 Stages = Mapping[str, Mapping[str, Any]]  # run.json: by key, the kind, settings and inputs of each stage
 

@@ -10,18 +10,18 @@ from pathlib import Path
 import torch
 
 from rrhf_bench.data.toy.reviews import build_reviews
+from rrhf_bench.data.toy.scratch import train_language_model
 from rrhf_bench.data.toy.world import build_world
 from rrhf_bench.errors import BenchError
-from rrhf_bench.experiment import RuntimeSettings, ScratchSettings
 from rrhf_bench.pipeline.memory import WITHOUT_A_FILE, out_of_memory_named
-from rrhf_bench.pipeline.run import environment
+from rrhf_bench.pipeline.run_folder import environment
 from rrhf_bench.pipeline.services import ModelRef, Services
 from rrhf_bench.policy import onednn
 from rrhf_bench.policy.policy import TransformersPolicy
-from rrhf_bench.policy.scratch import train_language_model
 from rrhf_bench.records import Preference
 from rrhf_bench.sampling.backend import BackendName, choose_backend
-from rrhf_bench.sampling.contract import ASKED, LIMITS, Agreement, agreement
+from rrhf_bench.sampling.sync_check import ASKED, LIMITS, Agreement, agreement
+from rrhf_bench.settings.experiment import RuntimeSettings, ScratchSettings
 
 TEMPERATURE = 0.7  # a temperature that is not applied must show
 PAIRS = 100  # labelled pairs of the embedded worlds, to ask a reward model about

@@ -9,16 +9,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rrhf_bench.errors import DataError, StoreError
-from rrhf_bench.experiment import JudgeTable
 from rrhf_bench.jsonl import read_jsonl, write_jsonl
 from rrhf_bench.pipeline.candidates import assemble, pair_candidates
 from rrhf_bench.pipeline.store import content_key
 from rrhf_bench.records import Candidates
 from rrhf_bench.rewards.judge import EndpointJudge, Judge, JudgeResult, endpoint_identity
 from rrhf_bench.rewards.toy_judge import ToyJudge
+from rrhf_bench.settings.experiment import JudgeTable
 
 if TYPE_CHECKING:
-    from rrhf_bench.pipeline.job import Job
+    from rrhf_bench.pipeline.stage_context import Job
 
 SAMPLED = "candidates "  # + the name of a source: the role of its samples among a stage's inputs
 JOURNALS = "journals"  # a folder beside the artifacts of a store

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rrhf_bench.experiment import Experiment
 from rrhf_bench.records import Candidates, CurvePoint, Evaluated, PairScored, PoolScored
+from rrhf_bench.settings.experiment import Experiment
 
 Row = tuple[str, int]  # (row of the tables: a method's name, "base", "chosen" or "rejected"; seed)
 STAGE_PEAK = "stage_peak_mib"  # in timing.json; an earlier "peak_mib" held the peak of all stages up to this one

@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 
 from rrhf_bench.data.dialogue import Template, TemplateKind
 from rrhf_bench.errors import DataError
-from rrhf_bench.experiment import Dtype, RuntimeSettings
 from rrhf_bench.jsonl import from_json
 from rrhf_bench.policy.loading import architecture_of, require_savable
 from rrhf_bench.policy.policy import Computation, TransformersPolicy
@@ -27,8 +26,9 @@ from rrhf_bench.rewards.checks import Check, on_pairs
 from rrhf_bench.rewards.reward import RewardModel
 from rrhf_bench.sampling.backend import BackendName
 from rrhf_bench.sampling.cached import cache_bytes
-from rrhf_bench.sampling.contract import CheckedSampler
 from rrhf_bench.sampling.sampler import Sampler
+from rrhf_bench.sampling.sync_check import CheckedSampler
+from rrhf_bench.settings.experiment import Dtype, RuntimeSettings
 
 FILE = "model.json"
 

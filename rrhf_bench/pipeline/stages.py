@@ -21,29 +21,29 @@ from rrhf_bench.data.sources import (
     split_texts,
 )
 from rrhf_bench.data.toy.reviews import build_reviews, own_reply
+from rrhf_bench.data.toy.scratch import train_language_model
 from rrhf_bench.data.toy.world import build_world
 from rrhf_bench.errors import DataError, StageError
-from rrhf_bench.experiment import ScratchSettings
 from rrhf_bench.jsonl import from_json, read_jsonl, to_json, write_jsonl
-from rrhf_bench.pipeline import steps
+from rrhf_bench.pipeline import stage_helpers
 from rrhf_bench.pipeline.candidates import assemble, pair_candidates
 from rrhf_bench.pipeline.checkpoints import FileCheckpoints
-from rrhf_bench.pipeline.job import Job
 from rrhf_bench.pipeline.judging import judge
 from rrhf_bench.pipeline.results import WARNINGS
 from rrhf_bench.pipeline.services import ModelRef, context_of
+from rrhf_bench.pipeline.stage_context import Job
 from rrhf_bench.policy.policy import Policy, TransformersPolicy
-from rrhf_bench.policy.scratch import train_language_model
 from rrhf_bench.records import Candidates, CurvePoint, Decoding, Preference, Prompt, Response
 from rrhf_bench.rewards.bradley_terry import train_reward_model
 from rrhf_bench.rewards.gold import Gold, ReviewsGold
 from rrhf_bench.rewards.reward import require_finite_of_row
-from rrhf_bench.rewards.reward_settings import RewardTrainingSettings
 from rrhf_bench.rewards.sentiment import POSITIVE, train_classifier
 from rrhf_bench.sampling.backend import BackendName, choose_backend
 from rrhf_bench.sampling.sampler import Sampler, SamplingSpec
 from rrhf_bench.seeding import derive_seed
-from rrhf_bench.settings import READ, MethodSettings
+from rrhf_bench.settings.experiment import ScratchSettings
+from rrhf_bench.settings.methods import READ, MethodSettings
+from rrhf_bench.settings.reward import RewardTrainingSettings
 from rrhf_bench.training.method import Progress, TrainContext, TrainInputs
 
 
@@ -305,7 +305,7 @@ def score(job: Job) -> None:
     """Write the candidates with their scores, and their gold rewards if there is a gold reward."""
     candidates = read_jsonl(job.inputs["candidates"] / "candidates.jsonl", Candidates)
     ref = job.ref("reward model")
-    scored = steps.score_shared_candidates(job.services.reward(ref), candidates, ref.source, job.progress)
+    scored = stage_helpers.score_shared_candidates(job.services.reward(ref), candidates, ref.source, job.progress)
     write_jsonl(job.out / "candidates.jsonl", scored)
     if job.gold is not None:
         write_jsonl(job.out / "golds.jsonl", (_gold_line(job.gold, row) for row in scored))
@@ -321,7 +321,7 @@ def score_pairs(job: Job) -> None:
     """Write the data set's own replies with their scores; held-out pairs also check the reward model's input."""
     ref, split = job.ref("reward model"), job.settings["split"]
     reward, pairs = job.services.reward(ref), own_replies(job, split)
-    scored = steps.score_shared_candidates(reward, pairs, ref.source, job.progress)
+    scored = stage_helpers.score_shared_candidates(reward, pairs, ref.source, job.progress)
     write_jsonl(job.out / "candidates.jsonl", scored)
     if split == "test":
         checks = job.services.reward_checks(ref, job.pairs(split)[:CHECKED_PAIRS])
@@ -351,7 +351,7 @@ def train(job: Job) -> None:
     settings = _method(s["method"])
     reward = job.services.reward(job.ref("reward model"))  # first, or it could be dropped to make room for the policy
     policy = job.services.policy_to_train(job.ref())
-    unadapted = steps.adapt(policy, settings, s["seed"])
+    unadapted = stage_helpers.adapt(policy, settings, s["seed"])
     inputs = train_inputs(job, settings)
     curve = _Curve(job, policy)
     record = _Record(curve)
@@ -370,7 +370,7 @@ def train(job: Job) -> None:
         max_new_tokens=s.get("sampling", s["evaluation"])["max_new_tokens"],
         stop=tuple(s.get("sampling", s["evaluation"])["stop"]),
     )
-    trainer = steps.trainer(settings, context_of(policy, job.ref()))
+    trainer = stage_helpers.trainer(settings, context_of(policy, job.ref()))
     result = trainer.fit(policy, inputs, context)
     job.seconds.update(train=curve.trained, curve=curve.seconds)
     job.seconds.update(layout=policy.layout, onednn_layers=policy.onednn_layers, parts=_mean_of(record.parts))
@@ -516,10 +516,12 @@ def evaluate(job: Job) -> None:
     pairs = [pair for pair in test if pair.rejected is not None]
     # Best-of-n's distribution has no log-probs to compare with the initial policy's.
     reference = None if "method" in s else initial
-    records = steps.evaluate(job.row or "", s["seed"], sampler, prompts, judges, specs, policy, reference)
+    records = stage_helpers.evaluate(job.row or "", s["seed"], sampler, prompts, judges, specs, policy, reference)
     write_jsonl(job.out / "evaluated.jsonl", records)
     batch = job.services.runtime.score_batch
-    scored = [] if "method" in s else steps.score_pairs_by_likelihood(job.row or "", s["seed"], policy, pairs, batch)
+    scored = (
+        [] if "method" in s else stage_helpers.score_pairs_by_likelihood(job.row or "", s["seed"], policy, pairs, batch)
+    )
     write_jsonl(job.out / "pairs.jsonl", scored)
 
 
@@ -529,11 +531,11 @@ def evaluate_pairs(job: Job) -> None:
     pairs = job.pairs("test")[: job.settings["prompts"]]
     rows = [(c.prompt, r) for c in pair_candidates(pairs) for r in c.responses if r.source == reply]
     policy = job.services.fixed_policy(job.ref())
-    write_jsonl(job.out / "evaluated.jsonl", steps.evaluate_given(reply, rows, _judges(job), policy))
+    write_jsonl(job.out / "evaluated.jsonl", stage_helpers.evaluate_given(reply, rows, _judges(job), policy))
 
 
-def _judges(job: Job) -> steps.Judges:
-    return steps.Judges(
+def _judges(job: Job) -> stage_helpers.Judges:
+    return stage_helpers.Judges(
         job.services.reward(job.ref("reward model")),
         job.gold,
         job.services.fixed_policy(job.ref("perplexity model")),

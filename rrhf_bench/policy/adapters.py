@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rrhf_bench.errors import DataError
-from rrhf_bench.settings import LoraSettings
+from rrhf_bench.settings.methods import LoraSettings
 
 
 def add_adapters(model: Any, lora: LoraSettings, seed: int) -> None:

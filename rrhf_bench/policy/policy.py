@@ -21,7 +21,7 @@ from rrhf_bench.policy.head import token_logprobs
 from rrhf_bench.policy.loading import end_ids_of, load_causal_lm, save_causal_lm
 from rrhf_bench.policy.logprobs import gather_logprobs
 from rrhf_bench.policy.tokenization import Tokenization
-from rrhf_bench.settings import LoraSettings
+from rrhf_bench.settings.methods import LoraSettings
 
 # Tokens fed at once: enough to keep the device busy, few enough for the activations to fit.
 PASS_TOKENS = {"cpu": 2048, "cuda": 16384}

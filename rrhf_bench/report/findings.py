@@ -6,14 +6,14 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from rrhf_bench.evaluation.statistics import Estimate
-from rrhf_bench.experiment import Experiment
 from rrhf_bench.records import Decoding
-from rrhf_bench.report.compare import BestOfNLearner, Comparison, best_of_n_learners, comparisons
+from rrhf_bench.report.comparisons import BestOfNLearner, Comparison, best_of_n_learners, comparisons
 from rrhf_bench.report.health import health_sentences
 from rrhf_bench.report.table import Cell, Column, Missing, Table, deciding_digits, interval, markdown, number
 from rrhf_bench.report.tables import accuracy, samples_as
 from rrhf_bench.report.view import DECODING_WORDS, MEASURE_WORDS, View, changed
-from rrhf_bench.settings import ONLINE_KL, REVIEWS_KL, CandidateSettings, MethodSettings
+from rrhf_bench.settings.experiment import Experiment
+from rrhf_bench.settings.methods import ONLINE_KL, REVIEWS_KL, CandidateSettings, MethodSettings
 
 MANY = 8  # rows beyond which a sentence names the first and the last only
 

@@ -15,7 +15,7 @@ from rrhf_bench.evaluation import metrics
 from rrhf_bench.evaluation.statistics import Estimate
 from rrhf_bench.paper import Table2Row, Table6Row, table2, table5, table6, table7, table8, table10
 from rrhf_bench.records import Decoding
-from rrhf_bench.report.compare import (
+from rrhf_bench.report.comparisons import (
     BestOfNLearner,
     Comparison,
     best_of_n_learners,

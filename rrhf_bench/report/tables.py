@@ -10,7 +10,7 @@ from baselines.best_of_n import best_of_n_kl
 from rrhf_bench.evaluation import metrics
 from rrhf_bench.pipeline.results import Timing
 from rrhf_bench.records import Decoding, Evaluated, PairScored
-from rrhf_bench.report.compare import Comparison, comparison_words, comparisons
+from rrhf_bench.report.comparisons import Comparison, comparison_words, comparisons
 from rrhf_bench.report.table import Cell, Column, Missing, Table
 from rrhf_bench.report.view import (
     DECODING_WORDS,

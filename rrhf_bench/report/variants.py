@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from rrhf_bench.records import Decoding
-from rrhf_bench.report.compare import compare
+from rrhf_bench.report.comparisons import compare
 from rrhf_bench.report.table import Cell, Column, Missing, Table, interval, markdown, number
 from rrhf_bench.report.tables import accuracy, likelihood_cells, right
 from rrhf_bench.report.view import DECODING_WORDS, MEASURE_WORDS, Found, Measure, View, paired

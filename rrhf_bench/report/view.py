@@ -27,7 +27,7 @@ from rrhf_bench.pipeline.results import RunRecords
 from rrhf_bench.records import Candidates, CurvePoint, Decoding, Evaluated, PairScored, PoolScored, Prompt
 from rrhf_bench.report.table import Missing
 from rrhf_bench.seeding import generator
-from rrhf_bench.settings import CandidateSettings, MethodSettings, sampling_policy
+from rrhf_bench.settings.methods import CandidateSettings, MethodSettings, sampling_policy
 
 Measure = Literal["reward", "gold", "kl", "tokens"]
 Found: TypeAlias = Estimate | Missing

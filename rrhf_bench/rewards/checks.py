@@ -20,7 +20,7 @@ from torch import Tensor
 
 from rrhf_bench.errors import DataError, is_out_of_memory
 from rrhf_bench.records import Preference, Prompt
-from rrhf_bench.rewards.contract import CONTRACT_FILE, KNOWN_LAYOUTS, Dtype, Record, RecordedText, RewardContract
+from rrhf_bench.rewards.input_contract import CONTRACT_FILE, KNOWN_LAYOUTS, Dtype, Record, RecordedText, RewardContract
 from rrhf_bench.rewards.reward import require_finite
 
 # How far two computations of one score may be apart that differ in nothing but batch, kernels or machine: a share of

@@ -21,7 +21,7 @@ from rrhf_bench.errors import DataError
 from rrhf_bench.policy.loading import load_model, load_tokenizer
 from rrhf_bench.records import Prompt
 from rrhf_bench.rewards.checks import Check, verify
-from rrhf_bench.rewards.contract import (
+from rrhf_bench.rewards.input_contract import (
     CONTRACT_FILE,
     KNOWN_LAYOUTS,
     Dtype,

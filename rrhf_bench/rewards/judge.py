@@ -27,8 +27,8 @@ from typing import Any, Protocol
 from rrhf_bench.errors import BenchError, ConfigError, DataError, StageError
 from rrhf_bench.jsonl import read_jsonl, to_json
 from rrhf_bench.records import Candidates, Response
-from rrhf_bench.rewards.judge_settings import JudgeSettings
 from rrhf_bench.seeding import generator
+from rrhf_bench.settings.judge import JudgeSettings
 
 JOURNAL = "scores.jsonl"
 LOWEST, HIGHEST = 1, 5

@@ -15,8 +15,8 @@ from torch.nn.functional import logsigmoid
 
 from rrhf_bench.data.dialogue import TemplateKind
 from rrhf_bench.records import Preference
-from rrhf_bench.rewards.head import Log, RewardTraining, train_head
-from rrhf_bench.rewards.reward_settings import RewardTrainingSettings
+from rrhf_bench.rewards.train_head import Log, RewardTraining, train_head
+from rrhf_bench.settings.reward import RewardTrainingSettings
 
 NEGATIVE, POSITIVE = "NEGATIVE", "POSITIVE"
 

@@ -21,7 +21,6 @@ from rrhf_bench.errors import DataError
 from rrhf_bench.policy.loading import load_faults, load_reason, load_tokenizer
 from rrhf_bench.records import Prompt
 from rrhf_bench.rewards.checks import Check, verify
-from rrhf_bench.rewards.contract import KNOWN_LAYOUTS, Dtype, RewardContract
 from rrhf_bench.rewards.hub import (
     TOKENIZER,
     WEIGHTS,
@@ -34,6 +33,7 @@ from rrhf_bench.rewards.hub import (
     refuse_left,
     score_rows,
 )
+from rrhf_bench.rewards.input_contract import KNOWN_LAYOUTS, Dtype, RewardContract
 
 # The contract of the layout's one public model, for a folder that does not say otherwise.
 DEFAULT = KNOWN_LAYOUTS["Dahoas/gptj-rm-static"]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Literal
 
-from rrhf_bench.settings import Strategy
+from rrhf_bench.settings.methods import Strategy
 
 BackendName = Literal["vllm", "transformers"]
 

@@ -12,7 +12,7 @@ from rrhf_bench.policy.policy import Policy
 from rrhf_bench.policy.tokenization import Tokenization
 from rrhf_bench.records import Candidates, Finish, Prompt, Response
 from rrhf_bench.seeding import derive_seed
-from rrhf_bench.settings import Strategy
+from rrhf_bench.settings.methods import Strategy
 
 
 @dataclass(frozen=True)

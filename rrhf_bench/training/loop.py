@@ -17,7 +17,7 @@ from rrhf_bench.policy.policy import Policy
 from rrhf_bench.policy.tokenization import Tokenization
 from rrhf_bench.records import Candidates
 from rrhf_bench.seeding import generator
-from rrhf_bench.settings import OfflineSettings
+from rrhf_bench.settings.methods import OfflineSettings
 from rrhf_bench.training.method import (
     Example,
     LossMethod,

@@ -15,7 +15,7 @@ from rrhf_bench.policy.tokenization import Tokenization
 from rrhf_bench.records import Candidates, Preference, Prompt, Response
 from rrhf_bench.rewards.reward import RewardModel
 from rrhf_bench.sampling.sampler import Sampler
-from rrhf_bench.settings import Requirement
+from rrhf_bench.settings.methods import Requirement
 
 
 @dataclass(frozen=True)

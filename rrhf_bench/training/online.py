@@ -23,7 +23,7 @@ from rrhf_bench.policy.policy import Policy
 from rrhf_bench.records import Candidates, Prompt, Response
 from rrhf_bench.rewards.reward import RewardModel, require_finite_of_row
 from rrhf_bench.sampling.sampler import SamplingSpec
-from rrhf_bench.settings import READ, OfflineSettings
+from rrhf_bench.settings.methods import READ, OfflineSettings
 from rrhf_bench.training.loop import batches, fitting, step_count, tally, with_tokens
 from rrhf_bench.training.method import Example, LossMethod, TrainContext, TrainInputs
 

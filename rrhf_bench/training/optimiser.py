@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rrhf_bench.settings import OptimiserSettings
+from rrhf_bench.settings.methods import OptimiserSettings
 
 
 class AdamW:

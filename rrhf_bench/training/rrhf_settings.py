@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from rrhf_bench.settings import OfflineSettings, Requirement
+from rrhf_bench.settings.methods import OfflineSettings, Requirement
 
 
 class RRHFSettings(OfflineSettings):

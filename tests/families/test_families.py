@@ -18,15 +18,15 @@ from families.plain import Plain, PlainReward, read
 from families.replicas import CAP, CONTEXT, FAMILIES, REWARDS, Family, RewardFamily, build, build_reward
 from families.tokens import DIALOGUES, PROMPTS, REPLIES
 from rrhf_bench.errors import DataError
-from rrhf_bench.experiment import RuntimeSettings
 from rrhf_bench.jsonl import write_jsonl
-from rrhf_bench.pipeline.plain import PlainSteps
+from rrhf_bench.pipeline.file_commands import PlainSteps
 from rrhf_bench.pipeline.services import ModelRef, Services
 from rrhf_bench.policy.batching import ResponseBatch
 from rrhf_bench.policy.policy import TransformersPolicy
 from rrhf_bench.records import Prompt
 from rrhf_bench.sampling.backend import choose_backend
 from rrhf_bench.sampling.sampler import SamplingSpec
+from rrhf_bench.settings.experiment import RuntimeSettings
 from rrhf_bench.training.rrhf_settings import RRHFSettings
 
 RUNTIME = RuntimeSettings(device="cpu", kv_cache_mib=16)

@@ -17,11 +17,11 @@ from functools import partial
 from typing import Any, Protocol
 
 from rrhf_bench.errors import BenchError, Diverged, StageError
-from rrhf_bench.experiment import RuntimeSettings
-from rrhf_bench.pipeline.plan import Plan, Stage
 from rrhf_bench.pipeline.results import STAGE_PEAK
+from rrhf_bench.pipeline.stage_graph import Plan, Stage
 from rrhf_bench.pipeline.store import TIMING, Store, on_disk, sealed
 from rrhf_bench.sampling.backend import BackendName
+from rrhf_bench.settings.experiment import RuntimeSettings
 
 
 class Reporter(Protocol):
@@ -127,8 +127,8 @@ def make(
     """
     import torch
 
-    from rrhf_bench.pipeline.job import Job
     from rrhf_bench.pipeline.memory import out_of_memory_named, peak_bytes, reset_peak, what_to_lower
+    from rrhf_bench.pipeline.stage_context import Job
     from rrhf_bench.pipeline.stages import BODIES
 
     started = time.monotonic()

@@ -7,7 +7,7 @@ from urllib.parse import urlsplit
 
 from pydantic import ConfigDict, Field, field_validator
 
-from rrhf_bench.settings import Settings
+from rrhf_bench.settings.methods import Settings
 
 
 class JudgeSettings(Settings):

@@ -21,7 +21,7 @@ from rrhf_bench.rewards.gold import Gold
 from rrhf_bench.rewards.reward import RewardModel, require_finite, require_finite_of_row
 from rrhf_bench.sampling.sampler import Sampler, SamplingSpec
 from rrhf_bench.seeding import derive_seed
-from rrhf_bench.settings import MethodSettings, OfflineSettings, OptimiserSettings
+from rrhf_bench.settings.methods import MethodSettings, OfflineSettings, OptimiserSettings
 from rrhf_bench.training.loop import FixedExamples, OfflineTrainer, Supplier
 from rrhf_bench.training.method import Trainer
 from rrhf_bench.training.online import OnlineExamples

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from rrhf_bench.settings import Settings
+from rrhf_bench.settings.methods import Settings
 
 
 class RewardTrainingSettings(Settings):

@@ -13,15 +13,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
-from rrhf_bench.config import load_experiment
 from rrhf_bench.errors import StoreError
-from rrhf_bench.experiment import Experiment
 from rrhf_bench.jsonl import read_jsonl, write_jsonl
 from rrhf_bench.pipeline.candidates import assemble
 from rrhf_bench.pipeline.costs import StageCost, needed_stages, row_costs, sampled_inputs, total
 from rrhf_bench.pipeline.locks import alone
-from rrhf_bench.pipeline.plan import PAIR_ROWS, Plan
 from rrhf_bench.pipeline.results import STAGE_PEAK, WARNINGS, Cost, Row, RunRecords, Timing
+from rrhf_bench.pipeline.stage_graph import PAIR_ROWS, Plan
 from rrhf_bench.pipeline.store import (
     TIMING,
     Store,
@@ -34,6 +32,8 @@ from rrhf_bench.pipeline.store import (
 )
 from rrhf_bench.records import Candidates, CurvePoint, Evaluated, PairScored, PoolScored, Preference
 from rrhf_bench.sampling.backend import installed
+from rrhf_bench.settings.experiment import Experiment
+from rrhf_bench.settings.reading import load_experiment
 
 T = TypeVar("T")
 

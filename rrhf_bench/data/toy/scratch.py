@@ -11,8 +11,8 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from rrhf_bench.errors import StageError
-from rrhf_bench.experiment import ScratchSettings
 from rrhf_bench.seeding import generator, torch_seed
+from rrhf_bench.settings.experiment import ScratchSettings
 
 PAD, EOS = "<|pad|>", "<|end|>"
 

@@ -10,7 +10,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from rrhf_bench.experiment import (
+from rrhf_bench.pipeline.judging import judge_identity
+from rrhf_bench.pipeline.store import content_key, folder_identity
+from rrhf_bench.sampling.backend import Backend, choose_backend
+from rrhf_bench.settings.experiment import (
     TOY_MODELS,
     WORLDS,
     Experiment,
@@ -19,10 +22,7 @@ from rrhf_bench.experiment import (
     RewardModelSettings,
     SourceSettings,
 )
-from rrhf_bench.pipeline.judging import judge_identity
-from rrhf_bench.pipeline.store import content_key, folder_identity
-from rrhf_bench.sampling.backend import Backend, choose_backend
-from rrhf_bench.settings import READ, SEARCH_KEYS, CandidateSettings, MethodSettings, Strategy
+from rrhf_bench.settings.methods import READ, SEARCH_KEYS, CandidateSettings, MethodSettings, Strategy
 
 # Raised when a stage's code would give another result for the same settings: old artifacts are then not used.
 VERSIONS = {

@@ -12,12 +12,12 @@ from typing import Any, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
-from rrhf_bench.contradictions import contradictions
 from rrhf_bench.errors import SIGNED_URL, ConfigError, nearest, visible
-from rrhf_bench.evaluation.claims_settings import CLAIMS, ClaimSettings
-from rrhf_bench.experiment import NAME, Experiment, SamplingSettings
-from rrhf_bench.registry import METHODS, settings_class
-from rrhf_bench.settings import READ, CandidateSettings, MethodSettings
+from rrhf_bench.registry import METHODS, find, settings_class
+from rrhf_bench.settings.claims import CLAIMS, ClaimSettings
+from rrhf_bench.settings.experiment import NAME, Experiment, SamplingSettings
+from rrhf_bench.settings.methods import READ, CandidateSettings, MethodSettings
+from rrhf_bench.settings.validation import contradictions
 
 TRAINED_WITH = ("rounds", "refresh", "reward_kl")  # what a sampling policy may say beyond the candidates themselves
 DEEPEST = 16  # tables and lists inside each other; an experiment has four
@@ -237,13 +237,25 @@ def _default(kind: str, table: Any, faults: list[str]) -> bool:
     """Whether what rows of a kind start from can be used; the faults of one that cannot."""
     before = len(faults)
     where = f"defaults.{kind}"
-    if kind not in METHODS:
-        faults.append(f"{where}: no kind of method; allowed are {', '.join(METHODS)}{nearest(kind, METHODS)}")
+    if (fault := _unknown_kind(kind)) is not None:
+        faults.append(f"{where}: {fault}")
     elif isinstance(table, dict) and "kind" in table:
         faults.append(f"{where}.kind: found {table['kind']!r}; the table's name is the kind; remove the key")
     else:
         _method(where, {**table, "kind": kind} if isinstance(table, dict) else table, faults)
     return len(faults) == before
+
+
+def _unknown_kind(kind: Any) -> str | None:
+    """Return the fault of a ``kind`` that names no method, or None."""
+    if isinstance(kind, str):
+        try:
+            find(kind)
+            return None
+        except LookupError as error:
+            if ":" in kind:
+                return f"found {kind!r}, which {error}"
+    return f"found {kind!r}; allowed are {', '.join(METHODS)}{nearest(str(kind), METHODS)}, or package.module:OBJECT"
 
 
 def _claim(where: str, table: Any, faults: list[str]) -> ClaimSettings | None:
@@ -268,8 +280,8 @@ def _method(where: str, table: Any, faults: list[str]) -> MethodSettings | None:
         faults.append(f"{where}: found {table!r}; expected a table of the method's settings")
         return None
     kind = table.get("kind", name)
-    if not isinstance(kind, str) or kind not in METHODS:
-        faults.append(f"{where}.kind: found {kind!r}; allowed are {', '.join(METHODS)}{nearest(str(kind), METHODS)}")
+    if (fault := _unknown_kind(kind)) is not None:
+        faults.append(f"{where}.kind: {fault}")
         return None
     settings = settings_class(kind)
     if "candidates" not in settings.requires:

@@ -22,9 +22,8 @@ from rrhf_bench.data.sources import (
 )
 from rrhf_bench.data.toy.gold import topic_of
 from rrhf_bench.errors import ConfigError, DataError
-from rrhf_bench.experiment import Dtype, RuntimeSettings
 from rrhf_bench.jsonl import write_jsonl
-from rrhf_bench.pipeline import steps
+from rrhf_bench.pipeline import stage_helpers
 from rrhf_bench.pipeline.candidates import assemble, pair_candidates
 from rrhf_bench.pipeline.services import FILE, DistinctTexts, ModelRef, Services, context_of
 from rrhf_bench.pipeline.store import replacing
@@ -34,7 +33,8 @@ from rrhf_bench.records import Candidates, Decoding, Evaluated, Preference, Prom
 from rrhf_bench.rewards.gold import GoldReward
 from rrhf_bench.sampling.backend import BackendName
 from rrhf_bench.sampling.sampler import SamplingSpec
-from rrhf_bench.settings import MethodSettings
+from rrhf_bench.settings.experiment import Dtype, RuntimeSettings
+from rrhf_bench.settings.methods import MethodSettings
 from rrhf_bench.training.method import TrainContext, TrainInputs, TrainResult
 
 Report = Callable[[int, int], None]
@@ -85,7 +85,7 @@ class PlainSteps:
         with replacing(out) as path:
             model = self._reward(self.services, reward)
             groups, refused = self._fit(read.candidates, model.prompt_length, sys.maxsize, read.places)
-            scored = steps.score_shared_candidates(model, groups, reward.source, self.progress)
+            scored = stage_helpers.score_shared_candidates(model, groups, reward.source, self.progress)
             write_rrhf(path, scored)
         return {**read.counts, **refused, **count_candidates(scored), "truncated": model.truncated}
 
@@ -113,7 +113,7 @@ class PlainSteps:
         usable, fitted = self._fit(inputs.candidates, _prompt_length([policy]), limit, places)
         prompts = {row.prompt for row in usable}
         inputs = TrainInputs([pair for pair in inputs.preferences if pair.prompt in prompts], usable)
-        unadapted = steps.adapt(policy, method, seed)
+        unadapted = stage_helpers.adapt(policy, method, seed)
         log: list[Mapping[str, float]] = []
         with replacing(out) as folder:
             folder.mkdir()
@@ -132,7 +132,7 @@ class PlainSteps:
                 max_new_tokens=max_new_tokens,
                 stop=stop,
             )
-            result = steps.trainer(method, context).fit(policy, inputs, train_context)
+            result = stage_helpers.trainer(method, context).fit(policy, inputs, train_context)
             policy.save(folder)
             write_jsonl(folder / "metrics.jsonl", log)
         truncated = {} if judge is None else {"truncated": judge.truncated}
@@ -171,14 +171,14 @@ class PlainSteps:
             policies = [policy] if reference is None else [policy, reference]
             read = self._usable(read, policies, context_of(policy, model) - new_tokens)
             judge = self._reward(services, reward)
-            judges = steps.Judges(
+            judges = stage_helpers.Judges(
                 judge,
                 GoldReward() if gold else None,
                 services.fixed_policy(perplexity) if perplexity is not None else None,
                 self.runtime.score_batch,
             )
             sampler = services.sampler_for(policy, model, self.backend, read.prompts, new_tokens, self.progress)
-            records = steps.evaluate(name, seed, sampler, read.prompts, judges, decodings, policy, reference)
+            records = stage_helpers.evaluate(name, seed, sampler, read.prompts, judges, decodings, policy, reference)
             write_jsonl(path, records)
         return records, {**read.counts, "truncated": judge.truncated}
 

@@ -9,11 +9,11 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, SerializeAsAny, field_validator, model_validator
 
-from rrhf_bench.data.dialogue import STOP_STRINGS
-from rrhf_bench.evaluation.claims_settings import ClaimSettings
-from rrhf_bench.rewards.judge_settings import JudgeSettings
-from rrhf_bench.rewards.reward_settings import RewardTrainingSettings
-from rrhf_bench.settings import POLICIES, CandidateSettings, MethodSettings, Names, Settings, Strategy
+from rrhf_bench.records import STOP_STRINGS
+from rrhf_bench.settings.claims import ClaimSettings
+from rrhf_bench.settings.judge import JudgeSettings
+from rrhf_bench.settings.methods import POLICIES, CandidateSettings, MethodSettings, Names, Settings, Strategy
+from rrhf_bench.settings.reward import RewardTrainingSettings
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Positive = Annotated[int, Field(ge=1)]

@@ -22,10 +22,10 @@ from rrhf_bench.errors import DataError, StageError
 from rrhf_bench.policy.loading import load_faults, load_tokenizer
 from rrhf_bench.records import Preference
 from rrhf_bench.rewards.checks import record_of
-from rrhf_bench.rewards.contract import RewardContract
 from rrhf_bench.rewards.hub import ClassifierReward, length_limit, pad, pooled_logits
-from rrhf_bench.rewards.reward_settings import RewardTrainingSettings
+from rrhf_bench.rewards.input_contract import RewardContract
 from rrhf_bench.seeding import generator, torch_seed
+from rrhf_bench.settings.reward import RewardTrainingSettings
 
 BUCKET = 16  # batches that are sorted by length together: padding shrinks, the order stays random at large
 CURVE_POINTS = 20

@@ -9,8 +9,9 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from rrhf_bench.registry import Family, find
+
 Requirement = Literal["pairs", "candidates", "scores", "reference", "sampler", "reward"]
-Family = Literal["loss", "trainer", "inference"]
 Schedule = Literal["linear", "cosine", "constant"]
 Strategy = Literal["sample", "beam", "diverse-beam"]
 Scorer = Literal["reward model", "judge", "file"]
@@ -136,7 +137,6 @@ class CandidateSettings(Settings):
 class MethodSettings(CandidateSettings):
     """One row of the tables. `kind` names the method in the registry; the key of the table names the row."""
 
-    family: ClassVar[Family]
     requires: ClassVar[frozenset[Requirement]]
     # A method that trains on no candidates names here the keys of CandidateSettings that it reads, and the reason for
     # which the loader refuses the others.
@@ -149,6 +149,11 @@ class MethodSettings(CandidateSettings):
     refresh: Annotated[int, Field(ge=1)] | None = None  # k of OP-k, optimiser steps
     reward_kl: Annotated[float, Field(ge=0.0)] | None = None  # of OP-k+KL
     scored_by: Scorer | None = None  # whose scores rank its candidates; none: the reward model's
+
+    @property
+    def family(self) -> Family:
+        """The family that the registry gives the method."""
+        return find(self.kind).family
 
     @property
     def needs(self) -> frozenset[Requirement]:
@@ -228,8 +233,6 @@ class OptimiserSettings(MethodSettings):
 
 class OfflineSettings(OptimiserSettings):
     """The one offline loop: epochs over fixed examples."""
-
-    family: ClassVar[Family] = "loss"
 
     epochs: Annotated[int, Field(ge=1)] = 3
     batch_prompts: Annotated[int, Field(ge=1)] = 16  # examples (prompts) an optimiser step

@@ -6,7 +6,7 @@ import re
 from collections.abc import Collection, Iterator, Sequence
 
 from rrhf_bench.errors import nearest
-from rrhf_bench.experiment import (
+from rrhf_bench.settings.experiment import (
     NAME,
     TOY_MODELS,
     WORLDS,
@@ -15,7 +15,7 @@ from rrhf_bench.experiment import (
     PolicySettings,
     SourceSettings,
 )
-from rrhf_bench.settings import READ, SIZES, CandidateSettings, MethodSettings
+from rrhf_bench.settings.methods import READ, SIZES, CandidateSettings, MethodSettings
 
 RESERVED_ROWS = ("base", "chosen", "rejected")  # rows that every table has without being asked
 OWN_SOURCES = ("model", "chosen", "rejected", "reply")  # candidate sources that need no table of their own

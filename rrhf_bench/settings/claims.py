@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from rrhf_bench.settings import Settings
+from rrhf_bench.settings.methods import Settings
 
 BASE = "base"
 Margin = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]

@@ -8,7 +8,7 @@ from typing import Any
 from rrhf_bench.errors import ConfigError, StoreError, nearest
 from rrhf_bench.evaluation.statistics import Estimate
 from rrhf_bench.pipeline.results import RunRecords
-from rrhf_bench.report.compare import Comparison, adjusted
+from rrhf_bench.report.comparisons import Comparison, adjusted
 from rrhf_bench.report.table import Missing, Table
 from rrhf_bench.report.tables import DIFFERENCE_COLUMNS, DIFFERENCE_NOTES, difference_row
 from rrhf_bench.report.view import View, difference_between, pool
