@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rrhf_bench.errors import DataError
+from rrhf_bench.errors import DataError, StageError
 from rrhf_bench.policy import attention
 from rrhf_bench.policy.batching import ResponseBatch, pack, within
 from rrhf_bench.policy.logprobs import sequence_score
@@ -471,3 +471,30 @@ def test_log_probs_of_half_precision_are_float32_and_near_the_definition() -> No
     # No further from float32 than padded bfloat16 is, give or take half.
     ours, theirs = ((x - exact_BT).abs().sum().item() for x in (logp_BT, rounded_BT))
     assert ours < 1.5 * theirs
+
+
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+def test_under_autocast_products_are_rounded_as_pytorch_rounds_them(layout: Any) -> None:
+    batch, sides = ragged(0), {}
+    for side in ("exact", "autocast", "policy"):
+        model = made(PACKED["llama"])
+        if side == "policy":
+            policy = policy_of(model, autocast="bfloat16", onednn="on")
+            assert (policy.layout, policy.dtype) == ("packed", torch.bfloat16), policy.layout_reason
+            policy.layout = layout
+            logp_BT = policy.token_logprobs(batch)
+        else:
+            with torch.autocast("cpu", torch.bfloat16, enabled=side == "autocast"):
+                logp_BT = defined(model, batch)
+        assert logp_BT.dtype == torch.float32
+        logp_BT.sum().backward()
+        sides[side] = logp_BT.detach(), gradient(model)
+        assert sides[side][1].dtype == torch.float32
+    for own, rounded, exact in zip(sides["policy"], sides["autocast"], sides["exact"], strict=True):
+        assert 0.1 < relative(own, exact) / relative(rounded, exact) < 1.5
+    assert policy_of(made(PACKED["llama"], torch.float64), autocast="bfloat16").dtype == torch.float64
+
+
+def test_kernels_that_are_not_there_are_refused() -> None:
+    with pytest.raises(StageError, match=r"^runtime\.kernels: "):
+        policy_of(made(PACKED["llama"]), kernels="liger")
