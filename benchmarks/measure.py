@@ -15,9 +15,8 @@ import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -115,56 +114,6 @@ def timed(run: Callable[[], object]) -> float:
     run()
     _synchronise()
     return time.perf_counter() - start
-
-
-@contextmanager
-def apart(makers: Mapping[K, Callable[[], Side]]) -> Iterator[dict[K, Side]]:
-    """The sides, each in a process of its own for all its rounds: what one leaves behind in the allocator is nothing to
-    another, as little as to the programs that they stand for. They run when they are asked to, one at a time, and once
-    untimed before every time that counts: the memory of a process that waits may have been taken from it.
-
-    A maker is a function of a module, or a partial of one, called in the process. Raises StageError where that dies.
-    """
-    # A server that has imported what it takes and is forked for each side; where there is none, each imports it.
-    servers = "forkserver" in multiprocessing.get_all_start_methods()
-    context = multiprocessing.get_context("forkserver" if servers else "spawn")
-    if servers:
-        context.set_forkserver_preload(["benchmarks.sides", "transformers.models.llama.modeling_llama"])
-    with ExitStack() as stack:
-        pools = {
-            name: stack.enter_context(ProcessPoolExecutor(1, context, _begin, (make,))) for name, make in makers.items()
-        }
-
-        def ask(name: K, function: Callable[[], Any]) -> Any:
-            try:
-                return pools[name].submit(function).result()
-            except BrokenProcessPool as error:
-                raise StageError(
-                    f"{name}: its process died, most likely for want of memory; leave this workload out with --rows"
-                ) from error
-
-        yield {name: Side(partial(ask, name, _run), partial(ask, name, _prepare)) for name in makers}
-
-
-_side: Side  # of a process that runs one
-
-
-def _begin(make: Callable[[], Side]) -> None:
-    global _side
-    _side = make()
-    gc.freeze()
-
-
-def _prepare() -> None:
-    _side.prepare()
-    _side.run()
-    _side.prepare()
-    gc.collect()
-
-
-def _run() -> None:
-    _side.run()
-    _synchronise()
 
 
 def _synchronise() -> None:

@@ -73,7 +73,7 @@ def draw(record: Mapping[str, Any], folder: Path) -> None:
             Series(name, COLOURS[name], [spread(row["seconds"][name]) for row in rows], [row["x"] for row in rows])
             for name in rows[0]["seconds"]
         ]
-        panels.append(Panel("seconds of a step", lines, SCANS[scan][0], log=2))
+        panels.append(Panel("seconds of a step", lines, SCANS[scan][0]))
     write_page(
         folder,
         NAME,

@@ -113,20 +113,16 @@ class Stepper:
 Steps = tuple[Shape, Sequence[Group], int, torch.dtype, torch.device, int]  # (..., seed, dtype, device, threads)
 
 
-def timed_step(side: str, steps: Steps) -> Side:
-    """Return the step of a side, ready to be timed; for a process of its own."""
+def _side(name: str, steps: Steps) -> Side:
     shape, groups, seed, dtype, device, threads = steps
     torch.set_num_threads(threads)
-    stepper = Stepper.make(side, shape, seed=seed, dtype=dtype, device=device)
+    stepper = Stepper.make(name, shape, seed=seed, dtype=dtype, device=device)
     return Side(partial(stepper.step, groups), stepper.clear)
 
 
-def time_together(names: Sequence[str], steps: Steps, rounds: int) -> dict[str, list[float]]:
-    """Return the seconds of each side's step in each round, all sides in this process.
-
-    Meant for a process whose allocator keeps what is freed, where no side depends on its neighbours.
-    """
-    return measure_rounds({name: timed_step(name, steps) for name in names}, rounds)
+def time_steps(names: Sequence[str], steps: Steps, rounds: int) -> dict[str, list[float]]:
+    """Return the seconds of each side's step in each round; for a process of its own."""
+    return measure_rounds({name: _side(name, steps) for name in names}, rounds)
 
 
 class Errors(NamedTuple):
@@ -192,6 +188,6 @@ def extra_memory(side: str, steps: Steps) -> int | None:
     The step is the second of two whose gradients are added up, as in an accumulated batch: weights, gradients and what
     libraries set up once are there before it. None if the system does not say.
     """
-    timed = timed_step(side, steps)
-    timed.run()
-    return peak_above(timed.run, steps[4])
+    own = _side(side, steps)
+    own.run()
+    return peak_above(own.run, steps[4])

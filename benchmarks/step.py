@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -20,12 +19,10 @@ from rich.console import Console
 from benchmarks.measure import (
     KEEPING_ENVIRONMENT,
     Spread,
-    apart,
     device_of,
     in_own_process,
     machine,
     main,
-    measure_rounds,
     ratios,
     read_json,
     spread,
@@ -46,8 +43,7 @@ from benchmarks.sides import (
     check_equal,
     extra_memory,
     sides_for,
-    time_together,
-    timed_step,
+    time_steps,
 )
 from benchmarks.workloads import Group, Workload, make_model, total_tokens
 from rrhf_bench.errors import ConfigError, nearest
@@ -77,7 +73,7 @@ WORKLOADS = {
 
 
 def measure(workload: Workload, record: Mapping[str, Any], *, memory: bool, console: Console) -> dict[str, Any]:
-    """Return one row of the record: equality first, then rounds and memory, each side in a process of its own.
+    """Return one row of the record: equality first, then rounds under two allocators, then the memory of each side.
 
     Raises StageError if a side computes something else.
     """
@@ -94,12 +90,12 @@ def measure(workload: Workload, record: Mapping[str, Any], *, memory: bool, cons
         expected, bound = reference(workload, found, groups, seed=seed, device=device)
         errors = check_equal(found, expected, bound, workload.name)
         del found, expected
-        with apart({name: partial(timed_step, name, steps) for name in names}) as sides:
-            seconds = measure_rounds(sides, rounds, progress=lambda words: status.update(f"{workload.name}: {words}"))
+        status.update(f"{workload.name}: {rounds} rounds")
+        seconds = in_own_process(time_steps, names, steps, rounds, environment={})
         kept: dict[str, list[float]] = {}
         if device.type == "cpu" and sys.platform == "linux":
-            status.update(f"{workload.name}: with an allocator that keeps freed memory")
-            kept = in_own_process(time_together, names, steps, rounds, environment=KEEPING_ENVIRONMENT)
+            status.update(f"{workload.name}: {rounds} rounds with an allocator that keeps freed memory")
+            kept = in_own_process(time_steps, names, steps, rounds, environment=KEEPING_ENVIRONMENT)
         used: dict[str, int | None] = {}
         for name in names if memory else ():
             status.update(f"{workload.name}: memory of {name}")
@@ -208,7 +204,7 @@ def draw(record: Mapping[str, Any], folder: Path) -> None:
         return [Spread(value, value, value) if isinstance(value, float) else value for value in found]
 
     panels = [
-        Panel(label, [Series(name, COLOURS[name], values(name, key)) for name in names], log=2)
+        Panel(label, [Series(name, COLOURS[name], values(name, key)) for name in names])
         for label, key in (
             ("times as fast as the released computation", "times_released"),
             ("the same, freed memory kept", "times_released_keeping"),

@@ -16,9 +16,7 @@ from benchmarks.labelled import labelled_logprobs
 from benchmarks.measure import (
     KEEPING_ENVIRONMENT,
     MEMORY_ENVIRONMENT,
-    Side,
     Spread,
-    apart,
     in_own_process,
     order,
     peak_above,
@@ -164,32 +162,6 @@ def test_own_process_has_its_environment_and_its_faults():
     assert os.environ.get("MALLOC_ARENA_MAX") == before
     with pytest.raises(StageError, match="its process died"):
         in_own_process(os.abort)
-
-
-def of_this_process() -> Side:
-    """A side that fails unless it is prepared before each run, in a process of its own."""
-    calls: list[int] = []
-
-    def run() -> None:
-        calls.append(os.getpid())
-        assert len(calls) % 2 == 0
-
-    return Side(run, lambda: calls.append(os.getpid()))
-
-
-def that_dies() -> Side:
-    return Side(os.abort)
-
-
-def test_sides_apart_are_prepared_and_run_in_processes_of_their_own():
-    with apart({"a": of_this_process, "dies": that_dies}) as sides:
-        for _ in range(2):
-            sides["a"].prepare()
-            sides["a"].run()
-        with pytest.raises(AssertionError):  # what a side raises is raised here
-            sides["a"].run()
-        with pytest.raises(StageError, match="dies: its process died"):
-            sides["dies"].run()
 
 
 # --- from end to end ------------------------------------------------------------------------------------------

@@ -89,18 +89,14 @@ def worth_it(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
 
 
 def gain() -> float:
-    """Return how many times as fast as PyTorch's default oneDNN multiplies here.
-
-    Both sides multiply in turn, and the result is the median of the ratios. The measurement takes about 40 ms.
-    """
+    """Return how many times as fast as PyTorch's default oneDNN multiplies here: the median of seven rounds, 40 ms."""
     a_MK, b_KN = torch.ones(512, 512), torch.ones(512, 512)
     ratios = []
-    for turn in range(8):
+    for _ in range(8):
         seconds = []
         for multiply in (torch.mm, product):
             started = time.perf_counter()
             multiply(a_MK, b_KN)
             seconds.append(time.perf_counter() - started)
-        if turn:  # the first turn only warms up
-            ratios.append(seconds[0] / seconds[1])
-    return statistics.median(ratios)
+        ratios.append(seconds[0] / seconds[1])
+    return statistics.median(ratios[1:])  # the first round only warms up
