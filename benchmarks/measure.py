@@ -1,5 +1,4 @@
-"""What every benchmark shares: rounds in which the sides take turns, medians with their spread, peak memory in a
-process of its own, the peak of matrix products, and the record of a run."""
+"""Measure time in rounds in which the sides take turns, and peak memory in a process of its own; write the record."""
 
 from __future__ import annotations
 
@@ -16,9 +15,8 @@ import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -44,26 +42,19 @@ MEMORY_ENVIRONMENT = {
     "MALLOC_TRIM_THRESHOLD_": "65536",
     "MALLOC_MMAP_MAX_": "1000000",
 }
+# glibc in a process that keeps what is freed, so that a step finds its memory mapped.
+KEEPING_ENVIRONMENT = {"MALLOC_TRIM_THRESHOLD_": "8000000000", "MALLOC_MMAP_THRESHOLD_": "4000000000"}
 
 
 # --- time -----------------------------------------------------------------------------------------------------
 
 
-class Usage(NamedTuple):
-    """What the system did for a run: its processor time, in seconds, and the pages that it mapped."""
-
-    kernel_seconds: float
-    pages: int
-
-
 @dataclass(frozen=True)
 class Side:
-    """One way to do the work. ``prepare`` is called before every ``run`` and is not timed. ``usage`` has an entry for
-    every run so far, of a side in a process of its own."""
+    """One way to do the work. ``prepare`` is called before every ``run`` and is not timed."""
 
     run: Callable[[], object]
     prepare: Callable[[], object] = lambda: None
-    usage: Callable[[], list[Usage]] = list
 
 
 class Spread(NamedTuple):
@@ -125,108 +116,9 @@ def timed(run: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-@contextmanager
-def apart(makers: Mapping[K, Callable[[], Side]]) -> Iterator[dict[K, Side]]:
-    """The sides, each in a process of its own for all its rounds: what one leaves behind in the allocator is nothing to
-    another, as little as to the programs that they stand for. They run when they are asked to, one at a time, and once
-    untimed before every time that counts: the memory of a process that waits may have been taken from it.
-
-    A maker is a function of a module, or a partial of one, called in the process. Raises StageError where that dies.
-    """
-    # A server that has imported what it takes and is forked for each side; where there is none, each imports it.
-    servers = "forkserver" in multiprocessing.get_all_start_methods()
-    context = multiprocessing.get_context("forkserver" if servers else "spawn")
-    if servers:
-        context.set_forkserver_preload(["benchmarks.sides", "transformers.models.llama.modeling_llama"])
-    with ExitStack() as stack:
-        pools = {
-            name: stack.enter_context(ProcessPoolExecutor(1, context, _begin, (make,))) for name, make in makers.items()
-        }
-
-        def ask(name: K, function: Callable[[], Any]) -> Any:
-            try:
-                return pools[name].submit(function).result()
-            except BrokenProcessPool as error:
-                raise StageError(
-                    f"{name}: its process died, most likely for want of memory; leave this workload out with --rows"
-                ) from error
-
-        yield {
-            name: Side(partial(ask, name, _run), partial(ask, name, _prepare), partial(ask, name, _usage))
-            for name in makers
-        }
-
-
-_side: Side  # of a process that runs one
-_used: list[Usage] = []
-
-
-def _begin(make: Callable[[], Side]) -> None:
-    global _side
-    _side = make()
-    gc.freeze()
-
-
-def _prepare() -> None:
-    _side.prepare()
-    _side.run()
-    _side.prepare()
-    gc.collect()
-
-
-def _run() -> None:
-    before = _so_far()
-    _side.run()
-    _synchronise()
-    after = _so_far()
-    _used.append(Usage(after.kernel_seconds - before.kernel_seconds, after.pages - before.pages))
-
-
-def _usage() -> list[Usage]:
-    return _used
-
-
-def _so_far() -> Usage:
-    """Of this process; nothing where the system does not say."""
-    if sys.platform == "win32":
-        return Usage(0.0, 0)
-    import resource
-
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    return Usage(used.ru_stime, used.ru_minflt)
-
-
 def _synchronise() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-
-
-# --- the peak of the machine ----------------------------------------------------------------------------------
-
-
-PRODUCT_SIZE = 2048  # rows and columns of the matrices whose product stands for what the machine can do
-
-
-def product(dtype: torch.dtype, device: torch.device, *, onednn: bool = False) -> Side:
-    """One square matrix product as a side of its own, timed in the same rounds: no training step can exceed its rate.
-
-    ``onednn`` sends it to oneDNN by name; float32 products on a CPU otherwise go to the BLAS of PyTorch's build. It is
-    computed once more just before, and into memory that is there where that can be said: a peak is nothing cold.
-    """
-    left, right, place = (torch.ones(PRODUCT_SIZE, PRODUCT_SIZE, device=device, dtype=dtype) for _ in range(3))
-
-    def multiply() -> None:
-        if onednn:
-            torch.ops.mkldnn._linear_pointwise(left, right, None, "none", [], "")
-        else:
-            torch.mm(left, right.t(), out=place)
-
-    return Side(multiply, multiply)
-
-
-def product_rates(seconds: Sequence[float]) -> list[float]:
-    """FLOP/s of the products, two operations a multiply-add."""
-    return [2 * PRODUCT_SIZE**3 / took for took in seconds]
 
 
 # --- memory ---------------------------------------------------------------------------------------------------

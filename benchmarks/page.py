@@ -47,17 +47,15 @@ class Series:
     colour: str
     values: Sequence[Spread | None]
     x: Sequence[float] = ()
-    dashed: bool = False
 
 
 @dataclass(frozen=True)
 class Panel:
-    """``log`` is the base of the axis of the values, 0 for a linear one that begins at 0."""
+    """One quantity of several sides, on a logarithmic axis."""
 
     label: str  # of the values
     series: Sequence[Series]
     x_label: str = ""
-    log: int = 0
 
 
 def dots_figure(rows: Sequence[str], panels: Sequence[Panel]) -> Figure:
@@ -73,8 +71,7 @@ def dots_figure(rows: Sequence[str], panels: Sequence[Panel]) -> Figure:
                     if value is not None:
                         ax.plot([value.low, value.high], [row + offset] * 2, color=side.colour, linewidth=1.2)
                         ax.plot(value.median, row + offset, "o", color=side.colour)
-            if panel.log:
-                _log_ticks(ax, "x", panel.log)
+            _log_ticks(ax, "x")
             ax.axvline(1.0, color=LIGHT, zorder=0)
             ax.set_xlabel(panel.label)
             ax.grid(axis="y", visible=False)
@@ -93,14 +90,9 @@ def lines_figure(panels: Sequence[Panel]) -> Figure:
                 points = [(x, value) for x, value in zip(side.x, side.values, strict=True) if value is not None]
                 x, low, middle, high = np.array([(x, v.low, v.median, v.high) for x, v in points]).T
                 ax.fill_between(x, low, high, color=side.colour, alpha=0.2, linewidth=0)
-                marker = "" if side.dashed else "o"
-                ax.plot(x, middle, marker=marker, linestyle=":" if side.dashed else "-", color=side.colour)
-            if panel.log:
-                _log_ticks(ax, "x", panel.log, at=sorted({x for side in panel.series for x in side.x}))
-                _log_ticks(ax, "y", panel.log)
-            else:
-                ax.set_ylim(bottom=0)
-                ax.set_xlim(left=0)
+                ax.plot(x, middle, marker="o", color=side.colour)
+            _log_ticks(ax, "x", at=sorted({x for side in panel.series for x in side.x}))
+            _log_ticks(ax, "y")
             ax.set_xlabel(panel.x_label)
             ax.set_ylabel(panel.label)
         named = {side.name: side for panel in panels for side in panel.series}
@@ -108,9 +100,9 @@ def lines_figure(panels: Sequence[Panel]) -> Figure:
         return figure
 
 
-def _log_ticks(ax: Axes, axis: str, base: int, at: Sequence[float] | None = None) -> None:
-    """Powers of the base, or what was measured."""
-    getattr(ax, f"set_{axis}scale")("log", base=base)
+def _log_ticks(ax: Axes, axis: str, at: Sequence[float] | None = None) -> None:
+    """Put ticks at powers of 2, or at the values given."""
+    getattr(ax, f"set_{axis}scale")("log", base=2)
     getattr(ax, f"{axis}axis").set_major_formatter("{x:,.10g}")
     if at is not None:
         getattr(ax, f"set_{axis}ticks")(at)

@@ -1,13 +1,10 @@
-"""Tokens a second of sampling: raw vLLM, the bench's sampler on it, and transformers' ``generate``.
+"""Measure the tokens a second of raw vLLM and of the bench's sampler on the same engine.
 
     python -m benchmarks.sampling --out reports/performance/sampling.json
 
-Raw vLLM is ``llm.generate`` on token ids and parameters that lie ready; the bench's sampler starts from prompts as text
-and ends with records, on the same engine and with the same seeds, so both must write the same tokens: that is checked
-before anything is timed. ``generate`` has its cache on and gets what a careful user would give it: batches of rows of
-like length, padded on the left, each prompt's samples as ``num_return_sequences`` of one call. It is spared the stop
-strings, which it checks at every token in Python, so its replies are longer; what counts for each side is its own
-tokens a second. The engine's prefix cache is emptied before every run.
+Raw vLLM is ``llm.generate`` on token ids and parameters that lie ready. The bench's sampler starts from prompts as text
+and ends with records, with the same seeds. Both must write the same tokens, or nothing is timed. The engine's prefix
+cache is emptied before every run.
 """
 
 from __future__ import annotations
@@ -24,11 +21,12 @@ import torch
 import typer
 
 from benchmarks.measure import Side, Spread, machine, main, measure_rounds, ratios, spread, timed, write_json
+from benchmarks.page import spread_words
 from rrhf_bench.data.dialogue import Template
 from rrhf_bench.data.toy.scratch import train_language_model
 from rrhf_bench.data.toy.world import build_world
 from rrhf_bench.errors import ConfigError, StageError
-from rrhf_bench.policy.policy import TransformersPolicy, load_causal_lm
+from rrhf_bench.policy.policy import TransformersPolicy
 from rrhf_bench.policy.tokenization import Tokenization
 from rrhf_bench.records import STOP_STRINGS, Candidates, Prompt
 from rrhf_bench.sampling.backend import choose_backend
@@ -66,7 +64,6 @@ class Plan:
 
     rounds: int
     max_new_tokens: int
-    batch: int  # rows of a call of generate
     say: Callable[[str], None]
 
 
@@ -145,60 +142,13 @@ class Raw:
         return [tuple(output.outputs[0].token_ids) for output in self.runs[run]]
 
 
-class Generate:
-    """transformers' own sampling, on a model as transformers loads it."""
-
-    def __init__(
-        self, model: Any, tokenization: Tokenization, prompts: Sequence[Prompt], spec: SamplingSpec, batch: int
-    ) -> None:
-        self.model, self.tokenization, self.spec = model, tokenization, spec
-        self.prompt_ids = sorted(map(tokenization.prompt_ids, prompts), key=len)
-        self.size = max(1, batch // spec.n)  # prompts a call
-        self.runs: list[list[Ids]] = []
-
-    def prepare(self) -> None:
-        pass
-
-    @torch.no_grad()
-    def run(self) -> None:
-        tokenization, device = self.tokenization, self.model.device
-        found: list[Ids] = []
-        for start in range(0, len(self.prompt_ids), self.size):
-            part = self.prompt_ids[start : start + self.size]
-            width = max(map(len, part))
-            rows = [[tokenization.pad_id] * (width - len(ids)) + list(ids) for ids in part]
-            mask = [[0] * (width - len(ids)) + [1] * len(ids) for ids in part]
-            output = self.model.generate(
-                input_ids=torch.tensor(rows, device=device),
-                attention_mask=torch.tensor(mask, device=device),
-                do_sample=True,
-                temperature=self.spec.temperature,
-                top_k=0,
-                max_new_tokens=self.spec.max_new_tokens,
-                num_return_sequences=self.spec.n,
-                use_cache=True,
-                eos_token_id=tokenization.eos_id,
-                pad_token_id=tokenization.pad_id,
-            )
-            found += (until(row, tokenization.eos_id) for row in output[:, width:].tolist())
-        self.runs.append(found)
-
-    def ids(self, run: int) -> list[Ids]:
-        return self.runs[run]
-
-
-def until(ids: Sequence[int], eos_id: int) -> Ids:
-    """What was generated: the first end-of-text token is the last of it, behind it is padding."""
-    return tuple(ids[: ids.index(eos_id) + 1] if eos_id in ids else ids)
-
-
 def empty_cache(sampler: VLLMSampler) -> None:
     if not sampler.llm.reset_prefix_cache():
         raise StageError("vLLM did not empty its prefix cache, so a round would profit from the one before; run again")
 
 
-def measure(sampler: VLLMSampler, model: Any, prompts: Sequence[Prompt], work: Workload, plan: Plan) -> dict[str, Any]:
-    """One row of the result. Raises StageError where our tokens are not those of raw vLLM."""
+def measure(sampler: VLLMSampler, prompts: Sequence[Prompt], work: Workload, plan: Plan) -> dict[str, Any]:
+    """Return one row of the result. Raises StageError if our tokens are not those of raw vLLM."""
     spec = SamplingSpec(
         n=work.n,
         temperature=1.0,
@@ -208,14 +158,10 @@ def measure(sampler: VLLMSampler, model: Any, prompts: Sequence[Prompt], work: W
         stop=STOP_STRINGS,
         logprobs=work.logprobs,
     )
-    sides: dict[str, Any] = {
-        "raw": Raw(sampler, prompts, spec),
-        "ours": Ours(sampler, prompts, spec),
-        "generate": Generate(model, sampler.tokenization, prompts, spec, plan.batch),
-    }
-    for name in ("raw", "ours"):
-        sides[name].prepare()
-        sides[name].run()
+    sides: dict[str, Any] = {"raw": Raw(sampler, prompts, spec), "ours": Ours(sampler, prompts, spec)}
+    for side in sides.values():
+        side.prepare()
+        side.run()
     replies = sides["ours"].ids(0)
     differing = sum(a != b for a, b in zip(sides["raw"].ids(0), replies, strict=True))
     if differing:
@@ -233,7 +179,7 @@ def measure(sampler: VLLMSampler, model: Any, prompts: Sequence[Prompt], work: W
         "share_ended": sum(ids[-1] == sampler.tokenization.eos_id for ids in replies) / len(replies),
         "tokens": {name: spread(counts)._asdict() for name, counts in tokens.items()},
         "tokens_per_second": {name: spread(rates)._asdict() for name, rates in rate.items()},
-        "ours_over": {other: ratios(rate["ours"], rate[other])._asdict() for other in ("raw", "generate")},
+        "ours_over_raw": ratios(rate["ours"], rate["raw"])._asdict(),
         "rounds": rate,
     }
 
@@ -268,16 +214,15 @@ def sampling(
     replies: Annotated[int, typer.Option(help="of a run: this many prompts over n")] = 256,
     rounds: Annotated[int, typer.Option(help="that count; one before them does not")] = 9,
     max_new_tokens: int = 64,
-    batch: Annotated[int, typer.Option(help="rows of a call of generate")] = 128,
     kv_cache_mib: Annotated[int, typer.Option(help="of the engine on a CPU, as runtime.kv_cache_mib")] = 96,
     threads: Annotated[int | None, typer.Option(min=1, help="of the CPU; PyTorch's own number otherwise")] = None,
     out: Annotated[Path | None, typer.Option(help="where the numbers go, as JSON")] = None,
 ) -> None:
-    """Tokens a second of raw vLLM, of the bench's sampler on it and of transformers' generate."""
+    """Measure the tokens a second of raw vLLM and of the bench's sampler on it."""
     if choose_backend("vllm").name != "vllm":
         raise ConfigError("benchmarks.sampling: vLLM is not installed here; expected it, since it is what is measured")
     counts = n or [1, 4, 16]
-    plan = Plan(rounds, max_new_tokens, batch, lambda words: print(f"\r{words:<60}", end="", flush=True))
+    plan = Plan(rounds, max_new_tokens, lambda words: print(f"\r{words:<60}", end="", flush=True))
     if threads is not None:
         os.environ["OMP_NUM_THREADS"] = str(threads)  # which vLLM reads
         torch.set_num_threads(threads)
@@ -290,43 +235,36 @@ def sampling(
             small_llama(SIZES[model], folder)
         policy = TransformersPolicy.load(folder, template=Template(), device=device)
         sampler, costs = start_engine(folder, policy, kv_cache_mib)
-        plain = load_causal_lm(str(folder), dtype=torch.float32)[1].to(device).eval()
         questions = world_prompts(replies // min(counts))
         record: dict[str, Any] = {
             "benchmark": NAME,
             "command": ["python", "-m", "benchmarks.sampling", *sys.argv[1:]],
             "machine": machine(torch.device(device)),
-            "model": {"name": model, "parameters": sum(map(torch.numel, plain.parameters()))},
+            "model": {"name": model, "parameters": sum(map(torch.numel, policy.parameters()))},
             "sampler": sampler.identity,
-            "settings": {"rounds": rounds, "max_new_tokens": max_new_tokens, "batch": batch, "kv_mib": kv_cache_mib},
+            "settings": {"rounds": rounds, "max_new_tokens": max_new_tokens, "kv_mib": kv_cache_mib},
             "engine_seconds": costs,
             "rows": [],
         }
         for work in (*map(Workload, counts), Workload(counts[0], logprobs=True)):
-            record["rows"].append(measure(sampler, plain, questions[: max(1, replies // work.n)], work, plan))
+            record["rows"].append(measure(sampler, questions[: max(1, replies // work.n)], work, plan))
             if out is not None:  # row by row: what a long run has measured is not lost with it
                 write_json(out, record)
     print("\r" + table(record))
 
 
 def table(record: Mapping[str, Any]) -> str:
-    """The medians as lines of text, quartiles behind them."""
+    """Return the medians as lines of text, quartiles behind them."""
     model, costs = record["model"], record["engine_seconds"]
-    heads = "".join(f"{head:>12}" for head in ("raw vLLM", "ours", "generate"))
     lines = [
         f"{model['name']}: {model['parameters']:,} parameters, {record['sampler']}; the engine started in "
         f"{costs['start']:.2f} s after its import, a sync takes {1000 * costs['sync']['median']:.0f} ms",
-        f"{'':<18}{heads}   tokens/s   {'ours / raw':<24}ours / generate",
+        f"{'':<18}{'raw vLLM':>12}{'ours':>12}   tokens/s   ours / raw",
     ]
     for row in record["rows"]:
-        speeds = "".join(f"{row['tokens_per_second'][name]['median']:>12,.0f}" for name in ("raw", "ours", "generate"))
-        over = "".join(f"{_said(Spread(**row['ours_over'][name])):<24}" for name in ("raw", "generate"))
-        lines.append(f"{row['workload']:<18}{speeds}{'':<14}{over}".rstrip())
+        speeds = "".join(f"{row['tokens_per_second'][name]['median']:>12,.0f}" for name in ("raw", "ours"))
+        lines.append(f"{row['workload']:<18}{speeds}{'':<14}{spread_words(Spread(**row['ours_over_raw']), 3)}")
     return "\n".join(lines)
-
-
-def _said(ratio: Spread) -> str:
-    return f"{ratio.median:.3f} ({ratio.low:.3f}-{ratio.high:.3f})"
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The sides of a training step by name, how far apart their results are, and what each takes in memory."""
+"""The sides of a training step by name, the differences between their results, and the memory that each takes."""
 
 from __future__ import annotations
 
@@ -12,28 +12,32 @@ import torch
 from torch import Tensor
 
 from benchmarks.labelled import labelled
-from benchmarks.measure import Side, peak_above
+from benchmarks.measure import Side, measure_rounds, peak_above
 from benchmarks.released import released
 from benchmarks.workloads import Group, Shape, make_model, make_tokenization
 from rrhf_bench.errors import StageError
-from rrhf_bench.policy.head import ROOMS
 from rrhf_bench.policy.policy import Computation, TransformersPolicy
 from rrhf_bench.training.rrhf import rrhf_loss
 
 Forward = Callable[[Group], tuple[Tensor, Tensor]]  # a group -> its loss and the (k,) scores p
 
-RELEASED, LABELLED, PACKED, STEERED, CHECKPOINTED = (
-    "released", "labelled rows", "packed", "packed, oneDNN", "packed, checkpointed",
+RELEASED, LABELLED, PADDED, PACKED, STEERED, CHECKPOINTED = (
+    "released", "labelled rows", "padded", "packed", "packed, oneDNN", "packed, checkpointed",
 )  # fmt: skip
-OURS = (PACKED, STEERED, CHECKPOINTED)
-COLOURS = {RELEASED: "#6b6b6b", LABELLED: "#E69F00", PACKED: "#0072B2", STEERED: "#56B4E9", CHECKPOINTED: "#009E73"}
+COLOURS = {
+    RELEASED: "#6b6b6b", LABELLED: "#E69F00", PADDED: "#CC79A7", PACKED: "#0072B2", STEERED: "#56B4E9",
+    CHECKPOINTED: "#009E73",
+}  # fmt: skip
 
 
 class Ours:
-    """The forward pass of a step as the package trains; ``policy`` says which layout it took and what it steered."""
+    """The forward pass of a step as the package trains."""
 
-    def __init__(self, computation: Computation, model: Any) -> None:
+    def __init__(self, computation: Computation, layout: Literal["packed", "padded"], model: Any) -> None:
         self.policy = TransformersPolicy(model, make_tokenization(model.config.vocab_size), computation)
+        if layout == "packed" != self.policy.layout:
+            raise StageError(f"the model does not pack ({self.policy.layout_reason}), so there is nothing to compare")
+        self.policy.layout = layout
 
     def __call__(self, group: Group) -> tuple[Tensor, Tensor]:
         batch, device = group.batch, self.policy.device
@@ -50,14 +54,15 @@ class Ours:
 SIDES: Mapping[str, Callable[[Any], Forward]] = {
     RELEASED: released,
     LABELLED: labelled,
-    PACKED: partial(Ours, Computation(onednn="off")),
-    STEERED: partial(Ours, Computation(onednn="on")),
-    CHECKPOINTED: partial(Ours, Computation(onednn="off", checkpoint_activations=True)),
+    PADDED: partial(Ours, Computation(onednn="off"), "padded"),
+    PACKED: partial(Ours, Computation(onednn="off"), "packed"),
+    STEERED: partial(Ours, Computation(onednn="on"), "packed"),
+    CHECKPOINTED: partial(Ours, Computation(onednn="off", checkpoint_activations=True), "packed"),
 }
 
 
 def sides_for(dtype: torch.dtype, device: torch.device) -> list[str]:
-    """The sides that differ there: oneDNN multiplies half precision on a CPU in any case, and nothing on a GPU."""
+    """Return the sides that differ: oneDNN multiplies half precision on a CPU in any case, and nothing on a GPU."""
     steerable = device.type == "cpu" and dtype == torch.float32 and torch.backends.mkldnn.is_available()
     return [name for name in SIDES if steerable or name != STEERED]
 
@@ -82,30 +87,18 @@ class Stepper:
         model = make_model(shape, seed=seed, dtype=dtype, device=device)
         return cls(model, SIDES[side](model))
 
-    @property
-    def layout(self) -> str:
-        """How the model was fed, which for ours the policy decided."""
-        return self.forward.policy.layout if isinstance(self.forward, Ours) else "padded"
-
     def step(self, groups: Sequence[Group]) -> None:
         """Forward, loss and backward for each group in turn: a step of one prompt each, gradients added up."""
         for group in groups:
             self.forward(group)[0].backward()
 
-    def forget(self) -> None:
-        """No gradients, as before the first step of an accumulated batch."""
-        for parameter in self.model.parameters():
-            parameter.grad = None
-
     def clear(self) -> None:
-        """Gradients are zeros, in the memory they have: as in a batch that other steps have begun."""
-        for parameter in self.model.parameters():
-            if parameter.grad is not None:
-                parameter.grad.zero_()
+        """Set gradients to zeros in the memory that they have, as in a batch that other steps have begun."""
+        self.model.zero_grad(set_to_none=False)
 
     def results(self, groups: Sequence[Group]) -> Results:
         """A step's loss, scores and gradients; the gradients are not kept on the model."""
-        self.forget()
+        self.model.zero_grad()
         loss, scores = 0.0, []
         for group in groups:
             total, score_K = self.forward(group)
@@ -113,24 +106,23 @@ class Stepper:
             loss += total.item()
             scores.append(score_K.detach().double().cpu())
         gradients = {name: p.grad.double().cpu() for name, p in self.model.named_parameters() if p.grad is not None}
-        self.forget()
+        self.model.zero_grad()
         return Results(loss, torch.cat(scores), gradients)
 
 
-def timed_step(
-    side: str,
-    shape: Shape,
-    groups: Sequence[Group],
-    seed: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    threads: int,
-    gradients: Literal["kept", "none"],
-) -> Side:
-    """The step of a side, ready to be timed; for a process of its own."""
+Steps = tuple[Shape, Sequence[Group], int, torch.dtype, torch.device, int]  # (..., seed, dtype, device, threads)
+
+
+def _side(name: str, steps: Steps) -> Side:
+    shape, groups, seed, dtype, device, threads = steps
     torch.set_num_threads(threads)
-    stepper = Stepper.make(side, shape, seed=seed, dtype=dtype, device=device)
-    return Side(partial(stepper.step, groups), stepper.clear if gradients == "kept" else stepper.forget)
+    stepper = Stepper.make(name, shape, seed=seed, dtype=dtype, device=device)
+    return Side(partial(stepper.step, groups), stepper.clear)
+
+
+def time_steps(names: Sequence[str], steps: Steps, rounds: int) -> dict[str, list[float]]:
+    """Return the seconds of each side's step in each round; for a process of its own."""
+    return measure_rounds({name: _side(name, steps) for name in names}, rounds)
 
 
 class Errors(NamedTuple):
@@ -190,17 +182,12 @@ def check_equal(found: Mapping[str, Results], expected: Results, bound: Errors, 
     return compared
 
 
-def extra_memory(
-    side: str, shape: Shape, groups: Sequence[Group], seed: int, dtype: torch.dtype, device: torch.device, threads: int
-) -> int | None:
-    """Bytes that a step takes above weights and gradients at its peak; for a process of its own.
+def extra_memory(side: str, steps: Steps) -> int | None:
+    """Return the bytes that a step takes above weights and gradients at its peak; for a process of its own.
 
-    The step is the second of two whose gradients are added up, as in an accumulated batch: weights and gradients are
-    there before it and after it, and what the libraries set up once is there too; what the package keeps from one step
-    to the next is not, and counts. None where the system does not say.
+    The step is the second of two whose gradients are added up, as in an accumulated batch: weights, gradients and what
+    libraries set up once are there before it. None if the system does not say.
     """
-    torch.set_num_threads(threads)
-    stepper = Stepper.make(side, shape, seed=seed, dtype=dtype, device=device)
-    stepper.step(groups)
-    ROOMS.clear()
-    return peak_above(lambda: stepper.step(groups), device)
+    own = _side(side, steps)
+    own.run()
+    return peak_above(own.run, steps[4])

@@ -1,36 +1,28 @@
-"""One training step of RRHF, one prompt with its k candidates: the released computation, padded rows with the head on
-labelled positions, and ours. `python -m benchmarks.step --help`.
+"""Measure one training step of RRHF, one prompt with its k candidates, in several ways.
 
-Before anything is timed the sides must agree: same loss, same scores p, same gradients from the same weights. A step is
-forward, loss and backward, added to gradients that are there (`--gradients none`: with none), no optimiser after it.
+``python -m benchmarks.step --help``. Before anything is timed the sides must agree: same loss, same scores p, same
+gradients from the same weights. A step is forward, loss and backward, added to gradients that are there, without an
+optimiser. Each speed is measured twice: with the allocator as it comes, and with one that keeps freed memory.
 """
 
 from __future__ import annotations
 
-import statistics
 import sys
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, TypeVar
 
 import torch
 import typer
 from rich.console import Console
-from torch import Tensor
 
 from benchmarks.measure import (
-    PRODUCT_SIZE,
-    Side,
+    KEEPING_ENVIRONMENT,
     Spread,
-    apart,
     device_of,
     in_own_process,
     machine,
     main,
-    measure_rounds,
-    product,
-    product_rates,
     ratios,
     read_json,
     spread,
@@ -40,8 +32,6 @@ from benchmarks.page import Panel, Series, dots_figure, make_console, rich_table
 from benchmarks.sides import (
     COLOURS,
     FLOAT32,
-    LABELLED,
-    OURS,
     PACKED,
     RELEASED,
     SIDES,
@@ -53,13 +43,13 @@ from benchmarks.sides import (
     check_equal,
     extra_memory,
     sides_for,
-    timed_step,
+    time_steps,
 )
-from benchmarks.workloads import SHAPES, Group, Shape, Workload, make_model, model_flops, total_tokens, useful_flops
+from benchmarks.workloads import Group, Workload, make_model, total_tokens
 from rrhf_bench.errors import ConfigError, nearest
 from rrhf_bench.policy import onednn
-from rrhf_bench.policy.head import ROOMS
 
+T = TypeVar("T")
 NAME = "step"
 WORKLOADS = {
     workload.name: workload
@@ -78,98 +68,53 @@ WORKLOADS = {
         Workload("15M-512", "15M, k = 6, prompt of 512 tokens", "15M", 6, (512,)),
     )
 }
-PRODUCT, PRODUCT_ONEDNN = "product", "product, oneDNN"  # the machine's peak, timed among the sides
-VOICED = "packed, none silent"  # packed, with rewards for which no response is without a gradient
 
 # --- measuring ------------------------------------------------------------------------------------------------
 
 
 def measure(workload: Workload, record: Mapping[str, Any], *, memory: bool, console: Console) -> dict[str, Any]:
-    """One row of the record: equality first, then rounds and memory, each side in a process of its own.
+    """Return one row of the record: equality first, then rounds under two allocators, then the memory of each side.
 
-    Raises StageError where a side computes something else.
+    Raises StageError if a side computes something else.
     """
-    seed, device, threads = record["seed"], torch.device(record["device"]), torch.get_num_threads()
-    if record["quick"]:
-        memory = memory and not record["rows"]  # of the first row only: a process takes its time to start
-        workload = workload.quick()
+    seed, device, rounds = record["seed"], torch.device(record["device"]), record["rounds"]
+    workload = workload.quick() if record["quick"] else workload
     groups = workload.groups(seed)
     names = sides_for(workload.dtype, device)
+    steps = (workload.shape, groups, seed, workload.dtype, device, torch.get_num_threads())
     with console.status(f"{workload.name}: equality") as status:
-        steppers = {
-            name: Stepper.make(name, workload.shape, seed=seed, dtype=workload.dtype, device=device) for name in names
+        found = {
+            name: Stepper.make(name, workload.shape, seed=seed, dtype=workload.dtype, device=device).results(groups)
+            for name in names
         }
-        layouts = {name: stepper.layout for name, stepper in steppers.items()}
-        found = agreed(workload, steppers, groups, seed=seed, device=device)
-        voiced = [group.contradicting(score_K) for group, score_K in zip(groups, found.scores, strict=True)]
-        two = {name: steppers[name] for name in (RELEASED, PACKED)}
-        found_voiced = agreed(workload, two, voiced, seed=seed, device=device)
-        del steppers, two
-        ROOMS.clear()
-
-        def arguments(groups: Sequence[Group]) -> tuple[Shape, Sequence[Group], int, torch.dtype, torch.device, int]:
-            return workload.shape, groups, seed, workload.dtype, device, threads
-
-        makers = {name: partial(timed_step, name, *arguments(groups), record["gradients"]) for name in names}
-        makers[VOICED] = partial(timed_step, PACKED, *arguments(voiced), record["gradients"])
-        with apart(makers) as steps:
-            sides: dict[str, Side] = {**steps, PRODUCT: product(workload.dtype, device)}
-            if STEERED in names:
-                sides[PRODUCT_ONEDNN] = product(workload.dtype, device, onednn=True)
-            seconds = measure_rounds(
-                sides, record["rounds"], progress=lambda words: status.update(f"{workload.name}: {words}")
-            )
-            usage = {name: side.usage()[-record["rounds"] :] for name, side in steps.items()}
+        expected, bound = reference(workload, found, groups, seed=seed, device=device)
+        errors = check_equal(found, expected, bound, workload.name)
+        del found, expected
+        status.update(f"{workload.name}: {rounds} rounds")
+        seconds = in_own_process(time_steps, names, steps, rounds, environment={})
+        kept: dict[str, list[float]] = {}
+        if device.type == "cpu" and sys.platform == "linux":
+            status.update(f"{workload.name}: {rounds} rounds with an allocator that keeps freed memory")
+            kept = in_own_process(time_steps, names, steps, rounds, environment=KEEPING_ENVIRONMENT)
         used: dict[str, int | None] = {}
         for name in names if memory else ():
             status.update(f"{workload.name}: memory of {name}")
-            used[name] = in_own_process(extra_memory, name, *arguments(groups))
+            used[name] = in_own_process(extra_memory, name, steps)
     row = {
         "name": workload.name,
         "words": workload.words,
-        "parameters": workload.shape.parameters,
         "k": workload.k,
         "dtype": str(workload.dtype).removeprefix("torch."),
         "queries": [len(group.query) for group in groups],
         "responses": [[len(response) for response in group.responses] for group in groups],
         **total_tokens(groups),
-        "silent": [sorted(of) for of in found.silent],
-        "useful_flops": sum(useful_flops(workload.shape, *of) for of in zip(groups, found.silent, strict=True)),
-        "useful_flops_voiced": sum(
-            useful_flops(workload.shape, *of) for of in zip(voiced, found_voiced.silent, strict=True)
-        ),
-        "errors": {
-            name: error._asdict() for name, error in {**found.errors, VOICED: found_voiced.errors[PACKED]}.items()
-        },
-        "bound": found.bound._asdict(),
-        "layout": layouts,
+        "errors": {name: error._asdict() for name, error in errors.items()},
+        "bound": bound._asdict(),
         "seconds": seconds,
-        "kernel_seconds": {name: [of.kernel_seconds for of in runs] for name, runs in usage.items()},
-        "pages": {name: [of.pages for of in runs] for name, runs in usage.items()},
+        "seconds_keeping": kept,
         "extra_memory": used,
     }
     return {**row, "summary": summary(row)}
-
-
-class Agreed(NamedTuple):
-    """What sides that compute the same computed."""
-
-    errors: dict[str, Errors]  # by side
-    bound: Errors
-    scores: Sequence[Tensor]  # p of each group
-    silent: list[frozenset[int]]  # responses of each group
-
-
-def agreed(
-    workload: Workload, steppers: Mapping[str, Stepper], groups: Sequence[Group], *, seed: int, device: torch.device
-) -> Agreed:
-    """Raises StageError as ``check_equal`` does."""
-    found = {name: stepper.results(groups) for name, stepper in steppers.items()}
-    expected, bound = reference(workload, found, groups, seed=seed, device=device)
-    compared = check_equal(found, expected, bound, workload.name)
-    scores = found[RELEASED].score_N.split([len(group.responses) for group in groups])
-    silent = [group.silent(score_K) for group, score_K in zip(groups, scores, strict=True)]
-    return Agreed(compared, bound, scores, silent)
 
 
 def reference(
@@ -187,110 +132,58 @@ def reference(
 
 
 def summary(row: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """What a row's rounds say of each side: seconds, speed against the two others, share of the product's peak, and the
-    share of the released side's memory. Spreads are (median, lower quartile, upper quartile) over rounds."""
-    seconds, memory = row["seconds"], row["extra_memory"]
-    found = {}
-    for name in (name for name in (*SIDES, VOICED) if name in seconds):
-        peak = PRODUCT_ONEDNN if name == STEERED else PRODUCT
-        flops = row["useful_flops_voiced" if name == VOICED else "useful_flops"]
-        achieved = [flops / took for took in seconds[name]]
-        found[name] = {
-            "flops": flops,
+    """Return for each side of a row: seconds, speed over the released computation under both allocators, and memory.
+
+    Spreads are (median, lower quartile, upper quartile) over rounds.
+    """
+    seconds, kept, memory = row["seconds"], row["seconds_keeping"], row["extra_memory"]
+    return {
+        name: {
             "seconds": spread(seconds[name]),
             "times_released": ratios(seconds[RELEASED], seconds[name]),
-            "times_labelled": ratios(seconds[LABELLED], seconds[name]),
-            "share_of_peak": ratios(achieved, product_rates(seconds[peak])),
+            "times_released_keeping": ratios(kept[RELEASED], kept[name]) if kept else None,
             "memory": memory.get(name),
             "memory_share": memory[name] / memory[RELEASED] if memory.get(name) is not None else None,
         }
-    return found
+        for name in SIDES
+        if name in seconds
+    }
 
 
-def all_flops(row: Mapping[str, Any]) -> float:
-    """The operations of a row's steps as 2204.02311 counts them."""
-    (shape,) = (shape for shape in SHAPES.values() if shape.parameters == row["parameters"])
-    return sum(model_flops(shape, *of) for of in zip(row["queries"], row["responses"], strict=True))
-
-
-def brief(row: Mapping[str, Any]) -> str:
-    """A row in one line."""
-    return ", ".join(
-        f"{name} {of['seconds'].median:.3g} s"
-        + ("" if name == RELEASED else f" ({of['times_released'].median:.2f} x)")
-        + ("" if of["memory"] is None else f" {of['memory'] / 1e6:.0f} MB")
-        for name, of in summary(row).items()
-    )
-
-
-COLUMNS = ("workload", "side", "seconds", "x released", "x labelled", "of peak", "extra MB", "of released")
+COLUMNS = ("workload", "side", "seconds", "x released", "x released, memory kept", "extra MB", "of released")
 
 
 def cells(record: Mapping[str, Any]) -> list[list[str]]:
-    """The rows of the table, as words."""
-    found = []
-    for row in record["rows"]:
-        for name, of in summary(row).items():
-            padded = name in (*OURS, VOICED) and row["layout"][PACKED if name == VOICED else name] != "packed"
-            found.append(
-                [
-                    row["name"],
-                    f"{name} (on padded rows)" if padded else name,
-                    spread_words(of["seconds"], 3),
-                    spread_words(of["times_released"], 2),
-                    spread_words(of["times_labelled"], 2),
-                    f"{of['share_of_peak'].median:.0%}",
-                    "—" if of["memory"] is None else f"{of['memory'] / 1e6:.1f}",
-                    "—" if of["memory_share"] is None else f"{of['memory_share']:.1%}",
-                ]
-            )
-    return found
-
-
-USAGE_COLUMNS = ("workload", "side", "pages mapped", "seconds of the kernel")
-
-
-def usage_cells(record: Mapping[str, Any]) -> list[list[str]]:
-    """What the system did for a step, medians over rounds."""
+    """Return the rows of the table as words."""
     return [
-        [row["name"], name, f"{statistics.median(pages):,.0f}", f"{statistics.median(row['kernel_seconds'][name]):.2f}"]
+        [
+            row["name"],
+            name,
+            spread_words(of["seconds"], 3),
+            spread_words(of["times_released"], 2),
+            "—" if of["times_released_keeping"] is None else spread_words(of["times_released_keeping"], 2),
+            "—" if of["memory"] is None else f"{of['memory'] / 1e6:.1f}",
+            "—" if of["memory_share"] is None else f"{of['memory_share']:.1%}",
+        ]
         for row in record["rows"]
-        for name, pages in row["pages"].items()
+        for name, of in summary(row).items()
     ]
 
 
 def notes(record: Mapping[str, Any]) -> list[str]:
-    """How the numbers are to be read, and what the run found about itself."""
-    rates = [
-        f"{name} {spread(product_rates(row['seconds'][name])).median / 1e9:.0f} GFLOP/s ({row['dtype']}, {row['name']})"
-        for row in record["rows"]
-        for name in (PRODUCT, PRODUCT_ONEDNN)
-        if name in row["seconds"]
-    ]
-    of_model = [
-        f"{name} "
-        + ", ".join(
-            f"{row['name']} {found['share_of_peak'].median * all_flops(row) / found['flops']:.0%}"
-            for row, found in ((row, summary(row)[name]) for row in record["rows"])
-        )
-        for name in (PACKED, VOICED)
-    ]
+    """Return what a reader of the numbers needs to know."""
     worst = {row["name"]: max(max(error.values()) for error in row["errors"].values()) for row in record["rows"]}
+    tokens = [
+        f"{row['name']} {row['padded_tokens']} against {row['packed_tokens']} "
+        f"({row['padded_tokens'] / row['packed_tokens']:.2f})"
+        for row in record["rows"]
+    ]
     said = [
         "Speeds are medians of the ratios of each round, with the quartiles over rounds in brackets; higher is faster.",
-        "A timed step adds to gradients that are there."
-        if record["gradients"] == "kept"
-        else "A timed step begins without gradients.",
-        "Kernel: processor time of the system, nearly all of it to map fresh memory, of all threads together.",
+        "Memory kept: the same step with an allocator that keeps freed memory, so that no fresh pages are mapped.",
+        "A timed step adds to gradients that are there.",
         "Extra memory is what a step takes above weights and gradients at its peak, each side in a process of its own.",
-        "Share of peak: the operations that no side can do without, over what a product of two "
-        f"{PRODUCT_SIZE} x {PRODUCT_SIZE} matrices reached in the same rounds; "
-        "against oneDNN's product for the side that uses it. " + "; ".join(rates) + ".",
-        "A response for which the loss has no gradient counts forward only, and the last layer of a prompt only with "
-        f"what its responses see of it. {VOICED!r} has rewards that contradict every score, so that the loss leaves no "
-        "response out of the backward pass; what the released computation does hangs on no reward.",
-        "Counted as 2204.02311 does, every token forward and backward through everything, whatever a side leaves out, "
-        "the shares are: " + "; ".join(of_model) + ".",
+        "Tokens fed to the model in padded rows and in packs: " + ", ".join(tokens) + ".",
         "Largest relative error of loss, scores and gradients, measured before the timing: "
         + ", ".join(f"{name} {error:.1g}" for name, error in worst.items())
         + ".",
@@ -302,20 +195,21 @@ def notes(record: Mapping[str, Any]) -> list[str]:
 
 
 def draw(record: Mapping[str, Any], folder: Path) -> None:
-    """The page, its figure and the record itself, from the record alone."""
+    """Write the page, its figure and the record itself, from the record alone."""
     rows = [(row["name"], summary(row)) for row in record["rows"]]
     names = [name for name in SIDES if any(name in found for _, found in rows)]
 
-    def speed(name: str) -> list[Spread | None]:
-        return [found[name]["times_released"] if name in found else None for _, found in rows]
-
-    def memory(name: str) -> list[Spread | None]:
-        shares = [found[name]["memory_share"] if name in found else None for _, found in rows]
-        return [None if share is None else Spread(share, share, share) for share in shares]
+    def values(name: str, key: str) -> list[Spread | None]:
+        found = [of[name][key] if name in of else None for _, of in rows]
+        return [Spread(value, value, value) if isinstance(value, float) else value for value in found]
 
     panels = [
-        Panel("times as fast as the released computation", [Series(n, COLOURS[n], speed(n)) for n in names], log=2),
-        Panel("extra memory, share of the released one's", [Series(n, COLOURS[n], memory(n)) for n in names], log=2),
+        Panel(label, [Series(name, COLOURS[name], values(name, key)) for name in names])
+        for label, key in (
+            ("times as fast as the released computation", "times_released"),
+            ("the same, freed memory kept", "times_released_keeping"),
+            ("extra memory, share of the released one's", "memory_share"),
+        )
     ]
     figure = dots_figure([name for name, _ in rows], panels)
     write_page(
@@ -324,7 +218,7 @@ def draw(record: Mapping[str, Any], folder: Path) -> None:
         title="The training step",
         lead="One prompt with k candidates: forward, loss and backward of RRHF.",
         record=record,
-        tables=[(COLUMNS, cells(record)), (USAGE_COLUMNS, usage_cells(record))],
+        tables=[(COLUMNS, cells(record))],
         notes=[*(f"{row['name']}: {row['words']}." for row in record["rows"]), *notes(record)],
         figures={NAME: (figure, "Speed and extra memory of the sides, medians and quartiles over rounds.")},
     )
@@ -342,9 +236,6 @@ def step(
     threads: Annotated[int | None, typer.Option(min=1, help="of the CPU; PyTorch's own number otherwise")] = None,
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="where the models run")] = "auto",
     seed: Annotated[int, typer.Option(help="names weights, tokens and lengths")] = 0,
-    gradients: Annotated[
-        Literal["kept", "none"], typer.Option(help="before a timed step: those of other steps, or none")
-    ] = "kept",
     memory: Annotated[bool, typer.Option(help="measure the peak memory of each side too")] = True,
     quick: Annotated[bool, typer.Option("--quick", help="tiny models: does everything run?")] = False,
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="write the record, as JSON")] = None,
@@ -358,12 +249,10 @@ def step(
         record = read_json(read, NAME)
     else:
         torch.set_num_threads(threads or torch.get_num_threads())
-        record = begin(device_of(device), rounds=rounds, seed=seed, quick=quick, gradients=gradients)
+        record = begin(NAME, device_of(device), rounds=rounds, seed=seed, quick=quick)
         for workload in chosen(rows, WORKLOADS):
-            row = measure(workload, record, memory=memory, console=console)
-            record["rows"].append(row)
-            console.print(f"{workload.name}: {brief(row)}", highlight=False)
-            if out is not None:  # row by row: what a long run has measured is not lost with it
+            record["rows"].append(measure(workload, record, memory=memory, console=console))
+            if out is not None:  # row by row: a long run that ends early loses nothing
                 write_json(out, record)
     console.print(rich_table(COLUMNS, cells(record)))
     for note in notes(record):
@@ -372,24 +261,23 @@ def step(
         draw(record, report)
 
 
-def begin(device: torch.device, *, rounds: int, seed: int, quick: bool, gradients: str) -> dict[str, Any]:
-    """A record without rows: what they all have in common."""
+def begin(benchmark: str, device: torch.device, *, rounds: int, seed: int, quick: bool) -> dict[str, Any]:
+    """Return a record without rows."""
     return {
-        "benchmark": NAME,
-        "command": ["python", "-m", "benchmarks.step", *sys.argv[1:]],
+        "benchmark": benchmark,
+        "command": ["python", "-m", f"benchmarks.{benchmark}", *sys.argv[1:]],
         "machine": machine(device),
         "device": str(device),
         "rounds": rounds,
         "seed": seed,
         "quick": quick,
-        "gradients": gradients,
         "shipped": STEERED if device.type == "cpu" and onednn.worth_it() else PACKED,
         "rows": [],
     }
 
 
-def chosen(names: Sequence[str] | None, known: Mapping[str, Workload]) -> list[Workload]:
-    """The workloads of that name, all where none is named. Raises ConfigError for one that is not known."""
+def chosen(names: Sequence[str] | None, known: Mapping[str, T]) -> list[T]:
+    """Return the rows of these names, all if there are none. Raises ConfigError for an unknown name."""
     for name in names or ():
         if name not in known:
             raise ConfigError(

@@ -1,8 +1,8 @@
-"""What the benchmarks of the training step work on: random Llamas, and prompts with ragged responses and rewards."""
+"""Random Llamas, and prompts with ragged responses and rewards, on which the training step is measured."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,7 +20,7 @@ SHORTEST, LONGEST = 32, 128  # tokens of a response
 
 @dataclass(frozen=True)
 class Shape:
-    """A Llama: its parameters are those of embedding, layers and head together."""
+    """The sizes of a Llama."""
 
     hidden: int
     layers: int
@@ -28,20 +28,6 @@ class Shape:
     ffn: int
     tied: bool
     vocabulary: int = 32000
-
-    @property
-    def trunk_products(self) -> int:
-        """Weights of the linear layers between embedding and head: each is one multiplication a token."""
-        return self.layers * (4 * self.hidden**2 + 3 * self.hidden * self.ffn)
-
-    @property
-    def head_products(self) -> int:
-        return self.hidden * self.vocabulary
-
-    @property
-    def parameters(self) -> int:
-        norms = (2 * self.layers + 1) * self.hidden
-        return self.trunk_products + norms + self.head_products * (1 if self.tied else 2)
 
 
 # 14.5 million parameters with one matrix for embedding and head, as small models have it; 58.5 million with two, as in
@@ -70,35 +56,6 @@ class Group:
     def padded_length(self) -> int:
         """L, the longest query + response: what the released code pads to and divides by."""
         return len(self.query) + max(map(len, self.responses))
-
-    @property
-    def response_tokens(self) -> int:
-        return sum(map(len, self.responses))
-
-    @property
-    def distinct_tokens(self) -> int:
-        return len(self.query) + self.response_tokens
-
-    def silent(self, score_K: Tensor) -> frozenset[int]:
-        """The responses for which RRHF's loss has no gradient at these scores: not the best, and in as many violated
-        pairs on one side as on the other."""
-        found = []
-        others = list(zip(self.rewards, score_K.tolist(), strict=True))
-        for i, (reward, score) in enumerate(others):
-            below = sum(r < reward and s > score for r, s in others)  # worse, and yet more probable
-            above = sum(r > reward and s < score for r, s in others)
-            if below == above and i != self.rewards.index(max(self.rewards)):
-                found.append(i)
-        return frozenset(found)
-
-    def contradicting(self, score_K: Tensor) -> Group:
-        """The same prompt and responses, the best where the score is lowest, and so on: every pair is violated, and of
-        an even number of responses none is silent."""
-        return replace(self, rewards=tuple((-score_K).argsort().argsort().double().tolist()))
-
-    def first(self, k: int) -> Group:
-        """The same prompt with its first k responses."""
-        return Group(self.query, self.responses[:k], self.rewards[:k])
 
 
 @dataclass(frozen=True)
@@ -150,42 +107,6 @@ class Workload:
 
         rewards = tuple(float(rank) for rank in random.permutation(self.k))
         return Group(tokens(query), tuple(map(tokens, lengths)), rewards)
-
-
-def model_flops(shape: Shape, query: int, responses: Sequence[int]) -> float:
-    """Floating-point operations of a step as 2204.02311 (appendix B) counts them, from the tokens of a query and of its
-    responses, each fed once: all of them forward and backward through everything, whoever leaves some of it out.
-
-    6 x (trunk weights x fed tokens + head weights x response tokens) + 12 x layers x hidden x (sum over fed tokens of
-    the tokens that each attends to): 2 for each multiply-add, once forward and twice backward; attention has two
-    products of ``hidden`` multiply-adds a pair of tokens. Fed are the query once and every response but for its last
-    token; only positions that predict a response token meet the head. Norms, softmax, rotations are not counted.
-    """
-    return _flops(shape, query, query * (query + 1) / 2, 0) + sum(_of_response(shape, query, n) for n in responses)
-
-
-def useful_flops(shape: Shape, group: Group, silent: Collection[int] = ()) -> float:
-    """Those of them that no way to compute the step can do without: responses in ``silent``, by index, have no gradient
-    and go forward only, and of the query but its last token the last layer needs keys and values only."""
-    query, responses = len(group.query), [len(response) for response in group.responses]
-    unasked = query - 1
-    beside_keys_and_values = 2 * shape.hidden**2 + 3 * shape.hidden * shape.ffn
-    return (
-        model_flops(shape, query, responses)
-        - sum(_of_response(shape, query, responses[index]) * 2 / 3 for index in silent)
-        - 6.0 * beside_keys_and_values * unasked
-        - 12.0 * shape.hidden * unasked * (unasked + 1) / 2
-    )
-
-
-def _of_response(shape: Shape, query: int, response: int) -> float:
-    fed = response - 1
-    return _flops(shape, fed, fed * query + fed * (fed + 1) / 2, response)
-
-
-def _flops(shape: Shape, fed: int, attended: float, predicted: int) -> float:
-    products = shape.trunk_products * fed + shape.head_products * predicted
-    return 6.0 * products + 12.0 * shape.layers * shape.hidden * attended
 
 
 def make_model(shape: Shape, *, seed: int, dtype: torch.dtype, device: torch.device, context: int = 4096) -> Any:
@@ -247,9 +168,8 @@ IGNORE = -100  # the label of a position that is not scored
 
 
 def total_tokens(groups: Sequence[Group]) -> dict[str, int]:
-    """What the steps of a workload are made of, for the record."""
+    """Return the tokens that the steps of a workload feed to a model in padded rows and in packs."""
     return {
-        "distinct_tokens": sum(group.distinct_tokens for group in groups),
-        "response_tokens": sum(group.response_tokens for group in groups),
         "padded_tokens": sum(group.padded_length * len(group.responses) for group in groups),
+        "packed_tokens": sum(group.batch.fed(packed=True) for group in groups),
     }

@@ -13,8 +13,7 @@ import torch
 
 from rrhf_bench.data.dialogue import Template
 from rrhf_bench.errors import ConfigError, DataError
-from rrhf_bench.policy import linear
-from rrhf_bench.policy.onednn import product
+from rrhf_bench.policy import onednn as onednn_products
 from rrhf_bench.policy.policy import TransformersPolicy
 from rrhf_bench.policy.tokenization import Tokenization
 from rrhf_bench.records import Prompt
@@ -42,7 +41,7 @@ def recorded(request, onednn):
     """(the recorded cases by their settings, a search with the model and the tokens that they were recorded with)."""
     model = build(request.param["architecture"], request.param["seed"])
     if onednn == "on":  # as a policy on such a processor has its layers
-        assert linear.take_over(model, product)
+        assert onednn_products.apply(model)
     tokens = {"eos_ids": request.param["eos_ids"], "pad_id": request.param["pad_id"]}
 
     def search(cases: list[Any], setting: dict[str, Any]) -> Any:

@@ -328,6 +328,8 @@ def test_a_wrong_value_names_key_found_and_allowed(write: Write, key: str, value
         (["evaluation.pairs=3"], "evaluation.pairs: found 3; expected at least evaluation.prompts (300)"),
         (["evaluation.pool_prompts=301"], "evaluation.pool_prompts: found 301; expected at most 300"),
         (["seeds=[1,1]"], "seeds: found [1, 1]; a seed may stand once only"),
+        (["runtime.autocast=bfloat16", "policy.dtype=bfloat16"], "runtime.autocast: found 'bfloat16', but no policy"),
+        (["runtime.kernels=liger", "runtime.device=cpu"], "runtime.kernels: found 'liger' with"),
         (["methods.base.kind=sft"], "methods.base: the name is taken; "),
         (["methods.rrhf.sources=['chosen']"], "methods.rrhf: k = 1 response a prompt leaves nothing to rank; "),
         (["methods.rrhf.sources=['model']", "sampling.n=1"], "methods.rrhf: k = 1 response a prompt leaves"),

@@ -19,7 +19,7 @@ from rrhf_bench.settings.experiment import RuntimeSettings
 ON_A_GPU = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.11 GiB"
 
 
-def allocate_too_much(*arguments: object) -> torch.Tensor:
+def allocate_too_much(*arguments: object, **options: object) -> torch.Tensor:
     """Ask for 1 PiB, which no machine has."""
     return torch.empty(1 << 50, dtype=torch.uint8)
 
@@ -84,6 +84,6 @@ def test_a_command_on_plain_files_says_it_in_one_line_too(llama_folder):
 
 def test_a_trial_of_packing_without_memory_chooses_no_layout(llama_folder, monkeypatch):
     """Padded rows would be chosen for the wrong reason, and cost several times as much in every step."""
-    monkeypatch.setattr(attention, "attend", allocate_too_much)
+    monkeypatch.setattr(attention, "_forward", allocate_too_much)
     with pytest.raises(RuntimeError, match="can't allocate memory"):
         TransformersPolicy.load(llama_folder(0), template=Template())

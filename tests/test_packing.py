@@ -14,13 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from baselines.sft import sft_loss
-from rrhf_bench.errors import DataError
-from rrhf_bench.policy import attention, onednn
-from rrhf_bench.policy import policy as policy_module
+from rrhf_bench.errors import DataError, StageError
+from rrhf_bench.policy import attention
 from rrhf_bench.policy.batching import ResponseBatch, pack, within
-from rrhf_bench.policy.head import chunk_rows, token_logprobs
-from rrhf_bench.policy.logprobs import gather_logprobs, sequence_score
+from rrhf_bench.policy.logprobs import sequence_score
 from rrhf_bench.policy.policy import Computation, TransformersPolicy
 from rrhf_bench.settings.methods import LoraSettings, OptimiserSettings
 from rrhf_bench.training.optimiser import AdamW
@@ -124,7 +121,7 @@ def test_with_gradients_a_prompt_is_fed_once(monkeypatch: pytest.MonkeyPatch) ->
         policy = policy_of(made(PACKED["llama"]), pass_tokens=40, checkpoint_activations=checkpoint)
         body = policy.model.base_model
         body.register_forward_pre_hook(
-            lambda module, args, kwargs: fed.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
+            lambda module, args, kwargs: fed.append(kwargs["input_ids"].shape[1]), with_kwargs=True
         )
         policy.token_logprobs(batch)
         with torch.no_grad():
@@ -208,9 +205,6 @@ def test_a_pack_lets_a_token_see_its_prompt_and_itself_only(seed: int, tokens: i
     for part in parts:
         mask_LL = part.prefixes.mask_LL
         assert mask_LL.shape == (len(part.ids_L),) * 2
-        position_M, index_N = part.asked
-        assert torch.equal(position_M[index_N], part.predict_N)
-        assert torch.equal(part.last.mask_LL[position_M], mask_LL[position_M])
         start = 0
         for row in part.rows:
             predict = part.predict_N[start : start + batch.lengths[row]]
@@ -224,11 +218,9 @@ def test_a_pack_lets_a_token_see_its_prompt_and_itself_only(seed: int, tokens: i
                 assert part.position_L[seen].tolist() == list(range(len(known)))
 
 
-@pytest.mark.parametrize("long", [10, 256])  # with segments in halves, and whole
-def test_the_three_forms_of_attention_are_one(long: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rrhf_bench.policy.batching.LONG", long)
+def test_the_three_forms_of_attention_are_one() -> None:
     prefixes = pack(ragged(3), 4096)[0].prefixes
-    length = max(end for _, end in prefixes.segments)
+    length = prefixes.length
     rng = torch.Generator().manual_seed(0)
     qkv = [torch.randn(1, heads, length, 16, dtype=torch.float64, generator=rng) for heads in (4, 2, 2)]
     expected = attention.dense_attention(*qkv, prefixes, 0.2)
@@ -272,7 +264,7 @@ def test_flex_attention_is_compiled_twice_a_model_whatever_the_length(monkeypatc
                 for grad in (False, True):
                     attend(length, heads, size, grad=grad)
             assert counter.frame_count == 2 * (model + 1)
-        monkeypatch.setattr(attention, "COMPILATIONS", counter.frame_count)
+        monkeypatch.setattr(attention, "MAX_COMPILATIONS", counter.frame_count)
         torch._dynamo.config.recompile_limit = counter.frame_count
         with pytest.raises(FailOnRecompileLimitHit):  # and not the form that holds all scores
             attend(20, 8, 16, grad=False)
@@ -280,8 +272,7 @@ def test_flex_attention_is_compiled_twice_a_model_whatever_the_length(monkeypatc
 
 
 def test_the_trial_at_load_can_train_and_leaves_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a GPU, whose backward kernel may not build for a head size: then rows are padded, with the reason."""
-    monkeypatch.setattr(policy_module, "TRIAL_TRAINS", ("cpu",))
+    """A GPU's backward kernel may not compile for a head size: then rows are padded, with the reason."""
     for name in ("llama", "gpt2", "opt"):
         for computation in (Computation(), Computation(checkpoint_activations=True)):
             policy = TransformersPolicy(made(PACKED[name]), tokenization(), computation)
@@ -293,142 +284,51 @@ def test_the_trial_at_load_can_train_and_leaves_no_gradient(monkeypatch: pytest.
     def fail(*arguments: object, **options: object) -> None:
         raise RuntimeError("no kernel of this size")
 
-    monkeypatch.setattr(attention, "attend_backward", fail)
+    monkeypatch.setattr(attention, "_backward", fail)
     policy = TransformersPolicy(made(PACKED["llama"]), tokenization())
     assert (policy.layout, policy.layout_reason) == ("padded", "no kernel of this size")
 
 
-@pytest.mark.parametrize("long", [10, 256])
-def test_queries_without_a_gradient_change_nothing(long: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rrhf_bench.policy.batching.LONG", long)
-    # Some of one length behind one another, which are one call to the kernel, and some too short for one of their own.
-    prompt, replies = tuple(range(40)), [tuple(range(i, i + n)) for i, n in enumerate((34, 50, 50, 50, 3, 36, 2))]
-    prefixes = pack(ResponseBatch((prompt,), tuple(replies), (0,) * 7), 4096)[0].prefixes
-    length = max(end for _, end in prefixes.segments)
+def test_gradients_of_merged_attention_are_the_definitions() -> None:
+    prompt, replies = tuple(range(40)), [tuple(range(i, i + n)) for i, n in enumerate((34, 50, 50, 50, 3, 36, 2, 190))]
+    prefixes = pack(ResponseBatch((prompt,), tuple(replies), (0,) * 8), 4096)[0].prefixes
+    assert [index_ST.shape for index_ST, _ in prefixes.batches] == [(1, 189), (4, 49), (2, 35), (2, 2)]
     rng = torch.Generator().manual_seed(0)
-    qkv = (torch.randn(1, heads, length, 16, dtype=torch.float64, generator=rng) for heads in (4, 2, 2))
+    qkv = (torch.randn(1, heads, prefixes.length, 16, dtype=torch.float64, generator=rng) for heads in (4, 2, 2))
     leaves = [x.requires_grad_() for x in qkv]
     expected = attention.dense_attention(*leaves, prefixes, 0.2)
     found = attention.SharedPrefixAttention.apply(*leaves, prefixes, 0.2)
-    for silent in ([0], [1], [3], [0, 1, 2], [2, 3, 4, 5], [1, 2, 3, 4, 5, 6, 7]):  # of the segments, the prompt first
-        grad = torch.randn(1, 4, length, 16, dtype=torch.float64, generator=rng)
-        for segment in silent:
-            grad[:, :, slice(*prefixes.segments[segment])] = 0.0
-        wanted = torch.autograd.grad(expected, leaves, grad, retain_graph=True)
-        gotten = torch.autograd.grad(found, leaves, grad, retain_graph=True)
-        for a, b in zip(gotten, wanted, strict=True):
-            torch.testing.assert_close(a, b, rtol=0, atol=1e-13)
+    grad = torch.randn(1, 4, prefixes.length, 16, dtype=torch.float64, generator=rng)
+    grad[:, :, slice(*prefixes.segments[3])] = 0.0  # a response that the loss leaves alone
+    wanted = torch.autograd.grad(expected, leaves, grad)
+    for own, definition in zip(torch.autograd.grad(found, leaves, grad), wanted, strict=True):
+        torch.testing.assert_close(own, definition, rtol=0, atol=1e-13)
 
 
-@pytest.mark.parametrize("long", [10, 256])
-def test_where_only_some_positions_ask_they_get_the_same(long: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rrhf_bench.policy.batching.LONG", long)
-    (part,) = pack(ragged(3), 4096)
-    position_M, _ = part.asked
-    assert not part.last.whole
-    rng = torch.Generator().manual_seed(0)
-    qkv = (torch.randn(1, heads, len(part.ids_L), 16, dtype=torch.float64, generator=rng) for heads in (4, 2, 2))
-    leaves = [x.requires_grad_() for x in qkv]
-    expected = attention.dense_attention(*leaves, part.prefixes, 0.2)
-    found = attention.SharedPrefixAttention.apply(*leaves, part.last, 0.2)
-    torch.testing.assert_close(found[:, :, position_M], expected[:, :, position_M], rtol=0, atol=1e-14)
-    for asking in (position_M, position_M[::2], position_M[: len(position_M) // 3]):
-        grad = torch.zeros_like(found)
-        grad[:, :, asking] = torch.randn(1, 4, len(asking), 16, dtype=torch.float64, generator=rng)
-        wanted = torch.autograd.grad(expected, leaves, grad, retain_graph=True)
-        gotten = torch.autograd.grad(found, leaves, grad, retain_graph=True)
-        for a, b in zip(gotten, wanted, strict=True):
-            torch.testing.assert_close(a, b, rtol=0, atol=1e-13)
-
-
-@pytest.mark.parametrize("keep", [0, 8 * 11 * 8, 1 << 30])  # nothing, a chunk and a bit, everything
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("way", ["cpu", "cuda"])
-def test_the_chunked_head_is_the_definition(keep: int, bias: bool, way: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rrhf_bench.policy.head.chunk_rows", lambda vocabulary, way: 5)
-    monkeypatch.setattr("rrhf_bench.policy.head.LONGEST_CHUNK", {"cpu": 5, "cuda": 5})
-    monkeypatch.setattr("rrhf_bench.policy.head.BLOCK", 2 * 11)
-    rng = torch.Generator().manual_seed(1)
-    head = torch.nn.Linear(6, 11, bias=bias).double()
-    hidden = torch.randn(23, 6, dtype=torch.float64, generator=rng, requires_grad=True)
-    token = torch.randint(11, (23,), generator=rng)
-    weight = torch.randn(23, dtype=torch.float64, generator=rng)
-    weight[[0, 3, 6, 7]] = 0.0
-    weight[10:15] = 0.0  # a whole chunk without gradient
-    expected = gather_logprobs(head(hidden), token, 0.7)
-    found = token_logprobs(head, hidden, token, 0.7, keep, way)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-13)
-    leaves = [hidden, *head.parameters()]
-    wanted = torch.autograd.grad((expected * weight).sum(), leaves)
-    for _ in range(2):  # what was kept is used up the first time
-        gotten = torch.autograd.grad((found * weight).sum(), leaves, retain_graph=True)
-        for a, b in zip(gotten, wanted, strict=True):
-            torch.testing.assert_close(a, b, rtol=0, atol=1e-13)
-    none = torch.autograd.grad((found * 0.0).sum(), leaves)
-    assert all((x == 0).all() for x in none)
-
-
-def test_the_head_adds_to_a_gradient_that_is_there_only_when_it_is_asked_to() -> None:
-    rng = torch.Generator().manual_seed(1)
-    head = torch.nn.Linear(6, 11).double()
-    hidden = torch.randn(9, 6, dtype=torch.float64, generator=rng)
-    token = torch.randint(11, (9,), generator=rng)
-
-    def loss() -> Tensor:
-        return token_logprobs(head, hidden, token, 1.0, 1 << 30).sum()
-
-    (once,) = torch.autograd.grad(gather_logprobs(head(hidden), token).sum(), head.weight)
-    loss().backward()
-    assert head.weight.grad is not None
-    first = head.weight.grad
-    loss().backward()
-    assert head.weight.grad is first  # in place
-    torch.testing.assert_close(first, 2 * once, rtol=0, atol=1e-13)
-    (asked,) = torch.autograd.grad(loss(), head.weight)
-    torch.testing.assert_close(asked, once, rtol=0, atol=1e-13)
-    torch.testing.assert_close(first, 2 * once, rtol=0, atol=1e-13)
-    told: list[Tensor] = []
-    head.weight.register_post_accumulate_grad_hook(lambda parameter: told.append(parameter.grad.clone()))
-    loss().backward()
-    torch.testing.assert_close(told[0], 3 * once, rtol=0, atol=1e-13)
-
-
-def test_a_token_too_unlikely_for_a_probability_keeps_its_log_prob() -> None:
-    head = torch.nn.Linear(4, 7, bias=False)
-    hidden = torch.randn(6, 4, generator=torch.Generator().manual_seed(1), requires_grad=True)
-    with torch.no_grad():
-        head.weight.copy_(torch.randn(7, 4, generator=torch.Generator().manual_seed(2)) * 300)
-    token = torch.tensor([0, 1, 2, 3, 4, 5])
-    expected, found = gather_logprobs(head(hidden), token), token_logprobs(head, hidden, token, 1.0, 1 << 20)
-    assert expected.min() < -200  # exp(-200) is 0 in float32
-    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
-    wanted, gotten = (torch.autograd.grad(logp.sum(), hidden)[0] for logp in (expected, found))
-    torch.testing.assert_close(gotten, wanted, rtol=1e-5, atol=1e-3)  # of gradients of some 300
-
-
-@pytest.mark.parametrize("keep", [0, 1 << 30])
-@pytest.mark.parametrize("way", ["cpu", "cuda"])
-def test_a_likely_token_keeps_its_gradient_in_half_precision(keep: int, way: Any) -> None:
-    """The gradient is p - 1. Where p exceeds 0.99, bfloat16 has steps of 0.004; the usual log-softmax is 1% off."""
-    rng = torch.Generator().manual_seed(0)
-    token = torch.randint(0, 500, (64,), generator=rng)
-    weight = torch.randn(500, 64, generator=rng) / 8
-    hidden = torch.randn(64, 64, generator=rng) + 12 * weight[token] / weight[token].norm(dim=-1, keepdim=True)
-    half, head = hidden.bfloat16().requires_grad_(), torch.nn.Linear(64, 500, bias=False, dtype=torch.bfloat16)
-    head.weight = torch.nn.Parameter(weight.bfloat16())
-    exact = half.detach().double().requires_grad_()
-    logp = gather_logprobs(exact @ head.weight.double().t(), token)
-    likely = logp.exp() > 0.99
-    assert likely.sum() > 20
-    (wanted,) = torch.autograd.grad(logp.sum(), exact)
-    (found,) = torch.autograd.grad(token_logprobs(head, half, token, 1.0, keep, way).sum(), half)
-    error = (found - wanted).norm(dim=-1) / wanted.norm(dim=-1)
-    assert error[likely].median() < 0.03
-
-
-def test_chunks_are_bounded_by_bytes_and_by_rows() -> None:
-    assert [chunk_rows(v) for v in (100, 32000, 152_000, 10**6)] == [512, 262, 64, 64]
-    assert [chunk_rows(v, "cuda") for v in (100, 32000, 152_000, 10**7)] == [4096, 4096, 883, 64]
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10_000), st.sampled_from([1, 7, 40, 300]))
+def test_the_block_mask_of_a_pack_is_its_mask(seed: int, scale: int) -> None:
+    """Blocks that FlexAttention computes without looking at single tokens are all visible, and none is left out."""
+    rng = np.random.default_rng(seed)
+    pairs = [((prompt,) * (1 + prompt * scale), (9,) * int(rng.integers(1, 3 * scale + 2)))
+             for prompt in range(int(rng.integers(1, 4))) for _ in range(int(rng.integers(1, 4)))]  # fmt: skip
+    (part,) = pack(ResponseBatch.of_pairs(pairs), 1 << 20)
+    length = part.prefixes.length
+    blocks = max(attention.MIN_BLOCKS, -(-length // attention.FLEX_BLOCK))
+    mask = attention.block_mask(part.prefixes, blocks * attention.FLEX_BLOCK, torch.device("cpu"))
+    at = torch.arange(blocks * attention.FLEX_BLOCK)
+    visible_LL = mask.mask_mod(torch.tensor(0), torch.tensor(0), at[:, None], at[None])
+    assert torch.equal(visible_LL[:length, :length], part.prefixes.mask_LL)
+    assert not visible_LL[:length, length:].any()
+    by_block = visible_LL.unflatten(1, (blocks, -1)).unflatten(0, (blocks, -1)).transpose(1, 2).flatten(2)
+    some, full = torch.zeros(2, blocks, blocks, dtype=torch.bool)
+    parts = ((mask.kv_num_blocks, mask.kv_indices, some), (mask.full_kv_num_blocks, mask.full_kv_indices, full))
+    for count, order, found in parts:
+        for query in range(blocks):
+            found[query, order[0, 0, query, : count[0, 0, query]].long()] = True
+    assert torch.equal(some | full, by_block.any(-1))
+    assert not (some & full).any()
+    assert by_block[full].all()
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "opt"])
@@ -573,59 +473,28 @@ def test_log_probs_of_half_precision_are_float32_and_near_the_definition() -> No
     assert ours < 1.5 * theirs
 
 
-def test_onednn_multiplies_as_the_default_does() -> None:
-    batch = ragged(0)
-    found = []
-    for steered in ("off", "on"):
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+def test_under_autocast_products_are_rounded_as_pytorch_rounds_them(layout: Any) -> None:
+    batch, sides = ragged(0), {}
+    for side in ("exact", "autocast", "policy"):
         model = made(PACKED["llama"])
-        policy = policy_of(model, onednn=steered)
-        assert policy.onednn_layers == (0 if steered == "off" else 3 * 7 + 1)
-        logp_BT = policy.token_logprobs(batch)
-        sft_loss(logp_BT, batch.mask_BT).backward()
-        found.append((logp_BT.detach(), gradient(model)))
-    torch.testing.assert_close(found[1][0], found[0][0], rtol=0, atol=2e-5)
-    assert relative(found[1][1], found[0][1]) < 1e-5
-    assert onednn.gain() > 0
+        if side == "policy":
+            policy = policy_of(model, autocast="bfloat16", onednn="on")
+            assert (policy.layout, policy.dtype) == ("packed", torch.bfloat16), policy.layout_reason
+            policy.layout = layout
+            logp_BT = policy.token_logprobs(batch)
+        else:
+            with torch.autocast("cpu", torch.bfloat16, enabled=side == "autocast"):
+                logp_BT = defined(model, batch)
+        assert logp_BT.dtype == torch.float32
+        logp_BT.sum().backward()
+        sides[side] = logp_BT.detach(), gradient(model)
+        assert sides[side][1].dtype == torch.float32
+    for own, rounded, exact in zip(sides["policy"], sides["autocast"], sides["exact"], strict=True):
+        assert 0.1 < relative(own, exact) / relative(rounded, exact) < 1.5
+    assert policy_of(made(PACKED["llama"], torch.float64), autocast="bfloat16").dtype == torch.float64
 
 
-@pytest.mark.parametrize(("m", "k", "n"), [(4, 0, 8), (0, 5, 3), (3, 5, 0)])
-def test_a_product_of_empty_operands_is_zeros(m: int, k: int, n: int) -> None:
-    a_MK, b_KN = torch.ones(m, k), torch.ones(k, n)
-    assert torch.equal(onednn.product(a_MK, b_KN), torch.zeros(m, n))
-    assert torch.equal(onednn.product(a_MK.t().contiguous().t(), b_KN.t().contiguous().t()), torch.zeros(m, n))
-
-
-def test_adapters_train_under_onednn() -> None:
-    # The second factor of an adapter is zero at first. Its layer's input then has a gradient of zeros throughout, all
-    # rows are left out of the products, and the products have empty operands.
-    batch = ragged(0)
-    found = []
-    for steered in ("off", "on"):
-        policy = policy_of(made(PACKED["llama"]), onednn=steered)
-        policy.adapt(LoraSettings(rank=16), seed=0)
-        parameters = list(policy.parameters())
-        optimiser = torch.optim.SGD(parameters, lr=0.1)
-        for _ in range(2):
-            optimiser.zero_grad()
-            sft_loss(policy.token_logprobs(batch), batch.mask_BT).backward()
-            optimiser.step()
-        found.append([parameter.detach() for parameter in parameters])
-    assert policy.onednn_layers > 0
-    for steered_parameter, plain_parameter in zip(found[1], found[0], strict=True):
-        torch.testing.assert_close(steered_parameter, plain_parameter, rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("vendor", "family", "flags", "taken"),
-    [
-        ("AuthenticAMD", 26, "fpu avx512f", True),
-        ("AuthenticAMD", 25, "fpu avx512f", False),  # AVX-512 in two halves
-        ("AuthenticAMD", 26, "fpu avx2", False),
-        ("GenuineIntel", 26, "fpu avx512f", False),
-    ],
-)
-def test_the_processor_decides_who_multiplies(vendor: str, family: int, flags: str, taken: bool, tmp_path: Any) -> None:
-    said = f"processor\t: 0\nvendor_id\t: {vendor}\ncpu family\t: {family}\nflags\t\t: {flags}\n"
-    (tmp_path / "cpuinfo").write_text(f"{said}\n{said}\n")
-    assert onednn.worth_it(tmp_path / "cpuinfo") is taken
-    assert onednn.worth_it(tmp_path / "nothing") is False
+def test_kernels_that_are_not_there_are_refused() -> None:
+    with pytest.raises(StageError, match=r"^runtime\.kernels: "):
+        policy_of(made(PACKED["llama"]), kernels="liger")

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import weakref
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from rrhf_bench.pipeline import services
 from rrhf_bench.pipeline.scheduler import run_plan
@@ -16,6 +18,9 @@ from rrhf_bench.pipeline.services import ModelRef, Services
 from rrhf_bench.pipeline.stage_graph import Plan, Stage, make_plan
 from rrhf_bench.pipeline.store import Store
 from rrhf_bench.policy.policy import TransformersPolicy
+from rrhf_bench.records import Prompt
+from rrhf_bench.sampling.sampler import SamplingSpec
+from rrhf_bench.sampling.sync_check import LIMITS
 from rrhf_bench.settings.experiment import RuntimeSettings
 from rrhf_bench.settings.reading import load_experiment
 
@@ -141,3 +146,16 @@ def test_a_stage_keeps_what_it_uses_and_drops_the_least_recently_used(
     assert [policy() is not None for policy in (first, third)] == [False, False]
     del trained
     assert len(living) == 1  # the sampler's copy
+
+
+def test_under_autocast_a_sampler_is_held_to_bfloat16(llama_folder):
+    services = Services(RuntimeSettings(device="cpu", autocast="bfloat16"))
+    ref = ModelRef(str(llama_folder(0)))
+    policy = services.policy(ref)
+    assert policy.model.dtype == torch.float32
+    found = []
+    sampler = services.sampler(policy, ref, "transformers", note=found.append)
+    (row,) = sampler.sample([Prompt("\n\nHuman: Hi\n\nAssistant:")], SamplingSpec(2, 1.0, 8, seed=0, purpose="test"))
+    assert len(row.responses) == 2
+    assert found[0]["limit"] == asdict(LIMITS["bfloat16"])
+    assert LIMITS["float32"].mean < found[0]["mean"] < LIMITS["bfloat16"].mean

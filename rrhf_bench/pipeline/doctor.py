@@ -98,7 +98,7 @@ def _sampler(services: Services, ref: ModelRef, backend: BackendName, pairs: tup
     policy = services.policy(ref)
     prompts = [pair.prompt for pair in pairs]
     sampler = services.sampler_for(policy, ref, backend, prompts, ASKED.max_new_tokens)
-    limit = LIMITS[ref.dtype]
+    limit = LIMITS[str(policy.dtype).removeprefix("torch.")]
     before = agreement(sampler, policy, prompts, TEMPERATURE)
     with torch.no_grad():
         for parameter in policy.parameters():

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -142,7 +142,13 @@ class Services:
             revision=ref.revision,
             pad_token=ref.pad_token,
             trust_remote_code=ref.trust_remote_code,
-            computation=Computation(self.runtime.pass_tokens, self.runtime.checkpoint_activations, self.runtime.onednn),
+            computation=Computation(
+                self.runtime.pass_tokens,
+                self.runtime.checkpoint_activations,
+                self.runtime.onednn,
+                self.runtime.autocast,
+                self.runtime.kernels,
+            ),
         )
         self._policies[policy] = ref.source
         return policy
@@ -207,7 +213,11 @@ class Services:
         One engine serves all policies that compute alike (``engine_key``), whatever they are called, however they are
         prompted and to whatever length: two would hold two caches and pay two starts. ``kv_cache_mib`` replaces the
         setting of the runtime for an engine that is started by this call.
+
+        An engine computes in the dtype of the policy's products, which is also the precision that its log-probs are
+        compared with.
         """
+        ref = replace(ref, dtype=cast(Dtype, str(policy.dtype).removeprefix("torch.")))
         key = engine_key(policy, ref, backend)
         cache_mib = kv_cache_mib or self.runtime.kv_cache_mib
         engine: Any

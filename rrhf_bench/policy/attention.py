@@ -1,16 +1,16 @@
-"""Attention over packs: a response sees its prompt, once in memory for all of them, and itself.
+"""Attention over packs: a response sees its prompt, which is in memory once for all responses, and itself.
 
-On a CPU a pack is cut into causal and full pieces, each computed with the processor's fused kernel, merged by their
-log-sum-exps; on a GPU FlexAttention with a block mask; elsewhere one dense mask. Packs reach the layers as an argument
-of the model's forward, not through a global: so a checkpointed layer that is computed again, or a second forward
-before the first one's backward, sees its own.
+On a CPU the processor's fused kernel computes causal pieces and full pieces, which are merged by their log-sum-exps.
+On a GPU FlexAttention computes a pack with a block mask, on other devices sdpa with a dense mask. A pack reaches the
+layers as an argument of the model's forward, not through a global. A checkpointed layer that is computed again, or a
+second forward before the backward of the first, therefore sees its own pack.
 
-Letters: L tokens of a pack, H heads, D size of a head, S segments in one call, T tokens of the longest of them.
+Letters: L tokens of a pack, H heads, D size of a head, S segments in one call, T tokens of the longest of them,
+N blocks of FlexAttention's mask.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 from functools import cache
 from typing import Any, cast
@@ -19,13 +19,12 @@ import torch
 from torch import Tensor
 
 from rrhf_bench.policy.batching import Prefixes, Span
-from rrhf_bench.policy.linear import with_gradient
 
 FLEX_BLOCK = 128  # tokens of a block of FlexAttention's mask
 # torch compiles for 1 block apart. If the number of blocks equals a number of heads when it compiles, it takes the two
 # for one number, and compiles again for other lengths; 2 key heads are common, 3 are not.
-LEAST_BLOCKS = 3
-COMPILATIONS = 64  # of FlexAttention in a process: two to four a model, so room for all that one run loads
+MIN_BLOCKS = 3
+MAX_COMPILATIONS = 64  # of FlexAttention in a process: two to four a model, so room for all that one run loads
 
 NAME = "rrhf_shared_prefix"  # of the attention, in transformers' registry
 
@@ -35,11 +34,28 @@ _backward: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_back
 
 
 class SharedPrefixAttention(torch.autograd.Function):
-    """``attend`` where the layers around it are the model's own."""
+    """Return the (1, H, L, D) attention of a pack on a CPU; its keys and values are (1, H_kv, L, D).
+
+    The output of a token merges two pieces: its own segment and the prompt. Both are weighted by one log-sum-exp over
+    all keys. The backward pass of each piece is then that of the whole, restricted to the keys of the piece, and the
+    gradients add up exactly.
+    """
 
     @staticmethod
     def forward(ctx: Any, q_HLD: Tensor, k_HLD: Tensor, v_HLD: Tensor, prefixes: Prefixes, scale: float) -> Tensor:
-        out_HLD, lse_HL = attend(q_HLD, k_HLD, v_HLD, prefixes, scale)
+        qkv = q_HLD, _per_query_head(q_HLD, k_HLD), _per_query_head(q_HLD, v_HLD)
+        out_HLD = _empty(q_HLD, q_HLD.dtype)
+        lse_HL = torch.empty(q_HLD.shape[:3], dtype=torch.promote_types(q_HLD.dtype, torch.float32))
+        for index_ST, real_ST in prefixes.batches:
+            part, lse = _forward(*(_take(x, index_ST) for x in qkv), 0.0, True, scale=scale)
+            _put(out_HLD, index_ST, part, real_ST)
+            _put(lse_HL, index_ST, lse, real_ST)
+        for queries, keys in _slices(prefixes.shared):
+            part, lse = _forward(*(x[:, :, at] for x, at in zip(qkv, (queries, keys, keys), strict=True)), scale=scale)
+            own_HLD, own_HL = out_HLD[:, :, queries], lse_HL[:, :, queries]
+            share = (lse - own_HL).sigmoid_()[..., None]
+            own_HLD.copy_(own_HLD.to(share.dtype).lerp(part.to(share.dtype), share))
+            torch.logaddexp(own_HL, lse, out=own_HL)
         ctx.save_for_backward(q_HLD, k_HLD, v_HLD, out_HLD, lse_HL)
         ctx.prefixes, ctx.scale = prefixes, scale
         return out_HLD
@@ -47,141 +63,43 @@ class SharedPrefixAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q_HLD, k_HLD, v_HLD, out_HLD, lse_HL = ctx.saved_tensors
-        live = with_gradient(grads[0][0].transpose(0, 1).flatten(1))
-        d_qkv = attend_backward(
-            grads[0], q_HLD, k_HLD, v_HLD, out_HLD, lse_HL, prefixes=ctx.prefixes, scale=ctx.scale, live=live
-        )
-        sizes = q_HLD.shape[1], k_HLD.shape[1], k_HLD.shape[1]
-        return *(by_head(part) for part in d_qkv.split(sizes, 1)), None, None
+        # In float32 or better: in half precision the kernel's backward takes twice as long.
+        inputs = (grads[0], q_HLD, _per_query_head(q_HLD, k_HLD), _per_query_head(q_HLD, v_HLD), out_HLD)
+        inputs = (*(x.to(lse_HL.dtype) for x in inputs), lse_HL)
+        totals = [_empty(q_HLD, lse_HL.dtype) for _ in range(3)]
+        for index_ST, real_ST in ctx.prefixes.batches:
+            grad, *taken = (_take(x, index_ST) for x in inputs)
+            grad = grad.masked_fill(~real_ST[:, None, :, None], 0.0)  # padded queries add nothing to real keys
+            for total, part in zip(totals, _backward(grad, *taken, 0.0, True, scale=ctx.scale), strict=True):
+                _put(total, index_ST, part, real_ST)
+        for queries, keys in _slices(ctx.prefixes.shared):
+            places = queries, queries, keys, keys, queries, queries
+            taken = [x[:, :, at] for x, at in zip(inputs, places, strict=True)]
+            parts = _backward(*taken, 0.0, False, scale=ctx.scale)
+            for total, part, at in zip(totals, parts, (queries, keys, keys), strict=True):
+                total[:, :, at] += part
+        groups = q_HLD.shape[1] // k_HLD.shape[1]
+        d_q, *d_kv = (total.to(q_HLD.dtype) for total in totals)
+        return d_q, *(d.unflatten(1, (-1, groups)).sum(2) if groups > 1 else d for d in d_kv), None, None
 
 
-def attend(q_HLD: Tensor, k_HLD: Tensor, v_HLD: Tensor, prefixes: Prefixes, scale: float) -> tuple[Tensor, Tensor]:
-    """(1, H, L, D) attention of a pack on a CPU, and its (1, H, L) log-sum-exps, from (1, H, L, D) queries and
-    (1, H_kv, L, D) keys and values.
-
-    A token's output is the merge of a few pieces: its own segment, whole or in parts, and the prompt. With one
-    log-sum-exp over all, each piece's backward is that of the whole restricted to its keys: gradients add up exactly.
-    What attends to nothing has zeros and the log-sum-exp of nothing.
-    """
-    qkv = q_HLD, _per_query_head(q_HLD, k_HLD), _per_query_head(q_HLD, v_HLD)
-    out_HLD = by_head(q_HLD.new_empty(*(q_HLD.shape[i] for i in (2, 1, 3))))
-    lse_HL = torch.empty(q_HLD.shape[:3], dtype=torch.promote_types(q_HLD.dtype, torch.float32))
-    if not prefixes.whole:
-        out_HLD.zero_()
-        lse_HL.fill_(-torch.inf)
-    if prefixes.rectangle is not None:
-        index_ST, real_ST = prefixes.rectangle
-        part, lse = _forward(*(_take(x, index_ST) for x in qkv), 0.0, True, scale=scale)
-        _put(out_HLD, index_ST, part, real_ST)
-        _put(lse_HL, index_ST, lse, real_ST)
-    for run in _runs(prefixes.causal):
-        part, lse = _forward(*(_view(x, *run) for x in qkv), 0.0, True, scale=scale)  # (S, H, T, D), (S, H, T)
-        _view(out_HLD, *run).copy_(part)
-        _view(lse_HL, *run).copy_(lse)
-    for queries, keys in prefixes.full:
-        part, lse = _forward(*map(_view, qkv, (queries, keys, keys)), 0.0, False, scale=scale)
-        own_HLD, own_HL = _view(out_HLD, queries), _view(lse_HL, queries)
-        share = (lse - own_HL).sigmoid_()[..., None]
-        own_HLD.copy_(own_HLD.to(share.dtype).lerp(part.to(share.dtype), share))
-        torch.logaddexp(own_HL, lse, out=own_HL)
-    return out_HLD, lse_HL
+def _empty(like_HLD: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return an empty (1, H, L, D) in which the heads of a token follow one another in memory."""
+    _, heads, length, size = like_HLD.shape
+    return torch.empty(1, length, heads, size, dtype=dtype).transpose(1, 2)
 
 
-def attend_backward(
-    grad_HLD: Tensor,
-    q_HLD: Tensor,
-    k_HLD: Tensor,
-    v_HLD: Tensor,
-    out_HLD: Tensor,
-    lse_HL: Tensor,
-    *,
-    prefixes: Prefixes,
-    scale: float,
-    live: Tensor | None,
-) -> Tensor:
-    """(L, H + 2 H_kv, D), the gradients of queries, keys and values, from that of the output; ``live``, if it is given,
-    are the positions where that is not zero."""
-    # In float32 or better: of half precision the kernel's backward takes twice as long.
-    dtype, wide = grad_HLD.dtype, torch.promote_types(grad_HLD.dtype, torch.float32)
-    q_HLD, k_HLD, v_HLD, out_HLD, grad_HLD = (x.to(wide) for x in (q_HLD, k_HLD, v_HLD, out_HLD, grad_HLD))
-    qkv = q_HLD, _per_query_head(q_HLD, k_HLD), _per_query_head(q_HLD, v_HLD)
-    causal: Iterable[Span] = prefixes.causal
-    full: Iterable[tuple[Span | Tensor, Span]] = prefixes.full
-    # Queries without a gradient give none; where a part has no other, its own keys get none from it.
-    if live is not None:
-        positions = live.tolist()
-
-        def asked(span: Span) -> slice:
-            return slice(bisect_left(positions, span[0]), bisect_left(positions, span[1]))
-
-        causal = [span for span in causal if positions[asked(span)]]
-        full = [(live[asked(queries)], keys) for queries, keys in prefixes.full if positions[asked(queries)]]
-    heads, groups = q_HLD.shape[1], q_HLD.shape[1] // k_HLD.shape[1]
-    written = live is None and prefixes.whole  # before anything is added
-    total_LHD = (q_HLD.new_empty if written else q_HLD.new_zeros)(q_HLD.shape[2], 3 * heads, q_HLD.shape[3])
-    found = [by_head(part) for part in total_LHD.split(heads, 1)]
-    if prefixes.rectangle is not None:
-        index_ST, real_ST = prefixes.rectangle
-        # A padded query would pull at real keys: no gradient comes in from it, and its weights are exp(-inf).
-        grad = _take(grad_HLD, index_ST).masked_fill(~real_ST[:, None, :, None], 0.0)
-        lse = _take(lse_HL, index_ST).masked_fill(~real_ST[:, None], 1e30)
-        taken = [_take(x, index_ST) for x in (*qkv, out_HLD)]
-        for total, part in zip(found, _backward(grad, *taken, lse, 0.0, True, scale=scale), strict=True):
-            _put(total, index_ST, part, real_ST)
-    for run in _runs(causal):
-        taken = [_view(x, *run) for x in (grad_HLD, *qkv, out_HLD, lse_HL)]
-        for total, part in zip(found, _backward(*taken, 0.0, True, scale=scale), strict=True):
-            _view(total, *run).copy_(part)
-    for queries, keys in full:
-        at = queries, queries, keys, keys, queries, queries
-        taken = list(map(_view, (grad_HLD, *qkv, out_HLD, lse_HL), at))
-        parts = _backward(*taken, 0.0, False, scale=scale)
-        for total, part, place in zip(found, parts, (queries, keys, keys), strict=True):
-            if isinstance(place, Tensor):
-                total.index_add_(2, place, part)
-            else:
-                _view(total, place).add_(part)
-    if groups > 1:
-        shared = total_LHD[:, heads:].unflatten(1, (-1, groups)).sum(2)
-        total_LHD = torch.cat([total_LHD[:, :heads], shared], 1)
-    return total_LHD.to(dtype)
-
-
-def _runs(spans: Iterable[Span]) -> Iterator[tuple[Span, int]]:
-    """Spans of one length, one behind the other, as one; how many these are. A kernel takes them as a batch."""
-    start = end = count = 0
-    for span in spans:
-        if count and span[0] == end and span[1] - end == (end - start) // count:
-            end, count = span[1], count + 1
-            continue
-        if count:
-            yield (start, end), count
-        (start, end), count = span, 1
-    if count:
-        yield (start, end), count
-
-
-def by_head(x_LHD: Tensor) -> Tensor:
-    """(L, H, D), a token's heads one behind the other in memory as the linear layers around want them, seen as
-    (1, H, L, D)."""
-    return x_LHD.transpose(0, 1)[None]
-
-
-def _view(x_HL: Tensor, at: Span | Tensor, count: int = 1) -> Tensor:
-    """(S, H, T, ...) of (1, H, L, ...): a span, as that many segments of one length; or the positions named, copied."""
-    if isinstance(at, Tensor):
-        return x_HL.index_select(2, at)
-    part = x_HL.narrow(2, at[0], at[1] - at[0])
-    return part if count == 1 else part[0].unflatten(1, (count, -1)).transpose(0, 1)
+def _slices(spans: Iterable[tuple[Span, Span]]) -> Iterator[tuple[slice, slice]]:
+    return ((slice(*queries), slice(*keys)) for queries, keys in spans)
 
 
 def _take(x_HL: Tensor, index_ST: Tensor) -> Tensor:
-    """(S, H, T, ...) of some tokens of (1, H, L, ...)."""
+    """Return (S, H, T, ...), some positions of (1, H, L, ...)."""
     return x_HL[0].transpose(0, 1)[index_ST].transpose(1, 2)
 
 
 def _put(x_HL: Tensor, index_ST: Tensor, part: Tensor, real_ST: Tensor) -> None:
-    """The reverse, for those that are no padding."""
+    """Write (S, H, T, ...) to the positions of (1, H, L, ...) that are not padding."""
     x_HL[0].transpose(0, 1)[index_ST[real_ST]] = part.transpose(1, 2)[real_ST]
 
 
@@ -192,10 +110,11 @@ def _per_query_head(q_HLD: Tensor, x_HLD: Tensor) -> Tensor:
 def flex_attention(
     q_HLD: Tensor, k_HLD: Tensor, v_HLD: Tensor, prefixes: Prefixes, scale: float, backend: Any = None
 ) -> Tensor:
-    """The same with FlexAttention, (1, H, L, D) each, compiled by ``backend``: by default inductor's on a GPU and none
-    elsewhere, where FlexAttention is eager and has no backward.
+    """Return the same attention by FlexAttention, compiled by ``backend``.
 
-    A pack is filled up to whole blocks, at least LEAST_BLOCKS, with tokens that see each other only. FlexAttention has
+    By default the backend is inductor's on a GPU. Elsewhere FlexAttention is eager and has no backward pass.
+
+    A pack is filled up to whole blocks, at least MIN_BLOCKS, with tokens that see each other only. FlexAttention has
     other kernels for less than a block and for a last block that is not full, so the trial of a few tokens, when a
     policy is loaded, would compile what training never uses.
     """
@@ -204,8 +123,8 @@ def flex_attention(
     backend = backend or ("inductor" if q_HLD.is_cuda else None)
     attend = cast(Any, _compiled(attend, backend) if backend else attend)
     length = q_HLD.shape[2]
-    filled = max(LEAST_BLOCKS, -(-length // FLEX_BLOCK)) * FLEX_BLOCK
-    mask = _block_mask(prefixes, filled, q_HLD.device)
+    filled = max(MIN_BLOCKS, -(-length // FLEX_BLOCK)) * FLEX_BLOCK
+    mask = block_mask(prefixes, filled, q_HLD.device)
     # As (1, L, H, D), so that all of them lie in memory alike: it would be compiled for other strides as well.
     qkv = (torch.nn.functional.pad(x.transpose(1, 2), (0, 0, 0, 0, 0, filled - length)) for x in (q_HLD, k_HLD, v_HLD))
     q_HLD, k_HLD, v_HLD = (x.transpose(1, 2) for x in qkv)
@@ -220,8 +139,8 @@ def _compiled(function: Any, backend: Any) -> Any:
     torch compiles a function 8 times at most, which four models exhaust. Then it would go on with the eager form, which
     holds all scores and is many times slower; of a function that must be one graph it raises instead.
     """
-    if torch._dynamo.config.recompile_limit < COMPILATIONS:  # at each call, since vLLM's import sets it, to 16
-        torch._dynamo.config.recompile_limit = COMPILATIONS
+    if torch._dynamo.config.recompile_limit < MAX_COMPILATIONS:  # at each call, since vLLM's import sets it, to 16
+        torch._dynamo.config.recompile_limit = MAX_COMPILATIONS
     return _compile(function, backend)
 
 
@@ -230,30 +149,64 @@ def _compile(function: Any, backend: Any) -> Any:
     return torch.compile(function, dynamic=True, fullgraph=True, backend=backend)
 
 
-def _block_mask(prefixes: Prefixes, length: int, device: torch.device) -> Any:
-    """Made once a pack, for all layers; tokens behind the last segment are a segment of their own."""
-    from torch.nn.attention.flex_attention import create_block_mask
+def block_mask(prefixes: Prefixes, length: int, device: torch.device) -> Any:
+    """Return FlexAttention's mask of a pack, made once for all layers; no (L, L) mask is ever in memory.
+
+    Tokens behind the last segment are a segment of their own. A block of which every query sees every key is computed
+    without looking at single tokens.
+    """
+    from torch.nn.attention.flex_attention import BlockMask
 
     kept = prefixes.__dict__.setdefault("_block_masks", {})
-    if device not in kept:
-        segment_L = torch.full((length,), -2, dtype=torch.int32)
-        prompt_L = torch.full((length,), -1, dtype=torch.int32)  # the segment that a token sees beside its own
-        for number, (start, end) in enumerate(prefixes.segments):
-            segment_L[start:end] = number
-        for (start, end), (prompt_start, _) in prefixes.shared:
-            prompt_L[start:end] = segment_L[prompt_start].item()
-        segment_L, prompt_L = segment_L.to(device), prompt_L.to(device)
+    if device in kept:
+        return kept[device]
+    segments = [*prefixes.segments, *([(prefixes.length, length)] if length > prefixes.length else [])]
+    segment_L = torch.empty(length, dtype=torch.int32)
+    prompt_L = torch.full((length,), -1, dtype=torch.int32)  # the segment that a token sees beside its own
+    for number, (start, end) in enumerate(segments):
+        segment_L[start:end] = number
+    for (start, end), (prompt_start, _) in prefixes.shared:
+        prompt_L[start:end] = segment_L[prompt_start].item()
+    segment_L, prompt_L = segment_L.to(device), prompt_L.to(device)
 
-        def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-            own = (segment_L[query] == segment_L[key]) & (query >= key)
-            return own | (prompt_L[query] == segment_L[key])
+    def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        own = (segment_L[query] == segment_L[key]) & (query >= key)
+        return own | (prompt_L[query] == segment_L[key])
 
-        kept[device] = create_block_mask(visible, None, None, length, length, device=str(device))
+    blocks = length // FLEX_BLOCK
+    some_NN, all_NN = (torch.zeros(blocks, blocks, dtype=torch.bool) for _ in range(2))
+    for span in segments:
+        some, full = _touched(span), _filled(span)
+        some_NN[some, some] |= torch.ones_like(some_NN[some, some]).tril()
+        all_NN[full, full] |= torch.ones_like(all_NN[full, full]).tril(-1)
+    for queries, keys in prefixes.shared:
+        some_NN[_touched(queries), _touched(keys)] = True
+        all_NN[_filled(queries), _filled(keys)] = True
+    (count, order), (full_count, full_order) = (_ordered(x_NN, device) for x_NN in (some_NN & ~all_NN, all_NN))
+    kept[device] = BlockMask.from_kv_blocks(
+        count, order, full_count, full_order, BLOCK_SIZE=FLEX_BLOCK, mask_mod=visible, seq_lengths=(length, length)
+    )
     return kept[device]
 
 
+def _touched(span: Span) -> slice:
+    """Return the blocks that hold a position of a span."""
+    return slice(span[0] // FLEX_BLOCK, -(-span[1] // FLEX_BLOCK))
+
+
+def _filled(span: Span) -> slice:
+    """Return the blocks whose positions are all in a span."""
+    return slice(-(-span[0] // FLEX_BLOCK), max(-(-span[0] // FLEX_BLOCK), span[1] // FLEX_BLOCK))
+
+
+def _ordered(block_NN: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return (1, 1, N) how many key blocks each query block has, and (1, 1, N, N) their numbers before all others."""
+    order_NN = block_NN.int().argsort(dim=-1, descending=True, stable=True)
+    return tuple(x.to(device, torch.int32)[None, None] for x in (block_NN.sum(-1), order_NN))  # type: ignore[return-value]
+
+
 def dense_attention(q_HLD: Tensor, k_HLD: Tensor, v_HLD: Tensor, prefixes: Prefixes, scale: float) -> Tensor:
-    """The same with one dense mask, (1, H, L, D) each: the definition, on any device."""
+    """Return the same attention by one dense mask: the definition, on any device."""
     mask_LL = prefixes.mask_LL.to(q_HLD.device)
     gqa = k_HLD.shape[1] != q_HLD.shape[1]
     return torch.nn.functional.scaled_dot_product_attention(
@@ -272,7 +225,7 @@ def attention(
     prefixes: Prefixes | None = None,
     **others: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """An attention function of transformers: of packs where the model's forward was given ``prefixes``, else sdpa."""
+    """Return a layer's attention for transformers: over a pack if the model's forward got ``prefixes``, else sdpa's."""
     if prefixes is None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -281,17 +234,17 @@ def attention(
         )
     if "layers_seen" in others:
         others["layers_seen"].append(module)
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if query.device.type == "cpu":
-        out_HLD = cast(Tensor, SharedPrefixAttention.apply(query, key, value, prefixes, scale))
-        return out_HLD.transpose(1, 2), None
-    attend = flex_attention if query.is_cuda else dense_attention
+    device, scale = query.device.type, query.shape[-1] ** -0.5 if scaling is None else scaling
+    forms = {"cpu": SharedPrefixAttention.apply, "cuda": flex_attention}
+    attend: Any = forms.get(device, dense_attention)
+    if torch.is_autocast_enabled(device):  # as it is for sdpa; rotated queries and keys are float32 here
+        query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
     return attend(query, key, value, prefixes, scale).transpose(1, 2), None
 
 
 @cache
 def register() -> str:
-    """Make the attention known to transformers; its name."""
+    """Register the attention in transformers and return its name."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 

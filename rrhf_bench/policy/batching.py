@@ -11,7 +11,7 @@ Letters: B responses, T tokens of the longest, L tokens of a pack (or of a padde
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -54,12 +54,6 @@ class ResponseBatch:
         return torch.arange(max(self.lengths)) < torch.tensor(self.lengths)[:, None]
 
     @cached_property
-    def token_BT(self) -> Tensor:
-        """(B, T) int64 on the CPU: the response tokens, 0 beyond each row's end."""
-        rows = [torch.tensor(ids) for ids in self.response_ids]
-        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-
-    @cached_property
     def first_of(self) -> tuple[int, ...]:
         """For each row the first one with the same prompt and response: those that are their own first are computed."""
         first: dict[tuple[int, tuple[int, ...]], int] = {}
@@ -93,83 +87,58 @@ def within(sizes: Sequence[int], tokens: int) -> list[list[int]]:
     return runs
 
 
-ALONE = 32  # tokens of a segment that is worth a call of its own
-LONG = 256  # tokens of a segment that is worth taking in halves
-
 Span = tuple[int, int]  # start and end of positions in a pack
+
+SHORT = 32  # tokens: segments up to this length are computed together, whatever their lengths
+PADDED_SHARE = 0.25  # of the positions of longer segments that are computed together
 
 
 @dataclass(frozen=True)
 class Prefixes:
-    """Who attends to whom in a pack: each segment to itself, causally; some also to all of one earlier segment.
+    """Which tokens of a pack attend to which: each segment to itself, causally; some also to all of an earlier segment.
 
-    A prompt with one response is one segment with it. Of a prompt with several, the prompt is one, each response
-    another, and these lie behind one another, so that what attends to the prompt is one slice. In the last layer, where
-    of such a prompt only the last token asks, the prompt is no segment, and what attends to it begins with that token.
+    A prompt with one response is one segment with the response. If a prompt has several responses, the prompt is a
+    segment and each response is another. The responses follow one another, so that all of them are one span.
     """
 
-    segments: tuple[Span, ...]
-    shared: tuple[tuple[Span, Span], ...]  # who attends to a prompt beside its own segment; the prompt
-
-    @cached_property
-    def length(self) -> int:
-        """Positions of the pack."""
-        return max(end for _, end in (*self.segments, *(queries for queries, _ in self.shared)))
-
-    @cached_property
-    def whole(self) -> bool:
-        """Whether every position is in a segment. One that is in none has no output but what it is shared."""
-        return sum(end - start for start, end in self.segments) == self.length
-
-    @cached_property
-    def rectangle(self) -> tuple[Tensor, Tensor] | None:
-        """(index_ST, real_ST) of the segments of fewer than ``ALONE`` tokens, which go together: where their tokens
-        lie, and which are padding. Longer ones go without padding: copies and padding cost more than calls.
-
-        Padding stands on the right, where causal attention does not see it, and points to the segment's last token.
-        """
-        short = [(start, end) for start, end in self.segments if start < end < start + ALONE]
-        if not short:
-            return None
-        start_S1 = torch.tensor([start for start, _ in short])[:, None]
-        length_S1 = torch.tensor([end - start for start, end in short])[:, None]
-        step_T = torch.arange(int(length_S1.max()))
-        return start_S1 + torch.minimum(step_T, length_S1 - 1), step_T < length_S1
-
-    @cached_property
-    def causal(self) -> tuple[Span, ...]:
-        """The other segments, a long one in parts: each attends to itself."""
-        return tuple(part for segment in self._long for part in _parts(segment)[0])
-
-    @cached_property
-    def full(self) -> tuple[tuple[Span, Span], ...]:
-        """(queries, keys), all of them seen: later parts of a long segment and earlier ones, responses and prompts."""
-        return *(pair for segment in self._long for pair in _parts(segment)[1]), *self.shared
+    segments: tuple[Span, ...]  # every position is in one of them
+    shared: tuple[tuple[Span, Span], ...]  # the responses of a prompt; the prompt
 
     @property
-    def _long(self) -> Iterator[Span]:
-        return ((start, end) for start, end in self.segments if end - start >= ALONE)
+    def length(self) -> int:
+        """Positions of the pack."""
+        return self.segments[-1][1]
+
+    @cached_property
+    def batches(self) -> list[tuple[Tensor, Tensor]]:
+        """Return (index_ST, real_ST) for each batch of S segments of like length: their positions, and the mask of
+        those that are not padding.
+
+        Padding stands on the right, where causal attention does not see it, and repeats the segment's last position.
+        """
+        groups: list[list[Span]] = []
+        for start, end in sorted(self.segments, key=lambda span: span[0] - span[1]):
+            longest = groups[-1][0][1] - groups[-1][0][0] if groups else 0
+            if longest > max(SHORT, (end - start) / (1 - PADDED_SHARE)) or not groups:
+                groups.append([])
+            groups[-1].append((start, end))
+        batches = []
+        for group in groups:
+            start_S1 = torch.tensor([start for start, _ in group])[:, None]
+            length_S1 = torch.tensor([end - start for start, end in group])[:, None]
+            step_T = torch.arange(int(length_S1.max()))
+            batches.append((start_S1 + torch.minimum(step_T, length_S1 - 1), step_T < length_S1))
+        return batches
 
     @cached_property
     def mask_LL(self) -> Tensor:
-        """(L, L) bool: [q, k], q attends to k. The definition that the fast forms are held to."""
+        """Return the (L, L) mask [q, k], True where q attends to k: the definition of what the fast forms compute."""
         mask_LL = torch.zeros(self.length, self.length, dtype=torch.bool)
         for start, end in self.segments:
             mask_LL[start:end, start:end] = torch.ones(end - start, end - start, dtype=torch.bool).tril()
         for (start, end), (prompt_start, prompt_end) in self.shared:
             mask_LL[start:end, prompt_start:prompt_end] = True
         return mask_LL
-
-
-def _parts(span: Span) -> tuple[list[Span], list[tuple[Span, Span]]]:
-    """A segment on itself: its causal parts, and which of them attend to which others in full. A long one is taken in
-    halves: of up to 512 keys the CPU's kernel computes all, also those that causal attention does not see."""
-    start, end = span
-    if end - start < LONG:
-        return [span], []
-    middle = (start + end) // 2
-    (first, first_full), (second, second_full) = _parts((start, middle)), _parts((middle, end))
-    return first + second, [*first_full, *second_full, ((middle, end), (start, middle))]
 
 
 @dataclass(frozen=True)
@@ -181,13 +150,6 @@ class Pack:
     position_L: Tensor
     predict_N: Tensor  # the position that predicts each response token
     prefixes: Prefixes
-    last: Prefixes  # of the last layer, where of a prompt with several responses only its last token asks
-
-    @cached_property
-    def asked(self) -> tuple[Tensor, Tensor]:
-        """The M different positions of ``predict_N``, ascending, and which of them each of its N is."""
-        position_M, index_N = self.predict_N.unique(return_inverse=True)
-        return position_M, index_N
 
 
 def pack(batch: ResponseBatch, tokens: int) -> list[Pack]:
@@ -215,8 +177,6 @@ def _laid_out(batch: ResponseBatch, groups: Sequence[tuple[int, Sequence[int]]])
     predict: list[Tensor] = []
     segments: list[Span] = []
     shared: list[tuple[Span, Span]] = []
-    last_segments: list[Span] = []
-    last_shared: list[tuple[Span, Span]] = []
     for prompt, rows in groups:
         prompt_ids = batch.prompt_ids[prompt]
         start, end = len(ids), len(ids) + len(prompt_ids)
@@ -229,14 +189,10 @@ def _laid_out(batch: ResponseBatch, groups: Sequence[tuple[int, Sequence[int]]])
             predict.append(torch.tensor([end - 1, *range(*behind[-1])]))
             positions.append(torch.arange(len(prompt_ids), len(prompt_ids) + len(fed)))
             ids.extend(fed)
-        behind = [segment for segment in behind if segment[1] > segment[0]]
         if len(rows) == 1:
             segments.append((start, len(ids)))
-            last_segments.append(segments[-1])  # one call costs less than the rest of its prompt does
             continue
-        segments += [(start, end), *behind]
-        last_segments += behind
-        last_shared.append(((end - 1, len(ids)), (start, end)))
+        segments += [(start, end), *(segment for segment in behind if segment[1] > segment[0])]
         if len(ids) > end:
             shared.append(((end, len(ids)), (start, end)))
     return Pack(
@@ -245,7 +201,6 @@ def _laid_out(batch: ResponseBatch, groups: Sequence[tuple[int, Sequence[int]]])
         torch.cat(positions),
         torch.cat(predict),
         Prefixes(tuple(segments), tuple(shared)),
-        Prefixes(tuple(last_segments), tuple(last_shared)),
     )
 
 

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from rrhf_bench.data.dialogue import Template
-from rrhf_bench.errors import DataError, is_out_of_memory
-from rrhf_bench.policy import activations, attention, embedding, last_layer, linear, onednn, rotary
+from rrhf_bench.errors import DataError, StageError, is_out_of_memory
+from rrhf_bench.policy import attention, onednn
 from rrhf_bench.policy.adapters import adapters_off, add_adapters, merge, merged_state
 from rrhf_bench.policy.batching import Pack, PaddedLayout, ResponseBatch, pack, padded, passes, places
-from rrhf_bench.policy.head import KEPT, token_logprobs
+from rrhf_bench.policy.head import token_logprobs
 from rrhf_bench.policy.loading import end_ids_of, load_causal_lm, save_causal_lm
 from rrhf_bench.policy.logprobs import gather_logprobs
 from rrhf_bench.policy.tokenization import Tokenization
@@ -27,9 +27,6 @@ from rrhf_bench.settings.methods import LoraSettings
 PASS_TOKENS = {"cpu": 2048, "cuda": 16384}
 # How far the log-probs of two layouts may be apart on average, in nats: what a precision leaves, with room.
 ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.1}
-# Devices on which the trial of packing runs a backward pass too. A GPU compiles a kernel of its own for it; for some
-# head sizes on some cards only that kernel fails, and otherwise the first step would show it.
-TRIAL_TRAINS = ("cuda",)
 
 
 @dataclass(frozen=True)
@@ -75,19 +72,21 @@ class Policy(Protocol):
 
 @dataclass(frozen=True)
 class Computation:
-    """How a policy computes; none of it changes a result beyond rounding."""
+    """How a policy computes. None of the fields changes a result beyond rounding, which is coarser with autocast."""
 
     pass_tokens: int | None = None  # fed at once where training can choose; none: by device, of PASS_TOKENS
     checkpoint_activations: bool = False  # computed again in the backward pass instead of kept
     onednn: Literal["auto", "on", "off"] = "auto"  # float32 products of linear layers on a CPU
+    autocast: Literal["bfloat16"] | None = None  # of float32 weights: products in bfloat16, steps in float32
+    kernels: Literal["liger"] | None = None  # that replace the model's own norms and gated layers on a GPU
 
 
 class TransformersPolicy:
     """A causal language model of transformers as a Policy. Dropout is always off: ratios of probabilities need it.
 
-    ``layout`` is how responses are fed: "packed", or "padded" where a small group of responses, computed both ways when
-    the policy is made, shows that packing does not hold for this model; ``layout_reason`` then says why. The LM head
-    runs on predicting positions only, in chunks.
+    ``layout`` is the way in which responses are fed. It is "packed" unless packing does not hold for the model: a small
+    group of responses is computed in both ways when the policy is made. Then it is "padded", and ``layout_reason`` says
+    why. The LM head is applied to predicting positions only, in chunks.
     """
 
     def __init__(self, model: Any, tokenization: Tokenization, computation: Computation = Computation()) -> None:
@@ -99,23 +98,18 @@ class TransformersPolicy:
             raise DataError(f"{type(model).__name__}: has no language-model head; give a causal language model")
         self.pass_tokens = computation.pass_tokens or PASS_TOKENS[self.device.type]
         self._checkpointed = _prepare_checkpoints(model) if computation.checkpoint_activations else []
-        config = model.config.get_text_config()
-        sliding = "sliding_attention" in (getattr(config, "layer_types", None) or ["sliding_attention"])
-        self._window: int | None = getattr(config, "sliding_window", None) if sliding else None
+        self._config = model.config.get_text_config()
+        sliding = "sliding_attention" in (getattr(self._config, "layer_types", None) or ["sliding_attention"])
+        self._window: int | None = getattr(self._config, "sliding_window", None) if sliding else None
         self._head_is_plain = self._check_head()
         self.onednn_layers = 0
-        self._take_over_linear_layers()
-        if self.device.type == "cpu":
-            activations.take_over(model)
-        self._last_layer = last_layer.find(model)
+        self._apply_onednn()
         self.layout: Literal["packed", "padded"] = "padded"
-        self.layout_reason = self._unpackable(getattr(config, "attn_logit_softcapping", None))
+        if computation.kernels == "liger":
+            self._apply_liger()
+        self.layout_reason = self._choose_attention()
         if self.layout_reason is None:
             self.layout = "packed"
-            if self.device.type == "cpu":
-                rotary.take_over(model)
-                trial, *_ = pack(self._trial(), 1 << 10)
-                last_layer.take_over(self._last_layer, lambda: self._packed(trial))
 
     @classmethod
     def load(
@@ -137,12 +131,42 @@ class TransformersPolicy:
         tokenization = Tokenization(tokenizer, template, str(source), end_ids_of(model))
         return cls(model.to(device), tokenization, computation)
 
-    def _take_over_linear_layers(self) -> None:
-        if self.device.type == "cpu":
-            wanted = self.computation.onednn
-            steered = wanted == "on" or (wanted == "auto" and onednn.worth_it())
-            layers = linear.take_over(self.model, onednn.product if steered else torch.mm)
-            self.onednn_layers = layers if steered else 0
+    def _apply_onednn(self) -> None:
+        wanted = self.computation.onednn
+        if self.device.type == "cpu" and (wanted == "on" or (wanted == "auto" and onednn.worth_it())):
+            self.onednn_layers = onednn.apply(self.model)
+
+    @torch.no_grad()
+    def _apply_liger(self) -> None:
+        """Replace norms and gated layers by Liger's kernels. Raises StageError if they are missing or not equal."""
+        from transformers.integrations.liger import apply_liger_kernel
+        from transformers.utils import is_liger_kernel_available
+
+        found, remedy = 'runtime.kernels: found "liger"', "remove the key"
+        if self.device.type != "cuda" or not is_liger_kernel_available():
+            installed = "installed" if is_liger_kernel_available() else "not installed"
+            raise StageError(
+                f"{found}; expected a GPU and the package liger-kernel (the device is {self.device.type}, the package "
+                f"is {installed}); {remedy}"
+            )
+        group = self._trial()
+        expected_BT = self.token_logprobs(group)
+        # Its rotation would change every model of the process, not this one; its losses are not used here.
+        apply_liger_kernel(self.model, {"rope": False, "cross_entropy": False, "fused_linear_cross_entropy": False})
+        if not any("forward" in vars(module) for module in self.model.modules()):
+            raise StageError(f"{found}, which has no kernels for {self.model.config.model_type}; {remedy}")
+        gap = self._gap(group, self.token_logprobs(group), expected_BT)
+        if not gap <= ROUNDING[self.dtype]:
+            raise StageError(f"{found}, whose log-probs differ by {gap:.1g} from the model's own; {remedy}")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the products, which decides how much a log-prob is rounded."""
+        autocast = self.computation.autocast
+        return getattr(torch, autocast) if autocast and self.model.dtype == torch.float32 else self.model.dtype
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != self.model.dtype)
 
     @property
     def device(self) -> torch.device:
@@ -154,15 +178,15 @@ class TransformersPolicy:
 
     @torch.no_grad()
     def _check_head(self) -> bool:
-        """Whether logits are head(last hidden state): not so where a model caps or scales its logits."""
-        ids = torch.arange(4, device=self.device)[None] % self.model.config.get_text_config().vocab_size
+        """Return True if logits are head(last hidden state), False if the model caps or scales its logits."""
+        ids = torch.arange(4, device=self.device)[None] % self._config.vocab_size
         hidden = self._body(input_ids=ids, use_cache=False).last_hidden_state
         return torch.equal(self._head(hidden), self.model(input_ids=ids, use_cache=False).logits)
 
     @torch.no_grad()
-    def _unpackable(self, soft_cap: float | None) -> str | None:
-        """Why packs would not be what padded rows are, or None; sets the model's attention to what it needs."""
-        if soft_cap is not None:
+    def _choose_attention(self) -> str | None:
+        """Set the attention of packs if packs compute what padded rows compute; otherwise return the reason."""
+        if getattr(self._config, "attn_logit_softcapping", None) is not None:
             self.model.set_attn_implementation("eager")
             return "its attention scores are soft-capped, which only eager attention computes"
         if not self._head_is_plain:
@@ -171,33 +195,44 @@ class TransformersPolicy:
         if before not in ("sdpa", attention.NAME):
             return f"its attention is {before}"
         group = self._trial()
-        table = self.model.get_input_embeddings().weight
-        trains = self.device.type in TRIAL_TRAINS and table.requires_grad
-        expected_BT = self.token_logprobs(group)  # padded, as nothing else has been decided yet
+        expected_BT = self.token_logprobs(group)  # in padded rows
         seen: list[Any] = []
         try:
             self.model.set_attn_implementation(attention.register())
-            with torch.set_grad_enabled(trains):
-                hidden_ND = torch.cat([self._packed(part, layers_seen=seen) for part in pack(group, 1 << 10)])
-                packed_BT = self._by_row(group, self._logprobs(hidden_ND, group, range(len(group.lengths)), keep=0))
-                if trains and not torch.autograd.grad(packed_BT.sum(), table)[0].isfinite().all():
-                    raise ValueError("its gradients are not finite")
+            gap = self._gap(group, self._train_packed(group, seen), expected_BT)
+            if len(seen) < self._config.num_hidden_layers:
+                reason = "its layers have an attention of their own"
+            elif not gap <= ROUNDING[self.dtype]:
+                reason = f"log-probs differ by {gap:.1g}"
+            else:
+                return None
         except (RuntimeError, ValueError, TypeError, AttributeError, LookupError) as error:
             if is_out_of_memory(error):
-                raise  # it says nothing of packs
-            packed_BT, reason = None, str(error).strip().partition("\n")[0] or type(error).__name__
-        if packed_BT is not None:
-            gap = (packed_BT - expected_BT).abs().sum().item() / sum(group.lengths)
-            if len(seen) >= self.model.config.get_text_config().num_hidden_layers and gap <= ROUNDING[self.model.dtype]:
-                return None
-            reason = f"log-probs differ by {gap:.1g}" if seen else "its layers have an attention of their own"
+                raise  # the error says nothing about packs
+            reason = str(error).strip().partition("\n")[0] or type(error).__name__
         self.model.set_attn_implementation(before)
         return reason
 
+    def _train_packed(self, group: ResponseBatch, layers_seen: list[Any]) -> Tensor:
+        """Return (B, T) log-probs of a group in packs. If the model is trained, a backward pass is tried as well: for
+        some head sizes on some cards only the kernel of the backward pass does not compile."""
+        table = self.model.get_input_embeddings().weight
+        with torch.set_grad_enabled(table.requires_grad), self._autocast():
+            hidden_ND = torch.cat([self._packed(part, layers_seen=layers_seen) for part in pack(group, 1 << 10)])
+            logp_BT = self._by_row(group, self._logprobs(hidden_ND, group, range(len(group.lengths))))
+            total = logp_BT.sum()
+        if table.requires_grad and not torch.autograd.grad(total, table)[0].isfinite().all():
+            raise ValueError("its gradients are not finite")
+        return logp_BT.detach()
+
+    @staticmethod
+    def _gap(group: ResponseBatch, found_BT: Tensor, expected_BT: Tensor) -> float:
+        """Return the mean difference of the log-probs of a group, in nats a token."""
+        return (found_BT - expected_BT).abs().sum().item() / sum(group.lengths)
+
     def _trial(self) -> ResponseBatch:
-        """A small ragged group, and a prompt with one response."""
-        vocabulary = self.model.config.get_text_config().vocab_size
-        ids = [(11 + 37 * i) % vocabulary for i in range(40)]
+        """Return a small ragged group, and a prompt with one response."""
+        ids = [(11 + 37 * i) % self._config.vocab_size for i in range(40)]
         prompts, replies = (tuple(ids[:7]), tuple(ids[7:10])), [(5, 0), (1, 0), (3, 0), (4, 1)]
         responses = tuple(tuple(ids[12 + i : 12 + i + n]) for i, (n, _) in enumerate(replies))
         return ResponseBatch(prompts, responses, tuple(prompt for _, prompt in replies))
@@ -213,46 +248,40 @@ class TransformersPolicy:
         return ResponseStates(self._by_row(batch, logp_N), self._by_row(batch, hidden_ND))
 
     def _forward(self, batch: ResponseBatch) -> tuple[Tensor, Tensor]:
-        """((N,) log-probs, (N, D) hidden states) of the N response tokens, row by row."""
+        """Return ((N,) log-probs, (N, D) hidden states) of the N response tokens, row by row."""
+        with self._autocast():
+            return self._forward_in_passes(batch)
+
+    def _forward_in_passes(self, batch: ResponseBatch) -> tuple[Tensor, Tensor]:
         if self.layout == "packed" and (self._window is None or batch.longest <= self._window):
             # What a backward pass needs is kept for all packs anyway, unless it is computed again pack by pack.
             together = torch.is_grad_enabled() and not self._checkpointed
             packs = pack(batch, max(self.pass_tokens, self.fed_tokens(batch)) if together else self.pass_tokens)
             parts = [list(part.rows) for part in packs]
             hidden_ND = torch.cat([self._packed(part) for part in packs])
-            fed = sum(len(part.ids_L) for part in packs)
         else:
             parts = passes(batch, self.pass_tokens)
             layouts = [padded(batch, part, self.tokenization.pad_id, self.device) for part in parts]
             if not self._head_is_plain:
                 return self._with_own_logits(batch, parts, layouts)
             hidden_ND = torch.cat([self._padded(layout) for layout in layouts])
-            fed = sum(layout.input_ids_BL.numel() for layout in layouts)
         order_N = places(batch, parts).to(self.device)
-        logp_N = self._logprobs(hidden_ND, batch, [row for part in parts for row in part], keep=KEPT * fed)
+        logp_N = self._logprobs(hidden_ND, batch, [row for part in parts for row in part])
         return logp_N[order_N], hidden_ND[order_N]
 
     def _packed(self, part: Pack, **extra: Any) -> Tensor:
-        """(N, D) hidden states that predict the tokens of a pack's responses."""
-        id_L, table = part.ids_L.to(self.device), self.model.get_input_embeddings()
-        if isinstance(self._last_layer, last_layer.LastLayer):
-            position_M, at_N = part.asked
-            extra["asked"] = last_layer.Asked(position_M, part.last)
-        else:
-            at_N = part.predict_N.to(self.device)
+        """Return the (N, D) hidden states that predict the tokens of a pack's responses."""
         with self._checkpoints():
-            plain = embedding.is_plain(table)
-            fed = {"inputs_embeds": embedding.embed(table, id_L)[None]} if plain else {"input_ids": id_L[None]}
             states_1LD = self._body(
-                **fed,
+                input_ids=part.ids_L[None].to(self.device),
                 position_ids=part.position_L[None].to(self.device),
-                # A mask of four dimensions is left as it is: who sees whom is in the pack.
+                # A mask of four dimensions is left as it is: the pack says which token attends to which.
                 attention_mask=torch.empty(1, 1, 1, 1, device=self.device),
                 use_cache=False,
                 prefixes=part.prefixes,
                 **extra,
             ).last_hidden_state
-        return states_1LD[0, at_N]
+        return states_1LD[0, part.predict_N.to(self.device)]
 
     def _padded(self, layout: PaddedLayout) -> Tensor:
         with self._checkpoints():
@@ -278,11 +307,9 @@ class TransformersPolicy:
         order_N = places(batch, parts).to(self.device)
         return torch.cat(logp)[order_N], torch.cat(hidden)[order_N]
 
-    def _logprobs(self, hidden_ND: Tensor, batch: ResponseBatch, rows: Sequence[int], *, keep: int) -> Tensor:
-        """(N,) log-probs of the tokens of some rows, one behind the other, from the states that predict them; with at
-        most ``keep`` bytes of softmax kept for the backward pass."""
-        keep = 0 if self._checkpointed else keep
-        return token_logprobs(self._head, hidden_ND, _tokens(batch, rows).to(self.device), batch.temperature, keep)
+    def _logprobs(self, hidden_ND: Tensor, batch: ResponseBatch, rows: Sequence[int]) -> Tensor:
+        """Return the (N,) log-probs of the tokens of some rows, row by row, from the states that predict them."""
+        return token_logprobs(self._head, hidden_ND, _tokens(batch, rows).to(self.device), batch.temperature)
 
     def _by_row(self, batch: ResponseBatch, value_N: Tensor) -> Tensor:
         """(N, ...) values of the response tokens as (B, T, ...), zeros beyond each row's end."""
@@ -314,7 +341,7 @@ class TransformersPolicy:
     def adapt(self, lora: LoraSettings, seed: int) -> None:
         """From here on only low-rank adapters train (2106.09685), whose product is zero at first."""
         add_adapters(self.model, lora, seed)
-        self._take_over_linear_layers()
+        self._apply_onednn()
 
     def before_adapting(self) -> Policy:
         """The policy with its adapters off: a reference that takes no memory. No gradients."""
@@ -327,37 +354,27 @@ class TransformersPolicy:
         return TransformersPolicy(model, self.tokenization, self.computation)
 
 
-class _WithoutAdapters:
-    """A Policy that is another one with its adapters off."""
+class _WithoutAdapters(TransformersPolicy):
+    """The Policy that another one is with its adapters off. It shares everything with the other one."""
 
     def __init__(self, policy: TransformersPolicy) -> None:
-        self._policy = policy
-        self.tokenization = policy.tokenization
-        self.pass_tokens = policy.pass_tokens
-
-    def fed_tokens(self, batch: ResponseBatch) -> int:
-        return self._policy.fed_tokens(batch)
+        self.__dict__ = policy.__dict__
 
     @torch.no_grad()
-    def token_logprobs(self, batch: ResponseBatch) -> Tensor:
-        with adapters_off(self._policy.model):
-            return self._policy.token_logprobs(batch)
-
-    @torch.no_grad()
-    def response_states(self, batch: ResponseBatch) -> ResponseStates:
-        with adapters_off(self._policy.model):
-            return self._policy.response_states(batch)
+    def _forward(self, batch: ResponseBatch) -> tuple[Tensor, Tensor]:
+        with adapters_off(self.model):
+            return super()._forward(batch)
 
     def parameters(self) -> Iterable[torch.nn.Parameter]:
         return ()
 
     def state(self) -> Iterator[tuple[str, Tensor]]:
-        with adapters_off(self._policy.model):
-            return self._policy.state()
+        with adapters_off(self.model):
+            return super().state()
 
     def save(self, folder: Path) -> None:
-        with adapters_off(self._policy.model):
-            self._policy.save(folder)
+        with adapters_off(self.model):
+            super().save(folder)
 
 
 def _prepare_checkpoints(model: Any) -> list[Any]:

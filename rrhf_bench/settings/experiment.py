@@ -292,6 +292,8 @@ class RuntimeSettings(Settings):
     checkpoint_activations: bool = False  # computed again in the backward pass: a third to a half slower, far smaller
     checkpoint_seconds: Annotated[float, Field(ge=0.0)] = 120.0  # between two checkpoints of a training run
     onednn: Literal["auto", "on", "off"] = "auto"  # float32 products on a CPU; auto: where it is faster
+    autocast: Literal["bfloat16"] | None = None  # of policies in float32: products in bfloat16; rounds like bfloat16
+    kernels: Literal["liger"] | None = None  # Liger's norms and gated layers on a GPU; none: the model's own
     score_batch: Positive = 64  # texts a pass of the reward and perplexity models
     gpu_memory: Annotated[float, Field(gt=0, lt=1)] = 0.4  # share that the sampler's engine may take on a GPU
     kv_cache_mib: Positive = 96  # of the sampler's engine on a CPU

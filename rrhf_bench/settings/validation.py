@@ -28,6 +28,7 @@ def contradictions(experiment: Experiment, unread: Collection[str]) -> Iterator[
     if experiment.name == "store":
         yield "name: found 'store', the folder beside the runs that holds the artifacts of them all; choose another"
     yield from _model_faults(experiment, unread)
+    yield from _runtime_faults(experiment)
     if evaluation.pairs < evaluation.prompts:
         yield f"evaluation.pairs: found {evaluation.pairs}; expected at least evaluation.prompts ({evaluation.prompts})"
     if evaluation.pool_prompts > evaluation.prompts:
@@ -61,6 +62,18 @@ def contradictions(experiment: Experiment, unread: Collection[str]) -> Iterator[
             yield f"report.primary: found {pair[0]!r} on both sides; a row cannot be compared with itself"
         elif pair in named[:i] or pair[::-1] in named[:i]:
             yield f"report.primary: found {list(pair)} twice; a comparison may stand once only"
+
+
+def _runtime_faults(experiment: Experiment) -> Iterator[str]:
+    runtime = experiment.runtime
+    dtypes = {policy.dtype for policy in (experiment.policy, *experiment.policies.values())}
+    if runtime.autocast is not None and "float32" not in dtypes:
+        yield (
+            f"runtime.autocast: found {runtime.autocast!r}, but no policy has float32 weights ({', '.join(dtypes)}); "
+            'remove it, since it changes nothing, or set policy.dtype = "float32"'
+        )
+    if runtime.kernels is not None and runtime.device == "cpu":
+        yield f'runtime.kernels: found {runtime.kernels!r} with runtime.device = "cpu"; its kernels need a GPU'
 
 
 def _model_faults(experiment: Experiment, unread: Collection[str]) -> Iterator[str]:
