@@ -35,7 +35,7 @@ from rrhf_bench.data.dialogue import (
     turns_of_messages,
 )
 from rrhf_bench.errors import DataError
-from rrhf_bench.jsonl import finite, read_objects, shown, write_jsonl
+from rrhf_bench.jsonl import excerpt, finite_number, read_objects, write_jsonl
 from rrhf_bench.records import Candidates, Finish, Preference, Prompt, Response
 from rrhf_bench.seeding import derive_seed
 
@@ -265,7 +265,7 @@ def load_texts(
         counts["rows"] += 1
         text, label = _text(row, "text", where), row.get("label")
         if isinstance(label, bool) or not isinstance(label, int | str):
-            raise DataError(f"{where}: label: found {shown(label)}; expected text or a whole number")
+            raise DataError(f"{where}: label: found {excerpt(label)}; expected text or a whole number")
         words = list(_WORD.finditer(text))
         if len(words) <= prompt_words:
             counts["too_short"] += 1
@@ -477,7 +477,7 @@ def _text(row: Mapping[str, Any], field: str, where: str) -> str:
         return value
     if value is None:
         raise DataError(f"{where}: {field}: is missing; expected text (found the fields {', '.join(row) or 'none'})")
-    raise DataError(f"{where}: {field}: found {shown(value)}; expected text")
+    raise DataError(f"{where}: {field}: found {excerpt(value)}; expected text")
 
 
 def _cluster(row: Mapping[str, Any], where: str) -> str | None:
@@ -486,7 +486,7 @@ def _cluster(row: Mapping[str, Any], where: str) -> str | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | str):
-        raise DataError(f"{where}: cluster: found {shown(value)}; expected text or a whole number")
+        raise DataError(f"{where}: cluster: found {excerpt(value)}; expected text or a whole number")
     return str(value)
 
 
@@ -497,7 +497,7 @@ def _said_by(row: Mapping[str, Any], name: str, where: str) -> str | list[Mappin
         return _text(row, name, where)
     if not value or not all(map(is_message, value)):
         raise DataError(
-            f'{where}: {name}: found {shown(value)}; expected text, or a list of messages {{"role", "content"}} with '
+            f'{where}: {name}: found {excerpt(value)}; expected text, or a list of messages {{"role", "content"}} with '
             "the roles system, user and assistant and text as content"
         )
     return value
@@ -797,7 +797,7 @@ def load_candidates(path: str | Path, *, scored: bool = True, faulty_rows: Fault
         for i, (text, score) in enumerate(zip(texts, scores, strict=True)):
             ended = _finish(finish[i], f"{where}: finish[{i}]") if finish else "given"
             if not isinstance(text, str) or not (text.strip() or ended != "given"):
-                raise DataError(f"{where}: responses[{i}]: found {shown(text)}; expected text that is not empty")
+                raise DataError(f"{where}: responses[{i}]: found {excerpt(text)}; expected text that is not empty")
             reply = as_reply(text) if ended == "given" else text
             notes["separator_added"] += reply != text
             response = Response(reply, "file", ended)
@@ -808,12 +808,12 @@ def load_candidates(path: str | Path, *, scored: bool = True, faulty_rows: Fault
             if token_ids and token_ids[i] is not None:
                 ids = token_ids[i]
                 if not isinstance(ids, list) or not all(type(token) is int and 0 <= token < 2**31 for token in ids):
-                    raise DataError(f"{where}: token_ids[{i}]: found {shown(ids)}; expected a list of token ids")
+                    raise DataError(f"{where}: token_ids[{i}]: found {excerpt(ids)}; expected a list of token ids")
                 response = replace(response, token_ids=tuple(ids))
             if logprobs and logprobs[i] is not None:
                 values = logprobs[i]
                 if not isinstance(values, list):
-                    raise DataError(f"{where}: logprobs[{i}]: found {shown(values)}; expected a list of numbers")
+                    raise DataError(f"{where}: logprobs[{i}]: found {excerpt(values)}; expected a list of numbers")
                 response = replace(
                     response, logprobs=tuple(_number(value, f"{where}: logprobs[{i}]") for value in values)
                 )
@@ -876,7 +876,7 @@ def count_candidates(candidates: Iterable[Candidates]) -> dict[str, int]:
 def _listed(row: Mapping[str, Any], field: str, where: str, length: int | None) -> list[Any]:
     value = row.get(field)
     if not isinstance(value, list) or not value:
-        found = "nothing" if field not in row else shown(value)
+        found = "nothing" if field not in row else excerpt(value)
         raise DataError(f"{where}: {field}: found {found}; expected a list that is not empty")
     if length is not None and len(value) != length:
         raise DataError(f"{where}: {field}: found {len(value)} of them; expected {length}, one for each response")
@@ -884,15 +884,15 @@ def _listed(row: Mapping[str, Any], field: str, where: str, length: int | None) 
 
 
 def _number(value: Any, where: str) -> float:
-    number = finite(value)
+    number = finite_number(value)
     if number is None:
-        raise DataError(f"{where}: found {shown(value)}; expected a finite number")
+        raise DataError(f"{where}: found {excerpt(value)}; expected a finite number")
     return number
 
 
 def _finish(value: Any, where: str) -> Finish:
     if value not in get_args(Finish):
-        raise DataError(f"{where}: found {shown(value)}; expected one of {', '.join(get_args(Finish))}")
+        raise DataError(f"{where}: found {excerpt(value)}; expected one of {', '.join(get_args(Finish))}")
     return value
 
 

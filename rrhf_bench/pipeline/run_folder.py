@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from rrhf_bench.errors import StoreError
-from rrhf_bench.jsonl import read_jsonl, write_jsonl
+from rrhf_bench.jsonl import read_jsonl, read_objects, write_jsonl
 from rrhf_bench.pipeline.candidates import assemble
 from rrhf_bench.pipeline.costs import StageCost, needed_stages, row_costs, sampled_inputs, total
 from rrhf_bench.pipeline.locks import alone
@@ -374,6 +374,5 @@ def _timings(run: _Run) -> Iterable[Timing]:
         yield Timing(stage["kind"], stage["row"], stage["seed"], timing["seconds"], timing.get(STAGE_PEAK))
 
 
-def _lines(path: Path) -> list[Any]:
-    with path.open(encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
+def _lines(path: Path) -> list[dict[str, Any]]:
+    return [line for _, line in read_objects(path)]

@@ -24,7 +24,7 @@ from rrhf_bench.data.toy.reviews import build_reviews, own_reply
 from rrhf_bench.data.toy.scratch import train_language_model
 from rrhf_bench.data.toy.world import build_world
 from rrhf_bench.errors import DataError, StageError
-from rrhf_bench.jsonl import from_json, read_jsonl, to_json, write_jsonl
+from rrhf_bench.jsonl import from_json, read_jsonl, read_objects, to_json, write_jsonl
 from rrhf_bench.pipeline import stage_helpers
 from rrhf_bench.pipeline.candidates import assemble, pair_candidates
 from rrhf_bench.pipeline.checkpoints import FileCheckpoints
@@ -126,7 +126,7 @@ def model(job: Job) -> None:
         _given(s).write(job.out)
         return
     settings = ScratchSettings.model_validate(s["scratch"])
-    texts = [json.loads(line)["text"] for line in (job.inputs["data"] / f"{s['corpus']}.jsonl").open(encoding="utf-8")]
+    texts = [line["text"] for _, line in read_objects(job.inputs["data"] / f"{s['corpus']}.jsonl")]
     log: list[Mapping[str, float]] = []
     job.services.make_room()
     train_language_model(
