@@ -39,7 +39,10 @@ from rrhf_bench.data.dialogue import (
     transcript_of,
     turns,
 )
-from rrhf_bench.data.sources import load_candidates, load_preferences, load_prompts, load_texts, write_rrhf
+from rrhf_bench.data.preferences import load_preferences
+from rrhf_bench.data.prompts import load_prompts
+from rrhf_bench.data.rrhf_files import load_candidates, write_rrhf
+from rrhf_bench.data.texts import load_texts
 from rrhf_bench.errors import BenchError, ConfigError, DataError, visible
 from rrhf_bench.jsonl import read_jsonl, to_json, write_jsonl
 from rrhf_bench.records import Candidates, CurvePoint, Evaluated, PairScored, PoolScored, Prompt, Response

@@ -12,14 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from rrhf_bench import registry
-from rrhf_bench.data.sources import (
-    fit_context,
-    load_candidates,
-    load_preferences,
-    load_texts,
-    split_preferences,
-    split_texts,
-)
+from rrhf_bench.data.preferences import load_preferences
+from rrhf_bench.data.prompts import fit_context
+from rrhf_bench.data.rrhf_files import load_candidates
+from rrhf_bench.data.splits import split_preferences, split_texts
+from rrhf_bench.data.texts import load_texts
 from rrhf_bench.data.toy.reviews import build_reviews, own_reply
 from rrhf_bench.data.toy.scratch import train_language_model
 from rrhf_bench.data.toy.world import build_world
