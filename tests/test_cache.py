@@ -90,7 +90,7 @@ def test_a_prune_keeps_what_a_run_refers_to(runs: Path) -> None:
 
 def test_a_prune_leaves_what_a_process_is_making(runs: Path) -> None:
     store = Store(runs / "store")
-    with store.alone(NEXT), store.alone(OLD):
+    with store.exclusive_lock(NEXT), store.exclusive_lock(OLD):
         removed = {item.id for item in prune(runs)}
         assert removed == {OLD[::-1][:32], NEXT[:12]}
         assert (store.root / f".{NEXT[:32]}-abcd").is_dir()
@@ -103,7 +103,7 @@ def test_a_prune_waits_while_a_run_says_what_it_will_use(runs: Path) -> None:
 
     removed: list[Any] = []
     thread = threading.Thread(target=lambda: removed.extend(prune(runs)))
-    with Store(runs / "store").gate():
+    with Store(runs / "store").registration_lock():
         thread.start()
         thread.join(0.5)
         assert thread.is_alive()

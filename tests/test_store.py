@@ -263,7 +263,7 @@ def test_a_sweep_removes_what_dead_processes_left_and_nothing_else(store: Store)
     (store.root / "journals").mkdir()
     for key in (KEY, other):
         write_atomically(store.scratch(key) / "step", "7")
-    with store.alone(alive):
+    with store.exclusive_lock(alive):
         store.sweep()
         assert {path.name for path in store.root.iterdir()} == {
             KEY[:32], f".{alive[:32]}-x1y2", f".{alive[:32]}.lock", "journals", ".scratch",

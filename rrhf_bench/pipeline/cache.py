@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rrhf_bench.pipeline.judging import JOURNALS
-from rrhf_bench.pipeline.locks import Held, holder
+from rrhf_bench.pipeline.locks import LockHeld, holder
 from rrhf_bench.pipeline.run_folder import read_run
 from rrhf_bench.pipeline.store import MANIFEST, SCRATCH, Store, on_disk
 
@@ -77,9 +77,9 @@ def prune(runs: Path) -> tuple[Item, ...]:
     if not store.root.is_dir():
         return ()
     removed = []
-    with on_disk(store.root), store.gate():
+    with on_disk(store.root), store.registration_lock():
         for item in look(runs).unused:
-            with suppress(Held), store.alone(item.id, patience=0.0):
+            with suppress(LockHeld), store.exclusive_lock(item.id, patience=0.0):
                 if item.what in (UNFINISHED, LEFT_OVER):
                     shutil.rmtree(item.path)
                 else:  # under another name first: nobody ever sees half of it
@@ -117,7 +117,7 @@ def _items(store: Store, users: Mapping[str, Mapping[str, str]]) -> Iterator[Ite
             about = _about(path)
             kind = about.get("kind", "unknown") if about else LEFT_OVER
             yield Item(path, path.name, kind, about.get("name", ""), _bytes(path), used)
-        elif (found := _TEMPORARY.fullmatch(path.name)) and holder(store.lock(found[1])) is None:
+        elif (found := _TEMPORARY.fullmatch(path.name)) and holder(store.lock_path(found[1])) is None:
             yield Item(path, found[1], LEFT_OVER, "", _bytes(path), ())
     for path in sorted((store.root / SCRATCH).glob("*")):
         wanted = users.get(path.name, {})

@@ -17,7 +17,7 @@ from rrhf_bench.errors import StoreError
 from rrhf_bench.jsonl import read_jsonl, read_objects, write_jsonl
 from rrhf_bench.pipeline.candidates import assemble
 from rrhf_bench.pipeline.costs import StageCost, needed_stages, row_costs, sampled_inputs, total
-from rrhf_bench.pipeline.locks import alone
+from rrhf_bench.pipeline.locks import exclusive_lock
 from rrhf_bench.pipeline.results import STAGE_PEAK, WARNINGS, Cost, Row, RunRecords, Timing
 from rrhf_bench.pipeline.stage_graph import PAIR_ROWS, Plan
 from rrhf_bench.pipeline.store import (
@@ -41,12 +41,12 @@ T = TypeVar("T")
 def open_run(plan: Plan, runs: Path, command: str) -> Path:
     """Write the run folder of a plan: config.toml (resolved), environment.json, run.json. Raises StoreError.
 
-    From then on nothing that the run may use is pruned from the store. To be called inside ``alone_with``.
+    From then on nothing that the run may use is pruned from the store. The caller holds ``run_lock``.
     """
     folder = runs / plan.experiment.name
     config = plan.experiment.to_toml()
     run = {**_run_json(plan, command), "config": hashlib.sha256(config.encode()).hexdigest()}
-    with on_disk(folder), Store(runs / "store").gate():
+    with on_disk(folder), Store(runs / "store").registration_lock():
         for left in folder.glob(".report.*"):  # by a process that was killed while it wrote the report
             shutil.rmtree(left, ignore_errors=True)
         write_atomically(folder / "config.toml", config)
@@ -55,14 +55,14 @@ def open_run(plan: Plan, runs: Path, command: str) -> Path:
     return folder
 
 
-def lock_of(folder: Path) -> Path:
-    """The lock of a run folder: see ``locks.holder``."""
+def run_lock_path(folder: Path) -> Path:
+    """Return the lock file of a run folder, for ``locks.holder``."""
     return folder / ".lock"
 
 
-def alone_with(folder: Path) -> AbstractContextManager[None]:
-    """The right to write a run folder. Raises Held, which says who has it, where that is another process."""
-    return alone(lock_of(folder), folder)
+def run_lock(folder: Path) -> AbstractContextManager[None]:
+    """Return the lock of the process that writes a run folder. It raises LockHeld if another process holds it."""
+    return exclusive_lock(run_lock_path(folder), folder)
 
 
 def read_run(folder: Path) -> dict[str, Any]:

@@ -138,7 +138,7 @@ def make(
         "settings": stage.settings,
         "inputs": {role: needed.key for role, needed in stage.inputs.items()},
     }
-    with store.alone(stage.key, stage.name, note):
+    with store.exclusive_lock(stage.key, stage.name, note):
         if store.intact(stage.key):
             return None
         inputs = {role: store.need(needed.key, needed.name) for role, needed in stage.inputs.items()}

@@ -25,7 +25,7 @@ from rrhf_bench.jsonl import from_json, read_jsonl, read_objects, to_json, write
 from rrhf_bench.pipeline import stage_helpers
 from rrhf_bench.pipeline.candidates import assemble, pair_candidates
 from rrhf_bench.pipeline.checkpoints import FileCheckpoints
-from rrhf_bench.pipeline.judging import judge
+from rrhf_bench.pipeline.judging import JOURNALS, judge_candidates
 from rrhf_bench.pipeline.results import WARNINGS
 from rrhf_bench.pipeline.services import ModelRef, context_of
 from rrhf_bench.pipeline.stage_context import Job
@@ -38,7 +38,7 @@ from rrhf_bench.rewards.sentiment import POSITIVE, train_classifier
 from rrhf_bench.sampling.backend import BackendName, choose_backend
 from rrhf_bench.sampling.sampler import Sampler, SamplingSpec
 from rrhf_bench.seeding import derive_seed
-from rrhf_bench.settings.experiment import ScratchSettings
+from rrhf_bench.settings.experiment import JudgeTable, ScratchSettings
 from rrhf_bench.settings.methods import READ, MethodSettings
 from rrhf_bench.settings.reward import RewardTrainingSettings
 from rrhf_bench.training.method import Progress, TrainContext, TrainInputs
@@ -314,6 +314,23 @@ def _gold_line(gold: Gold, row: Candidates) -> dict[str, Any]:
     return {"golds": gold.score(prompts, texts).tolist(), "features": gold.features(prompts, texts)}
 
 
+def judge(job: Job) -> None:
+    """Write the rated training candidates of a row, and their ratings on all four axes."""
+    s = job.settings
+    sampled = _sampled(job, "candidates ")
+    pairs = pair_candidates(job.pairs("train"))
+    groups = assemble(s["sources"], sampled, pairs)
+    if not groups:
+        raise DataError(f"none of {len(pairs)} prompts has a response from {', '.join(s['sources'])}; add a source")
+    # Not in the artifact: a stage that fails leaves none, and the verdicts must outlive it.
+    journals = job.out.parent / JOURNALS
+    result = judge_candidates(JudgeTable.model_validate(s["judge"]), groups, journals, job.progress)
+    write_jsonl(job.out / "candidates.jsonl", result.candidates)
+    rated = zip(result.candidates, result.ratings, strict=True)
+    write_jsonl(job.out / "ratings.jsonl", ({"prompt": group.prompt, "ratings": given} for group, given in rated))
+    job.write_json("counts.json", {**result.counts, "without_responses": len(pairs) - len(groups)})
+
+
 def score_pairs(job: Job) -> None:
     """Write the data set's own replies with their scores; held-out pairs also check the reward model's input."""
     ref, split = job.ref("reward model"), job.settings["split"]
@@ -414,13 +431,17 @@ def train_inputs(job: Job, settings: MethodSettings) -> TrainInputs:
         return TrainInputs(preferences=pairs)
     if "judged" in job.inputs:
         return TrainInputs(pairs, read_jsonl(job.inputs["judged"] / "candidates.jsonl", Candidates))
-    sampled = {
-        role.removeprefix("scores "): read_jsonl(folder / "candidates.jsonl", Candidates)
-        for role, folder in job.inputs.items()
-        if role.startswith("scores ")
-    }
     scored_pairs = read_jsonl(job.inputs["pair scores"] / "candidates.jsonl", Candidates)
-    return TrainInputs(pairs, assemble(settings.sources or (), sampled, scored_pairs))
+    return TrainInputs(pairs, assemble(settings.sources or (), _sampled(job, "scores "), scored_pairs))
+
+
+def _sampled(job: Job, role: str) -> dict[str, list[Candidates]]:
+    """Return by source the candidates of the inputs whose role is ``role`` and the name of a source."""
+    return {
+        name.removeprefix(role): read_jsonl(folder / "candidates.jsonl", Candidates)
+        for name, folder in job.inputs.items()
+        if name.startswith(role)
+    }
 
 
 class _Curve:

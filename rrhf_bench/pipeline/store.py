@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rrhf_bench.errors import BenchError, StoreError
-from rrhf_bench.pipeline.locks import Held, alone
+from rrhf_bench.pipeline.locks import LockHeld, exclusive_lock
 
 MANIFEST = "manifest.json"
 TIMING = "timing.json"  # wall-clock and memory of a stage: beside its content, never compared
@@ -104,27 +104,28 @@ class Store:
         about = self.about(key)
         if "files" not in about:
             content = json.dumps({**about, "files": _checksums(self.folder(key))}, indent=1, ensure_ascii=False)
-            with self.alone(key):
+            with self.exclusive_lock(key):
                 write_atomically(self.folder(key) / MANIFEST, content)
 
-    def lock(self, key: str) -> Path:
+    def lock_path(self, key: str) -> Path:
         return self.root / f".{key[:32]}.lock"
 
-    def alone(
+    def exclusive_lock(
         self, key: str, name: str = "", waiting: Callable[[str], None] | None = None, patience: float = 1.0
     ) -> AbstractContextManager[None]:
-        """The right to make this artifact, which one process has at a time: see ``locks.alone``."""
-        return alone(self.lock(key), name or self.folder(key), waiting, patience)
+        """Return the lock that a process holds while it makes this artifact: see ``locks.exclusive_lock``."""
+        return exclusive_lock(self.lock_path(key), name or self.folder(key), waiting, patience)
 
-    def gate(self) -> AbstractContextManager[None]:
-        """Held for a moment by a run that says what it will use, and by whoever removes what nobody uses."""
-        return alone(self.root / ".gate.lock", self.root, lambda _: None)
+    def registration_lock(self) -> AbstractContextManager[None]:
+        """Return the lock that serialises the registration of runs and pruning."""
+        return exclusive_lock(self.root / ".gate.lock", self.root, lambda _: None)
 
     @contextmanager
     def writing(self, key: str, about: Mapping[str, Any]) -> Iterator[Path]:
-        """A temporary folder that becomes the artifact when the block ends well, and vanishes when it does not.
+        """Yield a temporary folder that becomes the artifact if the block ends without an error; else it is removed.
 
-        Where others may make the same artifact or sweep the store, inside ``alone``. Its scratch folder goes with it.
+        The caller holds ``exclusive_lock`` if other processes may make the same artifact or sweep the store. The
+        scratch folder of an artifact is removed when the artifact is complete.
         """
         try:
             self.root.mkdir(parents=True, exist_ok=True)
@@ -183,7 +184,7 @@ class Store:
         leftovers = [(m[1], path) for path in self.root.iterdir() if (m := _LEFTOVER.fullmatch(path.name))]
         finished = [path for path in (self.root / SCRATCH).glob("*") if self._complete(path.name)]
         for key, path in [*leftovers, *((path.name, path) for path in finished)]:
-            with suppress(Held), self.alone(key, patience=0.0):
+            with suppress(LockHeld), self.exclusive_lock(key, patience=0.0):
                 shutil.rmtree(path, ignore_errors=True)
 
     def _complete(self, name: str) -> bool:
