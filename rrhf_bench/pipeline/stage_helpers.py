@@ -20,7 +20,7 @@ from rrhf_bench.policy.logprobs import sequence_score
 from rrhf_bench.policy.policy import Policy, TransformersPolicy
 from rrhf_bench.records import Candidates, Decoding, Evaluated, PairScored, Preference, Prompt, Response
 from rrhf_bench.rewards.gold import Gold
-from rrhf_bench.rewards.reward import RewardModel, require_finite, require_finite_of_row
+from rrhf_bench.rewards.reward import RewardModel, require_finite
 from rrhf_bench.sampling.sampler import Sampler, SamplingSpec
 from rrhf_bench.seeding import derive_seed
 from rrhf_bench.settings.methods import MethodSettings, OfflineSettings, OptimiserSettings
@@ -97,7 +97,7 @@ class Judges:
         Raises Diverged, with ``place`` in its message, if a reward is not finite.
         """
         prompts, texts = [prompt for prompt, _ in rows], [response.text for _, response in rows]
-        rewards = require_finite_of_row(self.reward.score(prompts, texts), prompts, texts, place)
+        rewards = require_finite(self.reward.score(prompts, texts), prompts, place, texts)
         verdicts: list[dict[str, Any]] = [{"reward": x} for x in rewards.tolist()]
         if self.gold is not None:
             golds, features = self.gold.score(prompts, texts).tolist(), self.gold.features(prompts, texts)

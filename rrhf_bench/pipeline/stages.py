@@ -33,7 +33,7 @@ from rrhf_bench.policy.policy import Policy, TransformersPolicy
 from rrhf_bench.records import Candidates, CurvePoint, Decoding, Preference, Prompt, Response
 from rrhf_bench.rewards.bradley_terry import train_reward_model
 from rrhf_bench.rewards.gold import Gold, ReviewsGold
-from rrhf_bench.rewards.reward import require_finite_of_row
+from rrhf_bench.rewards.reward import require_finite
 from rrhf_bench.rewards.sentiment import POSITIVE, train_classifier
 from rrhf_bench.sampling.backend import BackendName, choose_backend
 from rrhf_bench.sampling.sampler import Sampler, SamplingSpec
@@ -486,7 +486,7 @@ class _Curve:
         for decoding, spec in decodings(job.settings["evaluation"], job.settings["seed"], "curve").items():
             texts = [row.responses[0].text for row in sampler.sample(prompts, spec)]
             place = f"step {progress.step}, {decoding} replies to the dev prompts"
-            rewards = require_finite_of_row(reward.score(prompts, texts), prompts, texts, place)
+            rewards = require_finite(reward.score(prompts, texts), prompts, place, texts)
             self.points.append(
                 CurvePoint(
                     method=job.row or "",
