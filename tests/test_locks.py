@@ -24,7 +24,7 @@ from rrhf_bench.pipeline.locks import Holder, LockHeld, exclusive_lock, holder
 from rrhf_bench.pipeline.run_folder import run_lock
 from rrhf_bench.pipeline.stage_graph import Stage
 from rrhf_bench.pipeline.stages import BODIES
-from rrhf_bench.pipeline.store import Store
+from rrhf_bench.pipeline.store import Store, with_checksum
 from rrhf_bench.settings.experiment import RuntimeSettings
 
 ROOT = Path(__file__).parents[1]
@@ -189,7 +189,7 @@ def test_the_second_process_on_one_run_stops(tmp_path: Path, start: Start, main:
 
 def test_a_report_is_not_written_beside_a_run_and_ls_says_who_is_at_work(tmp_path: Path, main: Any) -> None:
     (tmp_path / "smoke").mkdir()
-    (tmp_path / "smoke" / "run.json").write_text('{"stages": {}}')
+    (tmp_path / "smoke" / "run.json").write_text(json.dumps(with_checksum({"stages": {}})))
     with run_lock(tmp_path / "smoke"):
         code, _, err = main("report", tmp_path / "smoke")
         assert code == 2
