@@ -18,9 +18,9 @@ from conftest import make_llama, make_tokenizer
 from rrhf_bench.errors import DataError, StageError
 from rrhf_bench.records import Preference, Prompt
 from rrhf_bench.rewards.bradley_terry import bradley_terry_loss, train_reward_model
-from rrhf_bench.rewards.gold import GoldReward, ReviewsGold
+from rrhf_bench.rewards.gold import Gold, ReviewsGold
 from rrhf_bench.rewards.hub import ClassifierReward
-from rrhf_bench.rewards.input_contract import CONTRACT_FILE, KNOWN_LAYOUTS, RewardContract, by_length
+from rrhf_bench.rewards.input_contract import CONTRACT_FILE, KNOWN_LAYOUTS, RewardContract, length_batches
 from rrhf_bench.rewards.reward import require_finite
 from rrhf_bench.rewards.sentiment import classification_loss, train_classifier
 from rrhf_bench.rewards.train_head import batch_order
@@ -449,13 +449,13 @@ def test_contract_file(tmp_path: Path) -> None:
 
 def test_by_length_covers_every_row_once() -> None:
     rows = [[1] * n for n in (3, 1, 2, 5, 2)]
-    batches = by_length(rows, 2)
+    batches = length_batches(rows, 2)
     assert [len(batch) for batch in batches] == [2, 2, 1]
     assert sorted(i for batch in batches for i in batch) == list(range(5))
     assert [len(rows[i]) for batch in batches for i in batch] == [5, 3, 2, 2, 1]
     ties = [[3, 1], [1, 2], [2, 2]]  # which rows share a batch does not depend on the order they come in
-    first = [{tuple(ties[i]) for i in batch} for batch in by_length(ties, 2)]
-    assert [{tuple(ties[::-1][i]) for i in batch} for batch in by_length(ties[::-1], 2)] == first
+    first = [{tuple(ties[i]) for i in batch} for batch in length_batches(ties, 2)]
+    assert [{tuple(ties[::-1][i]) for i in batch} for batch in length_batches(ties[::-1], 2)] == first
 
 
 # The layout of Dahoas/gptj-rm-static
@@ -774,7 +774,7 @@ def test_gold_reward_is_the_judge_of_the_world() -> None:
 
     prompt = Prompt("\n\nHuman: How do I bake bread?\n\nAssistant:")
     replies = [" Mix flour with water and yeast.", " Blah blah."]
-    gold = GoldReward()
+    gold = Gold()
     try:
         expected = [judge(prompt.text, reply) for reply in replies]
     except DataError:
@@ -797,4 +797,4 @@ def test_gold_of_reviews_is_their_judge() -> None:
     assert gold.features([prompt] * 4, replies) == [toy.features(prompt.text, reply) for reply in replies]
     with pytest.raises(DataError, match="not of the embedded reviews"):
         gold.score([PROMPTS[0]], replies[:1])
-    assert gold.identity != GoldReward.identity
+    assert gold.identity != Gold.identity

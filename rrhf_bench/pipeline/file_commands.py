@@ -24,7 +24,7 @@ from rrhf_bench.pipeline.store import replacing
 from rrhf_bench.policy.policy import TransformersPolicy
 from rrhf_bench.policy.tokenization import Tokenization
 from rrhf_bench.records import Candidates, Decoding, Evaluated, Preference, Prompt
-from rrhf_bench.rewards.gold import GoldReward
+from rrhf_bench.rewards.gold import Gold
 from rrhf_bench.sampling.backend import BackendName
 from rrhf_bench.sampling.sampler import SamplingSpec
 from rrhf_bench.settings.experiment import Dtype, RuntimeSettings
@@ -167,7 +167,7 @@ class PlainSteps:
             judge = self._reward(services, reward)
             judges = stage_helpers.Judges(
                 judge,
-                GoldReward() if gold else None,
+                Gold() if gold else None,
                 services.fixed_policy(perplexity) if perplexity is not None else None,
                 self.runtime.score_batch,
             )

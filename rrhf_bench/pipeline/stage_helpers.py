@@ -184,7 +184,7 @@ def score_pairs_by_likelihood(
     def mean_logprob(batch: ResponseBatch) -> Tensor:
         return sequence_score(policy.token_logprobs(batch), batch.mask_BT.to(policy.device))
 
-    p = by_length(mean_logprob, _ids_within_context(policy, rows), batch)
+    p = compute_by_length(mean_logprob, _ids_within_context(policy, rows), batch)
     return [PairScored(row, seed, pair.prompt, p[2 * i], p[2 * i + 1]) for i, pair in enumerate(pairs)]
 
 
@@ -196,7 +196,7 @@ def reply_nll(policy: TransformersPolicy, rows: Sequence[Row], batch: int) -> li
     def nll(batch: ResponseBatch) -> Tensor:
         return -policy.token_logprobs(batch).sum(-1)
 
-    said = iter(by_length(nll, [(prompt, reply) for prompt, reply in pairs if reply], batch))
+    said = iter(compute_by_length(nll, [(prompt, reply) for prompt, reply in pairs if reply], batch))
     return [(next(said), len(reply)) if reply else (0.0, 0) for _, reply in pairs]
 
 
@@ -211,7 +211,7 @@ def log_ratios(policy: Policy, initial: Policy, rows: Sequence[Row], temperature
     def log_ratio(batch: ResponseBatch) -> Tensor:
         return (policy.token_logprobs(batch) - initial.token_logprobs(batch)).sum(-1)
 
-    return by_length(log_ratio, pairs, batch, temperature)
+    return compute_by_length(log_ratio, pairs, batch, temperature)
 
 
 Ids = tuple[int, ...]
@@ -232,7 +232,7 @@ def _ids_within_context(policy: TransformersPolicy, rows: Sequence[Row]) -> list
 
 
 @torch.no_grad()
-def by_length(
+def compute_by_length(
     value: Callable[[ResponseBatch], Tensor], pairs: Sequence[tuple[Ids, Ids]], batch: int, temperature: float = 1.0
 ) -> list[float]:
     """A number for each (prompt ids, response ids), computed in batches of like length, returned in order."""

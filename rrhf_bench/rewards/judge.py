@@ -30,7 +30,6 @@ from rrhf_bench.records import Candidates, Response
 from rrhf_bench.seeding import generator
 from rrhf_bench.settings.judge import JudgeSettings
 
-JOURNAL = "scores.jsonl"
 LOWEST, HIGHEST = 1, 5
 VERSION = 1  # grows with every change of what the judge is shown
 
