@@ -22,7 +22,7 @@ from rrhf_bench.jsonl import from_json
 from rrhf_bench.policy.loading import architecture_of, require_savable
 from rrhf_bench.policy.policy import Computation, TransformersPolicy
 from rrhf_bench.records import Preference, Prompt
-from rrhf_bench.rewards.checks import Check, on_pairs
+from rrhf_bench.rewards.checks import Check, check_pairs
 from rrhf_bench.rewards.reward import RewardModel
 from rrhf_bench.sampling.backend import BackendName
 from rrhf_bench.sampling.cached import cache_bytes
@@ -189,7 +189,7 @@ class Services:
         """What was found of a reward model when it was loaded, and what held-out pairs show of it."""
         model = self.reward(ref)
         fed: Any = model.reward
-        return (*model.checks, *on_pairs(fed, pairs))
+        return (*model.checks, *check_pairs(fed, pairs))
 
     def sampler(
         self,

@@ -31,10 +31,10 @@ from rrhf_bench.pipeline.services import ModelRef, context_of
 from rrhf_bench.pipeline.stage_context import Job
 from rrhf_bench.policy.policy import Policy, TransformersPolicy
 from rrhf_bench.records import Candidates, CurvePoint, Decoding, Preference, Prompt, Response
-from rrhf_bench.rewards.bradley_terry import train_reward_model
 from rrhf_bench.rewards.gold import Gold, ReviewsGold
+from rrhf_bench.rewards.pair_losses import OBJECTIVES
 from rrhf_bench.rewards.reward import require_finite
-from rrhf_bench.rewards.sentiment import POSITIVE, train_classifier
+from rrhf_bench.rewards.train_head import train_head
 from rrhf_bench.sampling.backend import BackendName, choose_backend
 from rrhf_bench.sampling.sampler import Sampler, SamplingSpec
 from rrhf_bench.seeding import derive_seed
@@ -157,8 +157,7 @@ def reward_model(job: Job) -> None:
         job.progress(len(log), steps_in_all)
 
     job.services.make_room()
-    classifies = settings.objective == "classification"
-    result = (train_classifier if classifies else train_reward_model)(
+    result = train_head(
         policy.source,
         pairs,
         settings,
@@ -173,7 +172,8 @@ def reward_model(job: Job) -> None:
     )
     write_jsonl(job.out / "metrics.jsonl", log)
     job.write_json("counts.json", {"pairs": len(pairs), **result.counts})
-    label = POSITIVE if classifies else None
+    labels = OBJECTIVES[settings.objective].labels
+    label = None if labels is None else labels[1]
     ModelRef("model", template=policy.template, label=label, trust_remote_code=policy.trust_remote_code).write(job.out)
 
 
