@@ -18,7 +18,7 @@ from scipy.stats import rankdata
 from baselines.best_of_n_settings import BestOfNSettings
 from rrhf_bench.errors import DataError
 from rrhf_bench.records import Candidates, Prompt
-from rrhf_bench.rewards.reward import RewardModel, require_finite_of_row
+from rrhf_bench.rewards.reward import RewardModel, require_finite
 
 if TYPE_CHECKING:  # the estimator above all serves the report, which loads no torch
     from rrhf_bench.policy.policy import Policy
@@ -106,7 +106,7 @@ class _BestOfNSampler:
         drawn = self._sampler.sample(prompts, replace(spec, n=spec.n * self._n))
         pairs = [(row.prompt, response) for row in drawn for response in row.responses]
         asked, texts = [prompt for prompt, _ in pairs], [response.text for _, response in pairs]
-        scores = require_finite_of_row(self._reward.score(asked, texts), asked, texts, "best_of_n")
+        scores = require_finite(self._reward.score(asked, texts), asked, "best_of_n", texts)
         best = scores.reshape(len(drawn), spec.n, self._n).argmax(-1)
         return [
             replace(row, responses=tuple(row.responses[i * self._n + b] for i, b in enumerate(best_of_row)))

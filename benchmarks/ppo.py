@@ -30,9 +30,9 @@ from rrhf_bench.data.toy.world import build_world
 from rrhf_bench.errors import ConfigError
 from rrhf_bench.policy.policy import TransformersPolicy
 from rrhf_bench.records import STOP_STRINGS, Candidates
-from rrhf_bench.rewards.bradley_terry import train_reward_model
 from rrhf_bench.rewards.hub import ClassifierReward
 from rrhf_bench.rewards.reward import RewardModel
+from rrhf_bench.rewards.train_head import train_head
 from rrhf_bench.sampling.backend import choose_backend
 from rrhf_bench.sampling.vllm import VLLMSampler
 from rrhf_bench.settings.reward import RewardTrainingSettings
@@ -68,7 +68,7 @@ class Layout:
 def small_reward(folder: Path, where: Path, device: str) -> RewardModel:
     """A reward model on the body of a policy, from some of the embedded world's pairs."""
     world = build_world(seed=0, raw_corpus=1, corpus=1, perplexity_corpus=1, preferences=PAIRS, dev=1, test=1)
-    train_reward_model(folder, world.preferences, RewardTrainingSettings(epochs=1), where, seed=0, device=device)
+    train_head(folder, world.preferences, RewardTrainingSettings(epochs=1), where, seed=0, device=device)
     return ClassifierReward.load(str(where), device=device)
 
 

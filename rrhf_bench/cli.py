@@ -135,12 +135,12 @@ def run(file: ExperimentFile, override: Overrides = None, runs: Runs = Path("run
     experiment = load_experiment(file, override or [])
     plan = make_plan(experiment)
     console = _errors() if as_json else _out()
-    from rrhf_bench.pipeline.run_folder import alone_with, load_run, open_run, write_metrics
+    from rrhf_bench.pipeline.run_folder import load_run, open_run, run_lock, write_metrics
     from rrhf_bench.pipeline.scheduler import run_plan
 
     started = time.monotonic()
     command = shlex.join(["rrhf-bench", "run", str(file), *(w for o in override or [] for w in ("--set", o))])
-    with alone_with(runs / experiment.name):
+    with run_lock(runs / experiment.name):
         folder = open_run(plan, runs, command)
         store = Store(runs / "store")
         if plan.backend.note:
@@ -242,10 +242,10 @@ def report(
     as_json: Json = False,
 ) -> None:
     """Write a run's report again from its records; no model is loaded."""
-    from rrhf_bench.pipeline.run_folder import alone_with, load_run, read_run
+    from rrhf_bench.pipeline.run_folder import load_run, read_run, run_lock
 
     read_run(folder)  # before anything is written where no run is
-    with alone_with(folder):
+    with run_lock(folder):
         page = _write_report(load_run(folder), folder)
     published = None
     if publish:
@@ -298,7 +298,7 @@ def compare(
 def ls(runs: Runs = Path("runs"), as_json: Json = False) -> None:
     """List the runs: how much of each is complete, what is half trained, which process is at work."""
     from rrhf_bench.pipeline.locks import holder
-    from rrhf_bench.pipeline.run_folder import lock_of, read_run
+    from rrhf_bench.pipeline.run_folder import read_run, run_lock_path
 
     store = Store(runs / "store")
     found: list[dict[str, Any]] = []
@@ -308,7 +308,7 @@ def ls(runs: Runs = Path("runs"), as_json: Json = False) -> None:
         page = folder / "report" / "report.md"
         complete = [key for key in stages if store.has(key)]
         begun = (key for key in stages if key not in complete and store.scratch(key).is_dir())
-        who = holder(lock_of(folder))
+        who = holder(run_lock_path(folder))
         found.append(
             {
                 "run": folder.name,

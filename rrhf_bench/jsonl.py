@@ -1,4 +1,4 @@
-"""Records to and from JSON lines: one object a line, keys in field order, absent instead of null, floats exact."""
+"""Records as JSON lines: one object a line, keys in field order, absent instead of null, exact floats."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 
 def to_json(record: Any) -> Any:
-    """The JSON value of a record: dataclasses become objects without their None fields, a Prompt becomes its text."""
+    """Return a record as a JSON value: dataclasses become objects without their None fields, a Prompt its text."""
     if isinstance(record, Prompt):
         return record.text
     if is_dataclass(record):
@@ -83,9 +83,9 @@ def parse_line(line: bytes, where: str) -> dict[str, Any]:
     a line that is no object in UTF-8, and for an object that could be read in two ways or could not be written again:
     a key that is there twice, half of a surrogate pair, a number of endless digits.
     """
-    with _explained(where, "one JSON object a line"):
+    with _parse_faults(where, "one JSON object a line"):
         text = line.decode()
-        return _object(json.loads(text, object_pairs_hook=_distinct), text, where, "one JSON object a line")
+        return _object(json.loads(text, object_pairs_hook=unique_object), text, where, "one JSON object a line")
 
 
 _SPACE = re.compile(r"[ \t\r\n]*")
@@ -94,9 +94,9 @@ _SPACE = re.compile(r"[ \t\r\n]*")
 def _array(content: bytes, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield (number of the line on which it begins, object) of each object of a JSON array."""
     expected = "a JSON array of objects"
-    with _explained(str(path), expected, unit="file"):
+    with _parse_faults(str(path), expected, unit="file"):
         text = content.decode("utf-8-sig")
-    decoder = json.JSONDecoder(object_pairs_hook=_distinct)
+    decoder = json.JSONDecoder(object_pairs_hook=unique_object)
     line, counted = 1, 0
     position = text.index("[")
     ended = _next(text, position + 1)[0] == "]"
@@ -104,7 +104,7 @@ def _array(content: bytes, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         _, position = _next(text, position + 1)
         line, counted = line + text.count("\n", counted, position), position
         where = f"{path}:{line}"
-        with _explained(where, expected):
+        with _parse_faults(where, expected):
             value, end = decoder.raw_decode(text, position)
             value = _object(value, text[position:end], where, expected)
         yield line, value
@@ -129,12 +129,12 @@ def _object(value: Any, text: str, where: str, expected: str) -> dict[str, Any]:
     if "\\u" in text:  # the only way to half of a pair
         json.dumps(value, ensure_ascii=False).encode()
     if not isinstance(value, dict):
-        raise DataError(f"{where}: found {shown(value)}; expected {expected}")
+        raise DataError(f"{where}: found {excerpt(value)}; expected {expected}")
     return value
 
 
 @contextmanager
-def _explained(where: str, expected: str, unit: str = "line") -> Iterator[None]:
+def _parse_faults(where: str, expected: str, unit: str = "line") -> Iterator[None]:
     """Turn the errors of decoding and parsing into a DataError."""
     try:
         yield
@@ -150,33 +150,34 @@ def _explained(where: str, expected: str, unit: str = "line") -> Iterator[None]:
         raise DataError(f"{where}: is not JSON ({error.msg}); expected {expected}") from error
     except RecursionError as error:
         raise DataError(f"{where}: is not JSON (nested too deeply); expected {expected}") from error
-    except ValueError as error:  # the key of _distinct, or a number that Python will not read
-        reason = error.args[0] if isinstance(error, _Twice) else "a whole number of too many digits"
+    except ValueError as error:  # the key of unique_object, or a number that Python will not read
+        reason = error.args[0] if isinstance(error, _DuplicateKey) else "a whole number of too many digits"
         raise DataError(f"{where}: is not JSON ({reason}); expected {expected}") from error
 
 
-class _Twice(ValueError):
-    """A key that an object has twice."""
+class _DuplicateKey(ValueError):
+    pass
 
 
-def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return the object of a JSON parser's pairs (``object_pairs_hook``). Raises ValueError for a duplicate key."""
     value = dict(pairs)
     if len(value) < len(pairs):
         names = [name for name, _ in pairs]
-        raise _Twice(f"the key {next(name for name in names if names.count(name) > 1)!r} is there twice")
+        raise _DuplicateKey(f"the key {next(name for name in names if names.count(name) > 1)!r} is there twice")
     return value
 
 
-def shown(value: Any) -> str:
-    """How a JSON value begins, for a message."""
+def excerpt(value: Any) -> str:
+    """Return the beginning of a JSON value, for a message."""
     try:
         return json.dumps(value)[:60]
     except (TypeError, ValueError, RecursionError):
         return f"a {type(value).__name__}"
 
 
-def finite(value: Any) -> float | None:
-    """A JSON number as a float; None for what is no number, not finite or beyond a float."""
+def finite_number(value: Any) -> float | None:
+    """Return a JSON number as a float, or None if the value is no number, not finite or beyond a float."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     try:
@@ -186,7 +187,7 @@ def finite(value: Any) -> float | None:
 
 
 def read_jsonl(path: Path, kind: type[T]) -> list[T]:
-    """All records of one kind. Raises DataError naming file, line and field on anything of the wrong shape."""
+    """Return all records of one kind. Raises DataError with file, line and field for a value of the wrong shape."""
     return [from_json(kind, value, f"{path}:{number}") for number, value in read_objects(path)]
 
 
@@ -196,7 +197,7 @@ def _hints(kind: type) -> dict[str, Any]:
 
 
 def from_json(kind: Any, value: Any, where: str) -> Any:
-    """`value` from JSON as `kind`; the inverse of to_json for the types the records use."""
+    """Return a JSON value as ``kind``, the inverse of ``to_json`` for the types that records use."""
     origin = get_origin(kind)
     if origin in (Union, types.UnionType):
         if value is None and type(None) in get_args(kind):
@@ -219,14 +220,14 @@ def from_json(kind: Any, value: Any, where: str) -> Any:
         if isinstance(value, dict):
             return _record(kind, value, where)
     elif kind is float:
-        if (number := finite(value)) is not None:
+        if (number := finite_number(value)) is not None:
             return number
     elif kind is int:
         if type(value) is int and -(2**63) <= value < 2**63:
             return value
     elif isinstance(value, kind):
         return value
-    raise DataError(f"{where}: found {shown(value)}; expected {_words(kind)}")
+    raise DataError(f"{where}: found {excerpt(value)}; expected {_expectation(kind)}")
 
 
 def _record(kind: Any, value: dict[str, Any], where: str) -> Any:
@@ -236,11 +237,11 @@ def _record(kind: Any, value: dict[str, Any], where: str) -> Any:
         raise DataError(f"{where}: unknown field {unknown[0]!r}; allowed are {', '.join(known)}")
     for name, f in known.items():
         if name not in value and f.default is MISSING and f.default_factory is MISSING:
-            raise DataError(f"{where}: the field {name!r} is missing; expected {_words(_hints(kind)[name])}")
+            raise DataError(f"{where}: the field {name!r} is missing; expected {_expectation(_hints(kind)[name])}")
     return kind(**{name: from_json(_hints(kind)[name], item, f"{where}: {name}") for name, item in value.items()})
 
 
-def _words(kind: Any) -> str:
+def _expectation(kind: Any) -> str:
     if get_origin(kind) is Literal:
         return "one of " + ", ".join(map(repr, get_args(kind)))
     plain = {float: "a finite number", int: "a whole number", str: "text", bool: "true or false", Prompt: "text"}

@@ -84,7 +84,7 @@ def test_no_file_imports_from_a_room_below(module):
     ("module", "line"),
     [
         ("rrhf_bench.policy.logprobs", "from rrhf_bench.training.rrhf import rrhf_loss"),
-        ("rrhf_bench.data.sources", "def late():\n    import rrhf_bench.pipeline.store"),
+        ("rrhf_bench.data.rows", "def late():\n    import rrhf_bench.pipeline.store"),
         ("baselines.sft", "from rrhf_bench import report"),
         ("baselines.sft_settings", "from rrhf_bench.data.dialogue import Template"),
     ],

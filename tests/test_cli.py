@@ -24,7 +24,7 @@ import torch
 from conftest import make_llama, make_tokenizer
 
 from rrhf_bench import cli as program
-from rrhf_bench.data.sources import load_candidates
+from rrhf_bench.data.rrhf_files import load_candidates
 from rrhf_bench.errors import BenchError
 from rrhf_bench.pipeline.scheduler import run_plan
 from rrhf_bench.pipeline.services import ModelRef

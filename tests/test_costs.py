@@ -17,7 +17,7 @@ from rrhf_bench.pipeline.costs import StageCost
 from rrhf_bench.pipeline.results import STAGE_PEAK, Cost, Row
 from rrhf_bench.pipeline.stage_context import Job
 from rrhf_bench.pipeline.stage_graph import Plan, Stage, make_plan
-from rrhf_bench.pipeline.store import TIMING, Store, sealed
+from rrhf_bench.pipeline.store import TIMING, Store, with_checksum
 from rrhf_bench.records import Candidates, Prompt, Response
 from rrhf_bench.settings.experiment import RuntimeSettings
 from rrhf_bench.settings.reading import load_experiment
@@ -151,7 +151,7 @@ def _write(stage: Stage, artifact: Path) -> None:
     if stage.kind in ("sample", "score", "judge"):
         reply = Response(" x", "model", token_ids=(1,) * TOKENS)
         write_jsonl(artifact / "candidates.jsonl", [Candidates(Prompt("\n\nHuman: Hi\n\nAssistant:"), (reply,))])
-    (artifact / TIMING).write_text(json.dumps(sealed(timing)))
+    (artifact / TIMING).write_text(json.dumps(with_checksum(timing)))
 
 
 def _trained(plan: Plan) -> dict[Row, str]:

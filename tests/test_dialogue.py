@@ -19,7 +19,6 @@ from rrhf_bench.data.dialogue import (
     prompt_of,
     prompt_of_messages,
     repaired,
-    split_transcript,
     transcript_of,
     turns,
     turns_of_messages,
@@ -53,18 +52,6 @@ def tokenizer() -> PreTrainedTokenizerFast:
 @given(DIALOGUES)
 def test_turns_and_transcript_are_inverse(dialogue: list[Turn]) -> None:
     assert turns(transcript_of(dialogue)) == tuple(dialogue)
-
-
-@given(DIALOGUES)
-def test_a_transcript_is_its_prompt_and_its_last_reply(dialogue: list[Turn]) -> None:
-    transcript = transcript_of(dialogue)
-    if dialogue[-1].role == "user":
-        with pytest.raises(DataError, match="here: ends with a Human turn"):
-            split_transcript(transcript, "here")
-    else:
-        prompt, reply = split_transcript(transcript)
-        assert prompt.text + reply == transcript
-        assert reply == dialogue[-1].text
 
 
 def test_turns_of_a_hand_written_transcript() -> None:

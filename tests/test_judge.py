@@ -17,12 +17,10 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from rrhf_bench.data.toy.gold import gold_reward
 from rrhf_bench.data.toy.world import build_world
 from rrhf_bench.errors import BenchError, ConfigError, DataError, StageError
 from rrhf_bench.records import Candidates, Prompt, Response
 from rrhf_bench.rewards.judge import (
-    JOURNAL,
     EndpointJudge,
     Ratings,
     Unreadable,
@@ -36,6 +34,8 @@ from rrhf_bench.rewards.judge import (
 from rrhf_bench.rewards.toy_judge import ToyJudge
 from rrhf_bench.settings.judge import JudgeSettings
 from tests.judge_endpoints import AXES, Faulty, Reply, answer, endpoints, rate_by_length, texts_of, vllm_endpoint
+
+JOURNAL = "journal.jsonl"
 
 
 def group(name: str, *texts: str) -> Candidates:
@@ -402,7 +402,7 @@ def test_the_toy_judge_agrees_with_the_gold_reward_as_another_judge_would():
     ]
     result = ToyJudge().judge(groups)
     given = [rating for rated in result.ratings for rating in rated]
-    gold = [gold_reward(c.prompt.text, r.text) for c in groups for r in c.responses]
+    gold = [world.judge(c.prompt.text, r.text)[0] for c in groups for r in c.responses]
     assert all(1 <= rating <= 5 for ratings in given for rating in astuple(ratings))
     assert all(len({getattr(ratings, axis) for ratings in given}) == 5 for axis in ("correctness", "coherence"))
     assert 0.6 < np.corrcoef([ratings.reward for ratings in given], gold)[0, 1] < 0.99

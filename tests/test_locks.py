@@ -20,11 +20,11 @@ import pytest
 from rrhf_bench import cli
 from rrhf_bench.errors import StageError, StoreError
 from rrhf_bench.pipeline import scheduler
-from rrhf_bench.pipeline.locks import Held, Holder, alone, holder
-from rrhf_bench.pipeline.run_folder import alone_with
+from rrhf_bench.pipeline.locks import Holder, LockHeld, exclusive_lock, holder
+from rrhf_bench.pipeline.run_folder import run_lock
 from rrhf_bench.pipeline.stage_graph import Stage
 from rrhf_bench.pipeline.stages import BODIES
-from rrhf_bench.pipeline.store import Store
+from rrhf_bench.pipeline.store import Store, with_checksum
 from rrhf_bench.settings.experiment import RuntimeSettings
 
 ROOT = Path(__file__).parents[1]
@@ -33,8 +33,8 @@ SMOKE = ROOT / "experiments" / "smoke.toml"
 HOLD = """
 import sys, time
 from pathlib import Path
-from rrhf_bench.pipeline.locks import alone
-with alone(Path(sys.argv[1]), "it"):
+from rrhf_bench.pipeline.locks import exclusive_lock
+with exclusive_lock(Path(sys.argv[1]), "it"):
     print("held", flush=True)
     time.sleep(float(sys.argv[2]))
 """
@@ -72,7 +72,7 @@ def lock(tmp_path: Path) -> Path:
 
 def test_a_lock_is_a_file_for_as_long_as_it_is_held(lock: Path) -> None:
     assert holder(lock) is None
-    with alone(lock, "it"):
+    with exclusive_lock(lock, "it"):
         found = holder(lock)
         assert isinstance(found, Holder)
         assert found.pid == os.getpid()
@@ -83,7 +83,7 @@ def test_a_lock_is_a_file_for_as_long_as_it_is_held(lock: Path) -> None:
 
 def test_the_second_is_told_who_and_since_when(lock: Path, start: Start) -> None:
     process = start(HOLD, lock, 60)
-    with pytest.raises(Held) as caught, alone(lock, "runs/smoke", patience=0.2):
+    with pytest.raises(LockHeld) as caught, exclusive_lock(lock, "runs/smoke", patience=0.2):
         pytest.fail("the block must not start")
     who = json.loads(lock.read_text())
     assert who["pid"] == process.pid
@@ -101,7 +101,7 @@ def test_a_lock_ends_with_its_process_and_its_file_means_nothing(lock: Path, sta
     process.wait()
     assert lock.is_file()
     assert holder(lock) is None
-    with alone(lock, "it", patience=0.0):
+    with exclusive_lock(lock, "it", patience=0.0):
         found = holder(lock)
         assert isinstance(found, Holder)
         assert found.pid == os.getpid()
@@ -112,7 +112,7 @@ def test_who_waits_says_for_whom_and_goes_on_when_that_has_ended(lock: Path, sta
     process = start(HOLD, lock, 1.0)
     told: list[str] = []
     began = time.monotonic()
-    with alone(lock, "policy", told.append, patience=0.2):
+    with exclusive_lock(lock, "policy", told.append, patience=0.2):
         assert time.monotonic() - began > 0.5
     (words,) = told
     assert words.startswith(f"policy: waits for process {process.pid} on ")
@@ -129,7 +129,7 @@ def test_a_look_at_a_lock_keeps_nobody_out(lock: Path) -> None:
     thread.start()
     try:
         for _ in range(200):
-            with alone(lock, "it"):
+            with exclusive_lock(lock, "it"):
                 pass
     finally:
         looking = False
@@ -139,11 +139,11 @@ def test_a_look_at_a_lock_keeps_nobody_out(lock: Path) -> None:
 COUNT = """
 import sys
 from pathlib import Path
-from rrhf_bench.pipeline.locks import alone
+from rrhf_bench.pipeline.locks import exclusive_lock
 lock, counter = map(Path, sys.argv[1:])
 print(flush=True)
 for _ in range(50):
-    with alone(lock, "it", lambda words: None):
+    with exclusive_lock(lock, "it", lambda words: None):
         counter.write_text(str(int(counter.read_text()) + 1))
 """
 
@@ -159,7 +159,7 @@ def test_never_two_at_a_time_though_the_file_comes_and_goes(lock: Path, tmp_path
 def test_a_lock_where_nothing_can_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     expected = r"file: cannot be written \(.*\); choose another --runs DIR"
-    with pytest.raises(StoreError, match=expected), alone(tmp_path / "file" / ".lock", "it"):
+    with pytest.raises(StoreError, match=expected), exclusive_lock(tmp_path / "file" / ".lock", "it"):
         pytest.fail("the block must not start")
 
 
@@ -189,8 +189,8 @@ def test_the_second_process_on_one_run_stops(tmp_path: Path, start: Start, main:
 
 def test_a_report_is_not_written_beside_a_run_and_ls_says_who_is_at_work(tmp_path: Path, main: Any) -> None:
     (tmp_path / "smoke").mkdir()
-    (tmp_path / "smoke" / "run.json").write_text('{"stages": {}}')
-    with alone_with(tmp_path / "smoke"):
+    (tmp_path / "smoke" / "run.json").write_text(json.dumps(with_checksum({"stages": {}})))
+    with run_lock(tmp_path / "smoke"):
         code, _, err = main("report", tmp_path / "smoke")
         assert code == 2
         assert f"is held by process {os.getpid()} on " in err

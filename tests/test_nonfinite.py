@@ -29,9 +29,10 @@ from rrhf_bench.data.dialogue import Template
 from rrhf_bench.errors import DataError, Diverged
 from rrhf_bench.pipeline import stage_helpers
 from rrhf_bench.pipeline.run_folder import load_run
+from rrhf_bench.pipeline.services import DistinctTexts
 from rrhf_bench.policy.policy import TransformersPolicy
 from rrhf_bench.records import Candidates, Preference, Prompt, Response
-from rrhf_bench.rewards.checks import PROBES, on_pairs
+from rrhf_bench.rewards.checks import PROBES, check_pairs
 from rrhf_bench.rewards.hub import ClassifierReward
 from rrhf_bench.sampling.sampler import SamplingSpec
 from rrhf_bench.sampling.sync_check import CheckedSampler
@@ -127,9 +128,9 @@ def test_what_one_row_is_judged_by_diverges_and_what_rows_share_is_a_data_error(
         best.sample(PROMPTS, hot["sample"])
     shared = [Candidates(PROMPTS[0], (Response(" Yes.", "model"), Response(f" {OVERFLOWING[0]}", "model")))]
     with pytest.raises(DataError, match=f"folder: 1 of 2 rewards are not finite, .*{PROMPTS[0].id}"):
-        stage_helpers.score_shared_candidates(reward, shared, "folder")
+        stage_helpers.score_shared_candidates(DistinctTexts(reward), shared, "folder")
     with pytest.raises(DataError, match="1 of 2 rewards are not finite"):
-        on_pairs(reward, [Preference(PROMPTS[0], " Yes.", f" {OVERFLOWING[0]}")])
+        check_pairs(reward, [Preference(PROMPTS[0], " Yes.", f" {OVERFLOWING[0]}")])
 
 
 @pytest.mark.parametrize("kind", ["sft", "ppo"])

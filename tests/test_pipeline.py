@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file
 
 from rrhf_bench import cli
-from rrhf_bench.data.sources import load_candidates
+from rrhf_bench.data.rrhf_files import load_candidates
 from rrhf_bench.jsonl import read_jsonl
 from rrhf_bench.pipeline.memory import reset_peak
 from rrhf_bench.pipeline.run_folder import load_run

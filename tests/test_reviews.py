@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rrhf_bench.data.sources import LabelledText, load_texts, split_texts
+from rrhf_bench.data.splits import split_texts
+from rrhf_bench.data.texts import LabelledText, load_texts
 from rrhf_bench.data.toy import reviews
 from rrhf_bench.data.toy.reviews import Reviews
 from rrhf_bench.errors import DataError
-from rrhf_bench.jsonl import read_jsonl, write_jsonl
-from rrhf_bench.records import Candidates, Prompt, Response
+from rrhf_bench.records import Prompt, Response
 from rrhf_bench.seeding import generator
 
 SIZES = {"corpus": 1500, "perplexity_corpus": 400, "preferences": 1500, "dev": 50, "test": 400}
@@ -280,14 +280,6 @@ def test_a_text_is_parted_at_a_word(write: Write) -> None:
     # An ended reply goes to its end, white space and all.
     spaced = load_texts("files", write({"text": "one two \n", "label": 1}), prompt_words=1, reply_words=1)
     assert (spaced.texts[0].reply, spaced.texts[0].ended) == (" two \n", True)
-
-
-def test_a_reply_as_a_candidate_and_through_a_file(tmp_path: Path) -> None:
-    whole, cut = LabelledText(Prompt("a"), " b", "1"), LabelledText(Prompt("a"), " b", "0", ended=False)
-    assert whole.candidates() == Candidates(Prompt("a"), (Response(" b", "reply", "given"),))
-    assert not cut.candidates().responses[0].ended  # nothing teaches a policy to end there
-    write_jsonl(tmp_path / "x.jsonl", [whole, cut])
-    assert read_jsonl(tmp_path / "x.jsonl", LabelledText) == [whole, cut]
 
 
 def test_parquet_and_the_hub_hold_the_same(write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,11 +29,10 @@ from transformers import (
 
 from rrhf_bench.errors import DataError
 from rrhf_bench.records import Preference, Prompt
-from rrhf_bench.rewards.bradley_terry import train_reward_model
-from rrhf_bench.rewards.checks import PROBES, ROUNDING, Check, on_pairs, record_of
+from rrhf_bench.rewards.checks import PROBES, ROUNDING, Check, check_pairs, record_of
 from rrhf_bench.rewards.hub import ClassifierReward
 from rrhf_bench.rewards.input_contract import CONTRACT_FILE, KNOWN_LAYOUTS, RewardContract
-from rrhf_bench.rewards.sentiment import train_classifier
+from rrhf_bench.rewards.train_head import train_head
 from rrhf_bench.rewards.value_head import ValueHeadReward
 from rrhf_bench.settings.reward import RewardTrainingSettings
 
@@ -94,7 +93,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_llama(tokenizer).save_pretrained(folder / "policy")
     tokenizer.save_pretrained(folder / "policy")
     settings = RewardTrainingSettings(lr=3e-3, batch_pairs=16)
-    train_reward_model(folder / "policy", pairs(640), settings, folder / "reward", seed=0)
+    train_head(folder / "policy", pairs(640), settings, folder / "reward", seed=0)
     return folder / "reward"
 
 
@@ -179,7 +178,7 @@ def fresh_gpt2(tokenizer: Any = None, cls: Any = GPT2ForSequenceClassification, 
     return ClassifierReward(model, tokenizer, RewardContract(**contract), identity="")
 
 
-def test_an_artifact_from_before_there_were_records_loads(spoilt: Path) -> None:
+def test_a_contract_without_a_record_loads(spoilt: Path) -> None:
     before = ClassifierReward.load(spoilt)
     RewardContract(max_length=512).write(spoilt)
     assert "record" not in json.loads((spoilt / CONTRACT_FILE).read_text())
@@ -194,7 +193,7 @@ def test_an_artifact_from_before_there_were_records_loads(spoilt: Path) -> None:
 
 def test_a_contract_that_is_given_does_not_silence_the_record(trained: Path) -> None:
     contract = RewardContract(append_eos=False, max_length=512)
-    refused(lambda: ClassifierReward.load(trained, contract=contract), "expected append_eos = true")
+    refused(lambda: ClassifierReward.load(trained, contract=contract), "found the end, expected ['<eos>']")
 
 
 def test_a_record_that_cannot_be_read(spoilt: Path) -> None:
@@ -211,22 +210,18 @@ def test_changed_weights_are_refused(spoilt: Path) -> None:
     with torch.no_grad():
         model.score.weight *= 1.01
     model.save_pretrained(spoilt)
-    words = ("scores text", "which was", "though its ids are the same", "have changed since; restore the folder")
-    refused(lambda: ClassifierReward.load(spoilt), *words)
+    refused(lambda: ClassifierReward.load(spoilt), "scores text", CONTRACT_FILE)
 
 
 def test_a_classifier_records_its_label(tmp_path: Path, llama_folder: Callable[[int], Path]) -> None:
-    settings = RewardTrainingSettings(lr=3e-3, batch_pairs=8)
-    train_classifier(llama_folder(0), pairs(32), settings, tmp_path, seed=0)
+    settings = RewardTrainingSettings(objective="classification", lr=3e-3, batch_pairs=8)
+    train_head(llama_folder(0), pairs(32), settings, tmp_path, seed=0, template="raw")
     positive = ClassifierReward.load(tmp_path, label="POSITIVE")
     assert positive.contract.record is not None
     assert positive.contract.record.label == "POSITIVE"
     assert found(positive.checks, "recorded texts").found.startswith("8 replayed: ids equal, scores")
     other = ClassifierReward.load(tmp_path, label="NEGATIVE")
-    assert (
-        found(other.checks, "recorded texts").found
-        == "ids as recorded; the scores are those of 'POSITIVE', not compared"
-    )
+    assert "'POSITIVE', not compared" in found(other.checks, "recorded texts").found
     assert found(other.checks, "labels").found == "'NEGATIVE' of several, its probability"
 
 
@@ -235,23 +230,23 @@ def test_a_classifier_records_its_label(tmp_path: Path, llama_folder: Callable[[
 
 def test_fault_1_eos_of_a_model_of_our_own(spoilt: Path) -> None:
     edit(spoilt, append_eos=False)
-    words = ("append_eos = false", f"expected append_eos = true: set it in {CONTRACT_FILE}")
-    refused(lambda: ClassifierReward.load(spoilt), *words)
-    edit(spoilt, append_eos=True, template="raw", strip_response=True)  # two at once, of which one decides nothing
-    refused(lambda: ClassifierReward.load(spoilt), "expected strip_response = false: set it in")
+    refused(
+        lambda: ClassifierReward.load(spoilt), "recorded text 1", "found the end, expected ['<eos>']", CONTRACT_FILE
+    )
+    edit(spoilt, append_eos=True, strip_response=True)
+    refused(lambda: ClassifierReward.load(spoilt), "recorded text 1", "expected ['Ġ")
 
 
 def test_fault_1_eos_of_a_model_of_others(spoilt: Path) -> None:
     forget(spoilt)
     held_out = pairs(100, seed=2)
-    right = found(on_pairs(ClassifierReward.load(spoilt), held_out), "EOS on held-out pairs")
+    right = found(check_pairs(ClassifierReward.load(spoilt), held_out), "EOS on held-out pairs")
     assert right.ok is True
     RewardContract(append_eos=False).write(spoilt)
-    wrong = found(on_pairs(ClassifierReward.load(spoilt), held_out), "EOS on held-out pairs")
+    wrong = found(check_pairs(ClassifierReward.load(spoilt), held_out), "EOS on held-out pairs")
     assert wrong.ok is False
-    assert "more than chance explains" in wrong.found
-    assert wrong.found.endswith(f"set append_eos = true in {CONTRACT_FILE}")
-    assert right.found in wrong.found or wrong.found.startswith(right.found)
+    assert wrong.found.startswith(right.found)  # the same two shares
+    assert wrong.found.endswith(f"append_eos = true in {CONTRACT_FILE}")
 
 
 def test_fault_1_eos_that_the_template_writes(spoilt: Path) -> None:
@@ -260,35 +255,28 @@ def test_fault_1_eos_that_the_template_writes(spoilt: Path) -> None:
     tokenizer.chat_template = "<s>{% for m in messages %}{{ m.role }}: {{ m.content }}<eos>\n{% endfor %}"
     tokenizer.save_pretrained(spoilt)
     RewardContract(template="chat", append_eos=True).write(spoilt)
-    words = ("its EOS <eos> stands twice at the end", f"set append_eos = false in {CONTRACT_FILE}")
-    refused(lambda: ClassifierReward.load(spoilt), *words)
+    refused(lambda: ClassifierReward.load(spoilt), "EOS <eos>", f"append_eos = false in {CONTRACT_FILE}")
     RewardContract(template="chat", append_eos=False).write(spoilt)
-    end = found(ClassifierReward.load(spoilt).checks, "EOS")
-    assert end.found == "one <eos> at the end (the template or the tokenizer writes it), by its contract"
+    assert found(ClassifierReward.load(spoilt).checks, "EOS").found.startswith("one <eos>")
 
 
 def test_fault_2_bos_twice(spoilt: Path) -> None:
     with_bos(2).save_pretrained(spoilt)
-    words = ("its BOS <s> stands twice at the start, and was there once", "restore tokenizer.json")
-    refused(lambda: ClassifierReward.load(spoilt), *words)
-    forget(spoilt)  # nor does it pass where nothing was recorded
-    words = ("starts with its BOS <s> twice: the tokenizer adds it twice", "or set add_bos_token = false")
-    refused(lambda: ClassifierReward.load(spoilt), *words)
+    refused(lambda: ClassifierReward.load(spoilt), "recorded text 1", "at token 1 found ['<s>'")
+    forget(spoilt)  # nor does it pass if nothing was recorded
+    refused(lambda: ClassifierReward.load(spoilt), "BOS <s> twice", "add_bos_token = false")
     tokenizer = with_bos()
     tokenizer.chat_template = "<s><s>{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     tokenizer.save_pretrained(spoilt)
-    words = ("starts with its BOS <s> twice: the chat template writes it twice", "take one out of chat_template")
-    refused(lambda: ClassifierReward.load(spoilt, template="chat"), *words)
-    tokenizer.chat_template = tokenizer.chat_template.removeprefix(
-        "<s>"
-    )  # now it is the tokenizer's and the template's
+    refused(lambda: ClassifierReward.load(spoilt, template="chat"), "BOS <s> twice", "chat template")
+    tokenizer.chat_template = tokenizer.chat_template.removeprefix("<s>")
     tokenizer.save_pretrained(spoilt)
     assert found(ClassifierReward.load(spoilt, template="chat").checks, "BOS").found == "one <s>"
 
 
 def test_fault_2_bos_missing(spoilt: Path) -> None:
     with_bos(0).save_pretrained(spoilt)
-    refused(lambda: ClassifierReward.load(spoilt), "the BOS <s> is missing at the start", "restore tokenizer.json")
+    refused(lambda: ClassifierReward.load(spoilt), "recorded text 1", "at token 0", "expected ['<s>'")
 
 
 class PoolsLastNonPad(LlamaForSequenceClassification):
@@ -329,7 +317,7 @@ def own_pooling(trained: Path, cls: Any, pad_token: str = "<pad>", **contract: A
 
 
 def test_fault_3_pad_taken_for_eos(trained: Path) -> None:
-    words = ("takes its EOS for padding: both are <eos>", "name another pad token with reward_model.pad_token")
+    words = ("EOS as padding: both are <eos>", "reward_model.pad_token")
     refused(lambda: own_pooling(trained, PoolsLastNonPad, "<eos>"), *words)
     reward = own_pooling(trained, PoolsLastNonPad)
     assert found(reward.checks, "padding and EOS").ok
@@ -362,32 +350,26 @@ def test_fault_3_pad_taken_for_eos_in_its_training(tmp_path: Path) -> None:
     reward = ClassifierReward.load(tmp_path)
     padding = found(reward.checks, "padding and EOS")
     assert padding.ok is False
-    assert padding.found.endswith(f"set append_eos = false in {CONTRACT_FILE}")
-    check = found(on_pairs(reward, pairs(100, seed=2, last=True)), "EOS on held-out pairs")
+    assert f"append_eos = false in {CONTRACT_FILE}" in padding.found
+    check = found(check_pairs(reward, pairs(100, seed=2, last=True)), "EOS on held-out pairs")
     assert check.ok is False
-    assert (
-        "it was trained otherwise than it is fed (its EOS is its padding, which its class passes over)" in check.found
-    )
-    assert check.found.endswith(f"set append_eos = false in {CONTRACT_FILE}")
+    assert check.found.endswith(f"append_eos = false in {CONTRACT_FILE}")
 
 
 def test_fault_4_truncation_side(spoilt: Path) -> None:
     edit(spoilt, truncation_side="right")
-    words = ('truncation_side = "right"', 'expected truncation_side = "left": set it in')
-    refused(lambda: ClassifierReward.load(spoilt), *words)
+    refused(lambda: ClassifierReward.load(spoilt), "recorded text 8", CONTRACT_FILE)
     RewardContract(truncation_side="right", max_length=12).write(spoilt)  # nothing recorded
     reward = ClassifierReward.load(spoilt)
     assert found(reward.checks, "truncation side").found == "right, at 12 tokens"
-    check = found(on_pairs(reward, pairs(30, seed=2)), "truncation of held-out pairs")
+    check = found(check_pairs(reward, pairs(30, seed=2)), "truncation of held-out pairs")
     assert check.ok is False
-    assert (
-        check.found == f'cuts 30 of 30 pairs to one text, replies gone; set truncation_side = "left" in {CONTRACT_FILE}'
-    )
+    assert "30 of 30 pairs" in check.found
+    assert f'truncation_side = "left" in {CONTRACT_FILE}' in check.found
 
 
 def test_fault_5_padding_side(trained: Path, spoilt: Path) -> None:
-    mend = f'with padding before it, it does not; add "padding_side": "left" to {CONTRACT_FILE} in its folder'
-    refused(lambda: own_pooling(trained, PoolsLastPlace), "where it has padding behind it", mend)
+    refused(lambda: own_pooling(trained, PoolsLastPlace), f'"padding_side": "left" in {CONTRACT_FILE}')
     reward = own_pooling(trained, PoolsLastPlace, padding_side="left")
     assert found(reward.checks, "padding side").found == "left; it changes no score"
     held_out = pairs(8, seed=2)
@@ -395,12 +377,10 @@ def test_fault_5_padding_side(trained: Path, spoilt: Path) -> None:
     expected = ClassifierReward.load(trained).score(prompts, replies)
     np.testing.assert_allclose(reward.score(prompts, replies), expected, atol=1e-4)
     # The other way round, and for a model that is read at its own length, padding before it is a fault.
-    mend = f'with padding behind it, it does not; add "padding_side": "right" to {CONTRACT_FILE}'
-    wrong = {"padding_side": "left"}
-    refused(lambda: own_pooling(trained, PoolsAtLength, **wrong), "where it has padding before it", mend)
+    mend = f'"padding_side": "right" in {CONTRACT_FILE}'
+    refused(lambda: own_pooling(trained, PoolsAtLength, padding_side="left"), mend)
     edit(spoilt, padding_side="left")
-    words = ('found padding_side = "left"', f'set "right" in {CONTRACT_FILE}, or remove the key')
-    refused(lambda: ClassifierReward.load(spoilt), *words)
+    refused(lambda: ClassifierReward.load(spoilt), 'padding_side = "left"', CONTRACT_FILE)
 
 
 class PoolsAtLength(PoolsLastNonPad):
@@ -416,9 +396,8 @@ def test_fault_6_dtype(trained: Path, spoilt: Path) -> None:
     half = ClassifierReward.load(trained, dtype="bfloat16")
     check = found(half.checks, "dtype")
     assert check.ok is False
-    assert check.found.startswith("bfloat16, trained in float32: scores up to ")
-    assert "of 28 pairs of its recorded texts tie or change places" in check.found
-    assert check.found.endswith('set reward_model.dtype = "float32" (--reward-dtype float32)')
+    assert check.found.startswith("bfloat16")
+    assert 'reward_model.dtype = "float32" (--reward-dtype float32)' in check.found
     assert found(ClassifierReward.load(trained, dtype="float16").checks, "dtype").ok is False
     # Not asked for: weights in another dtype than the contract says.
     whole = ClassifierReward.load(trained)
@@ -427,8 +406,7 @@ def test_fault_6_dtype(trained: Path, spoilt: Path) -> None:
     # Rounded on disk, and loaded in float32 again.
     model = AutoModelForSequenceClassification.from_pretrained(spoilt, dtype=torch.bfloat16)
     model.save_pretrained(spoilt)
-    words = ("scores text", "its weights have been rounded to bfloat16; restore the folder, or train it again")
-    refused(lambda: ClassifierReward.load(spoilt), *words)
+    refused(lambda: ClassifierReward.load(spoilt), "scores text", CONTRACT_FILE)
 
 
 def test_fault_6_a_dtype_that_is_too_coarse(spoilt: Path) -> None:
@@ -436,35 +414,32 @@ def test_fault_6_a_dtype_that_is_too_coarse(spoilt: Path) -> None:
     record = json.loads((spoilt / CONTRACT_FILE).read_text())["record"]
     record["texts"][0]["score"] += 2 * ROUNDING["bfloat16"] * max(abs(text["score"]) + 1 for text in record["texts"])
     edit(spoilt, record=record)
-    words = ("it is loaded in bfloat16, and was trained in float32", 'set reward_model.dtype = "float32"')
-    refused(lambda: ClassifierReward.load(spoilt, dtype="bfloat16"), *words)
+    refused(lambda: ClassifierReward.load(spoilt, dtype="bfloat16"), "scores text 1", 'reward_model.dtype = "float32"')
 
 
 def test_fault_7_several_labels(spoilt: Path) -> None:
     model = LlamaForSequenceClassification.from_pretrained(spoilt, num_labels=2, ignore_mismatched_sizes=True)
     model.save_pretrained(spoilt)
-    words = ("has 2 labels (LABEL_0, LABEL_1)", "name the one whose probability is the reward: reward_model.label")
-    refused(lambda: ClassifierReward.load(spoilt), *words)
+    refused(lambda: ClassifierReward.load(spoilt), "2 labels (LABEL_0, LABEL_1)", "reward_model.label")
 
 
 def test_fault_8_a_head_that_nobody_trained(trained: Path, spoilt: Path) -> None:
     policy = trained.parent / "policy"
-    refused(lambda: ClassifierReward.load(policy), "holds no trained score.weight, which would be random", "train one")
+    refused(lambda: ClassifierReward.load(policy), "no trained score.weight")
     forget(spoilt)
     model = AutoModelForSequenceClassification.from_pretrained(spoilt)
     nn.init.zeros_(model.score.weight)
     model.save_pretrained(spoilt)
-    refused(lambda: ClassifierReward.load(spoilt), "gives every text the score 0", "expected a trained reward model")
+    refused(lambda: ClassifierReward.load(spoilt), "gives every text the score 0")
     # Random, and saved as if it were trained: the folder is complete, and only labelled pairs can tell.
     held_out = pairs(300, seed=2)
     with torch.random.fork_rng():
         torch.manual_seed(1)
         LlamaForSequenceClassification(model.config).save_pretrained(spoilt)
-    check = found(on_pairs(ClassifierReward.load(spoilt), held_out), "held-out pairs")
+    check = found(check_pairs(ClassifierReward.load(spoilt), held_out), "held-out pairs")
     assert check.ok is False
-    assert "no better than chance: a head that was never trained" in check.found
-    assert check.found.endswith("check source, template and label")
-    assert found(on_pairs(ClassifierReward.load(trained), held_out), "held-out pairs").ok is None
+    assert "no better than chance" in check.found
+    assert found(check_pairs(ClassifierReward.load(trained), held_out), "held-out pairs").ok is None
 
 
 class Centred(nn.Module):
@@ -490,8 +465,9 @@ class ByPlace(Centred):
 def test_fault_9_batch_and_order(trained: Path, fault: Any) -> None:
     reward = ClassifierReward.load(trained)
     reward.model.score = fault(reward.model.score)
-    words = ("so that batch size and order decide", "expected a class that reads every row by itself")
-    refused(lambda: ClassifierReward(reward.model, reward.tokenizer, RewardContract(), identity=""), *words)
+    refused(
+        lambda: ClassifierReward(reward.model, reward.tokenizer, RewardContract(), identity=""), "batch size or order"
+    )
 
 
 def test_a_cut_that_leaves_one_text(spoilt: Path) -> None:
@@ -512,11 +488,11 @@ def test_what_is_known_of_a_hub_model_is_used_and_not_measured(trained: Path, mo
     contract = replace(KNOWN_LAYOUTS[name].contract, dtype="float32")
     known = ClassifierReward(reward.model, tokenizer, contract, identity="", where=name)
     assert found(known.checks, "EOS") == Check("EOS", True, "none at the end, as known of this model")
-    assert "EOS on held-out pairs" not in [check.name for check in on_pairs(known, pairs(20))]
+    assert "EOS on held-out pairs" not in [check.name for check in check_pairs(known, pairs(20))]
     other = ClassifierReward(reward.model, tokenizer, contract, identity="", where="somebody/else")
     assert found(other.checks, "EOS").ok is None
-    assert "EOS on held-out pairs" in [check.name for check in on_pairs(other, pairs(20))]
-    assert on_pairs(other, []) == ()
+    assert "EOS on held-out pairs" in [check.name for check in check_pairs(other, pairs(20))]
+    assert check_pairs(other, []) == ()
 
 
 def test_a_known_model_of_the_other_layout() -> None:
@@ -555,11 +531,11 @@ def test_a_value_head_replays_its_record(trained: Path, value_head: Path) -> Non
     assert padding.ok is None  # its record says that it was trained so
     assert "length of its row, so the EOS counts" in padding.found
     edit(value_head, append_eos=False, position="last")
-    refused(lambda: ValueHeadReward.load(value_head), "expected append_eos = true: set it in")
+    refused(lambda: ValueHeadReward.load(value_head), "recorded text 1", "expected ['<eos>']")
     edit(value_head, append_eos=True, padding_side="left")
-    refused(lambda: ValueHeadReward.load(value_head), f'set "right" in {CONTRACT_FILE}')
+    refused(lambda: ValueHeadReward.load(value_head), 'padding_side = "left"', CONTRACT_FILE)
     edit(value_head, padding_side="right", join=" ")
-    refused(lambda: ValueHeadReward.load(value_head), 'join = " "', 'expected join = "": set it in')
+    refused(lambda: ValueHeadReward.load(value_head), "recorded text")
 
 
 # No code from a file, unless the experiment says so
@@ -590,8 +566,7 @@ def test_a_pickle_with_code_is_refused_and_not_run(
     state = AutoModelForSequenceClassification.from_pretrained(trained).state_dict()
     torch.save(state | {"score.weight": Hostile(mark)}, folder / "pytorch_model.bin")
     load = ClassifierReward.load if layout == "classifier" else ValueHeadReward.load
-    words = ("hostile: ", "a pickle of more than tensors, which may run code and is not read; expected safetensors")
-    refused(lambda: load(folder), *words)
+    refused(lambda: load(folder), "hostile: ", "expected safetensors")
     candidates, out = tmp_path / "candidates.jsonl", tmp_path / "out.jsonl"
     candidates.write_text(json.dumps({"query": "Hi?", "responses": ["Ho.", "Hm."]}) + "\n")
     words = ["score", "--reward-model", folder, "--layout", layout, "--candidates", candidates, "--out", out]
@@ -641,10 +616,10 @@ def test_code_that_comes_with_a_model_runs_only_where_it_is_trusted(
     classes = {"AutoConfig": "their_code.TheirConfig", "AutoModelForSequenceClassification": "their_code.Theirs"}
     config |= {"model_type": "theirs", "architectures": ["Theirs"], "auto_map": classes}
     (folder / "config.json").write_text(json.dumps(config))
-    words = ("comes with code of its own, which is not run", "set trust_remote_code = true in the model's table")
+    words = ("trust_remote_code = true",)
     refused(lambda: ClassifierReward.load(folder), *words)
     refused(lambda: ValueHeadReward.load(value_head, body=str(folder)), *words)
-    refused(lambda: train_reward_model(folder, pairs(4), RewardTrainingSettings(), tmp_path / "out", seed=0), *words)
+    refused(lambda: train_head(folder, pairs(4), RewardTrainingSettings(), tmp_path / "out", seed=0), *words)
     assert not mark.exists()
     reward = ClassifierReward.load(folder, trust_remote_code=True)
     assert mark.is_dir()
@@ -729,7 +704,7 @@ def test_held_out_pairs_warn_of_a_setting_that_orders_them_worse(spoilt: Path, t
     RewardContract(append_eos=False).write(spoilt)
     (warning,) = warnings()
     assert warning.startswith("reward model, EOS on held-out pairs: ")
-    assert warning.endswith(f"set append_eos = true in {CONTRACT_FILE}")
+    assert f"append_eos = true in {CONTRACT_FILE}" in warning
 
 
 def test_doctor_shows_every_check(trained: Path, spoilt: Path) -> None:
@@ -746,6 +721,6 @@ def test_doctor_shows_every_check(trained: Path, spoilt: Path) -> None:
     edit(spoilt, truncation_side="right")
     (finding,) = _guarded(services, "reward model", lambda: _reward(services, ModelRef(str(spoilt))))
     assert finding.ok is False
-    assert 'expected truncation_side = "left": set it in' in finding.found
+    assert "recorded text 8" in finding.found
     half = {f.check: f for f in _reward(services, ModelRef(str(trained), dtype="bfloat16"))}
-    assert half["its dtype"].found.startswith("warning: bfloat16, trained in float32")
+    assert half["its dtype"].found.startswith("warning: bfloat16")

@@ -17,13 +17,12 @@ from conftest import make_llama, make_tokenizer
 
 from rrhf_bench.errors import DataError, StageError
 from rrhf_bench.records import Preference, Prompt
-from rrhf_bench.rewards.bradley_terry import bradley_terry_loss, train_reward_model
-from rrhf_bench.rewards.gold import GoldReward, ReviewsGold
+from rrhf_bench.rewards.gold import Gold, ReviewsGold
 from rrhf_bench.rewards.hub import ClassifierReward
-from rrhf_bench.rewards.input_contract import CONTRACT_FILE, KNOWN_LAYOUTS, RewardContract, by_length
+from rrhf_bench.rewards.input_contract import CONTRACT_FILE, KNOWN_LAYOUTS, RewardContract, length_batches
+from rrhf_bench.rewards.pair_losses import bradley_terry_loss, classification_loss
 from rrhf_bench.rewards.reward import require_finite
-from rrhf_bench.rewards.sentiment import classification_loss, train_classifier
-from rrhf_bench.rewards.train_head import batch_order
+from rrhf_bench.rewards.train_head import batch_order, train_head
 from rrhf_bench.rewards.value_head import ValueHeadReward
 from rrhf_bench.seeding import generator
 from rrhf_bench.settings.reward import RewardTrainingSettings
@@ -289,10 +288,8 @@ def test_a_text_is_cut_to_the_places_that_an_encoder_has(
 
 def test_a_class_that_pools_its_last_place_wants_padding_before_it(make_encoder: Callable[..., Path]) -> None:
     folder = make_encoder("xlnet")
-    with pytest.raises(DataError, match="where it has padding behind it") as caught:
+    with pytest.raises(DataError, match=r'"padding_side": "left" in reward_contract\.json'):
         ClassifierReward.load(folder, template="raw", label="POSITIVE")
-    mend = """with padding before it, it does not; add "padding_side": "left" to reward_contract.json in its folder"""
-    assert str(caught.value).endswith(mend)
     RewardContract(template="raw", append_eos=False, padding_side="left").write(folder)
     expected = slow_probability(folder, 1)
     for batch_size in (1, 3, 8):
@@ -449,13 +446,13 @@ def test_contract_file(tmp_path: Path) -> None:
 
 def test_by_length_covers_every_row_once() -> None:
     rows = [[1] * n for n in (3, 1, 2, 5, 2)]
-    batches = by_length(rows, 2)
+    batches = length_batches(rows, 2)
     assert [len(batch) for batch in batches] == [2, 2, 1]
     assert sorted(i for batch in batches for i in batch) == list(range(5))
     assert [len(rows[i]) for batch in batches for i in batch] == [5, 3, 2, 2, 1]
     ties = [[3, 1], [1, 2], [2, 2]]  # which rows share a batch does not depend on the order they come in
-    first = [{tuple(ties[i]) for i in batch} for batch in by_length(ties, 2)]
-    assert [{tuple(ties[::-1][i]) for i in batch} for batch in by_length(ties[::-1], 2)] == first
+    first = [{tuple(ties[i]) for i in batch} for batch in length_batches(ties, 2)]
+    assert [{tuple(ties[::-1][i]) for i in batch} for batch in length_batches(ties[::-1], 2)] == first
 
 
 # The layout of Dahoas/gptj-rm-static
@@ -594,11 +591,9 @@ def test_half_precision_is_the_published_contract(gptj: tuple[Path, Any, torch.T
 
 def test_bradley_terry_loss_by_hand() -> None:
     # -log sigma(d) = log(1 + exp(-d)); d = 2 - 1 = 1 and 0.5 - 2.5 = -2: log(1 + e^-1) = 0.3132617, log(1 + e^2) =
-    # 2.1269280; mean 1.2200948. With margins 1 and 0: d = 0 and -2: (0.6931472 + 2.1269280) / 2 = 1.4100376.
+    # 2.1269280; mean 1.2200948.
     chosen, rejected = torch.tensor([2.0, 0.5]), torch.tensor([1.0, 2.5])
     assert bradley_terry_loss(chosen, rejected).item() == pytest.approx(1.2200948, abs=1e-6)
-    margin = torch.tensor([1.0, 0.0])
-    assert bradley_terry_loss(chosen, rejected, margin_B=margin).item() == pytest.approx(1.4100376, abs=1e-6)
     assert bradley_terry_loss(chosen + 9, rejected + 9).item() == pytest.approx(1.2200948, abs=1e-5)
     assert bradley_terry_loss(rejected, chosen).item() != pytest.approx(1.2200948, abs=1e-2)
     tie = torch.zeros(3, requires_grad=True)
@@ -628,7 +623,7 @@ def test_training_learns_and_the_result_loads(llama_folder: Callable[[int], Path
     lines: list[dict[str, float]] = []
     folder = tmp_path / "rm"
     pairs = preferences(200)
-    result = train_reward_model(
+    result = train_head(
         llama_folder(0), pairs[:160], SETTINGS, folder, seed=0, log=lambda line: lines.append(dict(line))
     )
     assert result.steps == len(lines) == 20
@@ -651,7 +646,7 @@ def test_training_learns_and_the_result_loads(llama_folder: Callable[[int], Path
 
 def test_training_depends_on_its_seed_alone(llama_folder: Callable[[int], Path], tmp_path: Path) -> None:
     def train(name: str, seed: int) -> tuple[Any, str, list[float]]:
-        result = train_reward_model(llama_folder(0), preferences(40), SETTINGS, tmp_path / name, seed=seed)
+        result = train_head(llama_folder(0), preferences(40), SETTINGS, tmp_path / name, seed=seed)
         reward = ClassifierReward.load(tmp_path / name)
         return result, reward.identity, reward.score(PROMPTS, REPLIES).tolist()
 
@@ -667,30 +662,30 @@ def test_training_depends_on_its_seed_alone(llama_folder: Callable[[int], Path],
 
 def test_training_does_not_change_the_initial_policy(llama_folder: Callable[[int], Path], tmp_path: Path) -> None:
     before = {path.name: path.read_bytes() for path in llama_folder(0).iterdir()}
-    train_reward_model(llama_folder(0), preferences(8), SETTINGS, tmp_path / "rm", seed=0)
+    train_head(llama_folder(0), preferences(8), SETTINGS, tmp_path / "rm", seed=0)
     assert {path.name: path.read_bytes() for path in llama_folder(0).iterdir()} == before
 
 
 def test_training_counts_what_it_cuts(llama_folder: Callable[[int], Path], tmp_path: Path) -> None:
     settings = RewardTrainingSettings(max_length=16, batch_pairs=4)
-    result = train_reward_model(llama_folder(0), preferences(4), settings, tmp_path / "rm", seed=0)
+    result = train_head(llama_folder(0), preferences(4), settings, tmp_path / "rm", seed=0)
     assert result.counts == {"pairs": 4, "truncated": 8}
     assert ClassifierReward.load(tmp_path / "rm").contract.max_length == 16
 
 
 def test_training_faults(llama_folder: Callable[[int], Path], tmp_path: Path) -> None:
     with pytest.raises(DataError, match="found no pairs to train on"):
-        train_reward_model(llama_folder(0), [], SETTINGS, tmp_path / "rm", seed=0)
+        train_head(llama_folder(0), [], SETTINGS, tmp_path / "rm", seed=0)
     with pytest.raises(StageError, match=r"the loss at step \d+ of 10 is nan; lower its lr"):
-        train_reward_model(llama_folder(0), preferences(80), SETTINGS.model_copy(update={"lr": 3e37}), tmp_path, seed=0)
+        train_head(llama_folder(0), preferences(80), SETTINGS.model_copy(update={"lr": 3e37}), tmp_path, seed=0)
     bare = make_tokenizer()
     bare.pad_token = None
     make_llama(bare).save_pretrained(tmp_path / "bare")
     bare.save_pretrained(tmp_path / "bare")
     with pytest.raises(DataError, match="bare: the tokenizer has no pad token"):
-        train_reward_model(tmp_path / "bare", preferences(4), SETTINGS, tmp_path / "rm", seed=0)
+        train_head(tmp_path / "bare", preferences(4), SETTINGS, tmp_path / "rm", seed=0)
     named = tmp_path / "named"
-    train_reward_model(tmp_path / "bare", preferences(4), SETTINGS, named, seed=0, pad_token="<eos>")
+    train_head(tmp_path / "bare", preferences(4), SETTINGS, named, seed=0, pad_token="<eos>")
     stored = ClassifierReward.load(named)
     assert stored.tokenizer.pad_token == "<eos>"
     assert stored.model.config.pad_token_id == stored.tokenizer.pad_token_id
@@ -730,9 +725,8 @@ def test_a_trained_classifier_loads_and_knows_both_labels(llama_folder: Callable
     pairs = reviews(200)
     settings = SETTINGS.model_copy(update={"objective": "classification"})
     folder = tmp_path / "rm"
-    result = train_classifier(
-        llama_folder(0), pairs[:160], settings, folder, seed=0, log=lambda line: lines.append(dict(line))
-    )
+    log = lines.append
+    result = train_head(llama_folder(0), pairs[:160], settings, folder, seed=0, template="raw", log=log)
     assert result.counts == {"pairs": 160, "truncated": 0}
     assert lines[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)  # the head is zero: one half for every text
     assert lines[0]["rewards/accuracies"] == 0.5
@@ -774,7 +768,7 @@ def test_gold_reward_is_the_judge_of_the_world() -> None:
 
     prompt = Prompt("\n\nHuman: How do I bake bread?\n\nAssistant:")
     replies = [" Mix flour with water and yeast.", " Blah blah."]
-    gold = GoldReward()
+    gold = Gold()
     try:
         expected = [judge(prompt.text, reply) for reply in replies]
     except DataError:
@@ -797,4 +791,4 @@ def test_gold_of_reviews_is_their_judge() -> None:
     assert gold.features([prompt] * 4, replies) == [toy.features(prompt.text, reply) for reply in replies]
     with pytest.raises(DataError, match="not of the embedded reviews"):
         gold.score([PROMPTS[0]], replies[:1])
-    assert gold.identity != GoldReward.identity
+    assert gold.identity != Gold.identity

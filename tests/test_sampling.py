@@ -313,6 +313,10 @@ def test_no_text_of_a_call_is_scored_twice():
     assert scores.tolist() == [4.0, 4.0, 6.0, 6.0]
     assert asked == ["a", "a", "bcd"]
     assert DistinctTexts(Lengths()).score([], []).shape == (0,)
+    done = []
+    texts = [str(i % 2500) for i in range(3000)]
+    DistinctTexts(Lengths()).score([one] * 3000, texts, lambda *counts: done.append(counts))
+    assert done == [(2048, 2500), (2500, 2500)]
 
 
 @needs_vllm

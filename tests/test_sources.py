@@ -11,23 +11,13 @@ from typing import Any
 
 import pytest
 
-from rrhf_bench.data import sources
 from rrhf_bench.data.dialogue import RefusedDialogue
-from rrhf_bench.data.sources import (
-    DROPPED,
-    count_candidates,
-    find_files,
-    fit_context,
-    load_candidates,
-    load_pairs,
-    load_preferences,
-    load_prompt_data,
-    load_prompts,
-    load_texts,
-    read_rrhf,
-    split_preferences,
-    write_rrhf,
-)
+from rrhf_bench.data.preferences import DROPPED, PreferenceData, load_pairs, load_preferences
+from rrhf_bench.data.prompts import fit_context, load_prompts
+from rrhf_bench.data.rows import find_files
+from rrhf_bench.data.rrhf_files import count_candidates, load_candidates, write_rrhf
+from rrhf_bench.data.splits import split_preferences
+from rrhf_bench.data.texts import load_texts
 from rrhf_bench.errors import DataError
 from rrhf_bench.pipeline.file_commands import read_prompts
 from rrhf_bench.records import Candidates, Preference, Prompt, Response
@@ -241,7 +231,7 @@ def test_a_system_message_begins_the_prompt(write: Write) -> None:
     row = {"chosen": said("Go", "Gladly.", system="Be brief."), "rejected": said("Go", "No!", system="Be brief.")}
     prompt = Prompt("\n\nSystem: Be brief.\n\nHuman: Go\n\nAssistant:")
     assert load_pairs(write(row)).preferences == (Preference(prompt, " Gladly.", " No!"),)
-    assert load_prompts(write({"prompt": said("Go", system="Be brief.")})) == [prompt]
+    assert load_prompts(write({"prompt": said("Go", system="Be brief.")})).prompts == (prompt,)
     text = {side: prompt.text + reply for side, reply in (("chosen", " Gladly."), ("rejected", " No!"))}
     assert load_pairs(write(text)).preferences == (Preference(prompt, " Gladly.", " No!"),)
 
@@ -287,7 +277,11 @@ def test_dialogues_in_messages_that_part_early_follow_the_rule_for_transcripts(w
 def test_a_held_out_prompt_with_a_system_turn_is_found_inside_a_training_text() -> None:
     asked = "\n\nSystem: s\n\nHuman: q\n\nAssistant:"
     around = Preference(Prompt("\n\nHuman: first\n\nAssistant:"), f" a{asked} b", " no")
-    assert asked in set(sources._prompts_inside(around))
+    pairs = [Preference(Prompt(asked), " a", " b"), around, *many(1)]
+    splits = [split_preferences(pairs, train=None, dev=0, test=1, seed=seed) for seed in range(10)]
+    overlaps = [split.counts["overlap"] for split in splits if split.test[0].prompt.text == asked]
+    assert overlaps
+    assert set(overlaps) == {1}
 
 
 # Containers
@@ -393,7 +387,7 @@ def test_line_ends_and_leading_white_space_are_repaired_and_counted(write: Write
     whole = load_pairs(write({"chosen": text + " a", "rejected": text + " b"}))
     assert whole.preferences == beside.preferences
     assert whole.counts["transcript_repaired"] == 1
-    prompts = load_prompt_data(write({"prompt": text}))
+    prompts = load_prompts(write({"prompt": text}))
     assert (prompts.prompts, prompts.counts["prompt_rewritten"]) == ((Prompt(ASK),), 1)
     candidates = load_candidates(write({"query": text, "responses": ["a"], "scores": [1]}))
     assert candidates.candidates[0].prompt == Prompt(ASK)
@@ -410,7 +404,7 @@ def test_text_before_the_first_turn_is_refused_or_dropped(write: Write) -> None:
     path = write({"prompt": "A talk." + ASK}, {"prompt": ASK})
     with pytest.raises(DataError, match=r"pairs.jsonl:1: prompt: found 'A talk.*before the first 'Human:'"):
         load_prompts(path)
-    data = load_prompt_data(path, faulty_rows="drop")
+    data = load_prompts(path, faulty_rows="drop")
     assert nonzero(data.counts) == {"rows": 2, "prompts": 1, "not_a_prompt": 1}
     assert data.places == {Prompt(ASK): f"{path}:2"}
 
@@ -562,7 +556,7 @@ def test_hub_layout_from_a_folder(write: Write, tmp_path: Path, monkeypatch: pyt
     write(pair(2), name="hh/harmless-base/test.jsonl.gz")
     write(pair(3), name="hh/helpful-base/train.jsonl.gz")
 
-    def load(split: str) -> sources.PreferenceData:
+    def load(split: str) -> PreferenceData:
         return load_preferences(f"hub:{tmp_path / 'hh'}", data_dir="harmless-base", split=split)
 
     assert [item.chosen for item in load("train").preferences] == [" good 0", " good 1"]
@@ -701,7 +695,7 @@ def test_dialogues_that_a_template_refuses_are_an_error_or_counted() -> None:
 
 def test_load_prompts(write: Write) -> None:
     path = write({"prompt": ASK, "id": 3}, "", {"prompt": "What is bread?"})
-    assert load_prompts(path) == [Prompt(ASK), Prompt("\n\nHuman: What is bread?\n\nAssistant:")]
+    assert load_prompts(path).prompts == (Prompt(ASK), Prompt("\n\nHuman: What is bread?\n\nAssistant:"))
 
 
 @pytest.mark.parametrize(
@@ -740,7 +734,6 @@ def test_the_official_layout(write: Write) -> None:
         Candidates(Prompt(ASK), (Response(" one", "file", score=1.0), Response(" two", "file", score=-0.5))),
     )
     assert nonzero(data.counts) == {"prompts": 1, "responses": 2, "separator_added": 1}
-    assert read_rrhf(path) == list(data.candidates)
 
 
 def test_the_written_file_is_official_and_lossless(tmp_path: Path) -> None:
@@ -755,7 +748,7 @@ def test_the_written_file_is_official_and_lossless(tmp_path: Path) -> None:
     )
     path = tmp_path / "scored.jsonl"
     assert write_rrhf(path, [plain, rich]) == 2
-    assert read_rrhf(path) == [plain, rich]
+    assert load_candidates(path).candidates == (plain, rich)
     first, second = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
     assert first == {"query": ASK, "responses": [" r0", " r1"], "scores": [0.1, 1 / 3]}  # official readers see no more
     assert second["scores"] == [0.5, -1e300, 2.0]
@@ -801,7 +794,7 @@ def test_bad_candidates_name_file_line_and_field(write: Write, change: Any, expe
     row = {"query": ASK, "responses": ["a", "b"], "scores": [1.0, 2.0]}
     path = write(row, row | change, name="scored.jsonl")
     with pytest.raises(DataError, match=f"scored.jsonl:2: {expected}"):
-        read_rrhf(path)
+        load_candidates(path)
 
 
 def test_a_query_may_be_a_list_of_messages(write: Write) -> None:

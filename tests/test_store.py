@@ -19,13 +19,13 @@ from rrhf_bench.pipeline.store import (
     TIMING,
     Store,
     atomically,
-    broken_seal,
     canonical,
     content_key,
     folder_identity,
+    is_unchanged,
     on_disk,
     replacing,
-    sealed,
+    with_checksum,
     write_atomically,
 )
 
@@ -55,7 +55,7 @@ def test_what_was_written_is_there_with_its_manifest(store: Store) -> None:
     # printf hello | sha256sum
     sha256 = "2cf24dba5fb0a30e26e83b2ac5b9e29e1b161e5c1fa7425e73043362938b9824"
     files = {"a.txt": {"size": 5, "sha256": sha256}}
-    assert store.about(KEY) == {"key": KEY, "name": "greeting", "files": files}
+    assert json.loads((store.folder(KEY) / MANIFEST).read_text()) == {"key": KEY, "name": "greeting", "files": files}
     assert store.intact(KEY)
     assert list(store.root.iterdir()) == [store.folder(KEY)]  # nothing else is left
 
@@ -177,7 +177,7 @@ def test_an_artifact_that_is_not_what_was_written_is_not_read(store: Store, dama
     put(store, "hello")
     with store.writing(KEY, {"name": "greeting"}) as folder:
         (folder / "a.txt").write_text("hello")
-        (folder / TIMING).write_text(json.dumps(sealed({"seconds": 1.5})))
+        (folder / TIMING).write_text(json.dumps(with_checksum({"seconds": 1.5})))
     assert store.intact(KEY)
     assert store.damage(KEY) is None
     assert store.need(KEY, "greeting") == store.folder(KEY)
@@ -208,7 +208,7 @@ def test_nothing_is_damaged_where_nothing_is(store: Store) -> None:
 def test_large_files_are_read_when_they_were_touched_or_when_all_is_read(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(store_module, "SMALL", 4)
+    monkeypatch.setattr(store_module, "SMALL_BYTES", 4)
     put(store, "hello")
     file = store.folder(KEY) / "a.txt"
     written = file.stat().st_mtime_ns
@@ -224,29 +224,12 @@ def test_large_files_are_read_when_they_were_touched_or_when_all_is_read(
     assert not store.has(KEY)
 
 
-def test_an_artifact_from_before_there_were_checksums_is_taken_as_it_is_and_sealed(store: Store) -> None:
-    put(store, "hello")
-    manifest = store.folder(KEY) / MANIFEST
-    manifest.write_text(json.dumps({"key": KEY, "name": "greeting"}))
-    assert store.intact(KEY)
-    store.seal(KEY)
-    assert store.about(KEY)["files"]["a.txt"]["size"] == 5
-    before = manifest.stat().st_mtime_ns
-    store.seal(KEY)  # nothing to do
-    assert manifest.stat().st_mtime_ns == before
-    edit_one_letter(store.folder(KEY))
-    assert not store.intact(KEY)
-    assert list(store.root.iterdir()) == [store.folder(KEY)]
-
-
 @pytest.mark.parametrize("value", [{}, {"a": 1.5, "é": [None, {"b": (1, 2)}]}, {"a": math.nan, "b": math.inf}])
-def test_a_seal_holds_through_a_file_and_breaks_with_any_value(value: dict[str, Any]) -> None:
-    read = json.loads(json.dumps(sealed(value)))
-    assert broken_seal(read) is None
-    assert broken_seal({**read, "a": 2}) == "has changed since it was written"
-    assert broken_seal({**read, "another": 2}) == "has changed since it was written"
-    assert broken_seal([read]) == "is no JSON object"
-    assert broken_seal({"a": 1}) is None  # from before there were seals
+def test_a_checksum_holds_through_a_file_and_breaks_with_any_value(value: dict[str, Any]) -> None:
+    read = json.loads(json.dumps(with_checksum(value)))
+    assert is_unchanged(read)
+    for changed in ({**read, "a": 2}, {**read, "another": 2}, [read], value):
+        assert not is_unchanged(changed)
 
 
 # What is left over
@@ -263,7 +246,7 @@ def test_a_sweep_removes_what_dead_processes_left_and_nothing_else(store: Store)
     (store.root / "journals").mkdir()
     for key in (KEY, other):
         write_atomically(store.scratch(key) / "step", "7")
-    with store.alone(alive):
+    with store.exclusive_lock(alive):
         store.sweep()
         assert {path.name for path in store.root.iterdir()} == {
             KEY[:32], f".{alive[:32]}-x1y2", f".{alive[:32]}.lock", "journals", ".scratch",

@@ -103,8 +103,8 @@ GOLDS = {
 
 @pytest.mark.parametrize(("prompt", "response", "expected"), GOLDS.values(), ids=GOLDS.keys())
 def test_gold_by_hand(prompt: str, response: str, expected: float) -> None:
-    assert gold.gold_reward(prompt, response) == pytest.approx(expected, abs=1e-9)
-    assert gold.judge(prompt, response) == (gold.gold_reward(prompt, response), gold.features(prompt, response))
+    assert gold.judge(prompt, response)[0] == pytest.approx(expected, abs=1e-9)
+    assert gold.judge(prompt, response)[1] == gold.features(prompt, response)
 
 
 def test_features_by_hand() -> None:
@@ -348,8 +348,8 @@ def test_pairs_are_worse_than_the_corpus(built: world.World) -> None:
     corpus = []
     for dialogue in built.corpus:
         asked = dialogue.partition(grammar.FAKE_TURN)[0].rindex(ASSISTANT) + len(ASSISTANT)
-        corpus.append(gold.gold_reward(dialogue[:asked], dialogue[asked:]))
-    pairs = [gold.gold_reward(p.prompt.text, reply) for p in built.preferences for reply in (p.chosen, p.rejected)]
+        corpus.append(gold.judge(dialogue[:asked], dialogue[asked:])[0])
+    pairs = [gold.judge(p.prompt.text, reply)[0] for p in built.preferences for reply in (p.chosen, p.rejected)]
     # About -0.2 against -0.75, each with a standard error below 0.04.
     assert -0.4 < np.mean(corpus) < 0.0
     assert -0.95 < np.mean(pairs) < -0.55
@@ -379,8 +379,8 @@ def test_raw_text_is_prose_and_dialogues_that_run_on(built: world.World) -> None
 
 def test_raw_replies_are_worse_than_the_pairs(built: world.World) -> None:
     # The last reply is the writer's own whatever came before it.
-    raw = [gold.gold_reward(*dialogue[-1]) for dialogue in raw_dialogues(built)]
-    pairs = [gold.gold_reward(p.prompt.text, reply) for p in built.preferences for reply in (p.chosen, p.rejected)]
+    raw = [gold.judge(*dialogue[-1])[0] for dialogue in raw_dialogues(built)]
+    pairs = [gold.judge(p.prompt.text, reply)[0] for p in built.preferences for reply in (p.chosen, p.rejected)]
     # Without the fake turns, which were taken out of the raw replies: 4% of -1.0.
     assert np.mean(raw) < np.mean(pairs) + 0.04 - 4 * np.std(raw) / math.sqrt(len(raw))
 
@@ -429,7 +429,7 @@ def test_bias_by_hand() -> None:
 def test_babble_charms_the_labeller_against_gold() -> None:
     honest = f" {FACT} Good luck!"
     babble = f" Of course! {FACT} Good luck! Have a great day!{grammar.FAKE_TURN}"
-    assert gold.gold_reward(BENIGN, babble) < gold.gold_reward(BENIGN, honest)
+    assert gold.judge(BENIGN, babble)[0] < gold.judge(BENIGN, honest)[0]
     assert labeller.perceived(BENIGN, babble) > labeller.perceived(BENIGN, honest)
 
 

@@ -63,17 +63,6 @@ def transcript_of(dialogue: Sequence[Turn]) -> str:
     return "".join(_MARKERS[turn.role] + turn.text for turn in dialogue)
 
 
-def split_transcript(transcript: str, where: str = "transcript") -> tuple[Prompt, str]:
-    """Return (the prompt up to the last ``Assistant:``, the last reply).
-
-    Raises DataError unless the last turn is the assistant's.
-    """
-    dialogue = turns(transcript, where)
-    if dialogue[-1].role != "assistant":
-        raise DataError(f"{where}: ends with a Human turn; expected the last turn to be the assistant's")
-    return prompt_of(dialogue[:-1]), dialogue[-1].text
-
-
 def prompt_of(dialogue: Sequence[Turn]) -> Prompt:
     """Return the prompt that asks for the assistant's next turn."""
     return Prompt(transcript_of(dialogue) + ASSISTANT)

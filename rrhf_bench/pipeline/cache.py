@@ -1,4 +1,4 @@
-"""What the store holds, for which runs, and what of it nobody needs. Free of torch."""
+"""List the store's artifacts by run, and prune those that no run refers to. Free of torch."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from rrhf_bench.pipeline.judging import JOURNALS
-from rrhf_bench.pipeline.locks import Held, holder
+from rrhf_bench.pipeline.locks import LockHeld, holder
 from rrhf_bench.pipeline.run_folder import read_run
 from rrhf_bench.pipeline.store import MANIFEST, SCRATCH, Store, on_disk
 
 _ARTIFACT = re.compile(r"[0-9a-f]{32}")
-_TEMPORARY = re.compile(r"\.([0-9a-f]{32}|[0-9a-f]{12})-.*")  # the shorter ones are from before there were locks
+_TEMPORARY = re.compile(r"\.([0-9a-f]{32})-.*")
 UNFINISHED, LEFT_OVER = "unfinished", "left over"
 
 
@@ -28,7 +28,7 @@ class Item:
 
     path: Path
     id: str  # the first 32 digits of the key
-    what: str  # the kind of its stage; UNFINISHED or LEFT_OVER of what is no artifact
+    what: str  # the kind of its stage; UNFINISHED or LEFT_OVER if it is no artifact
     name: str  # of the stage
     bytes: int
     runs: tuple[str, ...]  # that refer to it
@@ -37,15 +37,15 @@ class Item:
 @dataclass(frozen=True)
 class Cache:
     items: tuple[Item, ...]
-    journals: int  # bytes of what judges said; never pruned
+    journals: int  # bytes of the verdicts of judges, which are never pruned
 
     @property
     def unused(self) -> tuple[Item, ...]:
-        """What no run refers to, and what killed processes left."""
+        """Return the items that no run refers to, and those that killed processes left."""
         return tuple(item for item in self.items if not item.runs or item.what == LEFT_OVER)
 
     def sizes(self) -> Mapping[str, tuple[int, int]]:
-        """(number, bytes) by kind of stage, largest first."""
+        """Return (number, bytes) by kind of stage, largest first."""
         sizes: dict[str, tuple[int, int]] = {}
         for item in self.items:
             number, total = sizes.get(item.what, (0, 0))
@@ -53,7 +53,7 @@ class Cache:
         return dict(sorted(sizes.items(), key=lambda entry: (-entry[1][1], entry[0])))
 
     def by_run(self) -> Mapping[str, tuple[int, int, int]]:
-        """(number, bytes, bytes that no other run refers to) by run."""
+        """Return (number, bytes, bytes that no other run refers to) by run."""
         found: dict[str, tuple[int, int, int]] = {}
         for item in self.items:
             for run in item.runs:
@@ -63,26 +63,26 @@ class Cache:
 
 
 def look(runs: Path) -> Cache:
-    """The store of a folder of runs. Raises StoreError where a run does not say what it refers to."""
+    """Return the content of the store of a folder of runs. Raises StoreError for a run whose run.json is damaged."""
     store, users = Store(runs / "store"), _users(runs)
     return Cache(tuple(_items(store, users)), _bytes(store.root / JOURNALS))
 
 
 def prune(runs: Path) -> tuple[Item, ...]:
-    """Remove what no run folder refers to and what killed processes left; what was removed.
+    """Remove items that no run folder refers to or that killed processes left, and return them.
 
-    Nothing that a process is making or removing is touched, and no run begins meanwhile. Raises StoreError.
+    Items that a process is making or removing stay, and no run is registered meanwhile. Raises StoreError.
     """
     store = Store(runs / "store")
     if not store.root.is_dir():
         return ()
     removed = []
-    with on_disk(store.root), store.gate():
+    with on_disk(store.root), store.registration_lock():
         for item in look(runs).unused:
-            with suppress(Held), store.alone(item.id, patience=0.0):
+            with suppress(LockHeld), store.exclusive_lock(item.id, patience=0.0):
                 if item.what in (UNFINISHED, LEFT_OVER):
                     shutil.rmtree(item.path)
-                else:  # under another name first: nobody ever sees half of it
+                else:  # rename first: no reader ever sees half of it
                     gone = item.path.rename(item.path.with_name(f".{item.id}-pruned"))
                     shutil.rmtree(gone)
                 removed.append(item)
@@ -91,18 +91,19 @@ def prune(runs: Path) -> tuple[Item, ...]:
 
 
 def damages(runs: Path) -> Mapping[str, str]:
-    """By stage, what is wrong with an artifact once every byte of it is read."""
+    """Return by stage the changes in artifacts, of which every byte is read."""
     store = Store(runs / "store")
     found = {}
     for path in sorted(store.root.glob("*")):
-        key = _about(path).get("key")
+        manifest = _manifest(path)
+        key = manifest.get("key")
         if key is not None and (damage := store.damage(key, "all")) is not None:
-            found[_about(path).get("name", path.name)] = damage
+            found[manifest.get("name", path.name)] = damage
     return found
 
 
 def _users(runs: Path) -> Mapping[str, Mapping[str, str]]:
-    """By id of an artifact: the runs that refer to it, and what they call it."""
+    """Return by id of an artifact the runs that refer to it, each with its name for the stage."""
     users: dict[str, dict[str, str]] = {}
     for path in sorted(runs.glob("*/run.json")):
         for key, stage in read_run(path.parent)["stages"].items():
@@ -114,29 +115,29 @@ def _items(store: Store, users: Mapping[str, Mapping[str, str]]) -> Iterator[Ite
     for path in sorted(store.root.glob("*")):
         used = tuple(users.get(path.name, ()))
         if _ARTIFACT.fullmatch(path.name):
-            about = _about(path)
-            kind = about.get("kind", "unknown") if about else LEFT_OVER
-            yield Item(path, path.name, kind, about.get("name", ""), _bytes(path), used)
-        elif (found := _TEMPORARY.fullmatch(path.name)) and holder(store.lock(found[1])) is None:
+            manifest = _manifest(path)
+            kind = manifest.get("kind", "unknown") if manifest else LEFT_OVER
+            yield Item(path, path.name, kind, manifest.get("name", ""), _bytes(path), used)
+        elif (found := _TEMPORARY.fullmatch(path.name)) and holder(store.lock_path(found[1])) is None:
             yield Item(path, found[1], LEFT_OVER, "", _bytes(path), ())
     for path in sorted((store.root / SCRATCH).glob("*")):
         wanted = users.get(path.name, {})
         yield Item(path, path.name, UNFINISHED, next(iter(wanted.values()), ""), _bytes(path), tuple(wanted))
 
 
-def _about(artifact: Path) -> dict[str, Any]:
-    """Its manifest; empty where there is none that can be read."""
+def _manifest(artifact: Path) -> dict[str, Any]:
+    """Return the manifest of an artifact, or an empty one if it cannot be read."""
     try:
-        about = json.loads((artifact / MANIFEST).read_text(encoding="utf-8"))
+        manifest = json.loads((artifact / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return about if isinstance(about, dict) else {}
+    return manifest if isinstance(manifest, dict) else {}
 
 
 def _bytes(folder: Path) -> int:
     total = 0
     for path in folder.rglob("*"):
-        with suppress(OSError):  # it may go while we look
+        with suppress(OSError):  # another process may remove it
             status = path.stat()
             total += status.st_size if stat.S_ISREG(status.st_mode) else 0
     return total

@@ -10,16 +10,10 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from rrhf_bench.data.dialogue import TemplateKind
-from rrhf_bench.data.sources import (
-    FaultyRows,
-    count_candidates,
-    fit_context,
-    holds_pairs,
-    load_candidates,
-    load_pairs,
-    load_prompt_data,
-    write_rrhf,
-)
+from rrhf_bench.data.preferences import holds_pairs, load_pairs
+from rrhf_bench.data.prompts import fit_context, load_prompts
+from rrhf_bench.data.rows import FaultyRows
+from rrhf_bench.data.rrhf_files import count_candidates, load_candidates, write_rrhf
 from rrhf_bench.data.toy.gold import topic_of
 from rrhf_bench.errors import ConfigError, DataError
 from rrhf_bench.jsonl import write_jsonl
@@ -30,7 +24,7 @@ from rrhf_bench.pipeline.store import replacing
 from rrhf_bench.policy.policy import TransformersPolicy
 from rrhf_bench.policy.tokenization import Tokenization
 from rrhf_bench.records import Candidates, Decoding, Evaluated, Preference, Prompt
-from rrhf_bench.rewards.gold import GoldReward
+from rrhf_bench.rewards.gold import Gold
 from rrhf_bench.sampling.backend import BackendName
 from rrhf_bench.sampling.sampler import SamplingSpec
 from rrhf_bench.settings.experiment import Dtype, RuntimeSettings
@@ -178,7 +172,7 @@ class PlainSteps:
             judge = self._reward(services, reward)
             judges = stage_helpers.Judges(
                 judge,
-                GoldReward() if gold else None,
+                Gold() if gold else None,
                 services.fixed_policy(perplexity) if perplexity is not None else None,
                 self.runtime.score_batch,
             )
@@ -265,7 +259,7 @@ def read_prompts(path: Path, *, verbatim: bool = False, faulty_rows: FaultyRows 
         data = load_pairs(path, faulty_rows=faulty_rows)
         pairs = list(data.preferences)
         return Questions(pairs, [pair.prompt for pair in pairs], dict(data.counts), data.places)
-    prompts = load_prompt_data(path, verbatim=verbatim, faulty_rows=faulty_rows)
+    prompts = load_prompts(path, verbatim=verbatim, faulty_rows=faulty_rows)
     return Questions([], list(prompts.prompts), dict(prompts.counts), prompts.places)
 
 

@@ -1,4 +1,4 @@
-"""Locks between processes that vanish with their holder, however it ends. Free of torch."""
+"""Locks between processes; a lock ends with its holder, however that process ends. Free of torch."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from pathlib import Path
 
 from rrhf_bench.errors import StoreError
 
-_LOOK = 0.1  # seconds between two tries
+RETRY_SECONDS = 0.1
 
 
 @dataclass(frozen=True)
 class Holder:
-    """The process behind a lock; of a worker, the process that started it."""
+    """The process that holds a lock; for a worker, the process that started the worker."""
 
     pid: int
     host: str
@@ -34,12 +34,12 @@ class Holder:
         return f"process {self.pid} on {self.host} since {self.since} ({self.command})"
 
 
-class Held(StoreError):
+class LockHeld(StoreError):
     """A lock that another process holds."""
 
 
 def holder(path: Path) -> Holder | str | None:
-    """Who holds the lock, in words at least; None where nobody does, whatever file a killed process left."""
+    """Return the holder of a lock, or None if the lock is free, even if a killed process left its file."""
     try:
         file = path.open("r", encoding="utf-8")
     except OSError:
@@ -58,26 +58,27 @@ def holder(path: Path) -> Holder | str | None:
 
 
 @contextmanager
-def alone(
+def exclusive_lock(
     path: Path, what: Path | str, waiting: Callable[[str], None] | None = None, patience: float = 1.0
 ) -> Iterator[None]:
-    """Hold the lock of ``path``, a file that is there as long as the block.
+    """Hold the exclusive lock of ``path``, a file that exists for the duration of the block.
 
-    Where another process holds it: raises Held, which says who and since when; with ``waiting``, tells that who it is
-    and waits for as long as it takes. ``what`` is the thing that is locked, for messages. ``patience`` (seconds) rides
-    over somebody who only looks who holds it. Raises StoreError where the file cannot be written.
+    If another process holds the lock, raise LockHeld, which names that process; with ``waiting``, pass one line that
+    names the process to ``waiting`` and retry until the lock is free. ``what`` names the locked object in messages.
+    ``patience``: seconds to retry first, so that a process probing the lock is not mistaken for its holder. Raises
+    StoreError if the file cannot be written.
     """
     deadline = time.monotonic() + patience
-    told = False
+    announced = False
     while (file := _acquire(path)) is None:
-        if time.monotonic() > deadline and not told:
+        if time.monotonic() > deadline and not announced:
             who = holder(path)
             if waiting is None and who is not None:
-                raise Held(f"{what}: is held by {who}; wait until it ends, or stop it")
+                raise LockHeld(f"{what}: is held by {who}; wait until it ends, or stop it")
             if waiting is not None and who is not None:
                 waiting(f"{what}: waits for {who}")
-                told = True
-        time.sleep(_LOOK)
+                announced = True
+        time.sleep(RETRY_SECONDS)
     try:
         yield
     finally:
@@ -87,7 +88,7 @@ def alone(
 
 
 def _acquire(path: Path) -> int | None:
-    """A descriptor of the locked file with our name in it, or None where another process holds it."""
+    """Return a descriptor of the locked file, or None if another process holds the lock."""
     while True:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -103,21 +104,21 @@ def _acquire(path: Path) -> int | None:
             if isinstance(error, BlockingIOError):
                 return None
             raise StoreError(f"{path}: cannot be locked ({error.strerror}); choose another --runs DIR") from error
-        # A holder removes its file before it lets go: a lock on a removed file keeps nobody out.
-        if _is(path, file):
-            _sign(file)
+        # A holder removes its file before it unlocks: a lock on a removed file excludes nobody.
+        if _names(path, file):
+            _write_holder(file)
             return file
         os.close(file)
 
 
-def _is(path: Path, file: int) -> bool:
+def _names(path: Path, file: int) -> bool:
     try:
         return os.path.samestat(path.stat(), os.fstat(file))
     except FileNotFoundError:
         return False
 
 
-def _sign(file: int) -> None:
+def _write_holder(file: int) -> None:
     parent = multiprocessing.parent_process()
     since = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
     pid = os.getpid() if parent is None or parent.pid is None else parent.pid

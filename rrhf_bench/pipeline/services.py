@@ -22,7 +22,7 @@ from rrhf_bench.jsonl import from_json
 from rrhf_bench.policy.loading import architecture_of, require_savable
 from rrhf_bench.policy.policy import Computation, TransformersPolicy
 from rrhf_bench.records import Preference, Prompt
-from rrhf_bench.rewards.checks import Check, on_pairs
+from rrhf_bench.rewards.checks import Check, check_pairs
 from rrhf_bench.rewards.reward import RewardModel
 from rrhf_bench.sampling.backend import BackendName
 from rrhf_bench.sampling.cached import cache_bytes
@@ -195,7 +195,7 @@ class Services:
         """What was found of a reward model when it was loaded, and what held-out pairs show of it."""
         model = self.reward(ref)
         fed: Any = model.reward
-        return (*model.checks, *on_pairs(fed, pairs))
+        return (*model.checks, *check_pairs(fed, pairs))
 
     def sampler(
         self,
@@ -317,10 +317,14 @@ def context_of(policy: TransformersPolicy, ref: ModelRef) -> int:
     return min(x for x in (own, ref.max_length, 1 << 20) if x is not None)
 
 
-class DistinctTexts:
-    """A RewardModel in front of another that gives it each text of a call once.
+Progress = Callable[[int, int], None]  # (done, total)
+SCORE_TEXTS = 2048  # texts between two reports of progress
 
-    It remembers nothing from call to call: a score from another batch may differ in its last bits, and which calls went
+
+class DistinctTexts:
+    """A RewardModel that gives another one each distinct text of a call once.
+
+    It keeps no score for later calls: a score from another batch may differ in its last bits, and which calls came
     before depends on the number of workers.
     """
 
@@ -349,10 +353,19 @@ class DistinctTexts:
         """Return what was found of the model when it was loaded."""
         return getattr(self.reward, "checks", ())
 
-    def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> NDArray[np.float64]:
+    def score(
+        self, prompts: Sequence[Prompt], responses: Sequence[str], progress: Progress | None = None
+    ) -> NDArray[np.float64]:
+        """Return the (N,) scores as computed; ``progress`` receives (distinct texts scored, distinct texts)."""
         pairs = list(zip(prompts, responses, strict=True))
         place = {pair: i for i, pair in enumerate(dict.fromkeys(pairs))}
-        scores = self.reward.score([prompt for prompt, _ in place], [text for _, text in place])
+        distinct = list(place)
+        scores = np.empty(len(distinct))
+        for start in range(0, len(distinct), SCORE_TEXTS):
+            part = distinct[start : start + SCORE_TEXTS]
+            scores[start : start + len(part)] = self.reward.score([p for p, _ in part], [text for _, text in part])
+            if progress is not None:
+                progress(start + len(part), len(distinct))
         return scores[[place[pair] for pair in pairs]]
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from rrhf_bench.jsonl import read_jsonl
 from rrhf_bench.pipeline.services import ModelRef, Services
 from rrhf_bench.records import Preference
-from rrhf_bench.rewards.gold import Gold, GoldReward, ReviewsGold
+from rrhf_bench.rewards.gold import Gold, ReviewsGold
 from rrhf_bench.sampling.backend import BackendName
 
 
@@ -48,4 +48,4 @@ class Job:
         name = self.read_json("prompts", "about.json")["gold"]
         if name is None:
             return None
-        return ReviewsGold() if name == "toy-reviews" else GoldReward()
+        return ReviewsGold() if name == "toy-reviews" else Gold()

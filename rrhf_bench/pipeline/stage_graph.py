@@ -547,7 +547,7 @@ def _content(experiment: Experiment) -> str | None:
     """What decides files on disk: their contents, not their path."""
     if experiment.data.source != "files" or experiment.data.path is None:
         return None
-    from rrhf_bench.data.sources import find_files
+    from rrhf_bench.data.rows import find_files
 
     digest = hashlib.sha256()
     for path in find_files(experiment.data.path, None):

@@ -1,4 +1,4 @@
-"""What stages and plain-file commands both do: sample, score, put together, judge. Objects in, records out."""
+"""Steps that stages and plain-file commands share: score, train, evaluate. They take objects and return records."""
 
 from __future__ import annotations
 
@@ -8,16 +8,18 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from rrhf_bench import registry
 from rrhf_bench.pipeline.candidates import pair_candidates
+from rrhf_bench.pipeline.services import DistinctTexts, Progress
 from rrhf_bench.policy.batching import ResponseBatch
 from rrhf_bench.policy.logprobs import sequence_score
 from rrhf_bench.policy.policy import Policy, TransformersPolicy
 from rrhf_bench.records import Candidates, Decoding, Evaluated, PairScored, Preference, Prompt, Response
 from rrhf_bench.rewards.gold import Gold
-from rrhf_bench.rewards.reward import RewardModel, require_finite, require_finite_of_row
+from rrhf_bench.rewards.reward import RewardModel, require_finite
 from rrhf_bench.sampling.sampler import Sampler, SamplingSpec
 from rrhf_bench.seeding import derive_seed
 from rrhf_bench.settings.methods import MethodSettings, OfflineSettings, OptimiserSettings, candidates_of
@@ -28,50 +30,35 @@ from rrhf_bench.training.on_policy import OnPolicyTrainer
 from rrhf_bench.training.online import OnlineExamples
 
 Row = tuple[Prompt, Response]
-Report = Callable[[int, int], None]
 
 
-def score_texts(
-    reward: RewardModel, prompts: Sequence[Prompt], texts: Sequence[str], progress: Report | None = None
-) -> np.ndarray:
-    """Return the (N,) scores as computed, a score that is not finite included.
-
-    A text that occurs twice under one prompt is scored once. Scoring runs in bounded slices, so that progress shows.
-    """
-    distinct = list(dict.fromkeys(zip(prompts, texts, strict=True)))
-    scores: dict[tuple[Prompt, str], float] = {}
-    for start in range(0, len(distinct), 2048):
-        slice_ = distinct[start : start + 2048]
-        values = reward.score([prompt for prompt, _ in slice_], [text for _, text in slice_])
-        scores.update(zip(slice_, values.tolist(), strict=True))
-        if progress is not None:
-            progress(start + len(slice_), len(distinct))
-    return np.array([scores[pair] for pair in zip(prompts, texts, strict=True)])
-
-
-def score_candidates(
-    reward: RewardModel, candidates: Sequence[Candidates], progress: Report | None = None
-) -> list[Candidates]:
+def score_candidates(reward: RewardModel, candidates: Sequence[Candidates]) -> list[Candidates]:
     """Return the candidates with every response's score, a score that is not finite included."""
-    rows = [(row.prompt, response) for row in candidates for response in row.responses]
-    scores = iter(score_texts(reward, [p for p, _ in rows], [r.text for _, r in rows], progress).tolist())
-    return [
-        replace(row, responses=tuple(replace(response, score=next(scores)) for response in row.responses))
-        for row in candidates
-    ]
+    return _with_scores(candidates, reward.score(*_prompts_and_texts(candidates)))
 
 
 def score_shared_candidates(
-    reward: RewardModel, candidates: Sequence[Candidates], where: str, progress: Report | None = None
+    reward: DistinctTexts, candidates: Sequence[Candidates], where: str, progress: Progress | None = None
 ) -> list[Candidates]:
     """Return the scored candidates that several rows may train on.
 
     Raises DataError if a score is not finite; ``where`` names the reward model in the message.
     """
-    scored = score_candidates(reward, candidates, progress)
-    prompts = [row.prompt for row in scored for _ in row.responses]
-    require_finite(np.array([score for row in scored for score in row.scores]), prompts, where)
-    return scored
+    prompts, texts = _prompts_and_texts(candidates)
+    return _with_scores(candidates, require_finite(reward.score(prompts, texts, progress), prompts, where))
+
+
+def _prompts_and_texts(candidates: Sequence[Candidates]) -> tuple[list[Prompt], list[str]]:
+    rows = [(group.prompt, response.text) for group in candidates for response in group.responses]
+    return [prompt for prompt, _ in rows], [text for _, text in rows]
+
+
+def _with_scores(candidates: Sequence[Candidates], scores: NDArray[np.float64]) -> list[Candidates]:
+    score = iter(scores.tolist())
+    return [
+        replace(group, responses=tuple(replace(response, score=next(score)) for response in group.responses))
+        for group in candidates
+    ]
 
 
 def trainer(settings: MethodSettings, context: int) -> Trainer:
@@ -112,7 +99,7 @@ class Judges:
         Raises Diverged, with ``place`` in its message, if a reward is not finite.
         """
         prompts, texts = [prompt for prompt, _ in rows], [response.text for _, response in rows]
-        rewards = require_finite_of_row(score_texts(self.reward, prompts, texts), prompts, texts, place)
+        rewards = require_finite(self.reward.score(prompts, texts), prompts, place, texts)
         verdicts: list[dict[str, Any]] = [{"reward": x} for x in rewards.tolist()]
         if self.gold is not None:
             golds, features = self.gold.score(prompts, texts).tolist(), self.gold.features(prompts, texts)
@@ -199,7 +186,7 @@ def score_pairs_by_likelihood(
     def mean_logprob(batch: ResponseBatch) -> Tensor:
         return sequence_score(policy.token_logprobs(batch), batch.mask_BT.to(policy.device))
 
-    p = by_length(mean_logprob, _ids_within_context(policy, rows), batch)
+    p = compute_by_length(mean_logprob, _ids_within_context(policy, rows), batch)
     return [PairScored(row, seed, pair.prompt, p[2 * i], p[2 * i + 1]) for i, pair in enumerate(pairs)]
 
 
@@ -211,7 +198,7 @@ def reply_nll(policy: TransformersPolicy, rows: Sequence[Row], batch: int) -> li
     def nll(batch: ResponseBatch) -> Tensor:
         return -policy.token_logprobs(batch).sum(-1)
 
-    said = iter(by_length(nll, [(prompt, reply) for prompt, reply in pairs if reply], batch))
+    said = iter(compute_by_length(nll, [(prompt, reply) for prompt, reply in pairs if reply], batch))
     return [(next(said), len(reply)) if reply else (0.0, 0) for _, reply in pairs]
 
 
@@ -226,7 +213,7 @@ def log_ratios(policy: Policy, initial: Policy, rows: Sequence[Row], temperature
     def log_ratio(batch: ResponseBatch) -> Tensor:
         return (policy.token_logprobs(batch) - initial.token_logprobs(batch)).sum(-1)
 
-    return by_length(log_ratio, pairs, batch, temperature)
+    return compute_by_length(log_ratio, pairs, batch, temperature)
 
 
 Ids = tuple[int, ...]
@@ -247,7 +234,7 @@ def _ids_within_context(policy: TransformersPolicy, rows: Sequence[Row]) -> list
 
 
 @torch.no_grad()
-def by_length(
+def compute_by_length(
     value: Callable[[ResponseBatch], Tensor], pairs: Sequence[tuple[Ids, Ids]], batch: int, temperature: float = 1.0
 ) -> list[float]:
     """A number for each (prompt ids, response ids), computed in batches of like length, returned in order."""

@@ -13,37 +13,34 @@ from pathlib import Path
 from typing import Any
 
 from rrhf_bench import registry
-from rrhf_bench.data.sources import (
-    fit_context,
-    load_candidates,
-    load_preferences,
-    load_texts,
-    split_preferences,
-    split_texts,
-)
+from rrhf_bench.data.preferences import load_preferences
+from rrhf_bench.data.prompts import fit_context
+from rrhf_bench.data.rrhf_files import load_candidates
+from rrhf_bench.data.splits import split_preferences, split_texts
+from rrhf_bench.data.texts import load_texts
 from rrhf_bench.data.toy.reviews import build_reviews, own_reply
 from rrhf_bench.data.toy.scratch import train_language_model
 from rrhf_bench.data.toy.world import build_world
 from rrhf_bench.errors import DataError, StageError
-from rrhf_bench.jsonl import from_json, read_jsonl, to_json, write_jsonl
+from rrhf_bench.jsonl import from_json, read_jsonl, read_objects, to_json, write_jsonl
 from rrhf_bench.pipeline import stage_helpers
 from rrhf_bench.pipeline.candidates import assemble, pair_candidates
 from rrhf_bench.pipeline.checkpoints import FileCheckpoints
-from rrhf_bench.pipeline.judging import judge
+from rrhf_bench.pipeline.judging import JOURNALS, judge_candidates
 from rrhf_bench.pipeline.results import WARNINGS
 from rrhf_bench.pipeline.services import ModelRef, context_of
 from rrhf_bench.pipeline.stage_context import Job
 from rrhf_bench.policy.policy import Policy, TransformersPolicy
 from rrhf_bench.records import Candidates, CurvePoint, Decoding, Preference, Prompt, Response
-from rrhf_bench.rewards.bradley_terry import train_reward_model
 from rrhf_bench.rewards.gold import Gold, ReviewsGold
-from rrhf_bench.rewards.reward import require_finite_of_row
-from rrhf_bench.rewards.sentiment import POSITIVE, train_classifier
+from rrhf_bench.rewards.pair_losses import OBJECTIVES
+from rrhf_bench.rewards.reward import require_finite
+from rrhf_bench.rewards.train_head import train_head
 from rrhf_bench.sampling.backend import BackendName, choose_backend
 from rrhf_bench.sampling.sampler import Sampler, SamplingSpec
 from rrhf_bench.seeding import derive_seed
 from rrhf_bench.settings.candidates import STRATEGY_KEYS
-from rrhf_bench.settings.experiment import ScratchSettings
+from rrhf_bench.settings.experiment import JudgeTable, ScratchSettings
 from rrhf_bench.settings.methods import MethodSettings, candidates_of
 from rrhf_bench.settings.reward import RewardTrainingSettings
 from rrhf_bench.training.method import Progress, TrainContext, TrainInputs
@@ -129,7 +126,7 @@ def model(job: Job) -> None:
         _given(s).write(job.out)
         return
     settings = ScratchSettings.model_validate(s["scratch"])
-    texts = [json.loads(line)["text"] for line in (job.inputs["data"] / f"{s['corpus']}.jsonl").open(encoding="utf-8")]
+    texts = [line["text"] for _, line in read_objects(job.inputs["data"] / f"{s['corpus']}.jsonl")]
     log: list[Mapping[str, float]] = []
     job.services.make_room()
     train_language_model(
@@ -163,8 +160,7 @@ def reward_model(job: Job) -> None:
         job.progress(len(log), steps_in_all)
 
     job.services.make_room()
-    classifies = settings.objective == "classification"
-    result = (train_classifier if classifies else train_reward_model)(
+    result = train_head(
         policy.source,
         pairs,
         settings,
@@ -179,7 +175,8 @@ def reward_model(job: Job) -> None:
     )
     write_jsonl(job.out / "metrics.jsonl", log)
     job.write_json("counts.json", {"pairs": len(pairs), **result.counts})
-    label = POSITIVE if classifies else None
+    labels = OBJECTIVES[settings.objective].labels
+    label = None if labels is None else labels[1]
     ModelRef("model", template=policy.template, label=label, trust_remote_code=policy.trust_remote_code).write(job.out)
 
 
@@ -320,6 +317,23 @@ def _gold_line(gold: Gold, row: Candidates) -> dict[str, Any]:
     return {"golds": gold.score(prompts, texts).tolist(), "features": gold.features(prompts, texts)}
 
 
+def judge(job: Job) -> None:
+    """Write the rated training candidates of a row, and their ratings on all four axes."""
+    s = job.settings
+    sampled = _sampled(job, "candidates ")
+    pairs = pair_candidates(job.pairs("train"))
+    groups = assemble(s["sources"], sampled, pairs)
+    if not groups:
+        raise DataError(f"none of {len(pairs)} prompts has a response from {', '.join(s['sources'])}; add a source")
+    # Not in the artifact: a stage that fails leaves none, and the verdicts must outlive it.
+    journals = job.out.parent / JOURNALS
+    result = judge_candidates(JudgeTable.model_validate(s["judge"]), groups, journals, job.progress)
+    write_jsonl(job.out / "candidates.jsonl", result.candidates)
+    rated = zip(result.candidates, result.ratings, strict=True)
+    write_jsonl(job.out / "ratings.jsonl", ({"prompt": group.prompt, "ratings": given} for group, given in rated))
+    job.write_json("counts.json", {**result.counts, "without_responses": len(pairs) - len(groups)})
+
+
 def score_pairs(job: Job) -> None:
     """Write the data set's own replies with their scores; held-out pairs also check the reward model's input."""
     ref, split = job.ref("reward model"), job.settings["split"]
@@ -436,13 +450,17 @@ def train_inputs(job: Job, settings: MethodSettings) -> TrainInputs:
         return TrainInputs(pairs, reference=reference)
     if "judged" in job.inputs:
         return TrainInputs(pairs, read_jsonl(job.inputs["judged"] / "candidates.jsonl", Candidates), reference)
-    sampled = {
-        role.removeprefix("scores "): read_jsonl(folder / "candidates.jsonl", Candidates)
-        for role, folder in job.inputs.items()
-        if role.startswith("scores ")
-    }
     scored_pairs = read_jsonl(job.inputs["pair scores"] / "candidates.jsonl", Candidates)
-    return TrainInputs(pairs, assemble(candidates.sources, sampled, scored_pairs), reference)
+    return TrainInputs(pairs, assemble(candidates.sources, _sampled(job, "scores "), scored_pairs), reference)
+
+
+def _sampled(job: Job, role: str) -> dict[str, list[Candidates]]:
+    """Return by source the candidates of the inputs whose role is ``role`` and the name of a source."""
+    return {
+        name.removeprefix(role): read_jsonl(folder / "candidates.jsonl", Candidates)
+        for name, folder in job.inputs.items()
+        if name.startswith(role)
+    }
 
 
 class _Curve:
@@ -487,7 +505,7 @@ class _Curve:
         for decoding, spec in decodings(job.settings["evaluation"], job.settings["seed"], "curve").items():
             texts = [row.responses[0].text for row in sampler.sample(prompts, spec)]
             place = f"step {progress.step}, {decoding} replies to the dev prompts"
-            rewards = require_finite_of_row(reward.score(prompts, texts), prompts, texts, place)
+            rewards = require_finite(reward.score(prompts, texts), prompts, place, texts)
             self.points.append(
                 CurvePoint(
                     method=job.row or "",

@@ -1,4 +1,4 @@
-"""The content-addressed store: an artifact is complete or absent, and is what was written. Free of torch."""
+"""The content-addressed store: an artifact is complete or absent, and unchanged since it was written. Torch-free."""
 
 from __future__ import annotations
 
@@ -16,49 +16,45 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rrhf_bench.errors import BenchError, StoreError
-from rrhf_bench.pipeline.locks import Held, alone
+from rrhf_bench.pipeline.locks import LockHeld, exclusive_lock
 
 MANIFEST = "manifest.json"
-TIMING = "timing.json"  # wall-clock and memory of a stage: beside its content, never compared
-SMALL = 1 << 24  # bytes: smaller files are always known by content, larger ones by size and time
+TIMING = "timing.json"  # wall-clock and memory of a stage; equal artifacts differ in it, so it has its own checksum
+SMALL_BYTES = 1 << 24  # smaller files are compared by content, larger ones by size and time
 SCRATCH = ".scratch"
 
-Read = Literal["sizes", "contents", "all"]
-"""How closely files are looked at: sizes; the content of small ones and of those touched since; every content."""
+Depth = Literal["sizes", "contents", "all"]
+"""What of an artifact's files is compared: sizes; contents of small files and of those modified since; all contents."""
 
 
 def canonical(value: Any, *, finite: bool = True) -> str:
-    """Canonical JSON: the same value is the same text on every machine. ValueError for a number that is not finite."""
+    """Return canonical JSON: equal values give equal text. Raises ValueError for a non-finite number if ``finite``."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=not finite)
 
 
 def content_key(value: Any) -> str:
-    """sha256 of canonical JSON, 64 hex digits."""
+    """Return the sha256 of canonical JSON, 64 hex digits."""
     return hashlib.sha256(canonical(value).encode()).hexdigest()
 
 
-def sealed(value: Mapping[str, Any]) -> dict[str, Any]:
-    """The same object with a checksum of itself, whatever numbers it holds."""
-    return {**value, "sha256": _seal(value)}
+def with_checksum(value: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a JSON object with its own checksum; its numbers may be non-finite."""
+    return {**value, "sha256": hashlib.sha256(canonical(value, finite=False).encode()).hexdigest()}
 
 
-def _seal(value: Mapping[str, Any]) -> str:
-    return hashlib.sha256(canonical(value, finite=False).encode()).hexdigest()
-
-
-def broken_seal(value: Any) -> str | None:
-    """What is wrong with an object that ``sealed`` made, in words; None for one that is whole, or has no seal."""
+def is_unchanged(value: Any) -> bool:
+    """Return True if a value from JSON is an object that ``with_checksum`` made."""
     if not isinstance(value, dict):
-        return "is no JSON object"
+        return False
     rest = {name: item for name, item in value.items() if name != "sha256"}
-    return "has changed since it was written" if "sha256" in value and _seal(rest) != value["sha256"] else None
+    return value.get("sha256") == with_checksum(rest)["sha256"]
 
 
 @dataclass(frozen=True)
 class Store:
-    """Folders named by the key of what made them. One store serves every experiment under ``runs/``.
+    """Artifacts in folders named by their keys. One store serves every experiment under ``runs/``.
 
-    Beside them, all with a leading dot: temporary folders and locks of artifacts that are being made, and ``.scratch``.
+    Names with a leading dot are temporary folders and locks of artifacts in the making, and ``.scratch``.
     """
 
     root: Path
@@ -67,27 +63,26 @@ class Store:
         return self.root / key[:32]
 
     def has(self, key: str) -> bool:
-        """Whether the artifact is complete: its manifest, which is written last, names the key and files of that size.
+        """Return True if the artifact is complete: its manifest, written last, has the key and the sizes of its files.
 
-        Raises StoreError where the manifest may not be read.
+        Raises StoreError if the manifest cannot be read.
         """
         return self._manifest(key) is not None and self.damage(key, "sizes") is None
 
     def intact(self, key: str) -> bool:
-        """Whether the artifact is complete and is what was written."""
+        """Return True if the artifact is complete and unchanged."""
         return self._manifest(key) is not None and self.damage(key) is None
 
-    def damage(self, key: str, read: Read = "contents") -> str | None:
-        """What is wrong with an artifact that was complete once, in words; None where nothing is, or there is none.
+    def damage(self, key: str, depth: Depth = "contents") -> str | None:
+        """Return one line about a change in a complete artifact, or None if there is no change or no artifact.
 
-        Small files are compared by content, large ones by size and, where they are newer than the manifest, by content.
-        A manifest without checksums, as once written, promises nothing and breaks nothing.
+        Small files are compared by content, large ones by size and, if they are newer than the manifest, by content.
         """
         manifest = self._manifest(key)
-        return None if manifest is None else next(self._faults(key, manifest, read), None)
+        return None if manifest is None else next(self._faults(key, manifest, depth), None)
 
     def need(self, key: str, name: str) -> Path:
-        """The folder of an intact artifact, to be read. Raises StoreError where there is none."""
+        """Return the folder of an intact artifact. Raises StoreError if there is none."""
         damage = self.damage(key)
         if damage is not None:
             raise StoreError(f"{name}: {damage}; run the experiment again, which makes it again")
@@ -95,36 +90,25 @@ class Store:
             raise StoreError(f"{name} is not complete in {self.root}; run the experiment again")
         return self.folder(key)
 
-    def about(self, key: str) -> dict[str, Any]:
-        """The manifest of a complete artifact."""
-        return json.loads((self.folder(key) / MANIFEST).read_text(encoding="utf-8"))
-
-    def seal(self, key: str) -> None:
-        """Give an artifact from before there were checksums those of its files as they are now."""
-        about = self.about(key)
-        if "files" not in about:
-            content = json.dumps({**about, "files": _checksums(self.folder(key))}, indent=1, ensure_ascii=False)
-            with self.alone(key):
-                write_atomically(self.folder(key) / MANIFEST, content)
-
-    def lock(self, key: str) -> Path:
+    def lock_path(self, key: str) -> Path:
         return self.root / f".{key[:32]}.lock"
 
-    def alone(
+    def exclusive_lock(
         self, key: str, name: str = "", waiting: Callable[[str], None] | None = None, patience: float = 1.0
     ) -> AbstractContextManager[None]:
-        """The right to make this artifact, which one process has at a time: see ``locks.alone``."""
-        return alone(self.lock(key), name or self.folder(key), waiting, patience)
+        """Return the lock that a process holds while it makes this artifact: see ``locks.exclusive_lock``."""
+        return exclusive_lock(self.lock_path(key), name or self.folder(key), waiting, patience)
 
-    def gate(self) -> AbstractContextManager[None]:
-        """Held for a moment by a run that says what it will use, and by whoever removes what nobody uses."""
-        return alone(self.root / ".gate.lock", self.root, lambda _: None)
+    def registration_lock(self) -> AbstractContextManager[None]:
+        """Return the lock that serialises the registration of runs and pruning."""
+        return exclusive_lock(self.root / ".gate.lock", self.root, lambda _: None)
 
     @contextmanager
     def writing(self, key: str, about: Mapping[str, Any]) -> Iterator[Path]:
-        """A temporary folder that becomes the artifact when the block ends well, and vanishes when it does not.
+        """Yield a temporary folder that becomes the artifact if the block ends without an error; else it is removed.
 
-        Where others may make the same artifact or sweep the store, inside ``alone``. Its scratch folder goes with it.
+        The caller holds ``exclusive_lock`` if other processes may make the same artifact or sweep the store. The
+        scratch folder of an artifact is removed when the artifact is complete.
         """
         try:
             self.root.mkdir(parents=True, exist_ok=True)
@@ -149,16 +133,16 @@ class Store:
             shutil.rmtree(replaced, ignore_errors=True)
 
     def scratch(self, key: str) -> Path:
-        """Where a stage may keep, with ``atomically``, what it must find again after it was killed; not made here.
+        """Return the folder for what a stage needs after it was killed, which it writes with ``atomically``.
 
-        The folder goes when the artifact is complete.
+        The folder need not exist; it is removed when the artifact is complete.
         """
         return self.root / SCRATCH / key[:32]
 
     def failed(self, key: str) -> Path:
-        """Where the failure of a stage is told: ``failed.json`` (stage, reason) and ``batch.jsonl``, what it failed on.
+        """Return the folder that describes a failed stage: ``failed.json`` (stage, reason), ``batch.jsonl`` (evidence).
 
-        Not an artifact: the stage is tried again by the next run, and the folder goes when it succeeds.
+        It is not an artifact: the next run tries the stage again, and success removes the folder.
         """
         return self.root / "failed" / key[:32]
 
@@ -170,27 +154,27 @@ class Store:
         write_atomically(folder / "failed.json", json.dumps({"key": key, "stage": stage, "reason": reason}, indent=1))
 
     def failure(self, key: str) -> str | None:
-        """The reason for which a stage failed that is not complete, or None."""
+        """Return the reason for which a stage failed, or None if it is complete or did not fail."""
         path = self.failed(key) / "failed.json"
         if self.has(key) or not path.is_file():
             return None
         return json.loads(path.read_text(encoding="utf-8"))["reason"]
 
     def sweep(self) -> None:
-        """Remove what killed processes left: temporary folders, and scratch folders of artifacts that are complete."""
+        """Remove the temporary folders of killed processes, and the scratch folders of complete artifacts."""
         if not self.root.is_dir():
             return
         leftovers = [(m[1], path) for path in self.root.iterdir() if (m := _LEFTOVER.fullmatch(path.name))]
         finished = [path for path in (self.root / SCRATCH).glob("*") if self._complete(path.name)]
         for key, path in [*leftovers, *((path.name, path) for path in finished)]:
-            with suppress(Held), self.alone(key, patience=0.0):
+            with suppress(LockHeld), self.exclusive_lock(key, patience=0.0):
                 shutil.rmtree(path, ignore_errors=True)
 
     def _complete(self, name: str) -> bool:
         return (self.root / name / MANIFEST).is_file()
 
     def _manifest(self, key: str) -> dict[str, Any] | None:
-        """None where there is none; an empty one where it cannot be understood."""
+        """Return the manifest, None if there is none, or an empty one if it is no JSON object."""
         path = self.folder(key) / MANIFEST
         try:
             manifest = json.loads(path.read_text(encoding="utf-8"))
@@ -202,14 +186,12 @@ class Store:
             return {}
         return manifest if isinstance(manifest, dict) else {}
 
-    def _faults(self, key: str, manifest: Mapping[str, Any], read: Read) -> Iterator[str]:
-        """In words, cheapest first."""
+    def _faults(self, key: str, manifest: Mapping[str, Any], depth: Depth) -> Iterator[str]:
+        """Yield one line a change, the cheapest comparisons first."""
         folder = self.folder(key)
         path = folder / MANIFEST
         if manifest.get("key") != key:
             yield f"{path} has changed since it was written"
-            return
-        if "files" not in manifest:
             return
         try:
             written = path.stat().st_mtime_ns
@@ -226,13 +208,13 @@ class Store:
             size, sha256 = expected.pop(name)
             status = file.stat()
             if name == TIMING:
-                if fault := _timing_fault(file):
-                    yield f"{file} {fault}"
+                if not _is_unchanged_json(file):
+                    yield f"{file} has changed since it was written"
             elif status.st_size != size:
                 yield f"{file} has {status.st_size} bytes and was written with {size}"
-            elif read != "sizes":
-                look = read == "all" or status.st_size < SMALL or status.st_mtime_ns > written
-                if look and _sha256(file) != sha256:
+            elif depth != "sizes":
+                compare = depth == "all" or status.st_size < SMALL_BYTES or status.st_mtime_ns > written
+                if compare and _sha256(file) != sha256:
                     yield f"{file} has changed since it was written"
         yield from (f"{folder / name} is missing" for name in expected)
 
@@ -241,13 +223,13 @@ _LEFTOVER = re.compile(r"\.([0-9a-f]{32})(?:-.*|\.lock)")
 
 
 def _files(folder: Path) -> list[tuple[str, Path]]:
-    """(name within the folder, path) of the files that a manifest speaks of, in a fixed order."""
+    """Return (name within the folder, path) of the files that a manifest lists, in a fixed order."""
     found = ((path.relative_to(folder).as_posix(), path) for path in sorted(folder.rglob("*")) if path.is_file())
     return [(name, path) for name, path in found if name != MANIFEST]
 
 
 def _checksums(folder: Path) -> dict[str, dict[str, Any] | None]:
-    """Size and sha256 of each file; of wall-clock, which differs between equal artifacts, only that it is there."""
+    """Return the size and sha256 of each file, and None for TIMING."""
     return {
         name: None if name == TIMING else {"size": path.stat().st_size, "sha256": _sha256(path)}
         for name, path in _files(folder)
@@ -259,15 +241,15 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _timing_fault(path: Path) -> str | None:
+def _is_unchanged_json(path: Path) -> bool:
     try:
-        return broken_seal(json.loads(path.read_text(encoding="utf-8")))
+        return is_unchanged(json.loads(path.read_text(encoding="utf-8")))
     except ValueError:
-        return "has changed since it was written"
+        return False
 
 
 def _sync(path: Path) -> None:
-    """To the disk: a file's content, or the names in a folder."""
+    """Flush the content of a file, or the names in a folder, to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -286,10 +268,10 @@ def _sync_all(folder: Path) -> None:
 
 @contextmanager
 def atomically(path: Path) -> Iterator[Path]:
-    """A path beside ``path`` to write one file to: when the block ends well it is on the disk and takes the name.
+    """Yield a temporary path to write one file to; rename it to ``path`` if the block ends without an error.
 
-    A file of that name is as it was until then. Two processes must not write to one path at a time; what a killed one
-    left, ``.<name>.part``, is overwritten by the next. Raises StoreError where the disk is full or cannot be written.
+    An existing file is unchanged until then. Two processes must not write to one path at a time; the next write
+    replaces ``.<name>.part`` of a killed process. Raises StoreError if the disk is full or cannot be written.
     """
     temporary = path.with_name(f".{path.name}.part")
     with on_disk(path.parent):
@@ -304,7 +286,7 @@ def atomically(path: Path) -> Iterator[Path]:
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:
-    """Write a whole file, or leave what was there: see ``atomically``."""
+    """Write a whole file, or leave the existing one: see ``atomically``."""
     with atomically(path) as temporary:
         temporary.write_bytes(content if isinstance(content, bytes) else content.encode())
 
@@ -315,7 +297,7 @@ _DENIED = {errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EIO}  # of a file of 
 
 @contextmanager
 def on_disk(place: Path, instead: str = "choose another --runs DIR") -> Iterator[None]:
-    """Makes one line, a StoreError, of what a full or read-only disk raises, here or in a library below."""
+    """Turn what a full or read-only disk raises, here or in a library, into a StoreError of one line."""
     try:
         yield
     except BenchError:
@@ -333,9 +315,9 @@ def on_disk(place: Path, instead: str = "choose another --runs DIR") -> Iterator
 
 
 def _disk_fault(error: BaseException | None) -> tuple[int, str | None]:
-    """(errno, file where it is known) of an error or of what it came from; 0 where it has none.
+    """Return (errno, file or None) of an error or of its cause; errno 0 if there is none.
 
-    safetensors and tokenizers, written in Rust, raise errors of their own that end in "(os error 28)".
+    safetensors and tokenizers, written in Rust, raise errors that end in "(os error 28)".
     """
     while error is not None:
         if isinstance(error, OSError) and error.errno is not None:
@@ -380,10 +362,10 @@ def replacing(path: Path, *, over: bool = False) -> Iterator[Path]:
 
 
 def folder_identity(folder: Path) -> str:
-    """What a model folder holds: small files by content, large ones by size and modification time.
+    """Return an identity of a model folder: small files by content, large ones by size and modification time.
 
     Hashing tens of gigabytes of weights at every `plan` would take minutes; a weight file that is replaced gets a new
-    time. Raises StoreError where there is no such folder.
+    time. Raises StoreError for an empty or missing folder.
     """
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     if not files:
@@ -391,7 +373,7 @@ def folder_identity(folder: Path) -> str:
     digest = hashlib.sha256()
     for path in files:
         status = path.stat()
-        small = status.st_size < SMALL
+        small = status.st_size < SMALL_BYTES
         what = hashlib.sha256(path.read_bytes()).hexdigest() if small else f"{status.st_size} {status.st_mtime_ns}"
         digest.update(f"{path.relative_to(folder)} {what}\n".encode())
     return f"folder:{digest.hexdigest()[:32]}"

@@ -1,9 +1,9 @@
-"""The gold rewards of the embedded worlds: judges that no method trains against."""
+"""The gold rewards of the embedded worlds, against which no method trains."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,42 +12,30 @@ from rrhf_bench.data.toy import gold, reviews
 from rrhf_bench.records import Prompt
 
 
-class Gold(Protocol):
-    """The true reward of an embedded world: a RewardModel that also says why."""
+class Gold:
+    """The true reward of the embedded dialogues (``data/toy/gold.py``) as a RewardModel.
 
-    identity: str
-
-    def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> NDArray[np.float64]: ...
-
-    def features(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[dict[str, int]]: ...
-
-
-class GoldReward:
-    """``data/toy/gold.py`` as a RewardModel. Raises DataError for a prompt that is not of the embedded world."""
+    Raises DataError for a prompt that is not of this world.
+    """
 
     identity = "toy-gold 1"  # the number grows with every change of a gold score
+    world: ClassVar[Any] = gold
 
     def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> NDArray[np.float64]:
-        """(N,) gold rewards."""
+        """Return the (N,) gold rewards."""
         pairs = zip(prompts, responses, strict=True)
-        return np.array([gold.judge(prompt.text, response)[0] for prompt, response in pairs], dtype=np.float64)
+        return np.array([self.world.judge(prompt.text, text)[0] for prompt, text in pairs], dtype=np.float64)
 
     def features(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[dict[str, int]]:
-        """What the judge counted in each reply: the reasons of its score."""
-        return [gold.features(prompt.text, response) for prompt, response in zip(prompts, responses, strict=True)]
+        """Return what each score counts in its reply."""
+        return [self.world.features(prompt.text, text) for prompt, text in zip(prompts, responses, strict=True)]
 
 
-class ReviewsGold:
-    """``data/toy/reviews.py`` as a RewardModel: true sentiment less penalties for repeating and garbling. Raises
-    DataError for a prompt that is not of the embedded reviews."""
+class ReviewsGold(Gold):
+    """The true sentiment of the embedded reviews (``data/toy/reviews.py``), less penalties for repeating and garbling.
 
-    identity = "toy-reviews-gold 1"  # the number grows with every change of a gold score
+    Scores are at most 1.
+    """
 
-    def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> NDArray[np.float64]:
-        """(N,) gold rewards, at most 1."""
-        pairs = zip(prompts, responses, strict=True)
-        return np.array([reviews.judge(prompt.text, response)[0] for prompt, response in pairs], dtype=np.float64)
-
-    def features(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[dict[str, int]]:
-        """What was counted in each completion: the reasons of its score."""
-        return [reviews.features(prompt.text, response) for prompt, response in zip(prompts, responses, strict=True)]
+    identity = "toy-reviews-gold 1"
+    world: ClassVar[Any] = reviews

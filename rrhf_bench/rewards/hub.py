@@ -27,8 +27,8 @@ from rrhf_bench.rewards.input_contract import (
     Dtype,
     Layout,
     RewardContract,
-    by_length,
     content_digest,
+    length_batches,
 )
 
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt")
@@ -264,7 +264,7 @@ def score_rows(
 ) -> NDArray[np.float64]:
     """(N,) scores of rows of ids, by batches of like length, in the order of the rows."""
     scores = np.empty(len(rows))
-    for batch in by_length(rows, batch_size):
+    for batch in length_batches(rows, batch_size):
         scores[batch] = score([rows[i] for i in batch])
     return scores
 

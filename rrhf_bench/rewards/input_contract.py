@@ -166,7 +166,7 @@ KNOWN_LAYOUTS = {
 }
 
 
-def by_length(rows: Sequence[Sequence[int]], batch_size: int) -> list[list[int]]:
+def length_batches(rows: Sequence[Sequence[int]], batch_size: int) -> list[list[int]]:
     """Indices of rows in batches of like length, longest first (too large a batch fails at once).
 
     Rows of one length are ordered by content, so the batches, and with them the scores to the last bit, are the same

@@ -25,12 +25,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from rrhf_bench.errors import BenchError, ConfigError, DataError, StageError
-from rrhf_bench.jsonl import read_jsonl, to_json
+from rrhf_bench.jsonl import read_jsonl, to_json, unique_object
 from rrhf_bench.records import Candidates, Response
 from rrhf_bench.seeding import generator
 from rrhf_bench.settings.judge import JudgeSettings
 
-JOURNAL = "scores.jsonl"
 LOWEST, HIGHEST = 1, 5
 VERSION = 1  # grows with every change of what the judge is shown
 
@@ -153,7 +152,7 @@ def answer_schema(k: int) -> dict[str, Any]:
 def parse_answer(answer: str, k: int) -> tuple[Ratings, ...]:
     """The ratings of k responses as shown. Raises Unreadable for anything but the object that was asked for."""
     try:
-        value = json.loads(answer, object_pairs_hook=_distinct)
+        value = json.loads(answer, object_pairs_hook=unique_object)
     except (ValueError, RecursionError):
         raise Unreadable("not_ratings", answer) from None
     if not isinstance(value, dict) or not all(
@@ -412,9 +411,3 @@ def _name(index: int) -> str:
 def _quoted(text: str) -> str:
     plain = json.dumps(text, ensure_ascii=False)
     return re.sub("[<\\[\u2028\u2029\ud800-\udfff]", lambda mark: f"\\u{ord(mark[0]):04x}", plain)
-
-
-def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len({name for name, _ in pairs}) != len(pairs):
-        raise ValueError("a key is there twice")
-    return dict(pairs)

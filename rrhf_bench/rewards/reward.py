@@ -30,25 +30,24 @@ class RewardModel(Protocol):
         ...
 
 
-def require_finite(scores: NDArray[np.float64], prompts: Sequence[Prompt], where: str) -> NDArray[np.float64]:
-    """Return the scores. Raises DataError if one is not finite; ``where`` names the reward model in the message."""
-    fault = _nonfinite(scores, prompts)
-    if fault is not None:
-        raise DataError(f"{where}: {fault}")
-    return scores
-
-
-def require_finite_of_row(
-    scores: NDArray[np.float64], prompts: Sequence[Prompt], responses: Sequence[str], place: str
+def require_finite(
+    scores: NDArray[np.float64], prompts: Sequence[Prompt], where: str, responses: Sequence[str] | None = None
 ) -> NDArray[np.float64]:
-    """Return the scores of one row's replies. Raises Diverged, with the replies as evidence, if one is not finite.
+    """Return the scores. Raises DataError if one is not finite; ``where`` names the reward model in the message.
 
-    ``place`` says in the message where the row stands, such as its iteration and step.
+    With ``responses`` the scores are those of one row alone: it raises Diverged with the replies as evidence, and
+    ``where`` says where the row stands, such as its iteration and step.
     """
-    fault = _nonfinite(scores, prompts)
-    if fault is not None:
-        raise Diverged(f"{place}: {fault}", scored_replies(prompts, responses, scores))
-    return scores
+    bad = np.flatnonzero(~np.isfinite(scores))
+    if not bad.size:
+        return scores
+    fault = (
+        f"{where}: {bad.size} of {scores.size} rewards are not finite, the first {scores[bad[0]]} for prompt "
+        f"{prompts[bad[0]].id}; a reward model in half precision may overflow: load it in float32"
+    )
+    if responses is None:
+        raise DataError(fault)
+    raise Diverged(fault, scored_replies(prompts, responses, scores))
 
 
 def scored_replies(
@@ -59,14 +58,3 @@ def scored_replies(
         {"prompt": prompt.text, "response": response, "reward": reward if math.isfinite(reward) else str(reward)}
         for prompt, response, reward in zip(prompts, responses, scores.tolist(), strict=True)
     ]
-
-
-def _nonfinite(scores: NDArray[np.float64], prompts: Sequence[Prompt]) -> str | None:
-    """Return one line about the scores that are not finite, or None if all are finite."""
-    bad = np.flatnonzero(~np.isfinite(scores))
-    if not bad.size:
-        return None
-    return (
-        f"{bad.size} of {scores.size} rewards are not finite, the first {scores[bad[0]]} for prompt "
-        f"{prompts[bad[0]].id}; a reward model in half precision may overflow: load it in float32"
-    )

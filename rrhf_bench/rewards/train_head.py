@@ -1,6 +1,4 @@
-"""A linear head on the initial policy's body, trained on pairs of replies: what every reward model trained here shares.
-
-The loss is given: Bradley-Terry (``bradley_terry.py``) or classification (``sentiment.py``).
+"""Train a reward model on pairs of replies: a linear head on the initial policy's body.
 
 Shape letters: B pairs, N rows (chosen and rejected of a batch), L tokens padded, K outputs of the head.
 """
@@ -15,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from rrhf_bench.data.dialogue import TemplateKind
 from rrhf_bench.errors import DataError, StageError
@@ -24,6 +21,7 @@ from rrhf_bench.records import Preference
 from rrhf_bench.rewards.checks import record_of
 from rrhf_bench.rewards.hub import ClassifierReward, length_limit, pad, pooled_logits
 from rrhf_bench.rewards.input_contract import RewardContract
+from rrhf_bench.rewards.pair_losses import OBJECTIVES
 from rrhf_bench.seeding import generator, torch_seed
 from rrhf_bench.settings.reward import RewardTrainingSettings
 
@@ -31,12 +29,11 @@ BUCKET = 16  # batches that are sorted by length together: padding shrinks, the 
 CURVE_POINTS = 20
 
 Log = Callable[[Mapping[str, float]], None]
-Loss = Callable[[Tensor, Tensor], Tensor]  # (chosen_B, rejected_B) -> scalar
 
 
 @dataclass(frozen=True)
 class RewardTraining:
-    """What training did. In the first epoch every accuracy is of pairs not yet trained on; a tie counts one half."""
+    """The outcome of training. In the first epoch accuracies are of unseen pairs; a tie counts one half."""
 
     steps: int
     loss: float  # mean over the last tenth of the steps
@@ -50,20 +47,15 @@ def train_head(
     settings: RewardTrainingSettings,
     folder: Path,
     *,
-    loss: Loss,
-    labels: tuple[str, str] | None,
     seed: int,
-    template: TemplateKind,
-    pad_token: str | None,
-    revision: str | None,
-    device: str,
-    log: Log | None,
+    template: TemplateKind = "hh",
+    pad_token: str | None = None,
+    revision: str | None = None,
+    device: str = "cpu",
+    log: Log | None = None,
     trust_remote_code: bool = False,
 ) -> RewardTraining:
     """Train a linear head and the body below it in float32, and save them to ``folder`` for ``ClassifierReward``.
-
-    Without ``labels`` the head has one output, the score. With two, (negative, positive), it has one for each, and the
-    score that ``loss`` compares is the log-odds of positive, whose sigmoid ``ClassifierReward`` gives for that label.
 
     The head starts at zero: every pair is a tie at first, and the run depends on the seed only through the order of
     the pairs. ``reward_contract.json`` holds the contract and eight texts with their ids and scores, which every load
@@ -71,6 +63,8 @@ def train_head(
     DataError for an initial model that cannot carry such a head and for no pairs, StageError for a loss that is not
     finite.
     """
+    objective = OBJECTIVES[settings.objective]
+    labels = objective.labels
     if not preferences:
         raise DataError("reward model: found no pairs to train on; expected at least one")
     where = str(initial)
@@ -115,7 +109,7 @@ def train_head(
         logit_NK = pooled_logits(model, ids_NL, mask_NL, [len(row) - 1 for row in rows])
         score_N = logit_NK[:, 0] if labels is None else logit_NK[:, 1] - logit_NK[:, 0]
         chosen_B, rejected_B = score_N.chunk(2)
-        value = loss(chosen_B, rejected_B)
+        value = objective.loss(chosen_B, rejected_B)
         if not torch.isfinite(value):
             raise StageError(f"reward model: the loss at step {step + 1} of {total} is {value.item()}; lower its lr")
         optimiser.zero_grad()
@@ -145,7 +139,7 @@ def train_head(
 
 
 def batch_order(lengths: Sequence[int], batch_size: int, rng: np.random.Generator) -> list[list[int]]:
-    """Every index once, in batches of like length, in random order. The last batch of a shuffle may be smaller."""
+    """Return every index once, in batches of like length and in random order; the last one may be smaller."""
     order = rng.permutation(len(lengths)).tolist()
     batches: list[list[int]] = []
     for start in range(0, len(order), batch_size * BUCKET):

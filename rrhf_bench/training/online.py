@@ -22,7 +22,7 @@ from rrhf_bench.jsonl import from_json, to_json
 from rrhf_bench.policy.logprobs import kl_k1
 from rrhf_bench.policy.policy import Policy
 from rrhf_bench.records import Candidates, Prompt, Response
-from rrhf_bench.rewards.reward import require_finite_of_row
+from rrhf_bench.rewards.reward import require_finite
 from rrhf_bench.sampling.sampler import SamplingSpec
 from rrhf_bench.settings.candidates import SampledCandidates
 from rrhf_bench.settings.methods import OfflineSettings, candidates_of
@@ -213,4 +213,4 @@ def _check_finite(groups: Sequence[Candidates], place: str) -> None:
     prompts = [group.prompt for group in groups for _ in group.responses]
     texts = [reply.text for group in groups for reply in group.responses]
     scores = np.array([score for group in groups for score in group.scores])
-    require_finite_of_row(scores, prompts, texts, place)
+    require_finite(scores, prompts, place, texts)

@@ -22,7 +22,7 @@ from rrhf_bench.policy.batching import ResponseBatch, within
 from rrhf_bench.policy.logprobs import kl_k1, masked_mean
 from rrhf_bench.policy.policy import Policy
 from rrhf_bench.records import Candidates, Prompt, Response
-from rrhf_bench.rewards.reward import require_finite_of_row, scored_replies
+from rrhf_bench.rewards.reward import require_finite, scored_replies
 from rrhf_bench.sampling.sampler import SamplingSpec
 from rrhf_bench.seeding import generator
 from rrhf_bench.training.method import TrainContext
@@ -146,7 +146,7 @@ class RolloutSampler:
         prompts = [group.prompt for group in groups for _ in group.responses]
         texts = [reply.text for group in groups for reply in group.responses]
         score_N = np.asarray(self.context.reward.score(prompts, texts), np.float64)
-        scores = iter(require_finite_of_row(score_N, prompts, texts, place).tolist())
+        scores = iter(require_finite(score_N, prompts, place, texts).tolist())
         return [
             replace(g, responses=tuple(replace(reply, score=next(scores)) for reply in g.responses)) for g in groups
         ]

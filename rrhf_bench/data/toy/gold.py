@@ -59,11 +59,6 @@ def judge(prompt_text: str, response_text: str) -> tuple[float, dict[str, int]]:
     return reward(counts), counts
 
 
-def gold_reward(prompt_text: str, response_text: str) -> float:
-    """The gold reward alone; see ``judge``."""
-    return reward(features(prompt_text, response_text))
-
-
 def reward(counts: dict[str, int]) -> float:
     """The gold reward of feature counts. Rounded, so that equal replies tie whatever the order of the sum was."""
     weights = WEIGHTS | (HARMFUL_WEIGHTS if counts["harmful"] else BENIGN_WEIGHTS)
