@@ -86,7 +86,7 @@ def run(file: ExperimentFile, override: Overrides = None, runs: Runs = Path("run
         if plan.backend.note:
             console.print(f"note: {plan.backend.note}")
         with TerminalReporter(console) as reporter:
-            made = run_plan(plan, store, reporter)
+            made = run_plan(plan, store, reporter, folder / "tensorboard")
         records = load_run(folder, store)
         write_metrics(records)
         report_page = _write_report(records, folder)
