@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import sys
 import time
 from types import TracebackType
 from typing import Any, Self
@@ -25,6 +27,11 @@ from rrhf_bench.pipeline.stage_graph import Stage
 def inert(text: str) -> str:
     """Text that cannot act on a terminal: what cannot be seen is shown as escapes; line feeds and tabs are left."""
     return visible(text, keep="\n\t")
+
+
+def print_json(value: Any) -> None:
+    """Print a value as JSON on standard output, in ASCII, since standard output may be a terminal."""
+    sys.stdout.write(json.dumps(value, indent=1) + "\n")
 
 
 class Screen(Console):

@@ -25,7 +25,7 @@ ROOMS = {
     "evaluation": ("evaluation",),
     "pipeline": ("pipeline",),
     "report": ("report",),
-    "command line": ("terminal", "cli"),
+    "command line": ("terminal", "cli", "cli_files", "cli_options"),
 }
 ORDER = list(ROOMS)
 

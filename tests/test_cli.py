@@ -733,7 +733,7 @@ def test_training_that_makes_no_sense(
 
 def test_a_folder_that_is_no_run(refused: Any, tmp_path: Path) -> None:
     (line,) = refused("report", tmp_path)
-    assert line == f"{tmp_path}: holds no run (no run_folder.json); give the folder of a run, such as runs/hh_compare"
+    assert line == f"{tmp_path}: holds no run (no run.json); give the folder of a run, such as runs/hh_compare"
 
 
 def test_a_report_that_cannot_be_published_leaves_the_earlier_one(

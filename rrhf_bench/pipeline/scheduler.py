@@ -14,6 +14,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any, Protocol
 
 from rrhf_bench.errors import BenchError, Diverged, StageError
@@ -39,7 +40,7 @@ class Reporter(Protocol):
     def note(self, text: str) -> None: ...
 
 
-def run_plan(plan: Plan, store: Store, reporter: Reporter) -> int:
+def run_plan(plan: Plan, store: Store, reporter: Reporter, events: Path | None = None) -> int:
     """Make every stage that the store does not hold intact; how many were made here.
 
     If a stage of a row of [methods] raises Diverged, the store notes the failure, the stages that need the failed
@@ -48,7 +49,8 @@ def run_plan(plan: Plan, store: Store, reporter: Reporter) -> int:
 
     What killed runs left is removed, and an artifact that is no longer what was written is made again, with a note. A
     stage that another process is making is waited for. Raises the BenchError of the first stage that fails, after the
-    ones in flight have ended: what is complete stays.
+    ones in flight have ended: what is complete stays. If ``events`` is given, each training that is done here writes
+    TensorBoard event files into a subfolder of its row and seed.
     """
     store.sweep()
     todo = []
@@ -62,7 +64,7 @@ def run_plan(plan: Plan, store: Store, reporter: Reporter) -> int:
     # Fewer than two stages need no second process, nor the look for a GPU, which imports torch.
     workers = min(worker_count(plan.experiment.runtime), len(todo)) if len(todo) > 1 else 1
     if workers > 1:
-        return _run_parallel(todo, plan, store, reporter, workers)
+        return _run_parallel(todo, plan, store, reporter, workers, events)
     made = 0
     lost: set[str] = set()  # keys of stages that failed, and of those that need them
     for stage in todo:
@@ -72,7 +74,7 @@ def run_plan(plan: Plan, store: Store, reporter: Reporter) -> int:
         reporter.started(stage)
         progress = partial(reporter.progress, stage.name)
         try:
-            seconds = make(stage, store, plan.experiment.runtime, plan.backend.name, progress, reporter.note)
+            seconds = make(stage, store, plan.experiment.runtime, plan.backend.name, progress, reporter.note, events)
         except Diverged as error:
             if stage.row not in plan.experiment.methods:
                 raise
@@ -118,6 +120,7 @@ def make(
     backend: BackendName,
     progress: Any,
     note: Callable[[str], None] = lambda text: None,
+    events: Path | None = None,
 ) -> float | None:
     """Make one artifact in this process and return the seconds that it took. Any BenchError names the stage.
 
@@ -151,7 +154,8 @@ def make(
         ):
             services = _services(runtime)
             services.begin_stage()
-            job = Job(stage.kind, settings, inputs, folder, services, backend, progress, stage.row, scratch)
+            shown = events / f"{stage.row}-seed{stage.seed}" if events is not None else None
+            job = Job(stage.kind, settings, inputs, folder, services, backend, progress, stage.row, scratch, shown)
             device = torch.device(services.device)
             measured = reset_peak(device)  # else a stage would report the peak of a stage before it
             with quiet(), out_of_memory_named(services, what_to_lower(stage.kind, services.device)):
@@ -208,7 +212,9 @@ def quiet() -> Iterator[None]:
         yield
 
 
-def _run_parallel(todo: list[Stage], plan: Plan, store: Store, reporter: Reporter, workers: int) -> int:
+def _run_parallel(
+    todo: list[Stage], plan: Plan, store: Store, reporter: Reporter, workers: int, events: Path | None
+) -> int:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read when torch is first imported
     context = multiprocessing.get_context("spawn")  # a fork would copy a torch whose threads are gone
     queue: Any = context.Queue()
@@ -231,7 +237,7 @@ def _run_parallel(todo: list[Stage], plan: Plan, store: Store, reporter: Reporte
             for stage in ready[: workers - len(running)] if failure is None else ():
                 waiting.remove(stage)
                 reporter.started(stage)
-                arguments = (stage, store, plan.experiment.runtime, plan.backend.name)
+                arguments = (stage, store, plan.experiment.runtime, plan.backend.name, events)
                 running[pool.submit(_make_in_worker, *arguments)] = stage
             if not running:
                 break
@@ -275,7 +281,9 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _make_in_worker(stage: Stage, store: Store, runtime: RuntimeSettings, backend: BackendName) -> float | None:
+def _make_in_worker(
+    stage: Stage, store: Store, runtime: RuntimeSettings, backend: BackendName, events: Path | None
+) -> float | None:
     last = 0.0
 
     def progress(done: int, total: int) -> None:
@@ -287,7 +295,7 @@ def _make_in_worker(stage: Stage, store: Store, runtime: RuntimeSettings, backen
     def note(text: str) -> None:
         _process["queue"].put(("note", text))
 
-    return make(stage, store, runtime, backend, progress, note)
+    return make(stage, store, runtime, backend, progress, note, events)
 
 
 @contextmanager

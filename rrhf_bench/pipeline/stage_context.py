@@ -28,6 +28,7 @@ class Job:
     progress: Callable[[int, int], None]
     row: str | None = None
     scratch: Path | None = None  # what outlives a kill, for store.atomically; may not be there yet, goes with the stage
+    events: Path | None = None  # the folder of TensorBoard events of this row and seed
     seconds: dict[str, Any] = field(default_factory=dict)  # wall-clock notes, kept beside the artifact's content
 
     def write_json(self, name: str, value: Any) -> None:

@@ -7,6 +7,7 @@ import operator
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
 from functools import cache, reduce
 from pathlib import Path
@@ -26,6 +27,7 @@ from rrhf_bench.jsonl import from_json, read_jsonl, read_objects, to_json, write
 from rrhf_bench.pipeline import stage_helpers
 from rrhf_bench.pipeline.candidates import assemble, pair_candidates
 from rrhf_bench.pipeline.checkpoints import FileCheckpoints
+from rrhf_bench.pipeline.events import Events
 from rrhf_bench.pipeline.judging import JOURNALS, judge_candidates
 from rrhf_bench.pipeline.results import WARNINGS
 from rrhf_bench.pipeline.services import ModelRef, context_of
@@ -381,8 +383,9 @@ def train(job: Job) -> None:
     policy = job.services.policy_to_train(job.ref())
     unadapted = stage_helpers.adapt(policy, settings, s["seed"])
     inputs = train_inputs(job, settings)
-    curve = _Curve(job, policy)
-    record = _Record(curve)
+    events = Events(job.events)
+    curve = _Curve(job, policy, events)
+    record = _Record(curve, events)
     reads_reference = {"reference", "sampler"} <= settings.needs
     candidates = candidates_of(settings)
     backend = choose_backend(job.backend, "sample" if candidates is None else candidates.strategy).name
@@ -393,7 +396,7 @@ def train(job: Job) -> None:
         reward=reward if "reward" in settings.needs else None,
         reference=(unadapted or job.services.fixed_policy(job.ref())) if reads_reference else None,
         watch=curve.watch,
-        log=record.log.append,
+        log=record.add,
         keep=record.made.extend,
         took=record.parts.append,
         checkpoints=FileCheckpoints(job.scratch, job.services.runtime.checkpoint_seconds, record),
@@ -401,7 +404,8 @@ def train(job: Job) -> None:
         stop=tuple(s.get("sampling", s["evaluation"])["stop"]),
     )
     trainer = stage_helpers.trainer(settings, context_of(policy, job.ref()))
-    result = trainer.fit(policy, inputs, context)
+    with closing(events):
+        result = trainer.fit(policy, inputs, context)
     job.seconds.update(train=curve.trained, curve=curve.seconds)
     job.seconds.update(layout=policy.layout, onednn_layers=policy.onednn_layers, parts=_mean_of(record.parts))
     policy.save(job.out / "model")
@@ -419,18 +423,27 @@ def train(job: Job) -> None:
 class _Record:
     """What is noted of a training run."""
 
-    def __init__(self, curve: _Curve) -> None:
+    def __init__(self, curve: _Curve, events: Events) -> None:
         self.curve = curve
+        self.events = events
         self.log: list[Mapping[str, float]] = []
         self.parts: list[Mapping[str, float]] = []  # seconds of each iteration
         self.made: list[Candidates] = []  # while training
+
+    def add(self, metrics: Mapping[str, float]) -> None:
+        """Record the metrics of one step."""
+        self.log.append(metrics)
+        self.events.add(int(metrics["step"]), {name: value for name, value in metrics.items() if name != "step"})
 
     def state(self) -> dict[str, Any]:
         made = [to_json(group) for group in self.made]
         return {"log": self.log, "parts": self.parts, "made": made, "curve": self.curve.state()}
 
     def load(self, state: Mapping[str, Any]) -> None:
-        self.log[:], self.parts[:] = state["log"], state["parts"]
+        self.log.clear()
+        for metrics in state["log"]:
+            self.add(metrics)
+        self.parts[:] = state["parts"]
         self.made[:] = [from_json(Candidates, group, "checkpoint") for group in state["made"]]
         self.curve.load(state["curve"])
 
@@ -466,9 +479,10 @@ def _sampled(job: Job, role: str) -> dict[str, list[Candidates]]:
 class _Curve:
     """Watches a training run: at fixed fractions of its budget, the policy's reward on the dev prompts."""
 
-    def __init__(self, job: Job, policy: TransformersPolicy) -> None:
+    def __init__(self, job: Job, policy: TransformersPolicy, events: Events) -> None:
         self.job = job
         self.policy = policy
+        self.events = events
         self.points: list[CurvePoint] = []
         self.seconds: list[tuple[float, float]] = []  # (fraction, training seconds so far)
         self._before = 0.0  # training seconds of what was resumed
@@ -486,9 +500,18 @@ class _Curve:
         return {"points": points, "seconds": self.seconds, "due": self._due, "trained": self.trained}
 
     def load(self, state: Mapping[str, Any]) -> None:
-        self.points[:] = [from_json(CurvePoint, point, "checkpoint") for point in state["points"]]
+        self.points.clear()
+        for point in state["points"]:
+            self._add(from_json(CurvePoint, point, "checkpoint"))
         self.seconds[:] = [(fraction, seconds) for fraction, seconds in state["seconds"]]
         self._due, self._before = state["due"], state["trained"]
+
+    def _add(self, point: CurvePoint) -> None:
+        self.points.append(point)
+        means = {"reward": sum(point.rewards) / len(point.rewards)}
+        if point.golds is not None:
+            means["gold"] = sum(point.golds) / len(point.golds)
+        self.events.add(point.step, {f"dev/{name}/{point.decoding}": mean for name, mean in means.items()})
 
     def watch(self, progress: Progress, policy: Policy) -> None:
         """Add a point to the curve if one is due. Raises Diverged if the reward of a reply is not finite."""
@@ -506,7 +529,7 @@ class _Curve:
             texts = [row.responses[0].text for row in sampler.sample(prompts, spec)]
             place = f"step {progress.step}, {decoding} replies to the dev prompts"
             rewards = require_finite(reward.score(prompts, texts), prompts, place, texts)
-            self.points.append(
+            self._add(
                 CurvePoint(
                     method=job.row or "",
                     seed=job.settings["seed"],

@@ -1,0 +1,284 @@
+"""The commands on plain files: sample, score, train and evaluate. Each is a function that `cli.py` registers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from rrhf_bench.cli_options import (
+    Backend,
+    Chat,
+    Label,
+    Layout,
+    MaxNewTokens,
+    Out,
+    Policy,
+    PolicyOptions,
+    Prompts,
+    RewardModel,
+    RewardOptions,
+    Seed,
+    StepOptions,
+    WeightOptions,
+    refuse_unread,
+    reward_dtype,
+    reward_template,
+)
+from rrhf_bench.data.dialogue import TemplateKind
+from rrhf_bench.errors import ConfigError
+from rrhf_bench.records import STOP_STRINGS
+from rrhf_bench.registry import METHODS
+from rrhf_bench.sampling.backend import BackendName
+from rrhf_bench.settings.experiment import Dtype, RuntimeSettings
+from rrhf_bench.settings.candidates import Strategy
+from rrhf_bench.settings.reading import parse_method
+from rrhf_bench.terminal import Screen, TerminalReporter, print_json
+
+if TYPE_CHECKING:
+    from rrhf_bench.pipeline.file_commands import PlainSteps
+    from rrhf_bench.records import Evaluated
+
+
+def sample(
+    *,
+    model: Policy,
+    prompts: Prompts,
+    out: Out,
+    strategy: Annotated[Strategy, typer.Option(help="draw samples, or search with beams")] = "sample",
+    beams: Annotated[int, typer.Option(min=1, help="of a beam search, all of which it returns, best first")] = 4,
+    groups: Annotated[int, typer.Option(min=1, help="of diverse-beam: groups of equal size")] = 4,
+    diversity_penalty: Annotated[
+        float, typer.Option(min=0.0, help="of diverse-beam: for a token that a beam of an earlier group has just taken")
+    ] = 1.0,
+    n: Annotated[int, typer.Option(min=1, help="samples a prompt")] = 4,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy")] = 1.0,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="above 0; 1 is off")] = 1.0,
+    top_k: Annotated[int, typer.Option(min=0, help="0 is off")] = 0,
+    max_new_tokens: MaxNewTokens = 64,
+    sources: Annotated[str, typer.Option(help="what a group holds, in order: model,chosen,rejected")] = "model",
+    cut: Annotated[
+        bool | None, typer.Option("--cut/--no-cut", help="cut replies at a fake turn", show_default="cut, unless raw")
+    ] = None,
+    seed: Seed = 0,
+    template: Annotated[
+        TemplateKind | None,
+        typer.Option(
+            help="how the model wants a dialogue; raw: the prompt is fed as tokenizer(prompt), the reply is kept as "
+            "generated",
+            show_default="hh; raw for beams",
+        ),
+    ] = None,
+    own: WeightOptions,
+    backend: Backend = "vllm",
+    options: StepOptions,
+) -> None:
+    """Sample responses to prompts, or search for them with beams, and write them as {"query", "responses"}.
+
+    With each response come its token_ids as generated, the end-of-text token included.
+    """
+    from rrhf_bench.pipeline.file_commands import model_ref
+    from rrhf_bench.pipeline.stages import CANDIDATES
+    from rrhf_bench.sampling.sampler import SamplingSpec
+
+    names = tuple(sources.split(","))
+    unknown = sorted(set(names) - {"model", "chosen", "rejected"})
+    if unknown:
+        raise ConfigError(f"--sources: found {unknown[0]!r}; allowed are model, chosen, rejected")
+    if top_p == 0.0:
+        raise ConfigError("--top-p: found 0, which leaves no token to sample; expected more than 0 and at most 1 (off)")
+    default_template: TemplateKind = "hh" if strategy == "sample" else "raw"
+    ref = model_ref(model, default_template=default_template, template=template, **asdict(own))
+    if cut is None:
+        cut = ref.template != "raw"
+    common: dict[str, Any] = {"max_new_tokens": max_new_tokens, "seed": seed, "purpose": CANDIDATES, "top_p": top_p}
+    common |= {"temperature": temperature, "top_k": top_k, "stop": STOP_STRINGS if cut else ()}
+    if strategy == "sample":
+        if temperature == 0.0 and n > 1:
+            raise ConfigError(f"--temperature 0 gives {n} equal samples; raise it or use --n 1")
+        spec = SamplingSpec(n=n, **common)
+    else:
+        groups = groups if strategy == "diverse-beam" else 1
+        if beams % groups:
+            raise ConfigError(f"--groups {groups}: {beams} beams do not divide into groups of equal size")
+        if (n, temperature, top_p, top_k) != (4, 1.0, 1.0, 0):
+            note = "note: beams are not drawn: --n, --temperature, --top-p and --top-k have no effect on them"
+            Screen(stderr=True).print(note)
+        search: dict[str, Any] = {"strategy": strategy, "beams": beams, "groups": groups}
+        spec = SamplingSpec(n=beams, diversity_penalty=diversity_penalty, **search, **common)
+    with _steps(options, "sampling", backend, strategy) as steps:
+        counts = steps.sample(ref, prompts, out, spec, names)
+    _done(options, f"{spec.n} samples a prompt ({_words(counts)}): {out}", {"counts": counts, "out": str(out)})
+
+
+def score(
+    *,
+    reward_model: RewardModel,
+    candidates: Annotated[Path, typer.Option(help='JSONL of {"query", "responses"}')],
+    out: Out,
+    layout: Layout = None,
+    label: Label = None,
+    template: Annotated[Chat | None, reward_template("--template", "--reward-template")] = None,
+    dtype: Annotated[Dtype | None, reward_dtype("--dtype", "--reward-dtype")] = None,
+    pad_token: Annotated[
+        str | None,
+        typer.Option(
+            "--pad-token", "--reward-pad-token", help="for a tokenizer without a pad token: which of its tokens pads"
+        ),
+    ] = None,
+    options: StepOptions,
+) -> None:
+    """Score responses with a reward model and write them as {"query", "responses", "scores"}."""
+    from rrhf_bench.pipeline.file_commands import model_ref
+
+    ref = model_ref(reward_model, template=template, dtype=dtype, pad_token=pad_token, layout=layout, label=label)
+    with _steps(options, "scoring") as steps:
+        counts = steps.score(ref, candidates, out)
+    _done(options, f"{_words(counts)}: {out}", {"counts": counts, "out": str(out)})
+
+
+def train(
+    *,
+    method: Annotated[str, typer.Option(help=f"one of {', '.join(METHODS)}")],
+    model: Annotated[str, typer.Option(help="hub id or folder of the initial policy")],
+    data: Annotated[Path, typer.Option(help="scored candidates (rrhf), pairs (sft) or prompts (ppo), as JSONL")],
+    out: Annotated[Path, typer.Option(help="the folder to write the trained policy to")],
+    override: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="a setting of the method, such as lr=1e-5")
+    ] = None,
+    reward_model: Annotated[str | None, typer.Option(help="for ppo: hub id or folder of a reward model")] = None,
+    max_new_tokens: MaxNewTokens = 64,
+    cut: Annotated[bool, typer.Option("--cut/--no-cut", help="cut replies at a fake turn")] = True,
+    seed: Seed = 0,
+    own: PolicyOptions,
+    reward: RewardOptions,
+    backend: Backend = "vllm",
+    options: StepOptions,
+) -> None:
+    """Train a policy by one method and write it as a transformers folder."""
+    settings = parse_method(method, override or [])
+    if settings.family == "inference":
+        raise ConfigError(f"--method {method}: trains nothing; use `sample` and `score`")
+    from rrhf_bench.pipeline.file_commands import model_ref
+
+    ref, judge = model_ref(model, **asdict(own)), reward.ref(reward_model)
+    lengths: dict[str, Any] = {"max_new_tokens": max_new_tokens, "stop": STOP_STRINGS if cut else ()}
+    with _steps(options, f"training {method}", backend) as steps:
+        result = steps.train(settings, ref, data, out, seed=seed, reward=judge, **lengths)
+    summary = {"steps": result.steps, "counts": dict(result.counts), "out": str(out)}
+    _done(options, f"{result.steps} optimiser steps ({_words(result.counts)}): {out}", summary)
+
+
+def evaluate(
+    *,
+    model: Policy,
+    reward_model: RewardModel,
+    prompts: Prompts,
+    out: Out,
+    name: Annotated[str, typer.Option(help="the row's name in the records")] = "policy",
+    initial: Annotated[
+        str | None,
+        typer.Option(help="the initial policy, for the KL to it; template, dtype and pad token are the policy's"),
+    ] = None,
+    perplexity_model: Annotated[str | None, typer.Option(help="a fixed language model, for perplexity")] = None,
+    perplexity_pad_token: Annotated[
+        str | None, typer.Option(help="the same of --perplexity-model, which reads transcripts (hh) in float32")
+    ] = None,
+    gold: Annotated[bool, typer.Option("--gold", help="the embedded world's gold reward, on its prompts")] = False,
+    decoding: Annotated[str, typer.Option(help="greedy, sample or both")] = "greedy,sample",
+    temperature: Annotated[float, typer.Option(min=0.01, help="of sample")] = 1.0,
+    max_new_tokens: MaxNewTokens = 64,
+    seed: Seed = 0,
+    own: PolicyOptions,
+    reward: RewardOptions,
+    backend: Backend = "vllm",
+    options: StepOptions,
+) -> None:
+    """Judge a policy on prompts: one record a prompt and decoding."""
+    from rrhf_bench.pipeline.file_commands import model_ref, pad_token_of
+    from rrhf_bench.pipeline.stages import decodings
+
+    names = decoding.split(",")
+    if not set(names) <= {"greedy", "sample"}:
+        raise ConfigError(f"--decoding: found {decoding!r}; allowed are greedy, sample and greedy,sample")
+    arena = {"decoding": names, "temperature": temperature, "top_k": 0, "max_new_tokens": max_new_tokens}
+    specs = decodings({**arena, "stop": STOP_STRINGS}, seed, "evaluate")
+
+    def policy_ref(source: str) -> Any:
+        shared = {"pad_token": pad_token_of(source, (model, initial), own.pad_token)}
+        return model_ref(source, **{**asdict(own), **shared})
+
+    policy, base = policy_ref(model), None if initial is None else policy_ref(initial)
+    judge, fluency = reward.ref(reward_model), None
+    assert judge is not None
+    refuse_unread(perplexity_model, "--perplexity-model", {"perplexity_pad_token": perplexity_pad_token})
+    if perplexity_model is not None:
+        fluency = model_ref(perplexity_model, pad_token=perplexity_pad_token, prefix="perplexity-")
+    others: dict[str, Any] = {"initial": base, "perplexity": fluency, "gold": gold}
+    with _steps(options, "evaluating", backend) as steps:
+        records, counts = steps.evaluate(policy, judge, prompts, out, name=name, seed=seed, decodings=specs, **others)
+    by_decoding = {way: [r for r in records if r.decoding == way] for way in dict.fromkeys(r.decoding for r in records)}
+    rows = [{"decoding": way, **_summary(chosen, gold)} for way, chosen in by_decoding.items()]
+    if not options.as_json:
+        table = Table(*rows[0], box=None, pad_edge=False)
+        for row in rows:
+            table.add_row(*("-" if v is None else f"{v:.3f}" if isinstance(v, float) else str(v) for v in row.values()))
+        Screen().print(table)
+    _done(options, f"{_words(counts)}: {out}", {"out": str(out), "counts": counts, "results": rows})
+
+
+def _summary(records: list[Evaluated], gold: bool) -> dict[str, Any]:
+    """Return the means over the records of one decoding; None is what was not measured."""
+    from rrhf_bench.evaluation.metrics import fake_turn_share, mean_kl, mean_length, perplexity
+
+    fluency = perplexity(records)
+    return {
+        "n": len(records),
+        "reward/mean": sum(record.reward for record in records) / len(records),
+        "gold/mean": sum(record.gold or 0.0 for record in records) / len(records) if gold else None,
+        "perplexity": None if fluency is None else fluency.pooled,
+        "objective/kl": mean_kl(records),
+        "completions/mean_length": mean_length(records),
+        "completions/fake_turn_share": fake_turn_share(records),
+    }
+
+
+def _words(counts: Mapping[str, int]) -> str:
+    """Return the counts that are not zero as words."""
+    return ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in counts.items() if count)
+
+
+@contextmanager
+def _steps(
+    options: StepOptions, words: str, backend: BackendName = "transformers", strategy: Strategy = "sample"
+) -> Iterator[PlainSteps]:
+    """Yield the steps on plain files, with a progress bar on standard error."""
+    from rrhf_bench.pipeline.file_commands import PlainSteps
+    from rrhf_bench.pipeline.memory import WITHOUT_A_FILE, out_of_memory_named
+    from rrhf_bench.pipeline.scheduler import quiet
+    from rrhf_bench.sampling.backend import choose_backend
+
+    chosen = choose_backend(backend, strategy, options.device)
+    console = Screen(stderr=True)
+    if chosen.note:
+        console.print(f"note: {chosen.note}")
+    with TerminalReporter(console) as reporter, quiet():
+        reporter.begin(words)
+        runtime = RuntimeSettings(device=options.device)
+        steps = PlainSteps(
+            runtime, chosen.name, lambda i, n: reporter.progress(words, i, n), options.faulty_rows, reporter.note
+        )
+        with out_of_memory_named(steps.services, WITHOUT_A_FILE):
+            yield steps
+
+
+def _done(options: StepOptions, words: str, value: dict[str, Any]) -> None:
+    if options.as_json:
+        print_json(value)
+    else:
+        Screen().print(words, soft_wrap=True, highlight=False)
