@@ -35,8 +35,8 @@ from rrhf_bench.errors import ConfigError
 from rrhf_bench.records import STOP_STRINGS
 from rrhf_bench.registry import METHODS
 from rrhf_bench.sampling.backend import BackendName
-from rrhf_bench.settings.experiment import Dtype, RuntimeSettings
 from rrhf_bench.settings.candidates import Strategy
+from rrhf_bench.settings.experiment import Dtype, RuntimeSettings
 from rrhf_bench.settings.reading import parse_method
 from rrhf_bench.terminal import Screen, TerminalReporter, print_json
 
