@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 # From top to bottom. The settings of a method lie beside its code but belong to the room of settings: `plan` reads them
 # without torch.
 ROOMS = {
-    "nouns": ("errors", "records", "seeding", "jsonl", "registry"),
+    "nouns": ("errors", "records", "seeding", "jsonl", "schedule", "registry"),
     "settings": ("settings", "*_settings"),
     "paper": ("paper",),
     "data": ("data",),

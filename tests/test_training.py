@@ -23,10 +23,11 @@ from rrhf_bench.policy.policy import TransformersPolicy
 from rrhf_bench.policy.tokenization import Tokenization
 from rrhf_bench.records import Candidates, Preference, Prompt, Response
 from rrhf_bench.sampling.sampler import SamplingSpec, to_response
+from rrhf_bench.schedule import lr_factor
 from rrhf_bench.settings.methods import FLOAT32_MAX, OptimiserSettings
 from rrhf_bench.training.method import Example, LossOutput, MethodBatch, Progress, TrainContext, TrainInputs
 from rrhf_bench.training.offline import OfflineTrainer, batches, tally
-from rrhf_bench.training.optimiser import AdamW, lr_factor
+from rrhf_bench.training.optimiser import AdamW, learning_rate
 from rrhf_bench.training.rrhf import RRHF
 from rrhf_bench.training.rrhf_settings import RRHFSettings
 
@@ -316,11 +317,12 @@ def test_every_example_once_an_epoch():
 
 def test_schedules_by_hand():
     """10 steps, warm-up .2: factors 1/2, 1, then 8/8, 7/8, ... 1/8; the cosine halfway through the rest is 1/2."""
-    linear = SFTSettings(warmup=0.2)
-    assert [lr_factor(s, 10, linear) for s in (0, 1, 2, 3, 9)] == [0.5, 1.0, 1.0, 0.875, 0.125]
-    cosine = SFTSettings(warmup=0.2, schedule="cosine")
-    assert lr_factor(6, 10, cosine) == pytest.approx(0.5)
-    assert lr_factor(9, 10, SFTSettings(warmup=0.0, schedule="constant")) == 1.0
+    factors = [lr_factor(s, 10, warmup=2, schedule="linear") for s in (0, 1, 2, 3, 9)]
+    assert factors == [0.5, 1.0, 1.0, 0.875, 0.125]
+    assert lr_factor(6, 10, warmup=2, schedule="cosine") == pytest.approx(0.5)
+    assert lr_factor(9, 10, warmup=0, schedule="constant") == 1.0
+    # A warm-up of 0.15 of 10 steps is 2 of them, rounded up.
+    assert learning_rate(0, 10, SFTSettings(warmup=0.15, lr=0.4)) == 0.2
 
 
 def test_a_loss_that_is_not_finite_stops_with_its_batch(policy, tmp_path):

@@ -22,6 +22,7 @@ from rrhf_bench.rewards.checks import record_of
 from rrhf_bench.rewards.hub import ClassifierReward, length_limit, pad, pooled_logits
 from rrhf_bench.rewards.input_contract import RewardContract
 from rrhf_bench.rewards.pair_losses import OBJECTIVES
+from rrhf_bench.schedule import lr_factor
 from rrhf_bench.seeding import generator, torch_seed
 from rrhf_bench.settings.reward import RewardTrainingSettings
 
@@ -101,7 +102,7 @@ def train_head(
         for batch in batch_order(lengths, settings.batch_pairs, generator(seed, "reward model", epoch))
     )
     for step, batch in enumerate(batches):
-        lr = settings.lr * ((step + 1) / warmup if step < warmup else (total - step) / (total - warmup))
+        lr = settings.lr * lr_factor(step, total, warmup=warmup, schedule="linear")
         for group in optimiser.param_groups:
             group["lr"] = lr
         rows = [pairs[i][0] for i in batch] + [pairs[i][1] for i in batch]

@@ -9,11 +9,11 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from rrhf_bench.registry import Family, find
+from rrhf_bench.schedule import Schedule
 from rrhf_bench.settings.base import Names, Settings
 from rrhf_bench.settings.candidates import Candidates
 
 Requirement = Literal["pairs", "candidates", "reference", "sampler", "reward"]
-Schedule = Literal["linear", "cosine", "constant"]
 
 
 class MethodSettings(Settings):

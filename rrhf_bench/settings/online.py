@@ -7,7 +7,8 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from rrhf_bench.settings.methods import OptimiserSettings, Requirement, Schedule
+from rrhf_bench.schedule import Schedule
+from rrhf_bench.settings.methods import OptimiserSettings, Requirement
 
 Positive = Annotated[float, Field(gt=0.0)]
 Count = Annotated[int, Field(ge=1)]

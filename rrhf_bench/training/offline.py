@@ -27,7 +27,7 @@ from rrhf_bench.training.method import (
     TrainInputs,
     TrainResult,
 )
-from rrhf_bench.training.optimiser import AdamW, lr_factor
+from rrhf_bench.training.optimiser import AdamW, learning_rate
 from rrhf_bench.training.reference import ReferenceLogprobs
 
 T = TypeVar("T")
@@ -141,7 +141,7 @@ class OfflineTrainer:
         else:
             context.watch(Progress(0.0, 0, 0), policy)
         for step, batch in enumerate(supply, done):
-            lr = settings.lr * lr_factor(step, total, settings)
+            lr = learning_rate(step, total, settings)
             metrics, weight = self.accumulate(policy, batch)
             norm = optimiser.clip(weight)
             if not (math.isfinite(metrics["loss"]) and math.isfinite(norm)):

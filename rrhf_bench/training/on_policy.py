@@ -26,7 +26,7 @@ from rrhf_bench.seeding import generator
 from rrhf_bench.settings.online import MissingEos, OnPolicySettings
 from rrhf_bench.training.kl_control import AdaptiveKL, FixedKL, kl_controller
 from rrhf_bench.training.method import Progress, TrainContext, TrainInputs, TrainResult
-from rrhf_bench.training.optimiser import AdamW, lr_factor
+from rrhf_bench.training.optimiser import AdamW, learning_rate
 from rrhf_bench.training.rollouts import Clock, Critic, Rollouts, RolloutSampler, cycle_prompts, sampled_tokens
 
 
@@ -201,7 +201,7 @@ class OnPolicyTrainer:
         settings = self.settings
         steps: list[Mapping[str, float]] = []
         for rows in self._minibatches(seed, state.iteration):
-            lr = settings.lr * lr_factor(state.step, settings.steps, settings)
+            lr = learning_rate(state.step, settings.steps, settings)
             steps.append(self.accumulate(policy, rollouts, advantages, rows, state))
             norm = state.optimiser.clip()
             if not math.isfinite(norm):

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rrhf_bench.schedule import lr_factor
 from rrhf_bench.settings.methods import OptimiserSettings
 
 
@@ -114,15 +115,7 @@ def _adds_to(master: torch.nn.Parameter) -> Any:
     return hook
 
 
-def lr_factor(step: int, total: int, settings: OptimiserSettings) -> float:
-    """What the learning rate is multiplied by at a step (0-based) of ``total``: linear warm-up, then the schedule.
-
-    The first step of a warm-up of w steps has 1/w of the rate, not 0: a step at rate 0 would be thrown away.
-    """
+def learning_rate(step: int, total: int, settings: OptimiserSettings) -> float:
+    """Return the learning rate at a step (0-based) of ``total``."""
     warmup = math.ceil(settings.warmup * total)
-    if step < warmup:
-        return (step + 1) / warmup
-    if settings.schedule == "constant":
-        return 1.0
-    left = (total - step) / (total - warmup)  # 1 at the first step after the warm-up, 1/(total - warmup) at the last
-    return left if settings.schedule == "linear" else 0.5 * (1.0 - math.cos(math.pi * left))
+    return settings.lr * lr_factor(step, total, warmup=warmup, schedule=settings.schedule)

@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
 
 from rrhf_bench.errors import StageError
+from rrhf_bench.schedule import lr_factor
 from rrhf_bench.seeding import generator, torch_seed
 from rrhf_bench.settings.experiment import ScratchSettings
 
@@ -75,9 +75,8 @@ def train_language_model(
     warmup = max(1, round(settings.warmup * len(order)))
     model.train()
     for step, batch in enumerate(order):
-        decay = 0.5 * (1 + np.cos(np.pi * (step - warmup) / max(1, len(order) - warmup)))
         for group in optimiser.param_groups:
-            group["lr"] = settings.lr * ((step + 1) / warmup if step < warmup else decay)
+            group["lr"] = settings.lr * lr_factor(step, len(order), warmup=warmup, schedule="cosine")
         loss = _loss(model, [rows[i] for i in batch], tokenizer.pad_token_id)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip)
