@@ -377,11 +377,9 @@ def test_a_sampler_without_ids_and_a_run_without_prompts_are_refused() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"sources": ("model",)}, "samples its own rollouts"),
-        ({"n": 4}, "one per prompt"),
-        ({"top_p": 0.9}, "full distribution"),
-        ({"top_k": 5}, "full distribution"),
-        ({"max_length": 64}, "max_new_tokens"),
+        ({"candidates": {}}, "not permitted"),
+        ({"top_k": 5}, "not permitted"),  # its ratios need log-probs of the full distribution
+        ({"max_length": 64}, "not permitted"),  # it trains on all that it sampled
         ({"temperature": 0.0}, "greater than 0"),
         ({"minibatch": 256}, "at most rollouts"),
         ({"kl": "adaptive"}, "kl_target"),
@@ -398,7 +396,7 @@ def test_settings_that_contradict_themselves(changes: dict[str, Any], message: s
 def test_models_in_memory() -> None:
     assert PPOSettings().models_in_memory() == ("policy", "reference", "reward model")
     assert PPOSettings(value="separate").models_in_memory() == ("policy", "reference", "reward model", "value model")
-    assert PPOSettings(top_p=1.0, top_k=0).requires == PPO.requires == {"sampler", "reward", "reference"}
+    assert PPOSettings().requires == PPO.requires == {"sampler", "reward", "reference"}
 
 
 def test_an_iteration_is_taken_apart() -> None:

@@ -46,7 +46,7 @@ def needed_stages(stages: Stages, trained: str, given: Collection[str]) -> list[
         if "judged" in own:
             found[own["judged"]] = None
             inputs = stages[own["judged"]]["inputs"]
-        elif {*PAIR_ROWS, "reply"} & {*(stages[key]["settings"]["method"].get("sources") or ())}:
+        elif {*PAIR_ROWS, "reply"} & {*stages[key]["settings"]["method"].get("candidates", {"sources": ()})["sources"]}:
             found[own["pair scores"]] = None
         for source, candidates in sampled_inputs(inputs):
             drawn = drawn_by(stages, candidates)
