@@ -177,10 +177,10 @@ def train(method: str, model: Path, data: Path, out: Path, *more: object) -> lis
 def test_each_fault_of_an_experiment_file_is_one_line(command: str, refused: Any, tmp_path: Path) -> None:
     path = tmp_path / "x.toml"
     path.write_text("sedes = [0]\n[data]\ntrain_prompts = 'many'\n")
-    found = refused(command, path, "--runs", tmp_path / "runs", "--set", "sampling.n=0")
+    found = refused(command, path, "--runs", tmp_path / "runs", "--set", "candidates.n=0")
     assert sorted(line.split(", data")[0] for line in found) == [
         f"{path}: data.train_prompts: found 'many'; input should be a valid integer",
-        f"{path}: sampling.n: found 0; input should be greater than or equal to 1",
+        f"{path}: candidates.n: found 0; input should be greater than or equal to 1",
         f"{path}: sedes: unknown key; allowed are name, seeds",
     ]
 
@@ -199,7 +199,10 @@ def test_an_experiment_file_that_is_missing(refused: Any, tmp_path: Path) -> Non
             ["data.source=files", "data.path=none.jsonl"],
             "data.path: found 'none.jsonl', which does not exist; expected",
         ),
-        (["methods.rrhf.sources=['chosen']"], "methods.rrhf: k = 1 response a prompt leaves nothing to rank; add"),
+        (
+            ["methods.rrhf.candidates.sources=['chosen']"],
+            "methods.rrhf.candidates: k = 1 response a prompt leaves nothing to rank; add",
+        ),
         (["policy.source=none/here"], None),  # a hub id is looked up when it is used
     ],
 )

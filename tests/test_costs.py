@@ -66,27 +66,24 @@ temperature = 1.0
 
 [methods.dp]
 kind = "rrhf"
-policy = "DP"
+candidates = { recipe = "DP" }
 
 [methods.ip3]
 kind = "rrhf"
-policy = "IP-3"
+candidates = { recipe = "IP-3" }
 
 [methods.sft_p]
 kind = "rrhf"
 initial = "chosen_sft"
-policy = "P"
+candidates = { recipe = "P" }
 
 [methods.two]
 kind = "rrhf"
-sources = ["given_sft", "raw"]
+candidates = { sources = ["given_sft", "raw"] }
 
 [methods.wombat]
 kind = "rrhf"
-policy = "SP"
-n = 1
-sources = ["teacher", "chosen", "raw", "model"]
-scored_by = "judge"
+candidates = { recipe = "SP", n = 1, sources = ["teacher", "chosen", "raw", "model"], scored_by = "judge" }
 
 [methods.best_of_n]
 n = 4
@@ -94,7 +91,7 @@ n = 4
 IP2 = """
 [methods.ip2]
 kind = "rrhf"
-policy = "IP-2"
+candidates = { recipe = "IP-2" }
 """
 
 # (seconds, tokens sampled, optimiser steps) of the train stages by name; seed 1 takes 2 seconds more.
@@ -190,7 +187,7 @@ def test_rounds_are_summed(made: Made) -> None:
 
 def test_rounds_are_summed_where_no_other_row_holds_them(tmp_path: Path) -> None:
     """The same 101 seconds without the rows dp and ip2, and of these only the scores of the pairs are shared."""
-    toml = EXPERIMENT.replace('[methods.dp]\nkind = "rrhf"\npolicy = "DP"\n', "")
+    toml = EXPERIMENT.replace('[methods.dp]\nkind = "rrhf"\ncandidates = { recipe = "DP" }\n', "")
     alone = make_run(tmp_path, toml)
     assert alone.seed("ip3") == (101.0, 300, 18)
     assert alone.costs["ip3", 0].shared_seconds == 2.0

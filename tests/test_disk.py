@@ -39,8 +39,9 @@ source = "scratch"
 scratch = {{ vocabulary = 300, hidden = 32, layers = 1, heads = 1, ffn = 64, epochs = 1 }}
 [sampling]
 backend = "transformers"
-n = 2
 max_new_tokens = 4
+[candidates]
+n = 2
 [methods.sft]
 epochs = 1
 [evaluation]

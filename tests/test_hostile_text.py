@@ -293,7 +293,7 @@ model = "m"
 api_key_env = "JUDGE_KEY"
 [methods.wombat]
 kind = "rrhf"
-scored_by = "judge"
+candidates = { scored_by = "judge" }
 """
 
 

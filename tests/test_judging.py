@@ -241,9 +241,10 @@ source = "endpoint"
 endpoint = {{ base_url = "{url}", {judge} }}
 [sampling]
 backend = "{backend}"
-policy = "SP"
-n = 1
 max_new_tokens = 8
+[candidates]
+recipe = "SP"
+n = 1
 [sources.other]
 model = "sft"
 [methods.sft]
@@ -251,8 +252,7 @@ epochs = 1
 [methods.wombat]
 kind = "rrhf"
 epochs = 1
-sources = ["other", "model", "chosen"]
-scored_by = "judge"
+candidates = {{ sources = ["other", "model", "chosen"], scored_by = "judge" }}
 [evaluation]
 prompts = 4
 pairs = 4

@@ -109,7 +109,7 @@ def test_ppo_diverges_with_its_rollouts(policy: TransformersPolicy, reward: Clas
 
 
 def test_online_sampling_diverges_with_its_samples(policy: TransformersPolicy, reward: ClassifierReward) -> None:
-    settings = RRHFSettings(refresh=2, n=4, temperature=5.0, epochs=1, batch_prompts=4)
+    settings = RRHFSettings(candidates={"refresh": 2, "temperature": 5.0}, epochs=1, batch_prompts=4)
     inputs = TrainInputs(candidates=[Candidates(prompt, ()) for prompt in PROMPTS])
     with pytest.raises(Diverged, match=r"refresh 1, step 1 of 2: .* of 32 rewards are not finite") as caught:
         stage_helpers.trainer(settings, CONTEXT).fit(policy, inputs, context(policy, reward))
@@ -200,8 +200,7 @@ minibatch = 8
 temperature = 10.0
 [methods.online]
 kind = "rrhf"
-policy = "OP-2"
-temperature = 10.0
+candidates = {{ recipe = "OP-2", temperature = 10.0 }}
 epochs = 1
 batch_prompts = 8
 [methods.overflows]

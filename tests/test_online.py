@@ -21,6 +21,7 @@ from rrhf_bench.records import Candidates, Prompt, Response
 from rrhf_bench.sampling.backend import choose_backend
 from rrhf_bench.sampling.sampler import Sampler, SamplingSpec, to_response
 from rrhf_bench.sampling.transformers import TransformersSampler
+from rrhf_bench.settings.candidates import CANDIDATE_KEYS
 from rrhf_bench.training.method import Progress, TrainContext, TrainInputs, TrainResult
 from rrhf_bench.training.offline import FixedExamples, OfflineTrainer, batches
 from rrhf_bench.training.online import OnlineExamples
@@ -142,8 +143,12 @@ class Run:
 
 def online(**changes: Any) -> RRHFSettings:
     """Two epochs of 8 prompts, 3 a step: 6 steps, the third of each epoch a smaller one."""
-    base: dict[str, Any] = {"refresh": 2, "n": 3, "temperature": 0.9, "epochs": 2, "batch_prompts": 3, "lr": 1e-3}
-    return RRHFSettings(**(base | changes))
+    of_candidates = {"refresh": 2, "n": 3, "temperature": 0.9}
+    if changes.get("strategy", "sample") != "sample":
+        of_candidates = {"refresh": 2}
+    of_candidates |= {key: changes.pop(key) for key in [*changes] if key in CANDIDATE_KEYS}
+    base: dict[str, Any] = {"epochs": 2, "batch_prompts": 3, "lr": 1e-3}
+    return RRHFSettings(**(base | changes), candidates=of_candidates)
 
 
 def texts(groups: Sequence[Candidates], source: str = "model") -> list[tuple[str, ...]]:
@@ -200,7 +205,7 @@ def test_one_refresh_for_the_whole_run_is_offline_training(policy, refresh):
     scored = stage_helpers.score_candidates(run.reward, sampled)
     groups = [Candidates(row.prompt, row.responses + given.responses) for row, given in zip(scored, GIVEN, strict=True)]
     offline = Run(policy)
-    expected = offline.fit(settings.model_copy(update={"refresh": None}), TrainInputs(candidates=groups))
+    expected = offline.fit(online(refresh=0, epochs=1), TrainInputs(candidates=groups))
     assert torch.equal(run.weights(), offline.weights())
     assert not torch.equal(run.weights(), Run(policy).weights())
     assert [line for line in run.log if "loss" in line] == offline.log
@@ -418,7 +423,7 @@ def test_samples_without_text_are_scored_and_kept_but_in_no_example(policy, othe
 
 
 @pytest.mark.parametrize("loud", [0, 1])
-@pytest.mark.parametrize("reward_kl", [None, 0.25])
+@pytest.mark.parametrize("reward_kl", [0.0, 0.25])
 def test_a_policy_that_says_nothing_stops_where_nothing_else_is_given(policy, loud, reward_kl):
     """From the first refresh or the second on. With given candidates it goes on with these."""
     runs = [Run(policy, reference=policy.frozen_copy()) for _ in range(2)]
@@ -460,10 +465,10 @@ def test_candidates_come_about_as_the_settings_say(policy, search, read):
 
 
 def test_a_trainer_without_refresh_samples_nothing(policy):
-    trainer = stage_helpers.trainer(online(refresh=None), CONTEXT)
+    trainer = stage_helpers.trainer(online(refresh=0), CONTEXT)
     assert isinstance(trainer, OfflineTrainer)
     assert trainer.supply is FixedExamples
-    assert online(refresh=None).needs == {"candidates", "scores"}
-    assert online().needs == {"candidates", "scores", "sampler", "reward"}
+    assert online(refresh=0).needs == {"candidates"}
+    assert online().needs == {"candidates", "sampler", "reward"}
     assert "reference" in online(reward_kl=0.01).needs
     assert stage_helpers.trainer(online(), CONTEXT).supply is OnlineExamples

@@ -40,8 +40,9 @@ from rrhf_bench.report.tables import main_table
 from rrhf_bench.report.variants import variant_groups, variant_sentences, variants_table
 from rrhf_bench.report.view import View
 from rrhf_bench.seeding import generator
+from rrhf_bench.settings.candidates import RECIPES, recipe_of
 from rrhf_bench.settings.experiment import Experiment
-from rrhf_bench.settings.methods import POLICIES, MethodSettings, sampling_policy
+from rrhf_bench.settings.methods import MethodSettings, candidates_of
 from rrhf_bench.settings.reading import load_experiment
 from rrhf_bench.training.rrhf_settings import RRHFSettings
 
@@ -107,7 +108,8 @@ def spent(settings: MethodSettings | None, row: str) -> float:
     kl = 2.0 + 1.5 * float(generator("kl", row).random())
     if settings.kind == "ppo":
         return float(kl * 2 / (1 + 8 * getattr(settings, "kl_coefficient", 0.0)))
-    return kl * (2.5 if settings.refresh and not settings.reward_kl else 1.0)
+    c = candidates_of(settings)
+    return kl * (2.5 if c is not None and c.refresh and not c.reward_kl else 1.0)
 
 
 def start_of(experiment: Experiment, row: str) -> float:
@@ -178,17 +180,12 @@ def curve(experiment: Experiment, row: str, seed: int) -> Iterator[CurvePoint]:
 def candidates(experiment: Experiment, row: str, seed: int, prompts: tuple[Prompt, ...]) -> tuple[Candidates, ...]:
     """Rows that come to their candidates in the same way have the same ones."""
     settings = experiment.methods[row]
-    how = (
-        settings.initial,
-        settings.sources,
-        settings.strategy,
-        settings.temperature,
-        settings.rounds,
-        settings.refresh,
-    )
+    c = candidates_of(settings)
+    assert c is not None
+    how = (settings.initial, c.sources, c.strategy, getattr(c, "temperature", None), c.rounds, c.refresh)
     rng = generator("candidates", repr(how), seed, len(prompts))
-    sources = [s for source in settings.sources or () for s in [source] * (settings.n or 1 if source == "model" else 1)]
-    centre = start_of(experiment, row) + 0.2 * (settings.rounds or 1)
+    sources = [s for source in c.sources for s in [source] * (c.n if source == "model" else 1)]
+    centre = start_of(experiment, row) + 0.2 * c.rounds
     groups = []
     for prompt in prompts:
         scores = rng.normal(centre, 0.7, len(sources)).tolist()
@@ -205,9 +202,10 @@ def pool(seed: int) -> list[PoolScored]:
 
 def log(settings: MethodSettings, row: str, seed: int) -> Iterator[dict[str, float]]:
     rng = generator("log", row, seed)
+    refresh = getattr(candidates_of(settings), "refresh", 0)
     for step in range(96):
-        if settings.refresh and step % settings.refresh == 0:  # what a refresh logs is no step's
-            yield {"step": step, "refresh": step // settings.refresh + 1, "reward/mean": 0.1}
+        if refresh and step % refresh == 0:  # what a refresh logs is no step's
+            yield {"step": step, "refresh": step // refresh + 1, "reward/mean": 0.1}
         yield {"step": step + 1, "loss": float(40 * math.exp(-step / 30) + 20 + rng.normal(0, 3))}
 
 
@@ -234,9 +232,9 @@ def row_of(table: Table | None, **wanted: object) -> dict[str, Any]:
 # --- the names of the sampling policies -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [*POLICIES, "IP-1", "IP-3", "OP-8", "OP-32+KL"])
-def test_a_row_of_a_sampling_policy_is_called_by_it(name: str) -> None:
-    assert sampling_policy(RRHFSettings(policy=name)) == name
+@pytest.mark.parametrize("name", [*RECIPES, "IP-3", "OP-8", "OP-32+KL"])
+def test_a_row_of_a_recipe_is_called_by_it(name: str) -> None:
+    assert recipe_of(RRHFSettings(candidates={"recipe": name}).candidates) == name
 
 
 @pytest.mark.parametrize(
@@ -250,7 +248,7 @@ def test_a_row_of_a_sampling_policy_is_called_by_it(name: str) -> None:
         ("SP", {"temperature": 1.0}, None),
         ("SP", {"n": 8}, None),
         ("SP", {"top_k": 50}, None),
-        ("P", {"temperature": 0.3, "n": 7}, "P"),  # nothing is sampled
+        ("IP-1", {}, "DP"),
         ("IP-2", {"beams": 8}, None),
         ("OP-8", {"strategy": "diverse-beam"}, "OP-8"),
         ("OP-8", {"temperature": 1.0, "top_k": 50}, "OP-8"),
@@ -261,7 +259,7 @@ def test_a_row_of_a_sampling_policy_is_called_by_it(name: str) -> None:
     ],
 )
 def test_a_row_that_samples_otherwise_is_not(name: str, other: dict[str, Any], found: str | None) -> None:
-    assert sampling_policy(RRHFSettings.model_validate({"policy": name, **other})) == found
+    assert recipe_of(RRHFSettings(candidates={"recipe": name, **other}).candidates) == found
 
 
 # --- which row stands beside which published one --------------------------------------------------------------------
@@ -487,7 +485,9 @@ def test_many_trades_are_told_in_a_sentence_a_decoding() -> None:
 
 def test_candidates_that_a_judge_scored_are_set_beside_no_reward() -> None:
     view = view_of("wombat")
-    judged = {row for row, settings in view.methods.items() if settings.scored_by == "judge"}
+    judged = {
+        row for row, settings in view.methods.items() if getattr(candidates_of(settings), "scored_by", None) == "judge"
+    }
     assert judged < set(view.candidates)
     assert judged & set(view.rewarded) == set()
     assert not judged & {row["this run"] for row in rows_of(sampling_quality(view))}
@@ -514,7 +514,7 @@ def test_variants_on_the_same_candidates_are_set_side_by_side() -> None:
 
 def test_rows_that_sampled_their_own_candidates_are_no_variants_of_each_other() -> None:
     rows = {
-        name: RRHFSettings.model_validate({"policy": policy, "variant": variant})
+        name: RRHFSettings(candidates={"recipe": policy}, variant=variant)
         for policy in ("IP-2", "OP-8")
         for variant in ("paper", "official")
         for name in [f"{policy}_{variant}"]

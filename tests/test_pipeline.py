@@ -343,9 +343,10 @@ source = "scratch"
 scratch = {{ vocabulary = 400, hidden = 32, layers = 1, heads = 1, ffn = 64, epochs = 1 }}
 [sampling]
 backend = "{backend}"
+max_new_tokens = 12
+[candidates]
 n = 2
 temperature = 0.8
-max_new_tokens = 12
 [methods.rrhf]
 epochs = 2
 batch_prompts = 8

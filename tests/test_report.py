@@ -58,7 +58,7 @@ def synthetic(folder: Path, *, gold_of: tuple[str, ...] = tuple(EFFECTS)) -> Run
         seeds=SEEDS,
         methods={
             "sft": SFTSettings(),
-            "rrhf": RRHFSettings(sources=("model", "chosen", "rejected"), n=4, temperature=1.0, top_p=1.0, top_k=0),
+            "rrhf": RRHFSettings(),
             "ppo": PPOSettings(),
             "best_of_n": BestOfNSettings(n=4),
         },

@@ -37,7 +37,9 @@ METHODS: dict[str, Any] = {
     "rrhf": RRHFSettings(**OFFLINE),
     "rrhf with adapters": RRHFSettings(**OFFLINE, lora=LoraSettings(rank=2)),
     "sft": SFTSettings(**OFFLINE),
-    "op-2+kl": RRHFSettings(**OFFLINE, refresh=2, reward_kl=0.01, n=2, sources=("model", "chosen")),
+    "op-2+kl": RRHFSettings(
+        **OFFLINE, candidates={"refresh": 2, "reward_kl": 0.01, "n": 2, "sources": ("model", "chosen")}
+    ),
     "ppo": PPOSettings(
         iterations=5, rollouts=6, minibatch=3, update_epochs=2, lr=3e-3, kl="adaptive", kl_target=1.0, kl_horizon=20,
         reward_scale="running",
@@ -80,7 +82,7 @@ def train(settings: Any, folder: Path, dtype: torch.dtype = torch.float32, kill_
     context = replace(run.context, log=log, checkpoints=FileCheckpoints(folder, 0.0, noted))
     context = replace(context, reference=unadapted or context.reference)
     inputs = TrainInputs(PAIRS, [replace(c, responses=c.responses[:1]) for c in CANDIDATES])
-    if settings.refresh is None:
+    if "sampler" not in settings.needs:
         inputs = TrainInputs(PAIRS, CANDIDATES)
     result = stage_helpers.trainer(settings, 128).fit(run.policy, inputs, context)
     return run.weights(), noted.log, result

@@ -50,12 +50,13 @@ epochs = 1
 epochs = 1
 [sampling]
 backend = "transformers"
-policy = "SP"
-n = 2
 max_new_tokens = 4
+[candidates]
+recipe = "SP"
+n = 2
 [methods.row]
 kind = "rrhf"
-rounds = 10
+candidates = {{ rounds = 10 }}
 epochs = 1
 [evaluation]
 prompts = 4
