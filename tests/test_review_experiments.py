@@ -140,8 +140,8 @@ def test_texts_have_one_reply_that_methods_learn_from(tmp_path: Path, texts: lis
 def test_what_texts_do_not_have_is_said_before_anything_runs(tmp_path: Path, texts: list[str]) -> None:
     file = tmp_path / "tiny.toml"
     file.write_text(TINY)
+    pair = 'methods.rrhf.candidates.sources=["model", "chosen"]'
     with pytest.raises(ConfigError) as error:
-        pair = 'methods.rrhf.candidates.sources=["model", "chosen"]'
         load_experiment(file, [*texts, "reward_model.source=scratch", pair])
     places = [line.split(": ")[1] for line in str(error.value).splitlines()]
     assert places == ["reward_model.source", "methods.rrhf.candidates.sources"]
