@@ -528,7 +528,7 @@ def test_the_sound_files_are_accepted_by_the_same_way(reader: str, ends: bytes, 
     assert str(path) not in result.err  # it was read; what is missing is a model
 
 
-def test_300_broken_files_of_json_lines(tmp_path: Path) -> None:
+def test_broken_files_of_json_lines(tmp_path: Path) -> None:
     cases = broken_lines()
     assert len(cases) >= FILES
     assert set(Counter(case.reader for case in cases)) == set(READERS)
