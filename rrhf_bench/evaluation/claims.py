@@ -65,7 +65,6 @@ T = TypeVar("T")
 ALPHA = 0.05
 LEVEL = 1 - ALPHA
 FEWEST_ROWS = 5  # with fewer, even a perfect order of the rows comes by chance once in 24 times
-DECODING_WORDS: Mapping[Decoding, str] = {"greedy": "greedy", "sample": "sampled", "given": "data set"}
 MEASURE_WORDS: Mapping[Measure, str] = {
     "reward": "proxy reward",
     "gold": "gold reward",

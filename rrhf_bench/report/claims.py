@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from rrhf_bench.evaluation.claims import ClaimResult, Grid, Measure, Scores, evaluate_claims
 from rrhf_bench.evaluation.statistics import Floats
 from rrhf_bench.records import Decoding, Evaluated
-from rrhf_bench.report.table import Cell, Column, Missing, Table, markdown, number
+from rrhf_bench.report.table import DECODING_WORDS, Cell, Column, Missing, Table, markdown, number
 from rrhf_bench.report.tables import accuracy, right
-from rrhf_bench.report.view import DECODING_WORDS, Block, T, View
+from rrhf_bench.report.view import Block, T, View
 
 
 class RunEvidence:

@@ -14,7 +14,6 @@ from typing import Generic, Literal, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 
-from rrhf_bench.evaluation.claims import DECODING_WORDS
 from rrhf_bench.evaluation.statistics import (
     Estimate,
     Floats,
@@ -25,7 +24,8 @@ from rrhf_bench.evaluation.statistics import (
 )
 from rrhf_bench.pipeline.results import RunRecords
 from rrhf_bench.records import Candidates, CurvePoint, Decoding, Evaluated, PairScored, PoolScored, Prompt
-from rrhf_bench.report.table import Missing
+from rrhf_bench.registry import Method, find
+from rrhf_bench.report.table import DECODING_WORDS, Missing
 from rrhf_bench.seeding import generator
 from rrhf_bench.settings.methods import CandidateSettings, MethodSettings, sampling_policy
 
@@ -34,7 +34,6 @@ Found: TypeAlias = Estimate | Missing
 
 BASE = "base"
 GIVEN = ("chosen", "rejected")
-OWN_PART = "Alpaca"  # the part of [policy] in a run whose policies name none
 PAPER_FIRST: tuple[Decoding, ...] = ("greedy", "sample")
 REWARDS: tuple[Measure, ...] = ("reward", "gold")
 ABSENT = Missing("the run holds no such records of this row")
@@ -155,7 +154,8 @@ class View:
     @cached_property
     def rewarded(self) -> dict[str, Block[Candidates]]:
         """The candidates that the reward model scored: other scores are on another scale than rewards."""
-        return {row: block for row, block in self.candidates.items() if self.methods[row].scored_by is None}
+        found = {row: candidate_settings(self.methods[row]) for row in self.candidates}
+        return {row: self.candidates[row] for row, settings in found.items() if settings and settings.scored_by is None}
 
     @cached_property
     def test_candidates(self) -> dict[str, Block[Candidates]]:
@@ -194,23 +194,6 @@ class View:
         rows = [row for row in self.methods if self.initial(row) == initial]
         return [row for row in rows if kind in (None, self.kind(row))]
 
-    @property
-    def reviews(self) -> bool:
-        """Whether the run writes film reviews, which the paper's Table 10 is about and its other tables are not."""
-        data = self.experiment.data
-        return data.source == "toy-reviews" or "imdb" in data.source.lower()
-
-    def part(self, row: str) -> str | None:
-        """Whose published rows on HH stand beside a row's: that of its initial policy."""
-        if self.reviews:
-            return None
-        settings = {BASE: self.experiment.policy, **self.experiment.policies}
-        named = any(policy.part for policy in settings.values())
-        initial = self.initial(row)
-        if initial not in settings:
-            return None
-        return settings[initial].part or (OWN_PART if initial == BASE and not named else None)
-
     def sampling_policy(self, row: str) -> str | None:
         """The paper's name for where a row's candidates come from, where it has one."""
         return sampling_policy(self.methods[row]) if row in self.methods else None
@@ -229,8 +212,9 @@ class View:
 
     def _way(self, row: str) -> str:
         settings = self.methods[row]
-        candidates = settings.model_dump(include=_HOW) if "candidates" in settings.requires else None
-        return repr((self.initial(row), self.kind(row), candidates))
+        candidates = candidate_settings(settings)
+        how = None if candidates is None else candidates.model_dump(include=_HOW)
+        return repr((self.initial(row), self.kind(row), how))
 
     def same_way(self, row: str) -> list[str]:
         """The rows that differ from this one in hyper-parameters alone, itself among them."""
@@ -243,12 +227,15 @@ class View:
         plain = {self.plain_row(rows) for rows in self._ways.values()}
         return tuple(row for row in self.methods if row in plain)
 
-    def alike(self, *but: str) -> list[list[str]]:
-        """The RRHF rows that differ in no setting except ``but``, in groups, each in the file's order."""
+    def rows_differing_only_in(self, *keys: str) -> list[list[str]]:
+        """Return the rows of one kind that differ in no setting except ``keys``, in groups, each in the file's order.
+
+        Rows whose kind lacks one of the keys are left out.
+        """
         groups: dict[str, list[str]] = defaultdict(list)
         for row, settings in self.methods.items():
-            if self.kind(row) == "rrhf":
-                groups[repr(settings.model_dump(exclude=set(but)))].append(row)
+            if set(keys) <= type(settings).model_fields.keys():
+                groups[repr(settings.model_dump(exclude=set(keys)))].append(row)
         return [rows for rows in groups.values() if len(rows) > 1]
 
     def dev_reward(self, row: str, decoding: Decoding) -> float | None:
@@ -290,9 +277,16 @@ class View:
         """The method's kind in the registry; the row's own name where it is no method."""
         return self.methods[row].kind if row in self.methods else row
 
-    def first(self, kind: str) -> str | None:
-        """The first method of this kind in the experiment file."""
-        return next((row for row in self.methods if self.kind(row) == kind), None)
+    def method(self, row: str) -> Method:
+        """Return the traits of a row's method in the registry: label, colour, marker, family."""
+        return find(self.methods[row].kind)
+
+    def reranked(self, row: str) -> int | None:
+        """Return n if the row picks the best of n samples of its initial policy by reward, or None."""
+        settings = self.methods.get(row)
+        if settings is None or settings.family != "inference" or "reward" not in settings.requires:
+            return None
+        return settings.n or 1
 
     def one_model(self, row: str) -> bool:
         """An initial policy is one model whatever the training seed: a single row of it stands against all of them."""
@@ -399,6 +393,11 @@ def difference_between(
 
     alone = (one.one_model(a) and len(first.seeds) == 1) or (other.one_model(b) and len(second.seeds) == 1)
     return paired(first, value, second, value, one.clusters, every_seed=alone, pooled=pooled)
+
+
+def candidate_settings(settings: MethodSettings) -> MethodSettings | None:
+    """Return the settings of how a row comes to its training candidates, or None if it trains on none."""
+    return settings if "candidates" in settings.requires else None
 
 
 # Where a row comes from and how it comes to its candidates, which is not what its method does with them.
