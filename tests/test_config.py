@@ -702,12 +702,16 @@ KNOWN = "BP, DP, SP, D, P, B, IP-n, OP-k, OP-k+KL (n rounds, k optimiser steps)"
         ("[methods.rrhf]\nsources = ['mine']", [UNKNOWN := "methods.rrhf.sources: found 'mine'; allowed are model, "]),
         ("[judge]\nsource = 'endpoint'", [ENDPOINT := "judge.endpoint: the table goes with source = "]),
         (
-            '[claims.ordered]\nhigher = "rhf"\nlower = "base"\nmargin = 0.0\n[methods.rrhf]',
-            ["claims.ordered: found the row 'rhf'; allowed are base, rrhf; did you mean 'rrhf'?"],
+            '[claims.difference]\nhigher = "rhf"\nlower = "base"\nmargin = 0.0\n[methods.rrhf]',
+            ["claims.difference: found the row 'rhf'; allowed are base, rrhf; did you mean 'rrhf'?"],
         ),
         (
-            f'{RAW}[claims.a]\nkind = "ordered"\nhigher = "raw"\nlower = "chosen"\nmargin = 0.0',
+            f'{RAW}[claims.a]\nkind = "difference"\nhigher = "raw"\nlower = "chosen"\nmargin = 0.0',
             ["claims.a: found the row 'chosen'; allowed are base, raw"],
+        ),
+        (
+            '[report]\nagainst = "best_of_n"\n[methods.best_of_n]\n[methods.rrhf]',
+            ["report.against: found 'best_of_n'; expected a row that trains (rrhf)"],
         ),
         (
             "[report]\nprimary = [['rrhf', 'bas'], ['rrhf', 'rrhf'], ['rrhf', 'base'], ['base', 'rrhf']]\n"
@@ -718,7 +722,7 @@ KNOWN = "BP, DP, SP, D, P, B, IP-n, OP-k, OP-k+KL (n rounds, k optimiser steps)"
                 "report.primary: found ['base', 'rrhf'] twice; a comparison may stand once only",
             ],
         ),
-        ("[claims.orderd]\nmargin = 0.0", [CLAIM := "claims.orderd.kind: found 'orderd'; allowed are "]),
+        ("[claims.diference]\nmargin = 0.0", [CLAIM := "claims.diference.kind: found 'diference'; allowed are "]),
         ("[defaults.rhf]\nlr = 0.1", [DEFAULT := "defaults.rhf: found 'rhf'; allowed are rrhf, sft, "]),
         ("[defaults]\nrrhf = 3\n[methods.rrhf]", ["defaults.rrhf: found 3; expected a table of the method's settings"]),
         ("defaults = 3\n[methods.rrhf]", ["defaults: found 3; expected tables such as [defaults.rrhf]"]),
@@ -770,7 +774,7 @@ def test_no_row_is_trained_before_itself(write: Write, text: str, row: str, ways
 
 def test_a_faulty_table_is_not_called_missing_where_it_is_named(write: Write) -> None:
     rows = '[methods.rrhf]\ninitial = "raw"\nsources = ["s"]\nscored_by = "judge"\n[methods.b]\nkind = "sft"\nlrr = 1'
-    claim = '[claims.ordered]\nhigher = "b"\nlower = "raw"\nmargin = 0.0\n[policies.c]\nsource = "methods.b"'
+    claim = '[claims.difference]\nhigher = "b"\nlower = "raw"\nmargin = 0.0\n[policies.c]\nsource = "methods.b"'
     tables = '[policies.raw]\nsorce = "toy-raw"\n[sources.s]\nmodle = "b"\n[judge]\nsauce = "toy"'
     found = [fault.partition(": unknown key; ")[0] for fault in faults(write(f"{rows}\n{claim}\n{tables}"))]
     assert found == ["methods.b.lrr", "policies.raw.sorce", "judge.sauce", "sources.s.modle"]
@@ -1167,7 +1171,7 @@ def test_what_rows_and_policies_are_called_and_what_is_claimed_of_them_changes_n
     )
     names = {"first": "zulu", "second": "alpha", "third": "mike", "row": "delta", "other": "x1", "more": "x2"}
     renamed = re.sub("|".join(names), lambda found: names[found[0]], text.replace("mixed", "x3"))
-    claim = "[claims.ordered]\nhigher = 'x1'\nlower = 'x2'\nmargin = 0.5"
+    claim = "[claims.difference]\nhigher = 'x1'\nlower = 'x2'\nmargin = 0.5"
     one, other, claimed = (rows_plan(write, t) for t in (text, renamed, f"{renamed}\n{claim}"))
     assert [stage.key for stage in one.stages if stage.kind == "train"]
     assert {stage.key for stage in one.stages} == {stage.key for stage in other.stages}
