@@ -114,10 +114,11 @@ def run(file: ExperimentFile, override: Overrides = None, runs: Runs = Path("run
 
 
 def _write_report(records: Any, folder: Path) -> Path:
+    from rrhf_bench.replication.sections import SECTIONS
     from rrhf_bench.report.page import write_report
 
     with on_disk(folder):
-        return write_report(records, folder / "report")
+        return write_report(records, folder / "report", SECTIONS)
 
 
 @app.command()

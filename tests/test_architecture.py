@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from rrhf_bench.registry import METHODS
+
 ROOT = Path(__file__).parents[1]
 
 # From top to bottom. The settings of a method lie beside its code but belong to the room of settings: `plan` reads them
@@ -15,16 +17,16 @@ ROOT = Path(__file__).parents[1]
 ROOMS = {
     "nouns": ("errors", "records", "seeding", "jsonl", "schedule", "registry"),
     "settings": ("settings", "*_settings"),
-    "paper": ("paper",),
     "data": ("data",),
     "policy": ("policy",),
     "sampling": ("sampling",),
     "rewards": ("rewards",),
+    "evaluation": ("evaluation",),
     "training": ("training",),
     "baselines": ("baselines",),
-    "evaluation": ("evaluation",),
     "pipeline": ("pipeline",),
     "report": ("report",),
+    "replication": ("replication",),
     "command line": ("terminal", "cli", "cli_files", "cli_options"),
 }
 ORDER = list(ROOMS)
@@ -97,8 +99,19 @@ def test_a_report_knows_no_model():
     """Records in, files out: of what computes with weights nothing but pure formulas is imported."""
     below = {"policy", "sampling", "rewards", "training"}
     for module, path in FILES.items():
-        if room_of(module) == "report":
+        if room_of(module) in ("report", "replication"):
             assert not below & {room_of(name) for name in imported(path.read_text(encoding="utf-8"))}, module
+
+
+def test_the_generic_rooms_know_no_method_by_name():
+    """They ask the registry and the settings for traits; the replication of one paper may name its methods."""
+    named = {method.settings.partition(":")[0] for method in METHODS.values()}
+    for module, path in FILES.items():
+        if room_of(module) in ("evaluation", "pipeline", "report"):
+            source = path.read_text(encoding="utf-8")
+            words = {node.value for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Constant)}
+            assert not words & set(METHODS), module
+            assert not named & set(imported(source)), module
 
 
 def test_the_page_names_every_room_and_file():

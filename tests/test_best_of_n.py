@@ -93,9 +93,9 @@ def test_input_is_left_alone_and_tensors_are_taken():
         ([[1.0, 2.0]], 3, None, "expected 1 to 2"),
         ([1.0, 2.0], 1, None, r"found shapes \(2,\)"),
         ([[1.0, 2.0]], 1, [[1.0]], r"found shapes \(1, 2\) for score and \(1, 1\)"),
-        ([[1.0, math.nan]], 1, None, "score of shape"),
-        ([[1.0, 2.0]], 1, [[1.0, math.inf]], "value of shape"),
-        (np.empty((0, 4)), 1, None, "empty"),
+        ([[1.0, math.nan]], 1, None, "in score not finite"),
+        ([[1.0, 2.0]], 1, [[1.0, math.inf]], "in value not finite"),
+        (np.empty((0, 4)), 1, None, "no values in score"),
     ],
 )
 def test_what_cannot_be_used(score, n, value, message):

@@ -15,7 +15,7 @@ from scipy import stats
 
 from rrhf_bench.errors import ConfigError
 from rrhf_bench.evaluation import claims as rules
-from rrhf_bench.evaluation.claims import ClaimResult, Grid, Measure, Scores, evaluate_claims
+from rrhf_bench.evaluation.claims import ClaimResult, Grid, Scores, evaluate_claims
 from rrhf_bench.evaluation.statistics import POOLED_FREEDOM, Estimate
 from rrhf_bench.pipeline.results import RunRecords
 from rrhf_bench.records import CurvePoint, Decoding
@@ -25,17 +25,13 @@ from rrhf_bench.report.view import View
 from rrhf_bench.seeding import generator
 from rrhf_bench.settings.claims import (
     CLAIMS,
-    BaseBelowChanceSettings,
-    BestOfNLearnerSettings,
-    BestOfNOverRowsSettings,
-    BetterRewardModelSettings,
+    EARLIER_KINDS,
     ClaimSettings,
-    KLRepairsSettings,
-    OrderedSettings,
-    OveroptimisesSettings,
-    RRHFReachesPPOSettings,
-    SamplingQualitySettings,
-    SpreadShrinksSettings,
+    CompoundSettings,
+    CorrelationSettings,
+    DifferenceSettings,
+    EquivalenceSettings,
+    Measure,
 )
 from rrhf_bench.settings.reading import load_experiment
 from tests.test_report import HOSTILE, rows_of, synthetic
@@ -110,20 +106,20 @@ def reaches(sign: int, prompts: int, spread: float) -> tuple[ClaimSettings, Run]
     run = Run()
     for row, mean in (("rrhf", 1.0), ("ppo", 1.0 - 0.5 * sign)):
         run.replies[row, "greedy", "reward"] = noisy(row, mean, prompts, spread)
-    return RRHFReachesPPOSettings(margin=0.05, rrhf=("rrhf",), ppo=("ppo",)), run
+    return DifferenceSettings(margin=0.05, higher="rrhf", lower="ppo", test="non-inferiority"), run
 
 
 def ordered(sign: int, prompts: int, spread: float) -> tuple[ClaimSettings, Run]:
     run = Run()
     for row, mean in (("d", 1.0), ("p", 1.0 - 0.5 * sign)):
         run.replies[row, "greedy", "reward"] = noisy(row, mean, prompts, spread)
-    return OrderedSettings(margin=0.1, higher="d", lower="p"), run
+    return DifferenceSettings(margin=0.1, higher="d", lower="p"), run
 
 
 def learner(sign: int, prompts: int, spread: float) -> tuple[ClaimSettings, Run]:
     run = Run(best={"rrhf": noisy("best", 1.0, prompts, spread)})
     run.replies["rrhf", "greedy", "reward"] = noisy("rrhf", 1.0 if sign > 0 else 0.4, prompts, spread)
-    return BestOfNLearnerSettings(margin=0.2, row="rrhf"), run
+    return EquivalenceSettings(margin=0.2, row="rrhf"), run
 
 
 def overoptimises(sign: int, prompts: int, spread: float) -> tuple[ClaimSettings, Run]:
@@ -132,7 +128,7 @@ def overoptimises(sign: int, prompts: int, spread: float) -> tuple[ClaimSettings
         run.replies[row, "greedy", "reward"] = noisy(row, proxy, prompts, spread)
         run.replies[row, "greedy", "gold"] = noisy(f"gold {row}", gold, prompts, spread)
         run.replies[row, "greedy", "nll"] = noisy(f"nll {row}", nll, prompts, spread)
-    return OveroptimisesSettings(margin=0.05, row="op", reference="dp"), run
+    return CompoundSettings(proxy="rises", quality="falls", margin=0.05, row="op", reference="dp"), run
 
 
 def repairs(sign: int, prompts: int, spread: float) -> tuple[ClaimSettings, Run]:
@@ -140,23 +136,26 @@ def repairs(sign: int, prompts: int, spread: float) -> tuple[ClaimSettings, Run]
     for row, gold, nll in (("op_kl", 0.5 * sign, 2.0 - 0.5 * sign), ("op", 0.0, 2.0)):
         run.replies[row, "greedy", "gold"] = noisy(f"gold {row}", gold, prompts, spread)
         run.replies[row, "greedy", "nll"] = noisy(f"nll {row}", nll, prompts, spread)
-    return KLRepairsSettings(margin=0.0, row="op_kl", reference="op"), run
+    return CompoundSettings(quality="rises", margin=0.0, row="op_kl", reference="op"), run
 
 
 def spread_shrinks(sign: int, prompts: int, spread: float) -> tuple[ClaimSettings, Run]:
     effect = 0.4 if spread < 1 else 0.1
     stds = {"ip2": 1 - effect * (sign > 0), "ip1": 1 - effect * (sign < 0)}
     run = Run(trained_on={row: scores(generator(row).normal(0, std, (3, prompts, 4))) for row, std in stds.items()})
-    return SpreadShrinksSettings(margin=0.05, row="ip2", reference="ip1"), run
+    return DifferenceSettings(margin=0.05, measure="spread", higher="ip1", lower="ip2"), run
 
 
 def better_reward_model(sign: int, prompts: int, spread: float) -> tuple[ClaimSettings, Run]:
     run = Run(pairs={"rrhf": coins("rrhf", 0.5 + 0.2 * sign, prompts), "base": coins("base", 0.5, prompts)})
-    return BetterRewardModelSettings(margin=0.0, row="rrhf"), run
+    return DifferenceSettings(margin=0.0, measure="accuracy", higher="rrhf", lower="base"), run
+
+
+BELOW_CHANCE = DifferenceSettings(margin=0.0, measure="accuracy", higher=0.5, lower="base")
 
 
 def below_chance(sign: int, prompts: int, spread: float) -> tuple[ClaimSettings, Run]:
-    return BaseBelowChanceSettings(margin=0.0), Run(pairs={"base": coins("b", 0.5 - 0.2 * sign, prompts)})
+    return BELOW_CHANCE, Run(pairs={"base": coins("b", 0.5 - 0.2 * sign, prompts)})
 
 
 PLANTED: list[Callable[[int, int, float], tuple[ClaimSettings, Run]]] = [
@@ -182,7 +181,7 @@ def test_a_small_sample_decides_nothing_but_says_what_it_could_have_seen(plant: 
 
 def test_two_copies_of_one_method_are_rarely_told_apart() -> None:
     """Nominal 2.5% a side. 400 runs with seeds that differ: at most 20 (5%), which 2.5% exceeds once in a thousand."""
-    claim = OrderedSettings(margin=0.0, higher="a", lower="b")
+    claim = DifferenceSettings(margin=0.0, higher="a", lower="b")
     verdicts = []
     for i in range(400):
         rng = generator("copies", i)
@@ -213,7 +212,7 @@ def test_holm_is_over_all_claims_and_decodings_that_have_a_p() -> None:
     for row, mean in (("a", 2.0), ("b", 1.0), ("c", 0.5)):
         run.replies[row, "greedy", "reward"] = exact(mean)
     run.replies["c", "sample", "reward"] = exact(0.0)
-    claims = {row: OrderedSettings(margin=0.0, higher=row, lower="zero") for row in ("c", "a", "b")}
+    claims = {row: DifferenceSettings(margin=0.0, higher=row, lower="zero") for row in ("c", "a", "b")}
     found = {(r.name, r.decoding): r for r in evaluate_claims(claims, run)}
     p = {key: r.p for key, r in found.items()}
     assert p["a", "greedy"] == pytest.approx(of_t(2.0))
@@ -232,7 +231,7 @@ def test_an_interval_alone_supports_nothing_if_holms_p_is_high() -> None:
     """t = 5.2 on 2 degrees of freedom: p is 0.035, so the interval excludes 0; with a second claim p is twice that."""
     run = Run()
     run.replies["a", "greedy", "reward"], run.replies["b", "greedy", "reward"] = exact(0.3), exact(0.0, (0, 0, 0))
-    claim = OrderedSettings(margin=0.0, higher="a", lower="b")
+    claim = DifferenceSettings(margin=0.0, higher="a", lower="b")
     assert result(claim, run).verdict == "supported"
     found = evaluate_claims({"it": claim, "again": claim}, run)[0]
     assert found.estimate is not None
@@ -246,7 +245,7 @@ def test_an_interval_alone_supports_nothing_if_holms_p_is_high() -> None:
 def test_a_margin_shifts_the_threshold_and_not_the_estimate() -> None:
     run = Run()
     run.replies["a", "greedy", "reward"], run.replies["b", "greedy", "reward"] = exact(1.0), exact(0.0, (0, 0, 0))
-    found = {m: result(OrderedSettings(margin=m, higher="a", lower="b"), run) for m in (0.25, 1.0, 1.75)}
+    found = {m: result(DifferenceSettings(margin=m, higher="a", lower="b"), run) for m in (0.25, 1.0, 1.75)}
     assert {m: r.verdict for m, r in found.items()} == {0.25: "supported", 1.0: "inconclusive", 1.75: "refuted"}
     assert len({r.estimate for r in found.values()}) == 1
     assert found[0.25].p == pytest.approx(of_t(0.75)) == found[1.75].p
@@ -260,7 +259,7 @@ def test_the_variance_between_seeds_is_pooled_over_the_trained_rows() -> None:
     for row, mean in (("a", 0.3), ("c", 7.0), ("d", -7.0)):
         run.replies[row, "greedy", "reward"] = exact(mean)
     run.replies["b", "greedy", "reward"] = exact(0.0, (0, 0, 0))
-    claim = OrderedSettings(margin=0.0, higher="a", lower="b")
+    claim = DifferenceSettings(margin=0.0, higher="a", lower="b")
     found = result(claim, run)
     assert found.estimate is not None
     assert found.estimate.freedom == pytest.approx(2 + POOLED_FREEDOM[1])
@@ -285,13 +284,13 @@ def test_one_training_seed_is_not_tested() -> None:
     run = Run()
     run.replies["a", "greedy", "reward"] = grid(5.0 + np.arange(20.0))
     run.replies["base", "greedy", "reward"] = grid(np.arange(20.0) % 3, one_model=True)
-    found = result(OrderedSettings(margin=0.0, higher="a", lower="base"), run)
+    found = result(DifferenceSettings(margin=0.0, higher="a", lower="base"), run)
     assert (found.verdict, found.p) == ("not tested", None)
     assert "one training seed" in found.reason
     # A fixed model has no training seeds at all.
     below = Run(pairs={"base": replace(coins("b", 0.2), seeds=(0,), values_SP=coins("b", 0.2).values_SP[:1])})
     below.pairs["base"] = replace(below.pairs["base"], one_model=True)
-    assert result(BaseBelowChanceSettings(margin=0.0), below).verdict == "supported"
+    assert result(BELOW_CHANCE, below).verdict == "supported"
 
 
 def part(low: float, high: float, threshold: float, p_above: float, p_below: float) -> rules._Part:
@@ -323,7 +322,7 @@ def test_equivalence_at_its_boundaries(low: float, high: float, lies: str) -> No
 def test_equivalence_is_supported_if_and_only_if_the_interval_lies_within(mean: float) -> None:
     run = Run(best={"rrhf": exact(0.0, (0, 0, 0))})
     run.replies["rrhf", "greedy", "reward"] = exact(mean)
-    found = result(BestOfNLearnerSettings(margin=0.3, row="rrhf"), run)
+    found = result(EquivalenceSettings(margin=0.3, row="rrhf"), run)
     assert found.estimate is not None
     within = max(-found.estimate.low, found.estimate.high) <= 0.3
     assert (found.verdict == "supported") == within
@@ -335,7 +334,9 @@ def test_non_inferiority_forgives_the_margin_and_no_more() -> None:
         run = Run()
         run.replies["rrhf", "greedy", "reward"] = noisy("rrhf", 1.0, 300, 0.2)
         run.replies["ppo", "greedy", "reward"] = noisy("ppo", 1.1, 300, 0.2)
-        return result(RRHFReachesPPOSettings(margin=margin, rrhf=("rrhf",), ppo=("ppo",)), run).verdict
+        return result(
+            DifferenceSettings(margin=margin, higher="rrhf", lower="ppo", test="non-inferiority"), run
+        ).verdict
 
     assert [verdict(margin) for margin in (0.0, 0.1, 0.2)] == ["refuted", "inconclusive", "supported"]
 
@@ -343,21 +344,21 @@ def test_non_inferiority_forgives_the_margin_and_no_more() -> None:
 def test_a_compound_claim_needs_all_its_parts_and_gold_decides() -> None:
     must = part(0.1, 0.3, 0.0, 0.004, 0.996)
     gold, nll = part(0.05, 0.4, 0.0, 0.02, 0.98), part(0.2, 0.4, 0.0, 0.001, 0.999)
-    found = rules._compound([must], gold, nll)
+    found = rules._decided([must], gold, nll)
     assert (found.p_for, found.against) == (0.02, "")  # the largest of must and gold; nll does not enter
     assert found.estimate == gold.estimate  # the weaker of what the claim needs
     assert found.p_against == 1.0  # two ways to fail: 2 x 0.98, and no p exceeds 1
-    assert rules._compound([must], None, nll).p_for == 0.004  # without gold the likelihood decides
-    assert rules._compound([], gold, nll).p_for == 0.02
+    assert rules._decided([must], None, nll).p_for == 0.004  # without gold the likelihood decides
+    assert rules._decided([], gold, nll).p_for == 0.02
 
     down = part(-0.4, -0.2, 0.0, 0.999, 0.001)
-    found = rules._compound([must], down, nll)
+    found = rules._decided([must], down, nll)
     assert (found.p_against, found.p_for) == (0.002, 0.999)  # 2 x 0.001
     assert found.estimate == down.estimate
-    assert rules._compound([down], gold, nll).p_against == 0.002
+    assert rules._decided([down], gold, nll).p_against == 0.002
     # The likelihood goes significantly the other way: two-sided 0.002.
-    assert "other way" in rules._compound([must], gold, down).against
-    assert rules._compound([must], gold, part(-0.4, 0.1, 0.0, 0.97, 0.03)).against == ""
+    assert "other way" in rules._decided([must], gold, down).against
+    assert rules._decided([must], gold, part(-0.4, 0.1, 0.0, 0.97, 0.03)).against == ""
 
 
 def test_over_optimisation_is_not_supported_against_the_gold_reward() -> None:
@@ -417,11 +418,11 @@ def test_one_model_stands_against_every_seed_and_prompts_are_those_of_both() -> 
         run = Run()
         run.replies["a", "greedy", "reward"] = a
         run.replies["b", "greedy", "reward"] = replace(grid([1.0] * 4), seeds=seeds, prompts=prompts)
-        assert result(OrderedSettings(margin=0.0, higher="a", lower="b"), run).verdict == "not tested"
+        assert result(DifferenceSettings(margin=0.0, higher="a", lower="b"), run).verdict == "not tested"
 
 
 def test_the_best_of_several_rows_is_picked_on_dev_prompts_alone() -> None:
-    claim = RRHFReachesPPOSettings(margin=0.05, rrhf=("rrhf",), ppo=("weak", "strong", "third"))
+    claim = DifferenceSettings(margin=0.05, higher="rrhf", lower=("weak", "strong", "third"), test="non-inferiority")
     run = Run(dev={(row, "greedy"): dev for row, dev in (("weak", 0.9), ("strong", 0.7), ("third", 0.9))})
     means = {"rrhf": 1.0, "weak": 0.2, "strong": 3.0, "third": 3.0}
     for row, mean in means.items():
@@ -465,7 +466,7 @@ def runs(rewards_KS: Array, candidates_KS: Array) -> tuple[ClaimSettings, Run]:
     for row, rewards_S, candidates_S in zip(rows, rewards_KS, candidates_KS, strict=True):
         run.replies[row, "greedy", "reward"] = grid(np.repeat(rewards_S[:, None], 2, axis=1))
         run.trained_on[row] = scores([[[c - 1, c], [c - 3, c]] for c in candidates_S])  # mean c - 1, best c
-    return BestOfNOverRowsSettings(margin=0.5, over=rows), run
+    return CorrelationSettings(measure="best_candidate", margin=0.5, over=rows), run
 
 
 def rising(rows: int, sign: float = 1.0) -> tuple[Array, Array]:
@@ -490,7 +491,7 @@ def test_the_correlation_is_that_of_scipy_over_rows_with_fishers_interval() -> N
     rewards, candidates = rng.normal(size=(6, 3)), rng.normal(size=(6, 3))
     claim, run = runs(rewards, candidates)
     x, y = candidates.mean(axis=1), rewards.mean(axis=1)
-    for kind in (claim, SamplingQualitySettings(margin=0.5, over=claim.rows())):
+    for kind in (claim, CorrelationSettings(measure="mean_candidate", margin=0.5, over=claim.rows())):
         found = result(kind, run)
         assert found.estimate is not None
         rho = stats.spearmanr(x, y).statistic
@@ -516,7 +517,7 @@ def test_rows_without_a_relation_are_called_correlated_at_the_nominal_rate(
     for i in range(300):
         draw = generator("unrelated", rows, i)
         claim, run = runs(draw.normal(size=(rows, 3)), draw.normal(size=(rows, 3)))
-        claim = BestOfNOverRowsSettings(margin=0.0, over=claim.rows())
+        claim = CorrelationSettings(measure="best_candidate", margin=0.0, over=claim.rows())
         verdicts.append(result(claim, run).verdict)
     assert 1 <= verdicts.count("supported") <= 18
     assert 1 <= verdicts.count("refuted") <= 18
@@ -524,7 +525,7 @@ def test_rows_without_a_relation_are_called_correlated_at_the_nominal_rate(
 
 def test_copies_of_a_row_do_not_differ_in_the_spread_of_their_candidates() -> None:
     """400 runs, each row with a spread of its own per seed: nominal 2.5% a side; at most 20."""
-    claim = SpreadShrinksSettings(margin=0.0, row="a", reference="b")
+    claim = DifferenceSettings(margin=0.0, measure="spread", higher="b", lower="a")
     verdicts = []
     for i in range(400):
         draw = generator("spreads", i)
@@ -550,7 +551,7 @@ def test_the_spread_is_pooled_over_all_responses() -> None:
     rng = generator("ragged")
     ragged = {row: [[rng.normal(size=rng.integers(1, 6)) for _ in range(30)] for _ in SEEDS] for row in ("a", "b")}
     run = Run(trained_on={row: scores(values) for row, values in ragged.items()})
-    found = result(SpreadShrinksSettings(margin=0.0, row="a", reference="b"), run)
+    found = result(DifferenceSettings(margin=0.0, measure="spread", higher="b", lower="a"), run)
     pooled = {row: np.std(np.concatenate([k for rows in values for k in rows])) for row, values in ragged.items()}
     assert found.estimate is not None
     assert found.estimate.value == pytest.approx(pooled["b"] - pooled["a"], abs=1e-12)
@@ -561,22 +562,22 @@ def test_the_spread_is_pooled_over_all_responses() -> None:
 
 
 EVERY: Mapping[str, ClaimSettings] = {
-    "rrhf_reaches_ppo": RRHFReachesPPOSettings(margin=0.05, rrhf=("rrhf",), ppo=("ppo", "sft")),
-    "best_of_n_learner": BestOfNLearnerSettings(margin=0.3, row="rrhf"),
-    "best_of_n_over_rows": BestOfNOverRowsSettings(margin=0.5, over=("rrhf", "sft", "ppo")),
-    "reward_rises_with_sampling_quality": SamplingQualitySettings(margin=0.5, over=("rrhf", "sft", "ppo")),
-    "ordered": OrderedSettings(margin=0.0, higher="rrhf", lower="base"),
-    "overoptimises": OveroptimisesSettings(margin=0.05, row="ppo", reference="rrhf"),
-    "kl_repairs": KLRepairsSettings(margin=0.0, row="rrhf", reference="ppo"),
-    "spread_shrinks": SpreadShrinksSettings(margin=0.0, row="rrhf", reference="ppo"),
-    "better_reward_model": BetterRewardModelSettings(margin=0.0, row="rrhf"),
-    "base_below_chance": BaseBelowChanceSettings(margin=0.0),
+    "rrhf_reaches_ppo": DifferenceSettings(margin=0.05, higher="rrhf", lower=("ppo", "sft"), test="non-inferiority"),
+    "best_of_n_learner": EquivalenceSettings(margin=0.3, row="rrhf"),
+    "best_of_n_over_rows": CorrelationSettings(measure="best_candidate", margin=0.5, over=("rrhf", "sft", "ppo")),
+    "reward_rises_with_sampling_quality": CorrelationSettings(margin=0.5, over=("rrhf", "sft", "ppo")),
+    "ordered": DifferenceSettings(margin=0.0, higher="rrhf", lower="base"),
+    "overoptimises": CompoundSettings(proxy="rises", quality="falls", margin=0.05, row="ppo", reference="rrhf"),
+    "kl_repairs": CompoundSettings(quality="rises", margin=0.0, row="rrhf", reference="ppo"),
+    "spread_shrinks": DifferenceSettings(margin=0.0, measure="spread", higher="ppo", lower="rrhf"),
+    "better_reward_model": DifferenceSettings(margin=0.0, measure="accuracy", higher="rrhf", lower="base"),
+    "base_below_chance": BELOW_CHANCE,
 }
 
 
-@pytest.mark.parametrize("kind", CLAIMS)
-def test_a_claim_without_its_numbers_is_not_tested_and_says_why(kind: str) -> None:
-    claim = EVERY[kind]
+@pytest.mark.parametrize("name", EVERY)
+def test_a_claim_without_its_numbers_is_not_tested_and_says_why(name: str) -> None:
+    claim = EVERY[name]
     found = result(claim, Run())
     assert found.verdict == "not tested"
     assert "not measured" in found.reason
@@ -589,32 +590,39 @@ def test_a_claim_without_its_numbers_is_not_tested_and_says_why(kind: str) -> No
 # -- settings --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", CLAIMS)
-def test_every_kind_is_in_both_tables_and_names_its_rows(kind: str) -> None:
-    assert EVERY[kind].kind == kind
-    assert type(EVERY[kind]) is CLAIMS[kind]
-    assert kind in rules._TESTS
-    assert EVERY[kind].rows()
-    assert len(set(EVERY[kind].rows())) == len(EVERY[kind].rows())
+def test_every_kind_has_a_test_and_every_earlier_one_a_new_form() -> None:
+    assert {claim.kind for claim in EVERY.values()} == set(CLAIMS)
+    assert all(CLAIMS[claim.kind] is type(claim) for claim in EVERY.values())
+    for form in EARLIER_KINDS.values():
+        assert form.split('"')[1] in CLAIMS
 
 
 def test_rows_of_a_claim() -> None:
     assert EVERY["rrhf_reaches_ppo"].rows() == ("rrhf", "ppo", "sft")
     assert EVERY["better_reward_model"].rows() == ("rrhf", "base")
     assert EVERY["base_below_chance"].rows() == ("base",)
+    assert EVERY["best_of_n_learner"].rows() == ("rrhf",)
+
+
+AB: dict[str, Any] = {"higher": "a", "lower": "b"}
 
 
 @pytest.mark.parametrize(
     ("kind", "table", "fault"),
     [
-        ("ordered", {"margin": 0.0, "higher": "a", "lower": "a"}, "lower: found 'a' on both sides"),
-        ("rrhf_reaches_ppo", {"margin": 0.0, "rrhf": ["a"], "ppo": ["b", "a"]}, "ppo: found 'a' on both sides"),
-        ("overoptimises", {"margin": 0.0, "row": "a", "reference": "a"}, "reference: found 'a' on both sides"),
-        ("ordered", {"higher": "a", "lower": "b"}, "margin"),
-        ("ordered", {"margin": -0.1, "higher": "a", "lower": "b"}, "greater than or equal to 0"),
-        ("best_of_n_over_rows", {"margin": 1.0, "over": ["a", "b", "c"]}, "less than 1"),
-        ("best_of_n_over_rows", {"margin": 0.5, "over": ["a", "b"]}, "at least 3"),
-        ("rrhf_reaches_ppo", {"margin": 0.0, "rrhf": [], "ppo": ["b"]}, "at least 1"),
+        ("difference", {"margin": 0.0, "higher": "a", "lower": "a"}, "lower: found 'a' on both sides"),
+        ("difference", {"margin": 0.0, "higher": ["a"], "lower": ["b", "a"]}, "lower: found 'a' on both sides"),
+        ("difference", {"margin": 0.0, "higher": 0.5, "lower": 0.4}, "lower: found a number on both sides"),
+        ("difference", {"margin": 0.0, "higher": 0.5, "lower": "a", "measure": "spread"}, "measure"),
+        ("difference", {"margin": 0.0, "higher": ["a", "c"], "lower": "b", "measure": "accuracy"}, "measure"),
+        ("compound", {"margin": 0.0, "row": "a", "reference": "a", "quality": "falls"}, "reference: found 'a' on both"),
+        ("compound", {"margin": 0.0, "row": "a", "reference": "b"}, "quality"),
+        ("equivalence", {"margin": 0.0, "row": "a", "reference": "a"}, "reference: found 'a' on both sides"),
+        ("difference", AB, "margin"),
+        ("difference", {"margin": -0.1, **AB}, "greater than or equal to 0"),
+        ("correlation", {"margin": 1.0, "over": ["a", "b", "c"]}, "less than 1"),
+        ("correlation", {"margin": 0.5, "over": ["a", "b"]}, "at least 3"),
+        ("difference", {"margin": 0.0, "higher": [], "lower": ["b"]}, "at least 1"),
     ],
 )
 def test_a_faulty_claim(kind: str, table: dict[str, Any], fault: str) -> None:
@@ -622,17 +630,28 @@ def test_a_faulty_claim(kind: str, table: dict[str, Any], fault: str) -> None:
         CLAIMS[kind].model_validate(table)
 
 
+@pytest.mark.parametrize("kind", EARLIER_KINDS)
+def test_an_earlier_kind_is_refused_with_its_new_form(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "x.toml"
+    path.write_text(f"[methods.rrhf]\n[claims.{kind}]\nmargin = 0.0\n")
+    with pytest.raises(ConfigError) as refused:
+        load_experiment(path)
+    assert f"claims.{kind}.kind: " in str(refused.value)
+    assert EARLIER_KINDS[kind] in str(refused.value)
+
+
 def test_claims_of_an_experiment_file(tmp_path: Path) -> None:
     path = tmp_path / "x.toml"
     text = """
 [methods.rrhf]
 [methods.ppo]
-[claims.rrhf_reaches_ppo]
+[claims.difference]
 margin = 0.05
-rrhf = ["rrhf"]
-ppo = ["ppo"]
+higher = "rrhf"
+lower = ["ppo", "best_of_n"]
+[methods.best_of_n]
 [claims.mine]
-kind = "ordered"
+kind = "difference"
 margin = 0
 higher = "rrhf"
 lower = "base"
@@ -640,7 +659,7 @@ says = "Training helps."
 """
     path.write_text(text)
     claims = load_experiment(path).claims
-    assert isinstance(claims["rrhf_reaches_ppo"], RRHFReachesPPOSettings)
+    assert claims["difference"] == DifferenceSettings(margin=0.05, higher="rrhf", lower=("ppo", "best_of_n"))
     assert claims["mine"].sentence == "Training helps."
     path.write_text(text.replace('"base"', '"bass"'))
     with pytest.raises(ConfigError, match=r"claims\.mine: found the row 'bass'.*did you mean 'base'"):
@@ -671,7 +690,7 @@ def report(records: RunRecords) -> Path:
 def test_the_section_stands_after_the_result_with_one_item_a_claim(report: Path) -> None:
     page = (report / "report.md").read_text(encoding="utf-8")
     headings = [line for line in page.splitlines() if line.startswith("## ")]
-    assert headings[:3] == ["## Result", "## The paper's claims", "## Differences"]
+    assert headings[:3] == ["## Result", "## Claims", "## Differences"]
     section = page[page.index(headings[1]) : page.index(headings[2])]
     items = [line for line in section.splitlines() if line.startswith("- **")]
     assert [item.split("**")[1] for item in items] == [f"{name}." for name in EVERY]
@@ -743,14 +762,14 @@ def test_the_order_of_records_changes_nothing(records: RunRecords) -> None:
 def test_without_claims_there_is_no_section_and_hostile_names_are_inert(records: RunRecords, tmp_path: Path) -> None:
     none = replace(records, experiment=records.experiment.model_copy(update={"claims": {}}))
     folder = written(none, tmp_path / "none")
-    assert "The paper's claims" not in (folder / "report.md").read_text(encoding="utf-8")
+    assert "## Claims" not in (folder / "report.md").read_text(encoding="utf-8")
     assert not (folder / "tables/claims.csv").exists()
-    claims = {HOSTILE: OrderedSettings(margin=0.0, higher="rrhf", lower=HOSTILE)}
+    claims = {HOSTILE: DifferenceSettings(margin=0.0, higher="rrhf", lower=HOSTILE)}
     hostile = replace(records, experiment=records.experiment.model_copy(update={"claims": claims}))
     page = (written(hostile, tmp_path / "hostile") / "report.md").read_text(encoding="utf-8")
     assert "\n# heading" not in page
     assert "\x1b" not in page
-    section = page[page.index("## The paper's claims") : page.index("## Differences")]
+    section = page[page.index("## Claims") : page.index("## Differences")]
     assert "lt;script" in section  # it is there, and shown
     assert "<script" not in section
 

@@ -361,6 +361,7 @@ def row(candidates: str) -> str:
         ("[defaults.rhf]\nlr = 0.1", {"defaults.rhf": "rrhf, sft, "}),
         ("[defaults]\nrrhf = 3\n[methods.rrhf]", {"defaults.rrhf": "found 3"}),
         ("defaults = 3\n[methods.rrhf]", {"defaults": "[defaults.rrhf]"}),
+        ('[report]\nagainst = "best_of_n"\n[methods.best_of_n]\n[methods.rrhf]', {"report.against": "(rrhf)"}),
         (
             "[defaults.rrhf]\nlr = -1.0\n[methods.rrhf]\n[methods.b]\nkind = 'rrhf'",
             {"defaults.rrhf.lr": "greater than 0"},
@@ -418,8 +419,9 @@ def row(candidates: str) -> str:
         ),
         (f"{RAW}{ROW}[sources.s]\nmodel = 'raw'\ntemperature = 0.0", {"sources.s.temperature": "n = 1"}),
         # Claims and comparisons.
-        ("[claims.ordered]\nhigher = 'rhf'\nlower = 'base'\nmargin = 0.0\n[methods.rrhf]", {"claims.ordered": "rrhf"}),
-        ("[claims.orderd]\nmargin = 0.0", {"claims.orderd.kind": "'ordered'?"}),
+        ("[claims.difference]\nhigher = 'rhf'\nlower = 'base'\nmargin = 0.0\n[methods.rrhf]",
+         {"claims.difference": "rrhf"}),
+        ("[claims.diference]\nmargin = 0.0", {"claims.diference.kind": "'difference'?"}),
         ("[report]\nprimary = [['rrhf', 'bas']]\n[methods.rrhf]", {"report.primary": "'base'?"}),
         ("[report]\nprimary = [['rrhf', 'rrhf']]\n[methods.rrhf]", {"report.primary": "both sides"}),
         (
@@ -467,7 +469,7 @@ def test_no_row_is_trained_before_itself(write: Write, text: str, row: str, ways
 def test_a_faulty_table_is_not_called_missing_where_it_is_named(write: Write) -> None:
     rows = "[methods.rrhf]\ninitial = 'raw'\ncandidates = { sources = ['s'], scored_by = 'judge' }\n"
     rows += "[methods.b]\nkind = 'sft'\nlrr = 1"
-    claim = '[claims.ordered]\nhigher = "b"\nlower = "raw"\nmargin = 0.0\n[policies.c]\nsource = "methods.b"'
+    claim = '[claims.difference]\nhigher = "b"\nlower = "raw"\nmargin = 0.0\n[policies.c]\nsource = "methods.b"'
     tables = '[policies.raw]\nsorce = "toy-raw"\n[sources.s]\nmodle = "b"\n[judge]\nsauce = "toy"'
     found = faults(write(f"{rows}\n{claim}\n{tables}"))
     assert found.keys() == {"methods.b.lrr", "policies.raw.sorce", "judge.sauce", "sources.s.model", "sources.s.modle"}

@@ -10,6 +10,7 @@ from rrhf_bench.pipeline.run_folder import load_run, open_run
 from rrhf_bench.pipeline.scheduler import run_plan
 from rrhf_bench.pipeline.stage_graph import make_plan
 from rrhf_bench.pipeline.store import Store
+from rrhf_bench.replication.sections import SECTIONS
 from rrhf_bench.report.page import write_report
 from rrhf_bench.settings.reading import load_experiment
 
@@ -80,7 +81,7 @@ def test_it_runs_to_its_report(name: str, runs: Path, tmp_path: Path) -> None:
     plan, store = make_plan(experiment), Store(runs / "store")
     run_plan(plan, store, Silent())
     records = load_run(open_run(plan, runs, f"rrhf-bench run {name}.toml"), store)
-    page = write_report(records, records.folder / "report").read_text()
+    page = write_report(records, records.folder / "report", SECTIONS).read_text()
     rows = {record.method for record in records.evaluated}
     assert {"base", *experiment.policies, *experiment.methods} <= rows
     assert "nan" not in page.lower().split()

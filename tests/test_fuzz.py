@@ -195,7 +195,7 @@ BEYOND: dict[str, tuple[Any, ...]] = {
     ),
     "policies.x": ({"source": "methods.nobody"}, {"source": "toy", "template": "chat"}, {"part": "GPT"}),
     "judge": ({"source": "oracle"}, {"source": "endpoint"}, {"source": "endpoint", "endpoint": {"model": "m"}}),
-    "claims.x": ({"margin": 0.1}, {"kind": "best_of_n_learner", "row": "rrhf"}, {"kind": ["ordered"]}),
+    "claims.x": ({"margin": 0.1}, {"kind": "equivalence", "row": "rrhf"}, {"kind": ["difference"]}),
     "extends": ("nowhere.toml", ".", 3, ["hh_compare.toml", 3], "\0", "x" * 5000),
 }
 NAMED = ("policies", "sources", "methods")  # tables that others name
@@ -289,7 +289,7 @@ def of_bounds(rng: random.Random) -> Iterator[Broken]:
             yield Broken(f"{key} = {str(value)[:20]!r}", content.encode(), place)
     for of in ("methods", "policies", "sources", "claims"):
         for name in NAMES:
-            table: dict[str, Any] = {"kind": "sft"} if of == "methods" else {"kind": "ordered"}
+            table: dict[str, Any] = {"kind": "sft"} if of == "methods" else {"kind": "difference"}
             table = {"policies": {}, "sources": {"model": "ppo"}}.get(of, table)
             content = tomli_w.dumps({**base, of: {name: table}})
             shown = r".*: a name is letters, digits, - and _"

@@ -14,7 +14,7 @@ from rrhf_bench.pipeline.results import RunRecords
 from rrhf_bench.records import Candidates, Prompt, Response
 from rrhf_bench.report.compare_runs import compare_runs
 from rrhf_bench.report.findings import findings
-from rrhf_bench.report.health import collapses, counted, health_sentences
+from rrhf_bench.report.health import collapses, count_losses, health_sentences
 from rrhf_bench.report.page import compared_tables, write_report
 from rrhf_bench.report.tables import main_table, seeds_table
 from rrhf_bench.report.view import View
@@ -198,18 +198,18 @@ def test_every_table_counts_what_was_dropped_cut_and_tied(records: RunRecords) -
     )
     counts = {"data": {"rows": 500, "test_long_prompt": 3, "label_pos": 9}, "x": {"examples": 9, "test_long_prompt": 1}}
     view = View(replace(records, candidates={("rrhf", 0): (group,)}, evaluated=evaluated, counts=counts))
-    assert counted(view) == (
+    assert count_losses(view) == (
         "Counted over all rows and seeds: 1 of 4 training candidates repeat another to their prompt and 3 of 6 of "
         "their pairs tie; of 5 replies 2 were cut at the length cap, 1 at a fake turn, 1 say nothing; on the way: test "
         "long prompt 4 (table of counts)."
     )
     empty = View(replace(records, candidates={}, evaluated=(), counts={}))
-    assert counted(empty) == "Counted over all rows and seeds: on the way: nothing left out (table of counts)."
+    assert count_losses(empty) == "Counted over all rows and seeds: on the way: nothing left out (table of counts)."
 
 
 def test_the_count_stands_under_every_table_of_the_page(records: RunRecords, tmp_path: Path) -> None:
     folder = write_report(records, tmp_path / "report").parent
-    note = counted(View(records))
+    note = count_losses(View(records))
     for path in (folder / "tables").glob("*.md"):
         assert path.read_text(encoding="utf-8").count("Counted over all rows and seeds") == 1, path.name
     assert "on the way: duplicates 12, cut at length 3" in note

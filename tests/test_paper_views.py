@@ -14,30 +14,34 @@ import numpy as np
 import pytest
 
 from rrhf_bench.evaluation.statistics import Estimate
-from rrhf_bench.paper import table6
 from rrhf_bench.pipeline.results import RunRecords
 from rrhf_bench.records import Candidates, CurvePoint, Evaluated, PairScored, PoolScored, Prompt, Response
-from rrhf_bench.report.claims import RunEvidence
-from rrhf_bench.report.comparisons import Comparison, best_of_n_learners, comparison_pairs, comparison_words
-from rrhf_bench.report.figures import best_of_n_curve, reward_curves, training_curves
-from rrhf_bench.report.figures import test_reward as forest
-from rrhf_bench.report.findings import departures_table, findings, rows_table, trades
-from rrhf_bench.report.frontier import frontiers, no_frontier
-from rrhf_bench.report.page import write_report
-from rrhf_bench.report.published import (
+from rrhf_bench.replication.counterparts import counterpart, counterparts, with_parts
+from rrhf_bench.replication.departures import departures_table
+from rrhf_bench.replication.eq7 import best_of_n_learners, learner_sentences
+from rrhf_bench.replication.figures import loss_and_reward
+from rrhf_bench.replication.paper import table6
+from rrhf_bench.replication.published import (
     accuracies,
     best_of_n_learning,
-    counterpart,
-    counterparts,
     main_results,
     rank_ablation,
     reviews,
     samples_a_query,
     sampling_quality,
 )
+from rrhf_bench.replication.sections import SECTIONS
+from rrhf_bench.replication.variants import variant_groups, variant_sentences, variants_table
+from rrhf_bench.report.claims import RunEvidence
+from rrhf_bench.report.comparisons import Comparison, comparison_pairs, comparison_words
+from rrhf_bench.report.figures import best_of_n_curve, reward_curves, training_curves
+from rrhf_bench.report.figures import test_reward as forest
+from rrhf_bench.report.findings import findings, trades
+from rrhf_bench.report.frontier import frontiers, no_frontier
+from rrhf_bench.report.page import compared_tables, write_report
+from rrhf_bench.report.rows import rows_table
 from rrhf_bench.report.table import Cell, Missing, Table
 from rrhf_bench.report.tables import main_table
-from rrhf_bench.report.variants import variant_groups, variant_sentences, variants_table
 from rrhf_bench.report.view import View
 from rrhf_bench.seeding import generator
 from rrhf_bench.settings.candidates import RECIPES, recipe_of
@@ -454,7 +458,8 @@ def test_many_rows_are_summed_up_in_a_sentence() -> None:
     sentences = findings(view_of("ppo_frontier"))
     (against,) = (s for s in sentences if s.startswith("Against **base** on the proxy reward, greedy"))
     assert re.search("higher: 1[0-9] rows, from ", against)
-    assert sum(s.startswith("Eq. 7") for s in sentences) == 2  # one a decoding
+    view = view_of("ppo_frontier")
+    assert len(list(learner_sentences(view, best_of_n_learners(view)))) == 2  # one a decoding
 
 
 # --- what the bug changed -------------------------------------------------------------------------------------------
@@ -536,6 +541,8 @@ def test_the_table_of_rows_tells_them_apart() -> None:
     assert by_name["op8_beams"]["candidates"].startswith("model (diverse beam search, 4 beams in 4 groups")
     by_name = {row["row"]: row for row in rows_of(rows_table(view_of("ppo_frontier")))}
     assert by_name["dp_fast_rank10"]["settings beside the defaults"] == "lr 0.003, rank_weight 10"
+    view = view_of("ppo_frontier")
+    by_name = {row["row"]: row for row in rows_of(with_parts(view, rows_table(view)))}
     assert by_name["base"]["in the part of"] == "Alpaca"
 
 
@@ -615,8 +622,11 @@ def test_figures_of_many_rows_grow_or_leave_out() -> None:
     assert "in hyper-parameters alone" in drawn.caption
     ((_, figure),) = training_curves(view_of("sampling_quality"))
     titles = [ax.get_title().split("\n")[0] for ax in figure.axes if ax.get_title()]
-    assert titles[:2] == ["dp (DP)", "paper, Figure 3 (DP)"]
+    assert titles[:3] == ["sft", "dp", "bp"]
     assert len(titles) == 8
+    made = loss_and_reward(view_of("sampling_quality"))
+    assert made is not None
+    assert [ax.get_title().split("\n")[0] for ax in made[1].axes[:2]] == ["dp", "paper, Figure 3 (DP)"]
     ((_, figure),) = training_curves(view_of("online_sampling"))
     titles = [ax.get_title() for ax in figure.axes if ax.get_title()]
     assert "op8\nloss" in titles  # though its first log line is a refresh's
@@ -626,10 +636,40 @@ def test_the_page_has_a_section_where_the_run_has_something_for_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("rrhf_bench.report.figures._save", lambda *_: None)  # the page names its figures only
-    page = write_report(view_of("rank_ablation").records, tmp_path / "report").read_text(encoding="utf-8")
-    for heading in ("What the bug changed", "The ranking term", "Reward against distance", "Sampling quality"):
+    page = write_report(view_of("rank_ablation").records, tmp_path / "report", SECTIONS).read_text(encoding="utf-8")
+    sections = ("What the bug changed", "The ranking term", "Sampling quality beside the paper")
+    for heading in (*sections, "Reward against distance", "Training candidates"):
         assert f"\n## {heading}\n" in page
-    page = write_report(view_of("imdb_sentiment").records, tmp_path / "reviews").read_text(encoding="utf-8")
+    page = write_report(view_of("imdb_sentiment").records, tmp_path / "reviews", SECTIONS).read_text(encoding="utf-8")
     for heading in ("What the bug changed", "The ranking term", "Reward against distance"):
         assert f"\n## {heading}\n" not in page
     assert "Film reviews" in page
+
+
+def test_a_run_without_rrhf_has_a_whole_report_that_names_no_paper(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rrhf_bench.report.figures._save", lambda *_: None)
+    records = view_of("main_table").records
+    methods = {row: settings for row, settings in records.experiment.methods.items() if settings.kind != "rrhf"}
+    rows = ("base", *records.experiment.policies, "chosen", "rejected", *methods)
+    unnamed = records.experiment.report.model_copy(update={"against": None})
+    without = replace(
+        records,
+        experiment=records.experiment.model_copy(update={"methods": methods, "claims": {}, "report": unnamed}),
+        evaluated=tuple(r for r in records.evaluated if r.method in rows),
+        curves=tuple(p for p in records.curves if p.method in rows),
+        candidates={},
+        test_candidates={},
+        training={key: log for key, log in records.training.items() if key[0] in rows},
+    )
+    view = View(without)
+    assert [section.title for section in SECTIONS if section.parts(view)] == []
+    tables = {table.name for table in compared_tables(view, SECTIONS)}
+    assert tables == {"rows", "main", "differences", "seeds", "features", "counts"}
+    assert comparison_pairs(view)[0][:1] == [("ppo", "sft")]  # sft is the first trained row
+    page = write_report(without, tmp_path / "report", SECTIONS).read_text(encoding="utf-8")
+    for heading in ("Result", "Differences", "Reward while training", "Best-of-n", "Replies", "Cost"):
+        assert f"\n## {heading}\n" in page
+    assert "RRHF" not in page
+    assert "in the part of" not in page

@@ -24,6 +24,7 @@ from rrhf_bench.evaluation.statistics import Estimate
 from rrhf_bench.pipeline.results import Cost, RunRecords, Timing
 from rrhf_bench.pipeline.run_folder import write_metrics
 from rrhf_bench.records import Candidates, CurvePoint, Evaluated, PairScored, PoolScored, Prompt, Response
+from rrhf_bench.replication.sections import SECTIONS
 from rrhf_bench.report.comparisons import comparisons
 from rrhf_bench.report.findings import standing
 from rrhf_bench.report.page import compared_tables, write_report
@@ -56,6 +57,7 @@ def synthetic(folder: Path, *, gold_of: tuple[str, ...] = tuple(EFFECTS)) -> Run
     experiment = Experiment(
         name="synthetic",
         seeds=SEEDS,
+        report=ReportSettings(against="rrhf"),
         methods={
             "sft": SFTSettings(),
             "rrhf": RRHFSettings(),
@@ -197,7 +199,7 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> RunRecords:
 
 @pytest.fixture(scope="module")
 def report(records: RunRecords) -> Path:
-    return write_report(records, records.folder / "report").parent
+    return write_report(records, records.folder / "report", SECTIONS).parent
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:
@@ -262,7 +264,7 @@ def test_a_planted_difference_is_called_and_equal_methods_are_inside_noise(repor
 
 
 def named_primary(records: RunRecords, *pairs: tuple[str, str]) -> View:
-    report = ReportSettings(primary=pairs)
+    report = ReportSettings(against="rrhf", primary=pairs)
     return View(replace(records, experiment=records.experiment.model_copy(update={"report": report})))
 
 
@@ -388,7 +390,7 @@ def test_tables_are_the_same_bytes_in_a_second_write_and_in_any_order_of_records
     np.random.seed(12345)  # a caller's global state must not matter
     again = tmp_path / "again"
     again.mkdir()
-    for table in compared_tables(View(shuffled)):
+    for table in compared_tables(View(shuffled), SECTIONS):
         write_table(table, again)
     for path in again.iterdir():
         assert path.read_bytes() == (report / "tables" / path.name).read_bytes(), path.name
@@ -399,14 +401,14 @@ def test_a_second_report_replaces_the_first_with_the_same_bytes(records: RunReco
         return {str(p.relative_to(report)): p.read_bytes() for p in sorted(report.rglob("*")) if p.is_file()}
 
     before = content()
-    write_report(records, report)
+    write_report(records, report, SECTIONS)
     assert content() == before
     assert [p.name for p in report.parent.iterdir() if p.name.startswith(".")] == []
 
 
 def test_every_figure_is_there_and_shows_something(report: Path) -> None:
     page = (report / "report.md").read_text(encoding="utf-8")
-    for name in ("test_reward", "reward_curves", "sampling_quality", "best_of_n", "training"):
+    for name in ("test_reward", "reward_curves", "sampling_quality", "best_of_n_curve", "training", "figure3"):
         image = plt_image.imread(report / f"figures/{name}.png")
         assert image.shape[1] > 800
         assert len(np.unique(image[::4, ::4, :3].reshape(-1, 3), axis=0)) > 20, f"{name} is blank"
@@ -512,7 +514,6 @@ def test_small_models_are_labelled(records: RunRecords) -> None:
     scratch = records.experiment.policy.model_copy(update={"source": "scratch"})
     files = records.experiment.model_copy(update={"data": data, "policy": scratch})
     assert "small models trained from scratch" in standing(files)
-    assert "not comparable with the paper" in standing(files)
 
 
 def test_departures_name_each_option_that_differs(report: Path) -> None:
@@ -546,5 +547,5 @@ def test_a_failure_leaves_the_earlier_report_whole(
 
 
 def test_a_report_needs_no_torch() -> None:
-    code = "import sys, rrhf_bench.report.page; sys.exit('torch' in sys.modules)"
+    code = "import sys, rrhf_bench.replication.sections, rrhf_bench.report.page; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], check=False).returncode == 0

@@ -326,7 +326,7 @@ def test_what_rows_and_policies_are_called_and_what_is_claimed_of_them_changes_n
     )
     names = {"first": "zulu", "second": "alpha", "third": "mike", "row": "delta", "other": "x1", "more": "x2"}
     renamed = re.sub("|".join(names), lambda found: names[found[0]], text.replace("mixed", "x3"))
-    claim = "[claims.ordered]\nhigher = 'x1'\nlower = 'x2'\nmargin = 0.5"
+    claim = "[claims.difference]\nhigher = 'x1'\nlower = 'x2'\nmargin = 0.5"
     one, other, claimed = (rows_plan(write, t) for t in (text, renamed, f"{renamed}\n{claim}"))
     assert [stage.key for stage in one.stages if stage.kind == "train"]
     assert {stage.key for stage in one.stages} == {stage.key for stage in other.stages}

@@ -16,11 +16,9 @@ from rrhf_bench.evaluation.statistics import (
     SeedVariance,
     bootstrap_mean,
     holm,
-    interquartile_mean,
     paired_difference,
     pool_seed_variance,
     rank_correlation,
-    sign_test,
     slope,
     smallest_detectable_difference,
 )
@@ -452,13 +450,6 @@ def test_slope_covers_the_truth():
     assert 0.89 <= share(e.low <= 2 <= e.high for e in intervals) <= 0.99
 
 
-def test_interquartile_mean():
-    # 8 values: the two lowest and two highest go: (3 + 4 + 5 + 6) / 4. 5 values: floor(5/4) = 1 goes on each side.
-    assert interquartile_mean([[1000, 4, 3, -50], [5, 6, 0, 99]]) == 4.5
-    assert interquartile_mean([1, 2, 3, 4, 1000]) == 3.0
-    assert interquartile_mean([7.0]) == 7.0
-
-
 def test_holm_by_hand():
     # Sorted .01 .03 .04 x 3 2 1 = .03 .06 .04, made monotone: .03 .06 .06.
     assert holm([0.03, 0.01, 0.04]) == pytest.approx([0.06, 0.03, 0.06])
@@ -472,17 +463,6 @@ def test_holm_holds_the_family_wise_rate():
     """1000 families of 10 true nulls: at least one below .05 in 5% +- 4 standard errors; unadjusted it is 40%."""
     families = rng(12).uniform(size=(1000, 10))
     assert share(holm(family).min() <= 0.05 for family in families) == pytest.approx(0.05, abs=0.028)
-
-
-def test_sign_test_by_hand():
-    # 0 of 10: two tails of 1/1024. 1 of 4: two-sided 2 (1 + 4) / 16 = 0.625. 5 of 10: 1.
-    assert sign_test(0, 10) == pytest.approx(2 / 1024)
-    assert sign_test(3, 1) == sign_test(1, 3) == pytest.approx(0.625)
-    assert sign_test(5, 5) == 1.0
-    assert sign_test(0, 0) == 1.0
-    assert sign_test(14, 10) == pytest.approx(0.54, abs=0.005)  # the RRHF paper's human study, v2, as 50 judgements
-    with pytest.raises(DataError, match="-1 losses"):
-        sign_test(3, -1)
 
 
 # --- what every function promises
@@ -512,7 +492,6 @@ def test_arguments_are_left_alone():
     slope(a[0], b, rng=rng())
     holm_input = np.array([0.3, 0.01])
     holm(holm_input)
-    interquartile_mean(a)
     np.testing.assert_array_equal(a, before[0])
     np.testing.assert_array_equal(b, before[1])
     np.testing.assert_array_equal(holm_input, [0.3, 0.01])
@@ -534,7 +513,6 @@ def test_arguments_are_left_alone():
         (lambda: rank_correlation([1, 2, 3], [1, 2], rng=rng()), "expected two rows of equal length"),
         (lambda: rank_correlation([1, 2, 3], [4, 4, 4], rng=rng()), "every y equal to 4"),
         (lambda: slope([2, 2, 2], [1, 2, 3], rng=rng()), "every x equal to 2"),
-        (lambda: interquartile_mean([math.nan]), "not finite"),
         (lambda: holm([]), "found no values"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The paper's claims (arXiv 2304.05302) as hypotheses: each a number theta, a threshold, and a verdict.
+"""Claims as hypotheses: each a number theta, a threshold, and a verdict.
 
 Letters: S training seeds, P prompts, K rows.
 
@@ -10,9 +10,9 @@ numbers is not tested.
 
 The two-sided p is twice the smaller of p(for) and p(against), each one-sided:
 
-* theta > m (superiority; theta > -m if no more is asked than to be no worse by m, non-inferiority): p(for) is that of
+* Difference, theta > m (superiority; theta > -m under non-inferiority), and correlation, rho > m: p(for) is that of
   theta above the threshold, p(against) that of theta below it.
-* abs(theta) <= m (equivalence): p(for) is the larger of the two one-sided tests against -m and m, p(against) the
+* Equivalence, abs(theta) <= m: p(for) is the larger of the two one-sided tests against -m and m, p(against) the
   smaller. Doubling makes it a test at 2.5% on each side: it asks for a 95% interval within [-m, m], stricter than the
   usual 90%.
 * Compound, such as over-optimisation (the proxy reward rises, and the gold reward falls or the text grows less likely):
@@ -27,7 +27,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Literal, Protocol, TypeVar
 
 import numpy as np
 from scipy import stats
@@ -45,33 +45,31 @@ from rrhf_bench.evaluation.statistics import (
 from rrhf_bench.records import Decoding
 from rrhf_bench.seeding import generator
 from rrhf_bench.settings.claims import (
-    BaseBelowChanceSettings,
-    BestOfNLearnerSettings,
-    BestOfNOverRowsSettings,
-    BetterRewardModelSettings,
+    MEASURES,
     ClaimSettings,
-    KLRepairsSettings,
-    OrderedSettings,
-    OveroptimisesSettings,
-    RRHFReachesPPOSettings,
-    SamplingQualitySettings,
-    SpreadShrinksSettings,
+    CompoundSettings,
+    CorrelationSettings,
+    DifferenceSettings,
+    EquivalenceSettings,
+    Measure,
+    rows_of,
 )
 
-Measure = Literal["reward", "gold", "nll", "kl"]
 Verdict = Literal["supported", "refuted", "inconclusive", "not tested"]
 T = TypeVar("T")
 
 ALPHA = 0.05
 LEVEL = 1 - ALPHA
 FEWEST_ROWS = 5  # with fewer, even a perfect order of the rows comes by chance once in 24 times
-DECODING_WORDS: Mapping[Decoding, str] = {"greedy": "greedy", "sample": "sampled", "given": "data set"}
-MEASURE_WORDS: Mapping[Measure, str] = {
+UNITS: Mapping[Measure, str] = {
     "reward": "proxy reward",
     "gold": "gold reward",
-    "nll": "NLL per token",
-    "kl": "KL",
+    "nll": "nats a token",
+    "kl": "nats",
+    "accuracy": "share of pairs",
+    "spread": "proxy reward",
 }
+COUNTED: Mapping[Measure, str] = {"accuracy": "pairs", "spread": "training prompts"}  # else prompts
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,8 +161,8 @@ class ClaimResult:
             sizes.insert(0, f"p {_p(self.p_holm)} after Holm")
         found = f"{self.verdict.capitalize()}: {self.statistic} is {value}; {self.reason}"
         more = {"Picked on dev prompts": self.picked, "Its parts": self.parts, "Beside it": self.beside}
-        told = (f" {about}: {'; '.join(words)}." for about, words in more.items() if words)
-        return f"{found} ({', '.join(sizes)}).{''.join(told)}"
+        further = (f" {about}: {'; '.join(words)}." for about, words in more.items() if words)
+        return f"{found} ({', '.join(sizes)}).{''.join(further)}"
 
 
 def evaluate_claims(
@@ -181,7 +179,7 @@ def evaluate_claims(
         for decoding in evidence.decodings if claim.decoded else (None,):
             test = _Test(evidence, decoding, (*rng_name, name, decoding or ""), pools)
             try:
-                finding: _Finding | str = _TESTS[claim.kind](test, claim)
+                finding: _Finding | str = _tested(test, claim)
             except _Untested as error:
                 finding = str(error)
             found.append((name, claim, decoding, finding))
@@ -296,7 +294,7 @@ def _equivalent(lower: _Part, upper: _Part, margin: float) -> _Finding:
     return _Finding(lower.statistic, lower.unit, lower.estimate, margin, where, p_for, p_against, counted=lower.counted)
 
 
-def _compound(must: Sequence[_Part], gold: _Part | None, nll: _Part | None) -> _Finding:
+def _decided(must: Sequence[_Part], gold: _Part | None, nll: _Part | None) -> _Finding:
     """The claim that all of ``must`` hold, and the decider: the gold reward, or without one the likelihood."""
     decider = gold or nll
     assert decider is not None
@@ -339,136 +337,124 @@ class _Test:
     name: tuple[str | int, ...]
     pools: dict[tuple[str, Decoding | None], SeedVariance | None]
 
-    def values(self, row: str, measure: Measure) -> Grid:
+    def grid(self, row: str, measure: Measure) -> Grid | str:
+        """Return the values of a row in a measure, or why there are none."""
+        if measure == "accuracy":
+            return self.evidence.accuracy(row)
+        if measure == "spread":
+            scores = self.evidence.candidates(row)
+            return scores if isinstance(scores, str) else _linear_std(scores)
         assert self.decoding is not None
-        return _known(row, self.evidence.values(row, self.decoding, measure))
+        return self.evidence.values(row, self.decoding, measure)
 
-    def pooled(self, measure: str, grid: Callable[[str], Grid | str]) -> SeedVariance | None:
+    def values(self, row: str, measure: Measure) -> Grid:
+        return _known(row, self.grid(row, measure))
+
+    def pooled(self, measure: Measure) -> SeedVariance | None:
         """Return the variance between seeds of a measure over the trained rows of the run, computed once."""
         key = measure, self.decoding
         if key not in self.pools:
-            grids = [found for row in self.evidence.trained if not isinstance(found := grid(row), str)]
+            grids = [found for row in self.evidence.trained if not isinstance(found := self.grid(row, measure), str)]
             self.pools[key] = pool_seed_variance([np.nanmean(found.values_SP, axis=1) for found in grids])
         return self.pools[key]
 
-    def difference(self, a: str, b: str, measure: Measure, threshold: float) -> _Part:
-        """a - b on the evaluation prompts."""
-        pair = self.values(a, measure), self.values(b, measure)
-        unit = "nats a token" if measure == "nll" else "nats" if measure == "kl" else MEASURE_WORDS[measure]
-        return self.part(*pair, measure, f"{MEASURE_WORDS[measure]} of {a} minus {b}", unit, threshold)
+    def difference(self, a: str | float, b: str | float, measure: Measure, threshold: float) -> _Part:
+        """Return a - b in a measure against a threshold. A number stands for a row that has it everywhere."""
+        words = f"{MEASURES[measure]} of {a} minus {b}"
+        if isinstance(a, float) or isinstance(b, float):
+            row, value = (a, b) if isinstance(b, float) else (b, a)
+            shown = "one half" if value == 0.5 else f"{value:g}"
+            of_row = f"{MEASURES[measure]} of {row}"
+            words = f"{of_row} minus {shown}" if isinstance(b, float) else f"{shown} minus the {of_row}"
+            found = self.values(str(row), measure)
+            constant = replace(found, values_SP=np.full_like(found.values_SP, value))
+            sides = (found, constant) if isinstance(b, float) else (constant, found)
+        elif measure == "spread":
+            sides = self.spreads(a, b)
+        else:
+            sides = self.values(a, measure), self.values(b, measure)
+        return self.part(*sides, measure, words, threshold)
 
-    def part(self, a: Grid, b: Grid, measure: Measure, statistic: str, unit: str, threshold: float) -> _Part:
-        """The mean of a - b, whose trained sides are of ``measure``, against a threshold."""
-        decoding = self.decoding
-        assert decoding is not None
-        pooled = self.pooled(measure, lambda row: self.evidence.values(row, decoding, measure))
-        return self.against(a, b, pooled, statistic, unit, threshold)
-
-    def accuracy(self, a: Grid, b: Grid, statistic: str, threshold: float) -> _Part:
-        """The mean of a - b, accuracies on the held-out pairs, against a threshold."""
-        part = self.against(
-            a, b, self.pooled("accuracy", self.evidence.accuracy), statistic, "share of pairs", threshold
-        )
-        return replace(part, counted="pairs")
-
-    def against(
-        self, a: Grid, b: Grid, pooled: SeedVariance | None, statistic: str, unit: str, threshold: float
-    ) -> _Part:
-        """The mean of a - b against a threshold, paired on seeds and prompts."""
+    def part(self, a: Grid, b: Grid, measure: Measure, statistic: str, threshold: float) -> _Part:
+        """Return the mean of a - b in a measure against a threshold, paired on seeds and prompts."""
         a_SP, b_SP, prompts = _paired(a, b)
         if len(a_SP) == len(b_SP) == 1 and not (a.one_model and b.one_model):
             raise _Untested("one training seed does not show how far another training run would differ")
+        pooled = self.pooled(measure)
         found = paired_difference(a_SP, b_SP, level=LEVEL, clusters_P=self.evidence.clusters(prompts), pooled=pooled)
-        return _Part(statistic, unit, found, threshold, found.p_above(threshold), found.p_below(threshold))
+        p_above, p_below = found.p_above(threshold), found.p_below(threshold)
+        counted = COUNTED.get(measure, "prompts")
+        return _Part(statistic, UNITS[measure], found, threshold, p_above, p_below, counted)
 
-    def best_on_dev(self, rows: Sequence[str]) -> tuple[str, tuple[str, ...]]:
-        """Return the row of the highest reward on the dev prompts (of equals the first) and a note if there was a
-        choice. The evaluation prompts do not enter."""
-        if len(rows) == 1:
-            return rows[0], ()
+    def spreads(self, a: str, b: str) -> tuple[Grid, Grid]:
+        """Return the standard deviations of all responses pooled, paired on seeds and training prompts."""
+        one, other = (_known(row, self.evidence.candidates(row)) for row in (a, b))
+        seeds, prompts = _common(one.seeds, other.seeds), _common(one.prompts, other.prompts)
+        if not seeds or len(prompts) < 2:
+            raise _Untested("the two rows have no seed or fewer than 2 training prompts in common")
+        return _linear_std(_restricted(one, seeds, prompts)), _linear_std(_restricted(other, seeds, prompts))
+
+    def best_on_dev(self, side: str | float | tuple[str, ...]) -> tuple[str | float, tuple[str, ...]]:
+        """Return the row of a side with the highest reward on the dev prompts, and a note if there was a choice.
+
+        Of equals it is the first. A number stands for itself. The evaluation prompts do not enter.
+        """
+        rows = rows_of(side)
+        if isinstance(side, float) or len(rows) == 1:
+            return side if isinstance(side, float) else rows[0], ()
         assert self.decoding is not None
         rewards = {row: _known(row, self.evidence.dev_reward(row, self.decoding)) for row in rows}
         best = max(rewards, key=rewards.__getitem__)
         return best, (f"{best} (of {', '.join(rows)})",)
 
 
-def _rrhf_reaches_ppo(test: _Test, claim: RRHFReachesPPOSettings) -> _Finding:
-    rrhf, picked_rrhf = test.best_on_dev(claim.rrhf)
-    ppo, picked_ppo = test.best_on_dev(claim.ppo)
-    finding = _directional(test.difference(rrhf, ppo, "reward", -claim.margin), claim.margin)
-    return replace(finding, picked=(*picked_rrhf, *picked_ppo), beside=_beside(test, rrhf, ppo, "gold"))
+def _tested(test: _Test, claim: ClaimSettings) -> _Finding:
+    """Return what a claim comes to. Raises _Untested if the run lacks its numbers."""
+    match claim:
+        case DifferenceSettings():
+            return _difference(test, claim)
+        case EquivalenceSettings():
+            return _equivalence(test, claim)
+        case CorrelationSettings():
+            return _correlation(test, claim)
+        case CompoundSettings():
+            return _compound(test, claim)
+    raise AssertionError(f"{claim.kind}: a kind of claim without a test")
 
 
-def _best_of_n_learner(test: _Test, claim: BestOfNLearnerSettings) -> _Finding:
+def _difference(test: _Test, claim: DifferenceSettings) -> _Finding:
+    (higher, picked), (lower, picked_lower) = test.best_on_dev(claim.higher), test.best_on_dev(claim.lower)
+    finding = _directional(test.difference(higher, lower, claim.measure, claim.threshold), claim.margin)
+    # A row that is level in the proxy reward may have paid for it in the gold reward.
+    level = claim.test == "non-inferiority" and claim.measure == "reward"
+    beside = _beside(test, higher, lower, "gold") if level else ()
+    return replace(finding, picked=(*picked, *picked_lower), beside=beside)
+
+
+def _equivalence(test: _Test, claim: EquivalenceSettings) -> _Finding:
     reward = test.values(claim.row, "reward")
-    best = _known(claim.row, test.evidence.best_candidates(claim.row))
-    words = f"proxy reward of {claim.row} minus the best of its candidates on the same prompts"
-
-    def against(threshold: float) -> _Part:
-        return test.part(reward, best, "reward", words, MEASURE_WORDS["reward"], threshold)
-
-    return _equivalent(against(-claim.margin), against(claim.margin), claim.margin)
-
-
-def _best_of_n_over_rows(test: _Test, claim: BestOfNOverRowsSettings) -> _Finding:
-    return _over_rows(test, claim.over, claim.margin, max, "mean of the best candidate")
+    if claim.reference is None:
+        reference = _known(claim.row, test.evidence.best_candidates(claim.row))
+        words = f"proxy reward of {claim.row} minus the best of its candidates on the same prompts"
+    else:
+        reference = test.values(claim.reference, "reward")
+        words = f"proxy reward of {claim.row} minus {claim.reference}"
+    lower, upper = (test.part(reward, reference, "reward", words, sign * claim.margin) for sign in (-1, 1))
+    return _equivalent(lower, upper, claim.margin)
 
 
-def _rises_with_sampling_quality(test: _Test, claim: SamplingQualitySettings) -> _Finding:
-    return _over_rows(test, claim.over, claim.margin, lambda scores: sum(scores) / len(scores), "candidate mean")
+def _compound(test: _Test, claim: CompoundSettings) -> _Finding:
+    def rise(measure: Measure, margin: float, up: bool) -> _Part:
+        sides = (claim.row, claim.reference) if up else (claim.reference, claim.row)
+        return test.difference(*sides, measure, margin)
 
-
-def _ordered(test: _Test, claim: OrderedSettings) -> _Finding:
-    return _directional(test.difference(claim.higher, claim.lower, claim.measure, claim.margin), claim.margin)
-
-
-def _overoptimises(test: _Test, claim: OveroptimisesSettings) -> _Finding:
-    row, reference = claim.row, claim.reference
-    proxy = test.difference(row, reference, "reward", claim.margin)
+    better = claim.quality == "rises"
+    must = [] if claim.proxy is None else [rise("reward", claim.margin, claim.proxy == "rises")]
     gold, nll = _measured(
-        lambda: test.difference(reference, row, "gold", claim.margin),
-        lambda: test.difference(row, reference, "nll", claim.nll_margin),
+        lambda: rise("gold", claim.margin, better),
+        lambda: rise("nll", claim.nll_margin, not better),
     )
-    return replace(_compound([proxy], gold, nll), beside=_beside(test, row, reference, "kl"))
-
-
-def _kl_repairs(test: _Test, claim: KLRepairsSettings) -> _Finding:
-    row, reference = claim.row, claim.reference
-    gold, nll = _measured(
-        lambda: test.difference(row, reference, "gold", claim.margin),
-        lambda: test.difference(reference, row, "nll", claim.nll_margin),
-    )
-    return replace(_compound([], gold, nll), beside=_beside(test, row, reference, "kl"))
-
-
-def _better_reward_model(test: _Test, claim: BetterRewardModelSettings) -> _Finding:
-    row, reference = (_known(name, test.evidence.accuracy(name)) for name in (claim.row, claim.reference))
-    words = f"accuracy of p_i of {claim.row} minus {claim.reference}"
-    return _directional(test.accuracy(row, reference, words, claim.margin), claim.margin)
-
-
-def _base_below_chance(test: _Test, claim: BaseBelowChanceSettings) -> _Finding:
-    row = _known(claim.row, test.evidence.accuracy(claim.row))
-    chance = replace(row, values_SP=np.full_like(row.values_SP, 0.5))
-    words = f"one half minus the accuracy of p_i of {claim.row}"
-    return _directional(test.accuracy(chance, row, words, claim.margin), claim.margin)
-
-
-def _spread_shrinks(test: _Test, claim: SpreadShrinksSettings) -> _Finding:
-    """Standard deviations of all responses pooled, as in Table 6, paired on seeds and training prompts."""
-    row, reference = (_known(name, test.evidence.candidates(name)) for name in (claim.row, claim.reference))
-
-    def grid(name: str) -> Grid | str:
-        scores = test.evidence.candidates(name)
-        return scores if isinstance(scores, str) else _linear_std(scores)
-
-    seeds, prompts = _common(row.seeds, reference.seeds), _common(row.prompts, reference.prompts)
-    if not seeds or len(prompts) < 2:
-        raise _Untested("the two rows have no seed or fewer than 2 training prompts in common")
-    wide, narrow = (_linear_std(_restricted(scores, seeds, prompts)) for scores in (reference, row))
-    words = f"standard deviation of the training scores of {claim.reference} minus {claim.row}"
-    part = test.against(wide, narrow, test.pooled("spread", grid), words, MEASURE_WORDS["reward"], claim.margin)
-    return _directional(replace(part, counted="training prompts"), claim.margin)
+    return replace(_decided(must, gold, nll), beside=_beside(test, claim.row, claim.reference, "kl"))
 
 
 def _restricted(scores: Scores, seeds: Sequence[int], prompts: Sequence[str]) -> Scores:
@@ -497,17 +483,17 @@ def _linear_std(scores: Scores) -> Grid:
     return Grid(scores.seeds, scores.prompts, spread + excess_SP * (seeds * prompts) / (2 * spread * len(every)))
 
 
-def _over_rows(
-    test: _Test, rows: Sequence[str], margin: float, of: Callable[[tuple[float, ...]], float], words: str
-) -> _Finding:
+def _correlation(test: _Test, claim: CorrelationSettings) -> _Finding:
     """Spearman's correlation of test reward with candidates over rows, each the mean over its seeds.
 
     Rows are the random unit. Interval and p come from Fisher's z with the standard error sqrt(1.06 / (K - 3)) (Fieller,
     Hartley and Pearson 1957, doi 10.1093/biomet/44.3-4.470), so with fewer than five rows no test is made. Rows of one
     run share prompts and candidates, which this takes as independent.
     """
-    x_K, y_K = np.array([_row_means(test, row, of) for row in rows]).T
-    K = len(rows)
+    best = claim.measure == "best_candidate"
+    words = "mean of the best candidate" if best else "candidate mean"
+    x_K, y_K = np.array([_row_means(test, row, max if best else _mean) for row in claim.over]).T
+    K, margin = len(claim.over), claim.margin
     if x_K.min() == x_K.max() or y_K.min() == y_K.max():
         raise _Untested("every row has the same candidates or the same reward, so that there is nothing to correlate")
     rho = float(stats.spearmanr(x_K, y_K)[0])
@@ -531,6 +517,10 @@ def _over_rows(
     return replace(_directional(part, margin), beside=beside)
 
 
+def _mean(scores: tuple[float, ...]) -> float:
+    return sum(scores) / len(scores)
+
+
 def _largest(rows: int) -> float:
     """Return what a perfect rank correlation of so many rows counts as: 1 less half its smallest step."""
     return 1 - 6 / (rows**3 - rows)
@@ -545,20 +535,6 @@ def _row_means(test: _Test, row: str, of: Callable[[tuple[float, ...]], float]) 
     x = [np.mean([of(scores) for scores in candidates.scores_SP[candidates.seeds.index(seed)]]) for seed in seeds]
     y = [np.nanmean(reward.values_SP[reward.seeds.index(seed)]) for seed in seeds]
     return float(np.mean(x)), float(np.mean(y))
-
-
-_TESTS: Mapping[str, Callable[[_Test, Any], _Finding]] = {
-    "rrhf_reaches_ppo": _rrhf_reaches_ppo,
-    "best_of_n_learner": _best_of_n_learner,
-    "best_of_n_over_rows": _best_of_n_over_rows,
-    "reward_rises_with_sampling_quality": _rises_with_sampling_quality,
-    "ordered": _ordered,
-    "overoptimises": _overoptimises,
-    "kl_repairs": _kl_repairs,
-    "spread_shrinks": _spread_shrinks,
-    "better_reward_model": _better_reward_model,
-    "base_below_chance": _base_below_chance,
-}
 
 
 # -- arrays ---------------------------------------------------------------------------------------------------------
@@ -585,7 +561,7 @@ def _measured(*parts: Callable[[], _Part]) -> list[_Part | None]:
     return found
 
 
-def _beside(test: _Test, a: str, b: str, measure: Measure) -> tuple[str, ...]:
+def _beside(test: _Test, a: str | float, b: str | float, measure: Measure) -> tuple[str, ...]:
     """Return a further difference in words, or nothing if it was not measured."""
     try:
         part = test.difference(a, b, measure, 0.0)

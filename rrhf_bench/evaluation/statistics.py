@@ -1,6 +1,7 @@
 """Intervals, paired tests and correlations over values per training seed and prompt.
 
-Letters: S training seeds, P prompts (or items), K clusters of prompts, R bootstrap replicates, N rows of a table.
+Letters: S training seeds, P prompts (or items), K clusters of prompts, R bootstrap replicates, N rows of a table. For
+best-of-n: B prompts, N samples drawn per prompt.
 Functions that draw take their generator; nothing here reads a global random state. Bad input (not finite, empty, shapes
 that do not fit) raises DataError, a ValueError.
 
@@ -230,15 +231,6 @@ def slope(
     return _percentiles(value, slope_R, len(x_P), 1, None, "least squares, bootstrap over items", level)
 
 
-def interquartile_mean(values: ArrayLike) -> float:
-    """Mean of what is left of the flattened values when the floor(n / 4) smallest and as many largest are dropped.
-
-    As in rliable (arXiv 2108.13264). Raises DataError on empty or non-finite values.
-    """
-    array = _finite("interquartile_mean", "values", values).ravel()
-    return float(stats.trim_mean(array, 0.25))
-
-
 def holm(p_values: ArrayLike) -> Floats:
     """Holm's step-down adjusted p values, in the order given: the k-th smallest of m is multiplied by m - k + 1, made
     monotone and capped at 1. Holds the family-wise error rate whatever the dependence."""
@@ -251,16 +243,6 @@ def holm(p_values: ArrayLike) -> Floats:
     adjusted = np.empty_like(p_K)
     adjusted[order] = np.minimum(np.maximum.accumulate(p_K[order] * np.arange(len(p_K), 0, -1)), 1.0)
     return adjusted
-
-
-def sign_test(wins: int, losses: int) -> float:
-    """Two-sided exact sign test on decided pairs: p of wins against losses at one half. Report the ties beside it.
-
-    No decided pair at all gives 1. Raises DataError on negative counts.
-    """
-    if wins < 0 or losses < 0:
-        raise DataError(f"sign_test: found {wins} wins and {losses} losses; expected counts of decided pairs")
-    return float(stats.binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0
 
 
 def smallest_detectable_difference(estimate: Estimate, *, power: float = 0.8) -> float:
@@ -277,6 +259,50 @@ def smallest_detectable_difference(estimate: Estimate, *, power: float = 0.8) ->
         return estimate.error * sum(quantiles)
     z = stats.norm.ppf(0.5 + estimate.level / 2)
     return float((z + stats.norm.ppf(power)) * (estimate.high - estimate.low) / (2 * z))
+
+
+def expected_best_of_n(score_BN: ArrayLike, n: int, *, value_BN: ArrayLike | None = None) -> Floats:
+    """Expected value of the best of n by ``score``, per prompt, (B,): the unbiased estimate from N >= n samples.
+
+    The mean over all C(N, n) subsets of the ``value`` (the score itself by default, or a gold reward) of the subset's
+    best by score: sum_i C(i-1, n-1) / C(N, n) value_(i), the samples sorted by score (arXiv 2112.09332). Tied scores
+    share their weight equally, which is the average over all orders of the tied, so the result does not depend on the
+    order of the samples. Its variance grows as n nears N: for claims keep n <= N / 4. Takes arrays or CPU tensors.
+    Raises DataError on other shapes than (B, N), values that are not finite, n outside 1..N.
+    """
+    score_BN = _finite("expected_best_of_n", "score", score_BN)
+    value_BN = score_BN if value_BN is None else _finite("expected_best_of_n", "value", value_BN)
+    if score_BN.ndim != 2 or value_BN.shape != score_BN.shape:
+        raise DataError(
+            f"expected_best_of_n: found shapes {score_BN.shape} for score and {value_BN.shape} for value; "
+            "expected (prompts, samples) for both"
+        )
+    drawn = score_BN.shape[1]
+    if not 1 <= n <= drawn:
+        raise DataError(
+            f"expected_best_of_n: found n = {n} with {drawn} samples a prompt; expected 1 to {drawn}; draw more samples"
+        )
+    # The best of a random subset is among the k lowest samples with probability C(k, n) / C(N, n). A sample's weight is
+    # the step of that at its score, divided by how many share the score; without ties it is C(i-1, n-1) / C(N, n).
+    k = np.arange(n, drawn + 1)
+    log_gamma = special.gammaln
+    log_below = log_gamma(k + 1) - log_gamma(k - n + 1) - log_gamma(drawn + 1) + log_gamma(drawn - n + 1)
+    below = np.concatenate([np.zeros(n), np.exp(log_below)])  # indexed by k = 0..N
+    first_BN = stats.rankdata(score_BN, method="min", axis=1).astype(int) - 1  # how many samples score lower
+    last_BN = stats.rankdata(score_BN, method="max", axis=1).astype(int)  # how many score no higher
+    weight_BN = (below[last_BN] - below[first_BN]) / (last_BN - first_BN)
+    return np.asarray((weight_BN * value_BN).sum(axis=1))
+
+
+def best_of_n_kl(n: int) -> float:
+    """log n - (n - 1) / n, in nats: how far best-of-n is from the policy it draws from, KL(best-of-n || policy).
+
+    Exact where scores have no ties and responses are drawn from a continuum; with ties or few distinct responses it is
+    only an upper bound (arXiv 2401.01879), so never read it as a measured KL. Raises DataError on n < 1.
+    """
+    if n < 1:
+        raise DataError(f"best_of_n_kl: found n = {n}; expected at least 1")
+    return math.log(n) - (n - 1) / n
 
 
 def _error(

@@ -1,4 +1,4 @@
-"""The paper's claims in the report: a run's records as evidence, one table, a sentence a claim, a word on power."""
+"""Claims in the report: a run's records as evidence, one table, a sentence a claim, a word on power."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 
-from rrhf_bench.evaluation.claims import ClaimResult, Grid, Measure, Scores, evaluate_claims
+from rrhf_bench.evaluation.claims import ClaimResult, Grid, Scores, evaluate_claims
 from rrhf_bench.evaluation.statistics import Floats
 from rrhf_bench.records import Decoding, Evaluated
-from rrhf_bench.report.table import Cell, Column, Missing, Table, markdown, number
+from rrhf_bench.report.table import DECODING_WORDS, Cell, Column, Missing, Table, markdown, number
 from rrhf_bench.report.tables import accuracy, right
-from rrhf_bench.report.view import DECODING_WORDS, Block, T, View
+from rrhf_bench.report.view import Block, T, View
+from rrhf_bench.settings.claims import Measure
 
 
 class RunEvidence:
@@ -107,7 +108,7 @@ def claims_table(results: Sequence[ClaimResult], arena: str) -> Table:
         "Detectable: the distance from the threshold that this claim alone would have found four times in five; an "
         "order of size. Prompts: pairs for p_i, rows for a statistic over rows.",
     )
-    return Table("claims", "The paper's claims", columns, tuple(rows), notes, arena)
+    return Table("claims", "Claims", columns, tuple(rows), notes, arena)
 
 
 def _row(result: ClaimResult) -> tuple[Cell, ...]:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Literal
 
 from rrhf_bench.evaluation.statistics import Estimate, holm, smallest_detectable_difference
-from rrhf_bench.records import Candidates, Decoding
-from rrhf_bench.report.table import Missing
-from rrhf_bench.report.view import DECODING_WORDS, Found, Measure, View, paired, unmeasured
+from rrhf_bench.records import Decoding
+from rrhf_bench.registry import find
+from rrhf_bench.report.table import DECODING_WORDS, Missing
+from rrhf_bench.report.view import Found, Measure, View
 
 Verdict = Literal["higher", "lower", "inside noise"]
 
@@ -55,7 +55,7 @@ class Comparison:
         return None if isinstance(self.estimate, Missing) else smallest_detectable_difference(self.estimate)
 
 
-MANY = 10  # rows of one initial policy; beyond these not every one is compared with the first RRHF row
+MANY = 10  # rows of one initial policy; beyond these not every one is compared with the pivot
 
 
 def comparisons(view: View) -> list[Comparison]:
@@ -104,126 +104,79 @@ def comparison_pairs(view: View) -> tuple[Pairs, Pairs]:
     """Return (primary, exploratory) pairs of rows.
 
     ``[report] primary`` names the primary ones. By default they are, for each initial policy, each trained row against
-    the first RRHF row (of more than MANY rows only RRHF's best on the dev prompts against PPO's) and against the
-    initial policy itself. The default pairs that are not primary, and those of a row that is not trained, are
-    exploratory.
+    its pivot (``pivot``; of more than MANY rows only the best of the pivot's kind on the dev prompts against the best
+    of each other kind of which several rows start there) and against the initial policy itself. The default pairs that
+    are not primary, and those of a row that is not trained, are exploratory.
     """
-    against_rrhf: Pairs = []
+    against_pivot: Pairs = []
     for initial in view.policies:
-        rows = view.rows_from(initial)
-        if len(rows) > MANY:
-            best = [_best(view, initial, kind) for kind in ("ppo", "rrhf")]
-            against_rrhf += [(a, b) for a, b in [best] if a is not None and b is not None]
-        elif rrhf := view.rows_from(initial, "rrhf"):
-            others = [row for row in rows if row != rrhf[0]]
-            others.sort(key=lambda row: view.kind(row) != "ppo")  # stable: the rest stays in the file's order
-            against_rrhf += [(row, rrhf[0]) for row in others]
+        rows, middle = view.rows_from(initial), pivot(view, initial)
+        if middle is not None and len(rows) > MANY:
+            own, others = view.kind(middle), _searched_kinds(view, initial)
+            against_pivot += [(_best(view, initial, kind), _best(view, initial, own)) for kind in others]
+        elif middle is not None:
+            compared = [row for row in rows if row != middle]
+            compared.sort(key=lambda row: view.methods[row].family != "online")  # stable: else in the file's order
+            against_pivot += [(row, middle) for row in compared]
     against_initial = [(row, initial) for initial in view.policies for row in view.rows_from(initial)]
-    pairs = [*against_rrhf, *against_initial]
+    pairs = [*against_pivot, *against_initial]
     named = view.experiment.report.primary
     primary = [pair for pair in pairs if pair[0] in view.trained] if named is None else list(named)
     return primary, [pair for pair in pairs if pair not in primary and (pair[1], pair[0]) not in primary]
+
+
+def pivot(view: View, initial: str) -> str | None:
+    """Return the row that the others from an initial policy are compared with, or None if there is none.
+
+    It is ``[report] against``, by default the first trained row; from another initial policy it is the first row of
+    the same kind.
+    """
+    named = view.experiment.report.against or next(iter(view.trained), None)
+    if named is None or view.initial(named) == initial:
+        return named
+    return next(iter(view.rows_from(initial, view.kind(named))), None)
+
+
+def _searched_kinds(view: View, initial: str) -> list[str]:
+    """Return the kinds, but for the pivot's, of which several rows start from an initial policy."""
+    middle = pivot(view, initial)
+    kinds = dict.fromkeys(map(view.kind, view.rows_from(initial)))
+    return [kind for kind in kinds if kind != view.kind(middle or "") and len(view.rows_from(initial, kind)) > 1]
 
 
 def comparison_words(view: View) -> str:
     """Say which comparisons are primary and which are exploratory, for a note."""
     if view.experiment.report.primary is not None:
         return "Primary: the comparisons that the experiment file names ([report] primary). All others are exploratory."
-    many = [initial for initial in view.policies if len(view.rows_from(initial)) > MANY]
+    pivots = {initial: row for initial in view.policies if (row := pivot(view, initial)) is not None}
+    many = [initial for initial in pivots if len(view.rows_from(initial)) > MANY]
     words = "Primary: each trained row against the initial policy that it started from"
-    if len(many) < len(view.policies):
-        words += ", and against the first RRHF row that started there"
+    if len(many) < len(pivots):
+        few = [row for initial, row in pivots.items() if initial not in many]
+        first = all(row == view.rows_from(view.initial(row), view.kind(row))[0] for row in few)
+        label = view.method(few[0]).label
+        words += f", and against {f'the first {label} row' if first else ' or '.join(few)} that started there"
     if many:
-        words += (
-            f"; if more than {MANY} rows start from one policy ({', '.join(many)}), only one RRHF and one PPO row are "
-            "compared with each other: of the plain row and those that differ from it in hyper-parameters alone, that "
-            f"with the highest {DECODING_WORDS[view.decodings[0]]} reward on the dev prompts"
-        )
+        kinds = dict.fromkeys(kind for initial in many for kind in _searched_kinds(view, initial))
+        labels = [view.method(pivots[many[0]]).label, *(find(kind).label for kind in kinds)]
+        words += f"; if more than {MANY} rows start from one policy ({', '.join(many)}), "
+        if kinds:
+            words += (
+                f"only one {' and one '.join(labels)} row are compared with each other: of the plain row and those "
+                "that differ from it in hyper-parameters alone, that with the highest "
+                f"{DECODING_WORDS[view.decodings[0]]} reward on the dev prompts"
+            )
+        else:
+            words += "none of them are compared with each other"
     return words + ". Comparisons of rows that are not trained are exploratory."
 
 
-def _best(view: View, initial: str, kind: str) -> str | None:
-    """Of a kind's plain row and those that differ from it in hyper-parameters alone, the one with the most reward on
-    the dev prompts; the plain one where that was not measured."""
-    plain = view.plain_row(view.rows_from(initial, kind))
-    rows = [] if plain is None else view.same_way(plain)
-    found = {row: reward for row in rows if (reward := view.dev_reward(row, view.decodings[0])) is not None}
-    return max(found, key=lambda row: found[row]) if found else plain
+def _best(view: View, initial: str, kind: str) -> str:
+    """Return the row of a kind with the highest reward on the dev prompts, or its plain row if none was measured.
 
-
-@dataclass(frozen=True, slots=True)
-class BestOfNLearner:
-    """2304.05302 Eq. 7: a model trained on ranked samples should score as the mean of their per-prompt maximum.
-
-    ``mean`` and ``maximum`` are of the training candidates, ``test`` the trained model's reward. ``paired_gap`` takes
-    the maximum from the same candidate policy on the evaluation prompts and subtracts the model's reward on each.
+    The rows are the plain one and those that differ from it in hyper-parameters alone.
     """
-
-    row: str
-    decoding: Decoding
-    mean: Found
-    maximum: Found
-    test: Found
-    paired_gap: Found
-
-    @property
-    def gap(self) -> float | Missing:
-        """Maximum minus test reward. On different prompts, so it has no interval; ``paired_gap`` has one."""
-        if isinstance(self.maximum, Missing):
-            return self.maximum
-        return self.test if isinstance(self.test, Missing) else self.maximum.value - self.test.value
-
-    @property
-    def way(self) -> float | Missing:
-        """The share of the way from the candidates' mean to their maximum that the test reward has covered."""
-        for part in (self.mean, self.maximum, self.test):
-            if isinstance(part, Missing):
-                return part
-        assert isinstance(self.mean, Estimate)
-        assert isinstance(self.maximum, Estimate)
-        assert isinstance(self.test, Estimate)
-        spread = self.maximum.value - self.mean.value
-        return (self.test.value - self.mean.value) / spread if spread else Missing("all candidates score the same")
-
-
-def best_of_n_learners(view: View) -> list[BestOfNLearner]:
-    """One a decoding for each row that was trained on candidates."""
-    found = []
-    for row in view.rewarded:
-        mean, maximum = candidate_mean(view, row), candidate_maximum(view, row)
-        for decoding in view.decodings:
-            test = view.mean(row, decoding, "reward")
-            gap = view.once(("eq7", row, decoding), partial(_paired_gap, view, row, decoding))
-            found.append(BestOfNLearner(row, decoding, mean, maximum, test, gap))
-    return found
-
-
-def candidate_mean(view: View, row: str) -> Found:
-    key = ("candidates", "mean", row)
-    block = view.candidates[row]
-    return view.once(key, lambda: view.mean_of(block.array(_mean), block.prompts, *key))
-
-
-def candidate_maximum(view: View, row: str) -> Found:
-    key = ("candidates", "maximum", row)
-    block = view.candidates[row]
-    return view.once(key, lambda: view.mean_of(block.array(_maximum), block.prompts, *key))
-
-
-def _mean(candidates: Candidates) -> float:
-    return sum(candidates.scores) / len(candidates.scores)
-
-
-def _maximum(candidates: Candidates) -> float:
-    return max(candidates.scores)
-
-
-def _paired_gap(view: View, row: str, decoding: Decoding) -> Found:
-    drawn, replies = view.test_candidates.get(row), view.block(row, decoding)
-    if drawn is None:
-        return Missing("its candidate policy was not drawn on the evaluation prompts")
-    if replies is None:
-        return view.absent(row)
-    reason = unmeasured("reward", replies.items)
-    pooled = view.pooled(decoding, "reward")
-    return reason or paired(drawn, _maximum, replies, lambda reply: reply.reward, view.clusters, pooled=pooled)
+    plain = view.plain_row(view.rows_from(initial, kind))
+    assert plain is not None
+    found = {r: reward for r in view.same_way(plain) if (reward := view.dev_reward(r, view.decodings[0])) is not None}
+    return max(found, key=lambda row: found[row]) if found else plain

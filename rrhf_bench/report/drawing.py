@@ -1,14 +1,17 @@
 """How the figures of a report look: style, colours, panels, legends. A method has one colour in all of them.
 
-Colours are Okabe and Ito's, then Tol's, which people with any of the common colour-blindnesses can tell apart.
+The registry gives the colour of a method. Further colours are Okabe and Ito's, then Tol's, which people with any of the
+common colour-blindnesses can tell apart.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
+import matplotlib.style
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -16,15 +19,15 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter
 
 from rrhf_bench.errors import visible
+from rrhf_bench.registry import METHODS
 from rrhf_bench.report.view import GIVEN, View
 
 GREY = "#6b6b6b"
 LIGHT = "#d9d9d9"
-# The kinds that most experiments have keep their colour from report to report; the others take what is left, in order.
-KIND_COLOURS = {"rrhf": "#0072B2", "ppo": "#D55E00", "sft": "#009E73", "best_of_n": "#CC79A7"}
+# Of rows that are not the first of their kind, in turn.
 FREE_COLOURS = (
     "#E69F00", "#56B4E9", "#882255", "#999933", "#332288", "#44AA99", "#AA4499", "#661100", "#DDCC77", "#202020",
-    *KIND_COLOURS.values(),
+    *(method.colour for method in METHODS.values()),
 )  # fmt: skip
 STYLE: Mapping[str, Any] = {
     "font.family": "DejaVu Sans",
@@ -63,17 +66,28 @@ class Drawn:
     caption: str
 
 
+Made: TypeAlias = tuple[Drawn, Figure]
+
+
+def styled() -> AbstractContextManager[None]:
+    """Return the context in which figures are made and saved."""
+    return matplotlib.style.context(["default", dict(STYLE)])
+
+
 def colours(view: View) -> dict[str, str]:
-    """The colour of every row. Among the rows of one initial policy kinds keep theirs for their first row, and further
-    rows take the free ones in turn, those that most figures show first."""
+    """Return the colour of every row.
+
+    Among the rows of one initial policy the first of a kind has the colour that the registry gives the kind. Further
+    rows, and a kind whose colour is taken, have the free ones in turn, the rows that most figures show first.
+    """
     found = {**dict.fromkeys(view.policies, GREY), **dict.fromkeys(GIVEN, "#a0a0a0")}
     for initial in view.policies:
         rows = sorted(view.rows_from(initial), key=lambda row: row not in view.main_rows)  # stable
-        first = {
-            view.rows_from(initial, kind)[0]: KIND_COLOURS[kind]
-            for kind in map(view.kind, rows)
-            if kind in KIND_COLOURS
-        }
+        first: dict[str, str] = {}
+        for kind in dict.fromkeys(map(view.kind, rows)):
+            row = view.rows_from(initial, kind)[0]
+            if view.method(row).colour not in first.values():
+                first[row] = view.method(row).colour
         free = [colour for colour in FREE_COLOURS if colour not in first.values()] or list(FREE_COLOURS)
         others = [row for row in rows if row not in first]
         found |= first | {row: free[i % len(free)] for i, row in enumerate(others)}

@@ -7,12 +7,11 @@ ids. Where a run has many rows, a figure shows those that differ in more than hy
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib.style
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -20,44 +19,42 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from PIL import Image
 
-from baselines.best_of_n import best_of_n_kl, expected_best_of_n
 from rrhf_bench.errors import visible
-from rrhf_bench.evaluation.statistics import Estimate, Floats, rank_correlation
-from rrhf_bench.paper import figure3_curve, table6
+from rrhf_bench.evaluation.statistics import Estimate, Floats, best_of_n_kl, expected_best_of_n, rank_correlation
 from rrhf_bench.records import CurvePoint, Decoding
 from rrhf_bench.report.drawing import (
     FREE_COLOURS,
     GREY,
-    KIND_COLOURS,
     LIGHT,
-    STYLE,
     WIDTH,
     Drawn,
+    Made,
     colours,
     kl_axis,
     legend_above,
     legend_key,
     new_panels,
     short,
+    styled,
     thousands,
 )
 from rrhf_bench.report.frontier import frontiers
-from rrhf_bench.report.published import counterpart
-from rrhf_bench.report.table import Missing
-from rrhf_bench.report.view import BASE, DECODING_WORDS, GIVEN, MEASURE_WORDS, Block, Measure, View
+from rrhf_bench.report.table import DECODING_WORDS, Missing
+from rrhf_bench.report.view import BASE, GIVEN, MEASURE_WORDS, Block, Measure, View
 from rrhf_bench.seeding import generator
 
 FEW = 5  # points below which a correlation and its interval say nothing
-_PANELS = 8  # of the training curves, the published one among them
+_PANELS = 8  # of the training curves
 MANY = 6  # curves in one panel beyond which only their means are drawn
-Made = tuple[Drawn, Figure]
+MOST_CURVES = 12  # in one panel; the caption names the rows beyond it
+_HUES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", *FREE_COLOURS)  # of initial policies
 
 
-def write_figures(view: View, folder: Path) -> list[Drawn]:
-    """Draw what the run has records for; the rest is left out."""
+def write_figures(made: Iterable[Made], folder: Path) -> list[Drawn]:
+    """Save figures, each as PNG and SVG, and return what their captions say."""
     drawn = []
-    with matplotlib.style.context(["default", dict(STYLE)]):
-        for text, figure in _made(view):
+    with styled():
+        for text, figure in made:
             _save(figure, folder / text.name)
             drawn.append(text)
     return drawn
@@ -74,7 +71,8 @@ def _save(figure: Figure, path: Path) -> None:
     figure.savefig(path.with_suffix(".svg"), metadata={"Date": None, "Creator": None})
 
 
-def _made(view: View) -> Iterator[Made]:
+def own_figures(view: View) -> Iterator[Made]:
+    """Yield the figures that the run has records for."""
     yield from test_reward(view)
     for initial in view.policies:
         yield from reward_curves(view, initial)
@@ -156,8 +154,8 @@ _AXES = {"step": "optimiser steps", "sampled_tokens": "sampled tokens", "seconds
 
 
 def reward_curves(view: View, initial: str) -> Iterator[Made]:
-    """PPO against RRHF from one initial policy on the dev prompts, over steps, sampled tokens and seconds."""
-    rows = [row for row in view.main_rows if view.initial(row) == initial and view.kind(row) in ("rrhf", "ppo")]
+    """Yield the dev reward of the rows from one initial policy, over steps, sampled tokens and seconds."""
+    rows = [row for row in view.main_rows if view.initial(row) == initial and row in view.trained][:MOST_CURVES]
     panels = [
         (decoding, measure, curves)
         for decoding in view.decodings
@@ -190,18 +188,21 @@ def reward_curves(view: View, initial: str) -> Iterator[Made]:
         f"fixed fractions of each budget. Bold: {seeds}. Sampling and scoring the candidates counts before step 0, so "
         "these curves start to the right of 0 in tokens and seconds; the optimiser steps of a row with several rounds "
         "are those of its last round. Seconds are of the machine named under Cost."
-        + _left_out(view, [row for row in view.rows_from(initial) if view.kind(row) in ("rrhf", "ppo")], shown)
+        + _left_out(view, [row for row in view.rows_from(initial) if row in view.trained], shown)
     )
     name = "reward_curves" if initial == BASE else f"reward_curves_{1 + view.policies.index(initial)}"
-    yield Drawn(name, f"Reward while training, from {initial}: PPO and RRHF", caption), figure
+    labels = dict.fromkeys(view.method(row).label for row in shown)
+    yield Drawn(name, f"Reward while training, from {initial}: {', '.join(labels)}", caption), figure
 
 
 def _left_out(view: View, rows: Sequence[str], shown: Sequence[str]) -> str:
-    """The end of a caption, where a figure does not show all rows."""
-    left = [row for row in rows if row not in shown and row not in view.main_rows]
-    return (
-        f" Not shown, because they differ from a row here in hyper-parameters alone: {', '.join(left)}." if left else ""
-    )
+    """Return the end of a caption for the rows that a figure does not show."""
+    left = [row for row in rows if row not in shown]
+    alike = [row for row in left if row not in view.main_rows]
+    rest = [row for row in left if row in view.main_rows] if len(shown) >= MOST_CURVES else []
+    words = [f"because they differ from a row here in hyper-parameters alone: {', '.join(alike)}"] if alike else []
+    words += [f"for want of room: {', '.join(rest)}"] if rest else []
+    return f" Not shown, {'; '.join(words)}." if words else ""
 
 
 def _curve(view: View, row: str, decoding: Decoding, measure: Measure) -> _Curve | None:
@@ -247,11 +248,8 @@ def _draw_curve(ax: Axes, x_SF: Floats, y_SF: Floats, colour: str, *, seeds: boo
 # --- test reward against sampling quality ---------------------------------------------------------------------
 
 
-_SHADES = {"LLaMA": "#b5b5b5", "Alpaca": "#000000", "Alpaca-sft": "#6b6b6b"}  # of the published points
-
-
 def sampling_quality(view: View) -> Iterator[Made]:
-    """Test reward against the mean and the maximum of the training candidates, and the paper's own points."""
+    """Yield the test reward against the mean and the maximum of the training candidates."""
     points = {decoding: list(_quality_points(view, decoding)) for decoding in view.decodings}
     points = {decoding: found for decoding, found in points.items() if found}
     if not points:
@@ -260,20 +258,13 @@ def sampling_quality(view: View) -> Iterator[Made]:
     many = len(rows) > MANY
     colour = _policy_colours(view) if many else colours(view)
     width = 3.1 if many else 2.4  # of a panel; names stand beside many points
-    figure, axes = new_panels(1, len(points) + 1, height=3.5, width=width * (len(points) + 1))
-    for ax, (decoding, found) in zip(axes[0], points.items(), strict=False):
-        for row, mean, maximum, test in found:
-            _quality_point(ax, mean, maximum, test, colour[row])
-        mean_N, maximum_N, test_N = (np.array([point[i] for point in found]) for i in (1, 2, 3))
-        _finish_quality(ax, f"this run, {DECODING_WORDS[decoding]}", mean_N, maximum_N, test_N, decoding)
+    figure, axes = new_panels(1, len(points), height=3.5, width=max(width * len(points), 3.6))
+    for ax, (decoding, found) in zip(axes[0], points.items(), strict=True):
+        quality_panel(
+            ax, f"this run, {DECODING_WORDS[decoding]}", [(*point[1:], colour[point[0]]) for point in found], decoding
+        )
         if many:
             _name_points(ax, view, found, colour)
-    published = [row for row in table6() if row.train_mean is not None and row.setting != "IP-1"]  # IP-1 repeats DP
-    numbers = [(row.train_mean or 0.0, row.train_max or 0.0, row.test_reward) for row in published]
-    for theirs, (mean, maximum, test) in zip(published, numbers, strict=True):
-        _quality_point(axes[0][-1], mean, maximum, test, _SHADES[theirs.rho])
-    mean_N, maximum_N, test_N = np.array(numbers).T
-    _finish_quality(axes[0][-1], "paper, Table 6", mean_N, maximum_N, test_N, "paper")
     axes[0][0].set_ylabel("test reward (proxy)")
     starts = list(dict.fromkeys(view.initial(row) for row in rows))
     handles = [
@@ -281,17 +272,27 @@ def sampling_quality(view: View) -> Iterator[Made]:
     ]
     handles += [legend_key("mean of candidates", marker="o", filled=False), legend_key("their maximum", marker="^")]
     legend_above(figure, handles)
-    shade_handles = [legend_key(rho, shade, marker="s") for rho, shade in _SHADES.items()]
-    axes[0][-1].legend(handles=shade_handles, loc="lower right", handletextpad=0.2, labelspacing=0.2)
     candidates = [row for row in view.methods if row in view.rewarded]
-    caption = (
-        "Test reward against the quality of the training candidates: open circles at the candidates' mean reward, "
-        "triangles at the mean over prompts of their maximum, a line joining the two of one seed. On the line y = x "
-        "the test reward equals the candidates'. Spearman's correlation with a 95% bootstrap over points; points of "
-        "one method are not independent. Right: the published points (2304.05302v2), on another reward scale."
-        + _left_out(view, candidates, rows)
-    )
+    caption = f"{QUALITY_WORDS} Points of one method are not independent.{_left_out(view, candidates, rows)}"
     yield Drawn("sampling_quality", "Test reward against sampling quality", caption), figure
+
+
+QUALITY_WORDS = (
+    "Test reward against the quality of the training candidates: open circles at the candidates' mean reward, "
+    "triangles at the mean over prompts of their maximum, a line joining the two of one seed. On the line y = x the "
+    "test reward equals the candidates'. Spearman's correlation with a 95% bootstrap over points."
+)
+
+
+def quality_panel(ax: Axes, title: str, points: Sequence[tuple[float, float, float, str]], name: str) -> None:
+    """Draw points of (candidates' mean, their maximum, test reward, colour) and their correlations.
+
+    ``name`` names the draws of the bootstrap.
+    """
+    for mean, maximum, test, colour in points:
+        _quality_point(ax, mean, maximum, test, colour)
+    mean_N, maximum_N, test_N = (np.array([point[i] for point in points]) for i in (0, 1, 2))
+    _finish_quality(ax, title, mean_N, maximum_N, test_N, name)
 
 
 def _name_points(
@@ -319,8 +320,7 @@ def _name_points(
 
 def _policy_colours(view: View) -> dict[str, str]:
     """Every row in the colour of its initial policy."""
-    hues = (*KIND_COLOURS.values(), *FREE_COLOURS)
-    return {row: hues[view.policies.index(view.initial(row)) % len(hues)] for row in view.rows}
+    return {row: _HUES[view.policies.index(view.initial(row)) % len(_HUES)] for row in view.rows}
 
 
 def _quality_points(view: View, decoding: Decoding) -> Iterator[tuple[str, float, float, float]]:
@@ -396,7 +396,7 @@ def best_of_n_curve(view: View) -> Iterator[Made]:
     colour = colours(view)
     handles = [Line2D([], [], color="black", label="best of n (n at the points)")]
     handles += [Line2D([], [], color="black", linestyle=(0, (2, 1.5)), label=f"n > {samples}/4: high variance")]
-    handles += [legend_key(row, colour[row], marker=_marker(view, row)) for row in shown]
+    handles += [legend_key(row, colour[row], marker=view.method(row).marker) for row in shown]
     legend_above(figure, handles)
     caption = (
         "Best of n samples of the initial policy by proxy reward, estimated without bias from a pool of "
@@ -405,7 +405,7 @@ def best_of_n_curve(view: View) -> Iterator[Made]:
         + _points_words(view)
         + _left_out(view, view.rows_from(BASE), rows)
     )
-    yield Drawn("best_of_n", "Best-of-n and the trained methods", caption), figure
+    yield Drawn("best_of_n_curve", "Best-of-n and the trained methods", caption), figure
 
 
 def _points_words(view: View) -> str:
@@ -459,8 +459,8 @@ def _method_point(ax: Axes, view: View, row: str, measure: Measure, pool: Block[
         return False
     y = view.mean_of(part.array(lambda reply: getattr(reply, measure)), prompts, "best of n", row, measure)
     x: Estimate | float | Missing
-    if view.kind(row) == "best_of_n":
-        x = best_of_n_kl(getattr(view.methods[row], "n", 1))
+    if (n := view.reranked(row)) is not None:
+        x = best_of_n_kl(n)
     elif view.unmeasured("kl", "sample", part.items):
         return False
     else:
@@ -472,52 +472,69 @@ def _method_point(ax: Axes, view: View, row: str, measure: Measure, pool: Block[
     if isinstance(x, Estimate):
         ax.plot([max(x.low, 0), max(x.high, 0)], [y.value] * 2, color=colour, linewidth=1.2, solid_capstyle="butt")
     ax.plot([max(centre, 0)] * 2, [y.low, y.high], color=colour, linewidth=1.2, solid_capstyle="butt")
-    ax.plot([max(centre, 0)], [y.value], _marker(view, row), color=colour, markersize=5, zorder=3)
+    ax.plot([max(centre, 0)], [y.value], view.method(row).marker, color=colour, markersize=5, zorder=3)
     return True
-
-
-def _marker(view: View, row: str) -> str:
-    return "D" if view.kind(row) == "best_of_n" else "o"
 
 
 # --- loss and reward while training ---------------------------------------------------------------------------
 
 
 def training_curves(view: View) -> Iterator[Made]:
-    """The paper's Figure 3: loss above, reward on the dev prompts below. The row that samples as its DP comes first,
-    the published curves beside it, then further rows."""
-    dp = counterpart(view, "Alpaca", "RRHF_DP")
-    first = view.first("rrhf") if isinstance(dp, Missing) else dp
-    rows = sorted(view.main_rows, key=lambda row: (row != first, view.initial(row) != BASE))  # stable
-    losses = {row: found for row in rows if (found := _losses(view, row))}
-    losses = dict(list(losses.items())[: _PANELS - 1])
-    if not losses:
+    """Yield the loss above and the reward on the dev prompts below, of the rows that start from base first."""
+    rows = sorted(view.main_rows, key=lambda row: view.initial(row) != BASE)  # stable
+    shown = [row for row in rows if _losses(view, row)][:_PANELS]
+    if not shown:
         return
-    across = min(len(losses) + 1, 4)
-    bands = -(-(len(losses) + 1) // across)
-    figure, axes = new_panels(2 * bands, across, height=2.9 * bands + 0.4)
+    across = min(len(shown), 4)
+    bands = -(-len(shown) // across)
+    figure, axes = new_panels(2 * bands, across, height=2.9 * bands + 0.4, width=max(WIDTH * across / 4, 3.6))
     pairs = [
         (axes[2 * (i // across), i % across], axes[2 * (i // across) + 1, i % across]) for i in range(bands * across)
     ]
-    ours, theirs = [pairs[0], *pairs[2 : len(losses) + 1]], pairs[1]
     colour = colours(view)
-    for (above, below), (row, (key, logs)) in zip(ours, losses.items(), strict=True):
-        for x, y in logs:
-            above.plot(x, y, color=colour[row], linewidth=0.6, alpha=0.4 if len(logs) > 1 else 1)
-        _mean_loss(above, logs, colour[row])
-        above.set_title(f"{short(row)}{' (DP)' if row == dp else ''}\n{visible(key)}")
-        for decoding in view.decodings:
-            curve = _curve(view, row, decoding, "reward")
-            if curve is not None:
-                _dev_reward(below, curve, colour[row], decoding)
-    published = figure3_curve()
-    steps = [point.step for point in published]
-    theirs[0].plot(steps, [point.loss_relative for point in published], "o-", color="black", markersize=2.5)
-    theirs[0].set_title("paper, Figure 3 (DP)\nloss (relative height)")
-    theirs[1].plot(steps, [point.reward for point in published], "o-", color="black", markersize=2.5)
-    for ax in (ax for pair in pairs[len(losses) + 1 :] for ax in pair):
+    for (above, below), row in zip(pairs, shown, strict=False):
+        loss_panels(above, below, view, row, colour[row])
+    for ax in (ax for pair in pairs[len(shown) :] for ax in pair):
         ax.set_visible(False)
-    for i, (above, below) in enumerate(pairs[: len(losses) + 1]):
+    finish_loss_panels(pairs[: len(shown)], across)
+    share_scale([below for _, below in pairs[: len(shown)]])
+    legend_above(figure, decoding_keys(view))
+    left = [row for row in view.methods if row not in shown and _losses(view, row)]
+    caption = LOSS_WORDS + (f" Not shown: {', '.join(left)}." if left else "")
+    yield Drawn("training", "Loss and reward while training", caption), figure
+
+
+LOSS_WORDS = (
+    "Above: each method's own training loss, thin per seed, bold the mean over seeds as a running mean; losses "
+    "of different methods are on different scales. Below: proxy reward on the dev prompts at fixed fractions, "
+    "mean over seeds."
+)
+_STYLES: Mapping[Decoding, Any] = {"greedy": "-", "sample": (0, (3, 1.5))}
+
+
+def decoding_keys(view: View) -> list[Line2D]:
+    """Return the legend of the lines of each decoding."""
+    return [Line2D([], [], color=GREY, linestyle=_STYLES[d], label=DECODING_WORDS[d]) for d in view.decodings]
+
+
+def loss_panels(above: Axes, below: Axes, view: View, row: str, colour: str) -> None:
+    """Draw the loss of a row into the upper panel and its reward on the dev prompts into the lower one."""
+    losses = _losses(view, row)
+    if losses is not None:
+        key, logs = losses
+        for x, y in logs:
+            above.plot(x, y, color=colour, linewidth=0.6, alpha=0.4 if len(logs) > 1 else 1)
+        _mean_loss(above, logs, colour)
+        above.set_title(f"{short(row)}\n{visible(key)}")
+    for decoding in view.decodings:
+        curve = _curve(view, row, decoding, "reward")
+        if curve is not None:
+            _dev_reward(below, curve, colour, decoding)
+
+
+def finish_loss_panels(pairs: Sequence[tuple[Axes, Axes]], across: int) -> None:
+    """Label the axes of pairs of panels, ``across`` in a band."""
+    for i, (above, below) in enumerate(pairs):
         above.sharex(below)
         above.tick_params(labelbottom=False)
         below.set_xlabel("optimiser steps")
@@ -529,20 +546,13 @@ def training_curves(view: View) -> Iterator[Made]:
         if i % across == 0:
             above.set_ylabel("loss")
             below.set_ylabel("dev reward (proxy)")
-    heights = [below.get_ylim() for _, below in ours]
-    for _, below in ours:  # one scale, so that methods compare
-        below.set_ylim(min(low for low, _ in heights), max(high for _, high in heights))
-    styles = {"greedy": "-", "sample": (0, (3, 1.5))}
-    keys = [Line2D([], [], color=GREY, linestyle=styles[d], label=DECODING_WORDS[d]) for d in view.decodings]
-    legend_above(figure, keys)
-    left = [row for row in view.methods if row not in losses and _losses(view, row)]
-    caption = (
-        "Above: each method's own training loss, thin per seed, bold the mean over seeds as a running mean; losses "
-        "of different methods are on different scales. Below: proxy reward on the dev prompts at fixed fractions, "
-        "mean over seeds. Second: Figure 3 of 2304.05302v2 (Alpaca, DP), read from the plot; its loss axis has no "
-        "labels." + (f" Not shown: {', '.join(left)}." if left else "")
-    )
-    yield Drawn("training", "Loss and reward while training (Figure 3 of the RRHF paper)", caption), figure
+
+
+def share_scale(panels: Sequence[Axes]) -> None:
+    """Give panels one vertical scale, so that methods compare."""
+    heights = [ax.get_ylim() for ax in panels]
+    for ax in panels:
+        ax.set_ylim(min(low for low, _ in heights), max(high for _, high in heights))
 
 
 _Log = tuple[Floats, Floats]  # steps, values
@@ -580,9 +590,8 @@ def _mean_loss(ax: Axes, logs: Sequence[_Log], colour: str) -> None:
 
 
 def _dev_reward(ax: Axes, curve: _Curve, colour: str, decoding: Decoding) -> None:
-    style: Any = "-" if decoding == "greedy" else (0, (3, 1.5))
     x_F, y_F = curve.x_SF["step"].mean(axis=0), curve.y_SF.mean(axis=0)
     if len(curve.y_SF) > 1:
         band = curve.y_SF.min(axis=0), curve.y_SF.max(axis=0)
         ax.fill_between(x_F, *band, color=colour, alpha=0.15, linewidth=0)
-    ax.plot(x_F, y_F, color=colour, linestyle=style)
+    ax.plot(x_F, y_F, color=colour, linestyle=_STYLES[decoding])

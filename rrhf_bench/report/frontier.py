@@ -2,138 +2,171 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
-from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from baselines.best_of_n import best_of_n_kl
-from baselines.ppo_settings import PPOSettings
-from rrhf_bench.evaluation.statistics import Floats
-from rrhf_bench.report.drawing import GREY, KIND_COLOURS, WIDTH, Drawn, kl_axis, legend_above, new_panels
+from rrhf_bench.evaluation.statistics import Floats, best_of_n_kl
+from rrhf_bench.registry import find
+from rrhf_bench.report.drawing import GREY, WIDTH, Drawn, Made, kl_axis, legend_above, new_panels
 from rrhf_bench.report.table import Missing
 from rrhf_bench.report.view import BASE, MEASURE_WORDS, Measure, View, changed
-from rrhf_bench.training.rrhf_settings import RRHFSettings
 
 LEAST = 3  # rows of one method that make a frontier
-_MARKERS = "os^Dv*X"  # by weight of the ranking term
+MOST_KINDS = 6  # of trained methods in one figure
+_MARKERS = "os^Dv*X"  # by the value of the hyper-parameter that varies beside the learning rate
 
 
 @dataclass(frozen=True)
-class _Frontier:
-    """The rows of one initial policy that only their hyper-parameters tell apart."""
+class _Search:
+    """The rows of one kind and initial policy that differ in numbers alone, or its plain row.
 
-    initial: str
-    ppo: tuple[str, ...]
-    rrhf: tuple[str, ...]
-    others: tuple[str, ...]  # best-of-n
+    ``varies`` is the number that differs, beside the learning rate, in the rows with the fewest settings of their own.
+    """
+
+    kind: str
+    rows: tuple[str, ...]
+    varies: str | None
+    shade: Mapping[float | None, str]  # by learning rate, darker for a higher one
+
+    def colour(self, view: View, row: str) -> str:
+        return self.shade[_number(view, row, "lr")]
+
+    def value(self, view: View, row: str) -> float:
+        """Return the value of the hyper-parameter that varies, 0 if none does."""
+        return _number(view, row, self.varies) or 0.0 if self.varies else 0.0
 
 
-def frontiers(view: View) -> Iterator[tuple[Drawn, Figure]]:
-    """Yield one figure for each initial policy from which enough rows of PPO or RRHF start."""
+def frontiers(view: View) -> Iterator[Made]:
+    """Yield one figure for each initial policy from which enough rows of one trained method start."""
     for initial in view.policies:
-        found = _frontier(view, initial)
-        if found is not None:
-            yield _draw(view, found)
+        found = _searches(view, initial)
+        if found:
+            yield _draw(view, initial, found)
 
 
 def no_frontier(view: View) -> Missing | None:
     """Return why the figure is left out of a run that has rows for one, or None if the run has none or the figure."""
-    if view.kl_missing is None or not any(_frontier(view, initial, "reward") for initial in view.policies):
+    if view.kl_missing is None or not any(_searches(view, initial, "reward") for initial in view.policies):
         return None
     return Missing(f"No figure of reward against KL: {view.kl_missing.reason}.")
 
 
-def _frontier(view: View, initial: str, *measures: Measure) -> _Frontier | None:
-    """Return the rows that start from one initial policy and have the measures, by default reward and KL."""
-    needed = measures or ("kl", "reward")
-    ppo = [row for row in view.rows_from(initial, "ppo") if _measured(view, row, needed)]
-    groups = view.alike("lr", "rank_weight")
-    own = [[row for row in rows if view.initial(row) == initial and _measured(view, row, needed)] for rows in groups]
-    rrhf = max(own, key=len, default=[])
-    if len({repr(changed(view.methods[row])) for row in ppo}) < LEAST:
-        ppo = ppo if len(rrhf) >= LEAST else []
-    if len(rrhf) < LEAST:
-        plain = view.plain_row(row for row in view.rows_from(initial, "rrhf") if _measured(view, row, needed))
-        rrhf = [plain] if plain is not None and ppo else []
-    if max(len(ppo), len(rrhf)) < LEAST:
-        return None
-    best = [row for row in view.rows_from(initial, "best_of_n") if view.block(row, "sample") is not None]
-    return _Frontier(initial, tuple(ppo), tuple(rrhf), tuple(best))
+def _searches(view: View, initial: str, *measures: Measure) -> list[_Search]:
+    """Return the searches from one initial policy, online methods first; none if no method has enough rows.
+
+    The rows have the measures, by default reward and KL.
+    """
+    measured = [
+        row
+        for row in view.rows_from(initial)
+        if row in view.trained
+        and not any(isinstance(view.values(row, "sample", m), Missing) for m in measures or ("kl", "reward"))
+    ]
+    kinds = sorted(dict.fromkeys(map(view.kind, measured)), key=lambda kind: find(kind).family != "online")
+    found = []
+    for kind in kinds:
+        groups: dict[str, list[str]] = defaultdict(list)
+        for row in measured:
+            if view.kind(row) == kind:
+                groups[_all_but_numbers(view, row)].append(row)
+        rows = max(groups.values(), key=len)
+        if len(rows) < LEAST:
+            rows = [row for row in [view.plain_row(row for group in groups.values() for row in group)] if row]
+        found.append(_search(view, kind, rows))
+    return found[:MOST_KINDS] if any(len(search.rows) >= LEAST for search in found) else []
 
 
-def _measured(view: View, row: str, measures: Sequence[Measure]) -> bool:
-    return not any(isinstance(view.values(row, "sample", measure), Missing) for measure in measures)
+def _all_but_numbers(view: View, row: str) -> str:
+    """Return what a row has in common with those that it is searched with."""
+    settings = view.methods[row]
+    return repr(
+        (view.same_way(row)[0], {key: value for key, value in changed(settings).items() if not _is_number(value)})
+    )
 
 
-def _draw(view: View, frontier: _Frontier) -> tuple[Drawn, Figure]:
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _search(view: View, kind: str, rows: Sequence[str]) -> _Search:
+    fields = [key for row in rows for key in changed(view.methods[row]) if key != "lr"]
+    varying = [key for key in dict.fromkeys(fields) if len({_number(view, row, key) for row in rows}) > 1]
+    varies = max(varying, key=fields.count, default=None)
+    rates = sorted({_number(view, row, "lr") for row in rows}, key=lambda lr: lr or 0.0)
+    return _Search(kind, tuple(rows), varies, dict(zip(rates, _shades(find(kind).colour, len(rates)), strict=True)))
+
+
+def _number(view: View, row: str, key: str) -> float | None:
+    value = getattr(view.methods[row], key, None)
+    return None if value is None or not _is_number(value) else float(value)
+
+
+def _draw(view: View, initial: str, searches: Sequence[_Search]) -> Made:
     measures = view.measures
     figure, axes = new_panels(1, len(measures), height=3.6, width=WIDTH if len(measures) > 1 else 4.4)
-    rrhf = {row: _rrhf(view, row) for row in frontier.rrhf}
-    ppo = {row: _ppo(view, row) for row in frontier.ppo}
-    weights = sorted({s.rank_weight for s in rrhf.values()})
-    shades = {
-        "rrhf": _shades(KIND_COLOURS["rrhf"], sorted({s.lr for s in rrhf.values()})),
-        "ppo": _shades(KIND_COLOURS["ppo"], sorted({s.lr for s in ppo.values()})),
-    }
+    reranked = [row for row in view.rows_from(initial) if view.reranked(row) and view.block(row, "sample") is not None]
     for ax, measure in zip(axes[0], measures, strict=True):
-        for place, (lr, colour) in enumerate(shades["ppo"].items()):
-            rows = sorted((row for row in ppo if ppo[row].lr == lr), key=lambda row: ppo[row].kl_coefficient)
-            means = [_points(ax, view, row, measure, colour, "o") for row in rows]
-            known = [mean for mean in means if mean is not None]
-            if known:
-                ax.plot(*np.array(known).T, color=colour, linewidth=0.9, zorder=2)
-            for row, mean in zip(rows, means, strict=True):
-                if mean is not None:
-                    words = f"{ppo[row].kl_coefficient:g}"
-                    below = -9 if place % 2 else 4  # points; lines lie close to each other
-                    style = {"fontsize": 6, "color": "#303030", "zorder": 5}
-                    ax.annotate(words, mean, (4, below), textcoords="offset points", **style)
-        for row, settings in rrhf.items():
-            marker = _MARKERS[weights.index(settings.rank_weight) % len(_MARKERS)]
-            _points(ax, view, row, measure, shades["rrhf"][settings.lr], marker)
-        for row in frontier.others:
+        for search in searches:
+            if find(search.kind).family == "online":
+                _draw_lines(ax, view, search, measure)
+            else:
+                values = sorted({search.value(view, row) for row in search.rows})
+                for row in search.rows:
+                    marker = _MARKERS[values.index(search.value(view, row)) % len(_MARKERS)]
+                    _points(ax, view, row, measure, search.colour(view, row), marker)
+        for row in reranked:
             reward = view.mean(row, "sample", measure)
             if not isinstance(reward, Missing):
-                ax.plot(
-                    [best_of_n_kl(getattr(view.methods[row], "n", 1))],
-                    [reward.value],
-                    "D",
-                    color=KIND_COLOURS["best_of_n"],
-                )
-        start = view.mean(frontier.initial, "sample", measure)
+                method = view.method(row)
+                ax.plot([best_of_n_kl(view.reranked(row) or 1)], [reward.value], method.marker, color=method.colour)
+        start = view.mean(initial, "sample", measure)
         if not isinstance(start, Missing):
             ax.plot([0], [start.value], "P", color="black", markersize=6, zorder=3)
         kl_axis(ax)
         ax.set_ylabel(f"{MEASURE_WORDS[measure]} (sampled)")
-    legend_above(figure, _keys(view, frontier, shades, weights))
+    legend_above(figure, _keys(view, searches, reranked))
     caption = (
-        f"Rows that start from {frontier.initial}, sampled replies to the test prompts: mean reward against mean KL to "
-        "it. Large: mean over seeds; faint: each seed. PPO's rows are joined in the order of their KL coefficient, "
-        "which stands beside each, one line a learning rate. "
-        + ("RRHF: shape by weight of the ranking term, darker for a higher learning rate. " if len(rrhf) > 1 else "")
-        + ("Best-of-n stands at its KL bound log n - (n - 1) / n. " if frontier.others else "")
-        + (f"RRHF's rows train on the same candidates: {', '.join(rrhf)}. " if len(rrhf) > 1 else "")
+        f"Rows that start from {initial}, sampled replies to the test prompts: mean reward against mean KL to "
+        "it. Large: mean over seeds; faint: each seed. Darker: a higher learning rate. "
+        + "".join(_words(search) for search in searches if search.varies)
+        + ("Best-of-n stands at its KL bound log n - (n - 1) / n. " if reranked else "")
         + "Every row is one that the experiment file names; none was picked by what is shown here."
     )
-    name = "frontier" if frontier.initial == BASE else f"frontier_{1 + view.policies.index(frontier.initial)}"
+    name = "frontier" if initial == BASE else f"frontier_{1 + view.policies.index(initial)}"
     return Drawn(name, "Reward against distance from the initial policy", caption), figure
 
 
-def _rrhf(view: View, row: str) -> RRHFSettings:
-    settings = view.methods[row]
-    assert isinstance(settings, RRHFSettings)
-    return settings
+def _words(search: _Search) -> str:
+    """Return what the caption says of the rows of one method."""
+    method = find(search.kind)
+    if method.family == "online":
+        return (
+            f"{method.label}: rows are joined in the order of {search.varies}, which stands beside each, one line a "
+            "learning rate. "
+        )
+    return f"{method.label}: shape by {search.varies}; rows: {', '.join(search.rows)}. "
 
 
-def _ppo(view: View, row: str) -> PPOSettings:
-    settings = view.methods[row]
-    assert isinstance(settings, PPOSettings)
-    return settings
+def _draw_lines(ax: Axes, view: View, search: _Search, measure: Measure) -> None:
+    """Draw the rows of an online method, joined in the order of the hyper-parameter that varies."""
+    for place, colour in enumerate(search.shade.values()):
+        rows = [row for row in search.rows if search.colour(view, row) == colour]
+        rows.sort(key=lambda row: search.value(view, row))
+        means = [_points(ax, view, row, measure, colour, find(search.kind).marker) for row in rows]
+        known = [mean for mean in means if mean is not None]
+        if known:
+            ax.plot(*np.array(known).T, color=colour, linewidth=0.9, zorder=2)
+        for row, mean in zip(rows, means, strict=True):
+            if mean is not None and search.varies:
+                below = -9 if place % 2 else 4  # points; lines lie close to each other
+                words, offset = f"{search.value(view, row):g}", (4, below)
+                ax.annotate(words, mean, offset, textcoords="offset points", fontsize=6, color="#303030", zorder=5)
 
 
 def _points(ax: Axes, view: View, row: str, measure: Measure, colour: str, marker: str) -> tuple[float, float] | None:
@@ -149,25 +182,30 @@ def _points(ax: Axes, view: View, row: str, measure: Measure, colour: str, marke
     return float(x_S.mean()), float(y_S.mean())
 
 
-def _shades(colour: str, values: Sequence[float]) -> dict[float, str]:
-    """The colour for each value in turn, darker for the larger ones; the colour itself for a single one."""
+def _shades(colour: str, count: int) -> list[str]:
+    """Return so many shades of a colour, from light to dark; the colour itself for a single one."""
     rgb = np.array(to_rgb(colour))
-    whites = [0.0] if len(values) == 1 else np.linspace(0.5, -0.45, len(values)).tolist()  # of black, below 0
+    whites = [0.0] if count == 1 else np.linspace(0.5, -0.45, count).tolist()  # of black, below 0
     mixed = [rgb + (1 - rgb) * w if w > 0 else rgb * (1 + w) for w in whites]
-    hexes = ["#" + "".join(f"{round(255 * c):02x}" for c in m.tolist()) for m in mixed]
-    return dict(zip(values, hexes, strict=True))
+    return ["#" + "".join(f"{round(255 * c):02x}" for c in m.tolist()) for m in mixed]
 
 
-def _keys(
-    view: View, frontier: _Frontier, shades: dict[str, dict[float, str]], weights: Sequence[float]
-) -> list[Line2D]:
+def _keys(view: View, searches: Sequence[_Search], reranked: Sequence[str]) -> list[Line2D]:
     def key(words: str, colour: str, marker: str, line: str = "") -> Line2D:
         return Line2D([], [], color=colour, marker=marker, linestyle=line, label=words)
 
-    keys = [key(f"PPO, lr {lr:g}", colour, "o", "-") for lr, colour in shades["ppo"].items()]
-    keys += [key(f"RRHF, lr {lr:g}", colour, "o") for lr, colour in shades["rrhf"].items()]
-    if len(weights) > 1:
-        keys += [key(f"ranking x {w:g}", GREY, _MARKERS[i % len(_MARKERS)]) for i, w in enumerate(weights)]
-    for row in frontier.others:
-        keys.append(key(f"best of {getattr(view.methods[row], 'n', 1)}", KIND_COLOURS["best_of_n"], "D"))
+    keys = []
+    for search in searches:
+        method = find(search.kind)
+        line = "-" if method.family == "online" else ""
+        for lr, colour in search.shade.items():
+            words = method.label if lr is None else f"{method.label}, lr {lr:g}"
+            keys.append(key(words, colour, method.marker, line))
+        values = sorted({search.value(view, row) for row in search.rows})
+        if method.family != "online" and search.varies and len(values) > 1:
+            keys += [
+                key(f"{search.varies} {value:g}", GREY, _MARKERS[i % len(_MARKERS)]) for i, value in enumerate(values)
+            ]
+    for row in reranked:
+        keys.append(key(f"best of {view.reranked(row)}", view.method(row).colour, view.method(row).marker))
     return [*keys, key("initial policy", "black", "P")]

@@ -1,4 +1,4 @@
-"""What went wrong on the way to a run's numbers: what was dropped or cut, rows that failed, PPO that collapsed."""
+"""What went wrong on the way to a run's numbers: what was dropped or cut, rows that failed or collapsed."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ EXPLAINED = -1.0  # of the returns' variance: the values' errors vary twice as m
 
 
 def collapses(log: Sequence[Mapping[str, float]]) -> list[str]:
-    """What a PPO run's metrics, a mapping an iteration, say of a collapse, in words; nothing where it is healthy.
+    """Return the collapses that an online run's metrics show, in words. ``log`` has one mapping an iteration.
 
-    The ratio and the clip fraction are looked at in every iteration, what the policy has become at the last. Metrics
-    that were not recorded are not looked at.
+    The ratio and the clip fraction are checked in every iteration, the other metrics in the last one. A metric that was
+    not recorded is not checked.
     """
     if not log:
         return []
@@ -96,26 +96,31 @@ def collapses(log: Sequence[Mapping[str, float]]) -> list[str]:
 
 
 def health_sentences(view: View) -> Iterator[str]:
-    """The rows that failed, then the collapses of PPO, as Markdown sentences."""
+    """Yield the rows that failed, then the collapses of rows that sample while they train, as Markdown sentences."""
     for row in view.failures:
         yield f"**{markdown(row)} failed**: {markdown(view.failed_words(row))}."
-    for row in view.methods:
-        if view.kind(row) == "ppo":
-            logs = {seed: log for (name, seed), log in view.records.training.items() if name == row}
+    for row in view.trained:
+        if "sampler" in view.methods[row].needs:
+            logs = {seed: _rollouts(log) for (name, seed), log in view.records.training.items() if name == row}
             parts = [f"seed {seed}: {', '.join(found)}" for seed, log in logs.items() if (found := collapses(log))]
             if parts:
                 yield f"**{markdown(row)} did not train soundly** ({markdown('; '.join(parts))})."
 
 
-def noted(view: View, tables: Iterable[Table]) -> list[Table]:
-    """Tables with what was dropped, cut and tied, and the rows that failed, among their footnotes."""
+def _rollouts(log: Iterable[Mapping[str, float]]) -> list[Mapping[str, float]]:
+    """Return the lines of a training log that describe sampled replies; lines of optimiser steps describe none."""
+    return [line for line in log if any(name.startswith("completions/") for name in line)]
+
+
+def append_loss_footnotes(view: View, tables: Iterable[Table]) -> list[Table]:
+    """Return tables with footnotes on the rows that failed and on what was dropped, cut and tied."""
     lost = [f"{row} failed: {view.failed_words(row)}." for row in view.failures]
-    notes = (*lost, counted(view))
+    notes = (*lost, count_losses(view))
     return [replace(table, footnotes=(*table.footnotes, *notes)) for table in tables]
 
 
-def counted(view: View) -> str:
-    """What of all rows and seeds carries no ranking, was cut or left out."""
+def count_losses(view: View) -> str:
+    """Return what carries no ranking, was cut or left out, summed over all rows and seeds."""
     groups = [group for block in view.candidates.values() for group in block.items]
     parts = []
     if groups:

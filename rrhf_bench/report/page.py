@@ -5,21 +5,24 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from rrhf_bench.errors import StoreError, visible
+from rrhf_bench.evaluation.claims import ClaimResult
 from rrhf_bench.pipeline.results import RunRecords
 from rrhf_bench.records import Evaluated, Prompt
 from rrhf_bench.report.claims import claim_results, claim_sentences, claims_table, power_words
-from rrhf_bench.report.drawing import Drawn
-from rrhf_bench.report.figures import write_figures
-from rrhf_bench.report.findings import departures_table, findings, rows_table, standing
+from rrhf_bench.report.drawing import Drawn, styled
+from rrhf_bench.report.figures import own_figures, write_figures
+from rrhf_bench.report.findings import findings, standing
 from rrhf_bench.report.frontier import no_frontier
-from rrhf_bench.report.health import noted
-from rrhf_bench.report.published import published_tables
-from rrhf_bench.report.table import Table, fenced, markdown, number, to_csv, to_markdown, write_table
+from rrhf_bench.report.health import append_loss_footnotes
+from rrhf_bench.report.rows import rows_table
+from rrhf_bench.report.section import Part, Section
+from rrhf_bench.report.table import DECODING_WORDS, Table, fenced, markdown, number, to_csv, to_markdown, write_table
 from rrhf_bench.report.tables import (
     FEATURES,
     candidates_table,
@@ -31,15 +34,16 @@ from rrhf_bench.report.tables import (
     main_table,
     seeds_table,
 )
-from rrhf_bench.report.variants import variant_sentences, variants_table
-from rrhf_bench.report.view import DECODING_WORDS, GIVEN, View
+from rrhf_bench.report.view import GIVEN, View
 
 DIALOGUES = 5
 _LONGEST = 1200  # characters of a text in the page; the records hold all of it
 
 
-def write_report(records: RunRecords, folder: Path) -> Path:
+def write_report(records: RunRecords, folder: Path, sections: Sequence[Section] = ()) -> Path:
     """Write report.md, cost.md, tables/ and figures/ into ``folder`` and return the path of report.md.
+
+    ``sections`` are what other rooms add to the report's own content.
 
     The folder is complete or as it was: everything is written beside it and then moved into its place, where it
     replaces an earlier report. ``tables/`` depends on the records alone, byte for byte; wall-clock stands in the cost
@@ -54,7 +58,7 @@ def write_report(records: RunRecords, folder: Path) -> Path:
     fresh, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{part}") for part in ("new", "old"))
     try:
         fresh.mkdir()
-        _write(View(records), fresh)
+        _write(View(records), fresh, sections)
         if folder.exists():
             folder.rename(old)
         fresh.rename(folder)
@@ -66,19 +70,22 @@ def write_report(records: RunRecords, folder: Path) -> Path:
     return folder / "report.md"
 
 
-def _write(view: View, folder: Path) -> None:
+def _write(view: View, folder: Path, sections: Sequence[Section]) -> None:
     for name in ("tables", "figures"):
         (folder / name).mkdir()
     claims = claim_results(view)
-    of_claims = [claims_table(claims, view.records.arena)] if claims else []
-    tables = {t.name: t for t in (*compared_tables(view), *noted(view, [*of_claims, departures_table(view)]))}
+    with styled():
+        parts = {section.title: section.parts(view) for section in sections}
+    further = [part for of_section in parts.values() for part in of_section]
+    tables = {table.name: table for table in _tables(view, claims, sections, further)}
     for table in tables.values():
         write_table(table, folder / "tables")
     costs = cost_tables(view)
     for table in costs:
         (folder / f"{table.name}.csv").write_text(to_csv(table), encoding="utf-8", newline="\n")
     cost = _render("cost.md.j2", tables=costs, environment=view.records.environment)
-    figures = {drawn.name: drawn for drawn in write_figures(view, folder / "figures")}
+    drawn = write_figures(chain(own_figures(view), (p for p in further if isinstance(p, tuple))), folder / "figures")
+    figures = {figure.name: figure for figure in drawn}
     page = _render(
         "report.md.j2",
         records=view.records,
@@ -88,12 +95,12 @@ def _write(view: View, folder: Path) -> None:
         levels=level_words(view),
         claims=claim_sentences(claims),
         power=power_words(claims),
-        variants=variant_sentences(view),
         tables=tables,
         figures=figures,
         curves=_family(figures, "reward_curves"),
         frontiers=_family(figures, "frontier"),
         no_frontier=no_frontier(view),
+        sections={title: text for title, found in parts.items() if (text := _section_text(found, tables))},
         replies_of="every method's" if set(view.main_rows) == set(view.methods) else "the main rows'",
         dialogues=list(_dialogues(view)),
         cost=cost,
@@ -102,20 +109,49 @@ def _write(view: View, folder: Path) -> None:
     (folder / "report.md").write_text(page, encoding="utf-8", newline="\n")
 
 
-def compared_tables(view: View) -> list[Table]:
-    """All tables that the records alone decide, byte for byte. Those that the run has nothing for are left out."""
-    made = (
+def compared_tables(view: View, sections: Sequence[Section] = ()) -> list[Table]:
+    """Return all tables that the records alone decide, byte for byte: the report's own and those of the sections.
+
+    Tables that the run has nothing for are left out.
+    """
+    with styled():
+        parts = [part for section in sections for part in section.parts(view)]
+    return _tables(view, claim_results(view), sections, parts)
+
+
+def _tables(
+    view: View, claims: Sequence[ClaimResult], sections: Sequence[Section], parts: Sequence[Part]
+) -> list[Table]:
+    own = (
         rows_table(view),
         main_table(view),
+        claims_table(claims, view.records.arena),
         differences_table(view),
         seeds_table(view),
-        *published_tables(view),
-        variants_table(view),
         candidates_table(view),
         features_table(view),
         counts_table(view),
     )
-    return noted(view, [table for table in made if table is not None and table.rows])
+    amended = []
+    for table in own:
+        if table is not None and table.rows:
+            for section in sections:
+                table = section.amend(view, table)
+            amended.append(table)
+    return append_loss_footnotes(view, [*amended, *(p for p in parts if isinstance(p, Table) and p.rows)])
+
+
+def _section_text(parts: Sequence[Part], tables: Mapping[str, Table]) -> str:
+    """Return the parts of a section as Markdown. Neighbouring sentences are one list."""
+    texts = []
+    for part in parts:
+        if isinstance(part, Table):
+            texts += [_table(tables[part.name])] if part.name in tables else []
+        elif isinstance(part, str):
+            texts.append(f"- {part}\n")
+        else:
+            texts.append(_figure(part[0]))
+    return "\n".join(texts).replace("\n\n- ", "\n- ")
 
 
 def _render(template: str, **values: object) -> str:

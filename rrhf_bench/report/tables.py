@@ -6,14 +6,13 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 
-from baselines.best_of_n import best_of_n_kl
 from rrhf_bench.evaluation import metrics
+from rrhf_bench.evaluation.statistics import best_of_n_kl
 from rrhf_bench.pipeline.results import Timing
 from rrhf_bench.records import Decoding, Evaluated, PairScored
 from rrhf_bench.report.comparisons import Comparison, comparison_words, comparisons
-from rrhf_bench.report.table import Cell, Column, Missing, Table
+from rrhf_bench.report.table import DECODING_WORDS, Cell, Column, Missing, Table
 from rrhf_bench.report.view import (
-    DECODING_WORDS,
     GIVEN,
     MEASURE_WORDS,
     REWARDS,
@@ -22,11 +21,11 @@ from rrhf_bench.report.view import (
     View,
     unmeasured,
 )
+from rrhf_bench.settings.methods import candidates_of
 
 FEATURES = ("details", "off_topic", "vague", "polite", "rude", "repeated", "garbled", "refused")
 REWARD_MODEL = "reward model"
 
-_WEIGHTLESS = Missing("best-of-n has no log-probabilities of its own: it reranks the initial policy's samples")
 _NO_MODEL = Missing("a reply of the data set, written by no model of this run")
 _INTERVALS = (
     "Brackets: 95% intervals, the percentiles of a bootstrap that resamples seeds and clusters of prompts, crossed. "
@@ -103,8 +102,8 @@ def _main_row(view: View, row: str, decoding: Decoding) -> tuple[Cell, ...]:
 
 def absent(view: View, row: str, decoding: Decoding) -> Missing:
     """Why a row has no replies under a decoding."""
-    if decoding == "greedy" and view.kind(row) == "best_of_n":
-        return Missing("greedy decoding leaves best-of-n nothing to choose from")
+    if decoding == "greedy" and view.reranked(row) is not None:
+        return Missing(f"greedy decoding leaves {view.method(row).label} nothing to choose from")
     return view.absent(row)
 
 
@@ -137,12 +136,17 @@ def _nll_per_token(reply: Evaluated) -> float:
 def _kl_cell(view: View, row: str, decoding: Decoding) -> Cell:
     if row in GIVEN:
         return Cell.of(_NO_MODEL)
-    if view.kind(row) == "best_of_n":
-        n = getattr(view.methods[row], "n", 1)
-        return Cell.of(Missing(f"{_WEIGHTLESS.reason}; for n = {n} its KL is at most {best_of_n_kl(n):.2f}"))
+    if (n := view.reranked(row)) is not None:
+        bound = f"for n = {n} its KL is at most {best_of_n_kl(n):.2f}"
+        return Cell.of(Missing(f"{_no_weights(view, row).reason}; {bound}"))
     if decoding != "sample":
         return Cell.of(Missing("a KL is a mean over sampled replies"))
     return Cell.of(view.mean(row, decoding, "kl"))
+
+
+def _no_weights(view: View, row: str) -> Missing:
+    label = view.method(row).label
+    return Missing(f"{label} has no log-probabilities of its own: it reranks the initial policy's samples")
 
 
 def _distinct(block: Block[Evaluated]) -> Cell:
@@ -288,7 +292,7 @@ def candidates_table(view: View) -> Table:
 
 def samples_as(view: View, row: str) -> Cell:
     """The paper's name for where a row's candidates come from."""
-    if row not in view.methods or "candidates" not in view.methods[row].requires:
+    if row not in view.methods or candidates_of(view.methods[row]) is None:
         return Cell.of(Missing("it is not trained on candidates"))
     return Cell.of(view.sampling_policy(row) or Missing("none of the paper's sampling policies"))
 
@@ -297,8 +301,8 @@ def accuracy(view: View, row: str) -> Found:
     """Share of held-out pairs that a row's p_i orders as the labels do."""
     if row in GIVEN:
         return _NO_MODEL
-    if view.kind(row) == "best_of_n":
-        return _WEIGHTLESS
+    if view.reranked(row) is not None:
+        return _no_weights(view, row)
     block = view.pairs.get(row)
     if block is None:
         return view.absent(row)

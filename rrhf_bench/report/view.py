@@ -14,7 +14,6 @@ from typing import Generic, Literal, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 
-from rrhf_bench.evaluation.claims import DECODING_WORDS
 from rrhf_bench.evaluation.statistics import (
     Estimate,
     Floats,
@@ -25,7 +24,8 @@ from rrhf_bench.evaluation.statistics import (
 )
 from rrhf_bench.pipeline.results import RunRecords
 from rrhf_bench.records import Candidates, CurvePoint, Decoding, Evaluated, PairScored, PoolScored, Prompt
-from rrhf_bench.report.table import Missing
+from rrhf_bench.registry import Method, find
+from rrhf_bench.report.table import DECODING_WORDS, Missing
 from rrhf_bench.seeding import generator
 from rrhf_bench.settings.candidates import recipe_of
 from rrhf_bench.settings.methods import MethodSettings, candidates_of
@@ -35,7 +35,6 @@ Found: TypeAlias = Estimate | Missing
 
 BASE = "base"
 GIVEN = ("chosen", "rejected")
-OWN_PART = "Alpaca"  # the part of [policy] in a run whose policies name none
 PAPER_FIRST: tuple[Decoding, ...] = ("greedy", "sample")
 REWARDS: tuple[Measure, ...] = ("reward", "gold")
 ABSENT = Missing("the run holds no such records of this row")
@@ -196,23 +195,6 @@ class View:
         rows = [row for row in self.methods if self.initial(row) == initial]
         return [row for row in rows if kind in (None, self.kind(row))]
 
-    @property
-    def reviews(self) -> bool:
-        """Whether the run writes film reviews, which the paper's Table 10 is about and its other tables are not."""
-        data = self.experiment.data
-        return data.source == "toy-reviews" or "imdb" in data.source.lower()
-
-    def part(self, row: str) -> str | None:
-        """Whose published rows on HH stand beside a row's: that of its initial policy."""
-        if self.reviews:
-            return None
-        settings = {BASE: self.experiment.policy, **self.experiment.policies}
-        named = any(policy.part for policy in settings.values())
-        initial = self.initial(row)
-        if initial not in settings:
-            return None
-        return settings[initial].part or (OWN_PART if initial == BASE and not named else None)
-
     def sampling_policy(self, row: str) -> str | None:
         """The paper's name for where a row's candidates come from, where it has one."""
         candidates = candidates_of(self.methods[row]) if row in self.methods else None
@@ -244,12 +226,15 @@ class View:
         plain = {self.plain_row(rows) for rows in self._ways.values()}
         return tuple(row for row in self.methods if row in plain)
 
-    def alike(self, *but: str) -> list[list[str]]:
-        """The RRHF rows that differ in no setting except ``but``, in groups, each in the file's order."""
+    def rows_differing_only_in(self, *keys: str) -> list[list[str]]:
+        """Return the rows of one kind that differ in no setting except ``keys``, in groups, each in the file's order.
+
+        Rows whose kind lacks one of the keys are left out.
+        """
         groups: dict[str, list[str]] = defaultdict(list)
         for row, settings in self.methods.items():
-            if self.kind(row) == "rrhf":
-                groups[repr(settings.model_dump(exclude=set(but)))].append(row)
+            if set(keys) <= type(settings).model_fields.keys():
+                groups[repr(settings.model_dump(exclude=set(keys)))].append(row)
         return [rows for rows in groups.values() if len(rows) > 1]
 
     def dev_reward(self, row: str, decoding: Decoding) -> float | None:
@@ -291,9 +276,16 @@ class View:
         """The method's kind in the registry; the row's own name where it is no method."""
         return self.methods[row].kind if row in self.methods else row
 
-    def first(self, kind: str) -> str | None:
-        """The first method of this kind in the experiment file."""
-        return next((row for row in self.methods if self.kind(row) == kind), None)
+    def method(self, row: str) -> Method:
+        """Return the traits of a row's method in the registry: label, colour, marker, family."""
+        return find(self.methods[row].kind)
+
+    def reranked(self, row: str) -> int | None:
+        """Return n if the row picks the best of n samples of its initial policy by reward, or None."""
+        settings = self.methods.get(row)
+        if settings is None or settings.family != "inference" or "reward" not in settings.requires:
+            return None
+        return int(getattr(settings, "n", 1))
 
     def one_model(self, row: str) -> bool:
         """An initial policy is one model whatever the training seed: a single row of it stands against all of them."""

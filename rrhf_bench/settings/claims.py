@@ -1,230 +1,203 @@
-"""Settings of the claims that a run tests: tables [claims.NAME] of an experiment file."""
+"""Settings of the claims that a run tests: tables [claims.NAME] of an experiment file.
+
+There is one class for each statistic: a difference, an equivalence, a correlation over rows, and a compound claim on
+over-optimisation.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Annotated, ClassVar, Literal, Self
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Literal, Self, TypeVar
 
 from pydantic import Field, model_validator
 
 from rrhf_bench.settings.base import Settings
 
-BASE = "base"
 Margin = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
-Some = Annotated[tuple[str, ...], Field(strict=False, min_length=1)]
+Rows = Annotated[tuple[str, ...], Field(strict=False, min_length=1)]
+Number = Annotated[float, Field(allow_inf_nan=False)]
+
+MEASURES: Mapping[str, str] = {
+    "reward": "proxy reward",
+    "gold": "gold reward",
+    "nll": "NLL per token",
+    "kl": "KL",
+    "accuracy": "accuracy of p_i",
+    "spread": "standard deviation of the training scores",
+}
+Measure = Literal["reward", "gold", "nll", "kl", "accuracy", "spread"]
 
 
 class ClaimSettings(Settings):
-    """One claim. ``margin`` says how much is asked for, or forgiven; each class says of what, and in which unit.
+    """One claim. Each class says what ``margin`` is of, and in which unit.
 
     Keys that name rows hold names of [methods], "base", or the name of an initial policy.
     """
 
-    decoded: ClassVar[bool] = True  # one result a decoding; False: replies do not enter
-
     kind: str
     margin: Margin
+    says: str | None = None  # the claim in words; by default made from the keys
+
+    @property
+    def decoded(self) -> bool:
+        """Return whether replies enter, so that there is one result a decoding."""
+        return True
 
     @property
     def sentence(self) -> str:
-        """What is claimed, in our words."""
-        raise AssertionError("every claim has its sentence")
+        """Return what is claimed, in words."""
+        return self.says or self._sentence()
 
     def rows(self) -> tuple[str, ...]:
-        """The rows it names, each once, in the order of its keys."""
+        """Return the rows that the claim names, each once, in the order of its keys."""
         return tuple(dict.fromkeys(self._named()))
 
     def _named(self) -> Iterator[str]:
         raise AssertionError("every claim names its rows")
 
+    def _sentence(self) -> str:
+        raise AssertionError("every claim has its sentence")
 
-class _Reaches(ClaimSettings):
-    """Rows of two methods, of each of which the best on the dev prompts stands for it."""
 
-    rrhf: Some
-    ppo: Some
+class DifferenceSettings(ClaimSettings):
+    """``higher`` minus ``lower`` exceeds ``margin``, or under test = "non-inferiority" -``margin``, in the measure.
+
+    The margin is in the unit of the measure: reward, nats a token (nll), nats (kl), share of held-out pairs (accuracy).
+    """
+
+    kind: Literal["difference"] = "difference"
+    # A row, a number such as 0.5 for chance, or several rows, for which the best one on the dev prompts stands.
+    higher: str | Number | Rows
+    lower: str | Number | Rows
+    measure: Measure = "reward"
+    test: Literal["superiority", "non-inferiority"] = "superiority"
+
+    @property
+    def decoded(self) -> bool:
+        return self.measure not in ("accuracy", "spread")
+
+    @property
+    def threshold(self) -> float:
+        return self.margin if self.test == "superiority" else -self.margin
 
     def _named(self) -> Iterator[str]:
-        yield from (*self.rrhf, *self.ppo)
+        for side in (self.higher, self.lower):
+            yield from rows_of(side)
+
+    def _sentence(self) -> str:
+        higher, lower = (", ".join(rows_of(side)) or f"{side:g}" for side in (self.higher, self.lower))
+        more = "a higher" if self.test == "superiority" else "no lower"
+        return f"{higher} has {more} {MEASURES[self.measure]} than {lower}."
 
     @model_validator(mode="after")
-    def _apart(self) -> Self:
-        both = [row for row in self.rrhf if row in self.ppo]
+    def _comparable(self) -> Self:
+        both = [row for row in rows_of(self.higher) if row in rows_of(self.lower)]
         if both:
-            raise ValueError(f"ppo: found {both[0]!r} on both sides; a row cannot be compared with itself")
+            raise ValueError(f"lower: found {both[0]!r} on both sides; a row cannot be compared with itself")
+        if not (rows_of(self.higher) and rows_of(self.lower)):
+            if isinstance(self.higher, float) and isinstance(self.lower, float):
+                raise ValueError("lower: found a number on both sides; expected a row on one")
+            if self.measure == "spread":
+                raise ValueError('measure: "spread" compares the candidates of two rows; name two')
+        if not self.decoded and max(len(rows_of(side)) for side in (self.higher, self.lower)) > 1:
+            raise ValueError(f'measure: "{self.measure}" has no decoding to pick a row by; name one row on each side')
         return self
 
 
-class _Pair(ClaimSettings):
-    """A row against another."""
+class EquivalenceSettings(ClaimSettings):
+    """The reward of ``row`` is within ``margin``, on either side, of ``reference``'s."""
 
+    kind: Literal["equivalence"] = "equivalence"
     row: str
-    reference: str
-
-    def _named(self) -> Iterator[str]:
-        yield from (self.row, self.reference)
-
-    @model_validator(mode="after")
-    def _apart(self) -> Self:
-        if self.row == self.reference:
-            raise ValueError(f"reference: found {self.row!r} on both sides; a row cannot be compared with itself")
-        return self
-
-
-class RRHFReachesPPOSettings(_Reaches):
-    """``margin``: proxy reward by which RRHF may stay below PPO and still count as level with it."""
-
-    kind: Literal["rrhf_reaches_ppo"] = "rrhf_reaches_ppo"
-
-    @property
-    def sentence(self) -> str:
-        return f"RRHF ({', '.join(self.rrhf)}) reaches the reward of PPO ({', '.join(self.ppo)})."
-
-
-class BestOfNLearnerSettings(ClaimSettings):
-    """``margin``: proxy reward by which the model may miss its best candidate, on either side, and count as equal."""
-
-    kind: Literal["best_of_n_learner"] = "best_of_n_learner"
-    row: str
-
-    @property
-    def sentence(self) -> str:
-        return f"{self.row} learns best-of-n: its reward comes to the best of its candidates (Eq. 7)."
+    reference: str | None = None  # a row; none: the best of the row's own candidates on the same prompts (Eq. 7)
 
     def _named(self) -> Iterator[str]:
         yield self.row
+        if self.reference is not None:
+            yield self.reference
+
+    def _sentence(self) -> str:
+        return f"The reward of {self.row} comes to that of {self.reference or 'the best of its candidates'}."
+
+    @model_validator(mode="after")
+    def _apart(self) -> Self:
+        return _two_rows(self, self.row, self.reference)
 
 
-class _OverRows(ClaimSettings):
+class CorrelationSettings(ClaimSettings):
+    """The rank correlation, over rows, of test reward with the training candidates exceeds ``margin``."""
+
+    kind: Literal["correlation"] = "correlation"
     margin: Annotated[float, Field(ge=0.0, lt=1.0)]
     over: Annotated[tuple[str, ...], Field(strict=False, min_length=3)]  # rows that are trained on candidates
+    measure: Literal["best_candidate", "mean_candidate"] = "mean_candidate"  # mean over prompts of the best, or of all
 
     def _named(self) -> Iterator[str]:
         yield from self.over
 
-
-class BestOfNOverRowsSettings(_OverRows):
-    """``margin``: the rank correlation, over rows, that must be exceeded."""
-
-    kind: Literal["best_of_n_over_rows"] = "best_of_n_over_rows"
-
-    @property
-    def sentence(self) -> str:
-        return "The test reward follows the mean of the best candidates (Eq. 7 over sampling policies)."
+    def _sentence(self) -> str:
+        what = "mean of the best candidates" if self.measure == "best_candidate" else "mean of the candidates"
+        return f"The test reward follows the {what}."
 
 
-class SamplingQualitySettings(_OverRows):
-    """``margin``: the rank correlation, over rows, that must be exceeded."""
+class CompoundSettings(ClaimSettings):
+    """From ``reference`` to ``row`` the quality of the text rises or falls, and the proxy reward too if it is named.
 
-    kind: Literal["reward_rises_with_sampling_quality"] = "reward_rises_with_sampling_quality"
+    Quality is the gold reward, or if the run has none the likelihood of the text. ``margin``: reward, proxy and gold
+    alike; ``nll_margin``: nats a token.
+    """
 
-    @property
-    def sentence(self) -> str:
-        return "The better the candidates are on average, the higher the test reward."
-
-
-class OrderedSettings(ClaimSettings):
-    """``margin``: reward by which ``higher`` must exceed ``lower``; 0 asks for any excess."""
-
-    kind: Literal["ordered"] = "ordered"
-    higher: str
-    lower: str
-    measure: Literal["reward", "gold"] = "reward"  # the proxy, which methods optimise, or the gold reward
-    says: str | None = None  # the claim in words, where the order of two rows is not what one wants to say
-
-    @property
-    def sentence(self) -> str:
-        what = "proxy" if self.measure == "reward" else "gold"
-        return self.says or f"{self.higher} has a higher {what} reward than {self.lower}."
+    kind: Literal["compound"] = "compound"
+    row: str
+    reference: str
+    quality: Literal["rises", "falls"]
+    proxy: Literal["rises", "falls"] | None = None
+    nll_margin: Margin = 0.0
 
     def _named(self) -> Iterator[str]:
-        yield from (self.higher, self.lower)
+        yield from (self.row, self.reference)
+
+    def _sentence(self) -> str:
+        proxy = f"the proxy reward {self.proxy} and " if self.proxy else ""
+        likely = "more" if self.quality == "rises" else "less"
+        quality = f"the gold reward {self.quality} or the text grows {likely} likely"
+        return f"From {self.reference} to {self.row} {proxy}{quality}."
 
     @model_validator(mode="after")
     def _apart(self) -> Self:
-        if self.higher == self.lower:
-            raise ValueError(f"lower: found {self.lower!r} on both sides; a row cannot be compared with itself")
-        return self
+        return _two_rows(self, self.row, self.reference)
 
 
-class OveroptimisesSettings(_Pair):
-    """``margin``: reward, proxy gained and gold lost alike; ``nll_margin``: nats a token."""
-
-    kind: Literal["overoptimises"] = "overoptimises"
-    nll_margin: Margin = 0.0
-
-    @property
-    def sentence(self) -> str:
-        return (
-            f"{self.row} over-optimises: against {self.reference} its proxy reward rises, and its gold reward falls "
-            "or its text grows less likely."
-        )
+def rows_of(side: str | float | tuple[str, ...]) -> tuple[str, ...]:
+    """Return the rows of one side of a difference; none for a number."""
+    return side if isinstance(side, tuple) else () if isinstance(side, float) else (side,)
 
 
-class KLRepairsSettings(_Pair):
-    """``row`` has the KL penalty that ``reference`` lacks. ``margin``: gold reward; ``nll_margin``: nats a token."""
-
-    kind: Literal["kl_repairs"] = "kl_repairs"
-    nll_margin: Margin = 0.0
-
-    @property
-    def sentence(self) -> str:
-        return (
-            f"The KL penalty repairs over-optimisation: {self.row} has a higher gold reward or more likely text than "
-            f"{self.reference}."
-        )
+C = TypeVar("C", bound=ClaimSettings)
 
 
-class SpreadShrinksSettings(_Pair):
-    """``margin``: reward by which the standard deviation of ``row``'s candidates must stay below ``reference``'s."""
-
-    decoded: ClassVar[bool] = False
-
-    kind: Literal["spread_shrinks"] = "spread_shrinks"
-
-    @property
-    def sentence(self) -> str:
-        return f"The rewards of the training candidates spread less for {self.row} than for {self.reference}."
-
-
-class BetterRewardModelSettings(_Pair):
-    """``margin``: share of held-out pairs (0.05: five points) by which ``row``'s accuracy must exceed."""
-
-    decoded: ClassVar[bool] = False
-
-    kind: Literal["better_reward_model"] = "better_reward_model"
-    reference: str = BASE
-
-    @property
-    def sentence(self) -> str:
-        return f"As a reward model, {self.row} orders held-out pairs better than {self.reference}."
-
-
-class BaseBelowChanceSettings(ClaimSettings):
-    """``margin``: share of held-out pairs by which the accuracy must stay below one half."""
-
-    decoded: ClassVar[bool] = False
-
-    kind: Literal["base_below_chance"] = "base_below_chance"
-    row: str = BASE
-
-    @property
-    def sentence(self) -> str:
-        return f"As a reward model, {self.row} orders held-out pairs worse than chance."
-
-    def _named(self) -> Iterator[str]:
-        yield self.row
+def _two_rows(claim: C, row: str, reference: str | None) -> C:
+    if row == reference:
+        raise ValueError(f"reference: found {row!r} on both sides; a row cannot be compared with itself")
+    return claim
 
 
 CLAIMS: dict[str, type[ClaimSettings]] = {
-    "rrhf_reaches_ppo": RRHFReachesPPOSettings,
-    "best_of_n_learner": BestOfNLearnerSettings,
-    "best_of_n_over_rows": BestOfNOverRowsSettings,
-    "reward_rises_with_sampling_quality": SamplingQualitySettings,
-    "ordered": OrderedSettings,
-    "overoptimises": OveroptimisesSettings,
-    "kl_repairs": KLRepairsSettings,
-    "spread_shrinks": SpreadShrinksSettings,
-    "better_reward_model": BetterRewardModelSettings,
-    "base_below_chance": BaseBelowChanceSettings,
+    "difference": DifferenceSettings,
+    "equivalence": EquivalenceSettings,
+    "correlation": CorrelationSettings,
+    "compound": CompoundSettings,
+}
+# How a claim of an earlier kind is written: shown where one is refused.
+EARLIER_KINDS: Mapping[str, str] = {
+    "ordered": 'kind = "difference"',
+    "rrhf_reaches_ppo": 'kind = "difference", test = "non-inferiority", higher, lower',
+    "better_reward_model": 'kind = "difference", measure = "accuracy", higher, lower',
+    "base_below_chance": 'kind = "difference", measure = "accuracy", higher = 0.5, lower',
+    "spread_shrinks": 'kind = "difference", measure = "spread", higher (the wider), lower',
+    "best_of_n_learner": 'kind = "equivalence"',
+    "best_of_n_over_rows": 'kind = "correlation", measure = "best_candidate"',
+    "reward_rises_with_sampling_quality": 'kind = "correlation", measure = "mean_candidate"',
+    "overoptimises": 'kind = "compound", proxy = "rises", quality = "falls"',
+    "kl_repairs": 'kind = "compound", quality = "rises"',
 }

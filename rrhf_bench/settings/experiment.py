@@ -279,8 +279,11 @@ class EvaluationSettings(Settings):
 class ReportSettings(Settings):
     """Name the comparisons that get a verdict. The table decides no artifact and enters no key."""
 
+    # The trained row that the others are compared with; None: the first one. Rows that start from another initial
+    # policy are compared with the first row of the same kind that starts there.
+    against: str | None = None
     # Pairs of rows, such as [["ppo", "rrhf"], ["rrhf", "base"]]: the comparisons that get a verdict. None: each trained
-    # row against the first RRHF row and against its initial policy.
+    # row against the row above and against its initial policy.
     primary: Annotated[tuple[Annotated[tuple[str, str], Field(strict=False)], ...] | None, Field(strict=False)] = None
 
 

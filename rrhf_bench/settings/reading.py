@@ -23,7 +23,7 @@ from rrhf_bench.settings.candidates import (
     SampledCandidates,
     merge,
 )
-from rrhf_bench.settings.claims import CLAIMS, ClaimSettings
+from rrhf_bench.settings.claims import CLAIMS, EARLIER_KINDS, ClaimSettings
 from rrhf_bench.settings.experiment import FILE, NAME, Experiment, ModelSource, SamplingSettings
 from rrhf_bench.settings.methods import MethodSettings
 from rrhf_bench.settings.validation import contradictions
@@ -177,7 +177,7 @@ def _validate(table: dict[str, Any], faults: list[str]) -> Experiment | None:
         if method is not None:
             methods[name] = method
     claims: dict[str, ClaimSettings] = {}
-    for name, of_claim in _tables(table.get("claims", {}), "claims", "[claims.ordered]", faults).items():
+    for name, of_claim in _tables(table.get("claims", {}), "claims", "[claims.difference]", faults).items():
         claim = _claim(f"claims.{name}", of_claim, faults) if _nameable("claims", name, faults) else None
         if claim is not None:
             claims[name] = claim
@@ -272,7 +272,9 @@ def _claim(where: str, table: Any, faults: list[str]) -> ClaimSettings | None:
         return None
     kind = table.get("kind", name)
     if not isinstance(kind, str) or kind not in CLAIMS:
-        faults.append(f"{where}.kind: found {kind!r}; allowed are {', '.join(CLAIMS)}{nearest(str(kind), CLAIMS)}")
+        form = EARLIER_KINDS.get(kind) if isinstance(kind, str) else None
+        hint = f"; write {form}" if form else nearest(str(kind), CLAIMS)
+        faults.append(f"{where}.kind: found {kind!r}; allowed are {', '.join(CLAIMS)}{hint}")
         return None
     try:
         return CLAIMS[kind].model_validate({**table, "kind": kind})

@@ -53,6 +53,12 @@ def contradictions(experiment: Experiment, unread: Collection[str]) -> Iterator[
         for row in claim.rows():
             if row not in (*rows, *unread):
                 yield f"claims.{name}: found the row {row!r}; allowed are {', '.join(rows)}{nearest(row, rows)}"
+    against, trained = experiment.report.against, _that_train(experiment)
+    if against is not None and against not in (*trained, *unread):
+        yield (
+            f"report.against: found {against!r}; expected a row that trains ({', '.join(trained)})"
+            f"{nearest(against, trained)}"
+        )
     named = experiment.report.primary or ()
     for i, pair in enumerate(named):
         for row in pair:

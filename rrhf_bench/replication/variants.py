@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 
 from rrhf_bench.records import Decoding
 from rrhf_bench.report.comparisons import compare
-from rrhf_bench.report.table import Cell, Column, Missing, Table, interval, markdown, number
+from rrhf_bench.report.table import DECODING_WORDS, Cell, Column, Missing, Table, interval, markdown, number
 from rrhf_bench.report.tables import accuracy, likelihood_cells, right
-from rrhf_bench.report.view import DECODING_WORDS, MEASURE_WORDS, Found, Measure, View, paired
+from rrhf_bench.report.view import MEASURE_WORDS, Found, Measure, View, paired
 from rrhf_bench.settings.methods import candidates_of
 from rrhf_bench.training.rrhf_settings import RRHFSettings
 
@@ -31,12 +31,11 @@ _MEASURES: tuple[Measure, ...] = ("reward", "gold", "tokens")
 
 
 def variant_groups(view: View) -> list[list[str]]:
-    """Rows that differ in ``variant`` alone and train on the same candidates, ``paper`` first."""
+    """Return the rows that differ in ``variant`` alone and train on the same candidates, ``paper`` first."""
     groups = []
-    for rows in view.alike("variant"):
+    for rows in view.rows_differing_only_in("variant"):
         candidates = candidates_of(view.methods[rows[0]])
-        assert candidates is not None
-        if not candidates.refresh and candidates.rounds == 1:  # else each has sampled its own candidates
+        if candidates and not candidates.refresh and candidates.rounds == 1:  # else each has sampled its own candidates
             rows = sorted(rows, key=lambda row: list(COMPUTES).index(_variant(view, row)))
             if _variant(view, rows[0]) == REFERENCE and len(rows) > 1:
                 groups.append(rows)
@@ -50,7 +49,7 @@ def _variant(view: View, row: str) -> str:
 
 
 def variants_table(view: View) -> Table | None:
-    """Each reading's rewards, length, p_i accuracy and perplexity, and its paired differences to ``paper``."""
+    """Return each reading's rewards, length, p_i accuracy and perplexity, and its paired differences to ``paper``."""
     groups = variant_groups(view)
     measures = [measure for measure in _MEASURES if measure in (*view.measures, "tokens")]
     columns = [Column("method"), Column("variant"), Column("decoding")]
@@ -106,7 +105,7 @@ def _accuracy_differences(view: View, group: Sequence[str]) -> dict[str, Found]:
 
 
 def variant_sentences(view: View) -> list[str]:
-    """Markdown: what each variant computes, then what this run's numbers say of it."""
+    """Return what each variant computes, then its differences in this run, as Markdown sentences."""
     groups = variant_groups(view)
     here = list(dict.fromkeys(_variant(view, row) for group in groups for row in group))
     sentences = [f"**{variant}**: {markdown(COMPUTES[variant])}." for variant in here]

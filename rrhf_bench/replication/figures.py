@@ -1,0 +1,55 @@
+"""The figures of the RRHF paper beside this run: Figure 3, and the points of Table 6."""
+
+from __future__ import annotations
+
+from rrhf_bench.replication.counterparts import RRHF, counterpart
+from rrhf_bench.replication.paper import figure3_curve, table6
+from rrhf_bench.report.drawing import Drawn, Made, colours, legend_above, legend_key, new_panels
+from rrhf_bench.report.figures import (
+    LOSS_WORDS,
+    QUALITY_WORDS,
+    decoding_keys,
+    finish_loss_panels,
+    loss_panels,
+    quality_panel,
+)
+from rrhf_bench.report.view import View
+
+_SHADES = {"LLaMA": "#b5b5b5", "Alpaca": "#000000", "Alpaca-sft": "#6b6b6b"}  # of the published points
+
+
+def loss_and_reward(view: View) -> Made | None:
+    """Return Figure 3: loss and reward of the row that samples as DP, or of the first RRHF row, beside the paper's."""
+    dp = counterpart(view, "Alpaca", "RRHF_DP")
+    row = dp if isinstance(dp, str) else next(row for row in view.methods if view.kind(row) == RRHF)
+    if not any(name == row and log for (name, _), log in view.records.training.items()):
+        return None
+    figure, axes = new_panels(2, 2, height=3.3, width=4.6)
+    (above, their_loss), (below, their_reward) = axes
+    loss_panels(above, below, view, row, colours(view)[row])
+    published = figure3_curve()
+    steps = [point.step for point in published]
+    their_loss.plot(steps, [point.loss_relative for point in published], "o-", color="black", markersize=2.5)
+    their_loss.set_title("paper, Figure 3 (DP)\nloss (relative height)")
+    their_reward.plot(steps, [point.reward for point in published], "o-", color="black", markersize=2.5)
+    finish_loss_panels([(above, below), (their_loss, their_reward)], across=2)
+    legend_above(figure, decoding_keys(view))
+    left = row if row == dp else f"{row}, which does not sample as DP"
+    caption = (
+        f"{LOSS_WORDS} Left: {left}. Right: Figure 3 of 2304.05302v2 (Alpaca, DP), read from the plot; its loss axis "
+        "has no labels, and its rewards are on another scale."
+    )
+    return Drawn("figure3", "Loss and reward while training (Figure 3 of the RRHF paper)", caption), figure
+
+
+def published_quality() -> Made:
+    """Return the paper's own points of test reward against the quality of training candidates."""
+    published = [row for row in table6() if row.train_mean is not None and row.setting != "IP-1"]  # IP-1 repeats DP
+    figure, axes = new_panels(1, 1, height=3.5, width=3.6)
+    points = [(row.train_mean or 0.0, row.train_max or 0.0, row.test_reward, _SHADES[row.rho]) for row in published]
+    quality_panel(axes[0][0], "paper, Table 6", points, "paper")
+    axes[0][0].set_ylabel("test reward")
+    handles = [legend_key(rho, shade, marker="s") for rho, shade in _SHADES.items()]
+    axes[0][0].legend(handles=handles, loc="lower right", handletextpad=0.2, labelspacing=0.2)
+    caption = f"{QUALITY_WORDS} The published points (2304.05302v2), on another reward scale than this run's."
+    return Drawn("table6_points", "Test reward against sampling quality in the paper", caption), figure
