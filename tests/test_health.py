@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -213,9 +212,3 @@ def test_the_count_stands_under_every_table_of_the_page(records: RunRecords, tmp
     for path in (folder / "tables").glob("*.md"):
         assert path.read_text(encoding="utf-8").count("Counted over all rows and seeds") == 1, path.name
     assert "on the way: duplicates 12, cut at length 3" in note
-
-
-def test_the_metrics_that_are_looked_at_are_those_that_ppo_writes() -> None:
-    source = (Path(__file__).parents[1] / "baselines" / "ppo.py").read_text()
-    for name in START:
-        assert json.dumps(name) in source, name

@@ -29,6 +29,7 @@ from rrhf_bench.seeding import torch_seed
 from rrhf_bench.training.method import Progress, TrainContext, TrainInputs
 from rrhf_bench.training.on_policy import OnPolicyTrainer
 from rrhf_bench.training.rollouts import cycle_prompts
+from tests.test_health import START
 
 PROMPTS = [
     Prompt(f"\n\nHuman: {a} {b}\n\nAssistant:") for a in ("ab", "cd", "abcd") for b in ("dead", "bad", "add", "b")
@@ -148,6 +149,7 @@ def test_reward_rises_and_the_run_reports_it() -> None:
     assert run.watched[-1] == Progress(1.0, result.steps, result.sampled_tokens)
     assert all(np.isfinite(list(row.values())).all() for row in run.log)
     assert run.log[-1]["objective/kl"] > 0.1
+    assert set(START) <= set(run.log[0])  # what a report looks at to see a collapse
 
 
 def test_replies_shorten_where_length_is_charged_for() -> None:

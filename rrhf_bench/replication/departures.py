@@ -129,7 +129,7 @@ _PAPER: Mapping[str, Mapping[str, str]] = {
     },
     "ppo": {
         "lr": "8e-06", "schedule": "constant", "kl": "adaptive", "kl_coefficient": "0.05", "value_coefficient": "1",
-        "reward_scale": "running", "missing_eos": "none", "eps": "1e-08", "rollouts": "64", "ppo_epochs": "4",
+        "reward_scale": "running", "missing_eos": "none", "eps": "1e-08", "rollouts": "64", "update_epochs": "4",
         "weight_decay": "1e-06",
     },
     "best_of_n": {"n": "4"},
