@@ -120,8 +120,7 @@ def measure(workload: Workload, record: Mapping[str, Any], *, memory: bool, cons
 def reference(
     workload: Workload, found: Mapping[str, Results], groups: Sequence[Group], *, seed: int, device: torch.device
 ) -> tuple[Results, Errors]:
-    """What all sides are held to, and how closely: in float32 the released computation; in half precision the same in
-    float32 on the same weights."""
+    """Return the results that all sides must agree with, the released computation in float32, and the bound."""
     if workload.dtype == torch.float32:
         return found[RELEASED], FLOAT32
     model = make_model(workload.shape, seed=seed, dtype=workload.dtype, device=device).float()

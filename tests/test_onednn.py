@@ -11,7 +11,7 @@ import torch
 from baselines.sft import sft_loss
 from rrhf_bench.policy import onednn
 from rrhf_bench.policy.adapters import add_adapters
-from rrhf_bench.settings import LoraSettings
+from rrhf_bench.settings.methods import LoraSettings
 from tests.architectures import PACKED, made
 from tests.test_packing import defined, gradient, policy_of, ragged, relative
 

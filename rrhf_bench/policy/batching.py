@@ -1,9 +1,9 @@
-"""What a policy is asked about: responses to prompts as token ids, and the two layouts of them that a model is fed.
+"""Batches of responses to prompts as token ids, and the two layouts in which a model is fed with them.
 
-A ``ResponseBatch`` says which tokens, not how they are laid out: every prompt once, every response with the prompt it
-belongs to. ``pack`` feeds every prompt once, its responses behind it, each at the positions that follow the prompt;
-``padded`` is the plain layout: prompt + response a row, padding on the right. In both, a response's last token is not
-fed: nothing is predicted from it.
+A ``ResponseBatch`` holds every prompt once, and every response with the index of its prompt. ``pack`` lays out every
+prompt once, followed by its responses, each at the positions that follow the prompt. ``padded`` is the plain layout:
+prompt + response in a row, padding on the right. Neither layout has the last token of a response, because nothing is
+predicted from it.
 
 Letters: B responses, T tokens of the longest, L tokens of a pack (or of a padded row), N response tokens in all.
 """
@@ -38,31 +38,31 @@ class ResponseBatch:
 
     @classmethod
     def of_pairs(cls, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], temperature: float = 1.0) -> ResponseBatch:
-        """A batch from (prompt ids, response ids) pairs; equal prompts are held once."""
+        """Return a batch of (prompt ids, response ids) pairs; equal prompts are held once."""
         index: dict[tuple[int, ...], int] = {}
         prompt_of = tuple(index.setdefault(tuple(prompt), len(index)) for prompt, _ in pairs)
         return cls(tuple(index), tuple(tuple(response) for _, response in pairs), prompt_of, temperature)
 
     @cached_property
     def lengths(self) -> tuple[int, ...]:
-        """Response tokens of each row."""
+        """Return the number of response tokens of each row."""
         return tuple(map(len, self.response_ids))
 
     @cached_property
     def mask_BT(self) -> Tensor:
-        """(B, T) bool on the CPU, True at real response tokens; T is the longest response."""
+        """Return the (B, T) mask, on the CPU, which is True at real response tokens."""
         return torch.arange(max(self.lengths)) < torch.tensor(self.lengths)[:, None]
 
     @cached_property
     def first_of(self) -> tuple[int, ...]:
-        """For each row the first one with the same prompt and response: those that are their own first are computed."""
+        """Return for each row the first row with the same prompt and response, which alone is computed."""
         first: dict[tuple[int, tuple[int, ...]], int] = {}
         return tuple(
             first.setdefault(pair, row) for row, pair in enumerate(zip(self.prompt_of, self.response_ids, strict=True))
         )
 
     def fed(self, *, packed: bool) -> int:
-        """Tokens that a model is fed for this batch, padding apart: prompts once, or before every response."""
+        """Return the number of tokens fed for this batch without padding: prompts once, or before every response."""
         rows = [row for row, first in enumerate(self.first_of) if row == first]
         prompts = [self.prompt_of[row] for row in rows]
         fed = sum(len(self.prompt_ids[prompt]) for prompt in (set(prompts) if packed else prompts))
@@ -70,12 +70,12 @@ class ResponseBatch:
 
     @cached_property
     def longest(self) -> int:
-        """Tokens of the longest prompt and response together."""
+        """Return the tokens of the longest prompt and response together."""
         return max(len(self.prompt_ids[p]) + n for p, n in zip(self.prompt_of, self.lengths, strict=True))
 
 
 def within(sizes: Sequence[int], tokens: int) -> list[list[int]]:
-    """The indices of ``sizes``, in order, in runs of at most ``tokens`` together; one that is larger is a run alone."""
+    """Return the indices of ``sizes``, in order, in runs of at most ``tokens``; a larger size is a run alone."""
     runs: list[list[int]] = []
     room = 0
     for index, size in enumerate(sizes):
@@ -106,7 +106,7 @@ class Prefixes:
 
     @property
     def length(self) -> int:
-        """Positions of the pack."""
+        """Return the number of positions of the pack."""
         return self.segments[-1][1]
 
     @cached_property
@@ -153,7 +153,7 @@ class Pack:
 
 
 def pack(batch: ResponseBatch, tokens: int) -> list[Pack]:
-    """The different responses of a batch, each prompt fed once, in packs of at most ``tokens`` tokens.
+    """Return packs of at most ``tokens`` tokens with the different responses of a batch, each prompt fed once.
 
     A prompt whose responses do not fit in one pack is fed once for every part of them. A response is never cut: one
     that is longer than ``tokens`` makes a longer pack.
@@ -214,7 +214,7 @@ class PaddedLayout:
 
 
 def padded(batch: ResponseBatch, rows: Sequence[int], pad_id: int, device: torch.device) -> PaddedLayout:
-    """The plain layout of some rows of a batch."""
+    """Return the plain layout of some rows of a batch."""
     ids = [batch.prompt_ids[batch.prompt_of[row]] + batch.response_ids[row][:-1] for row in rows]
     end_B = torch.tensor([len(row) for row in ids])
     start_B = end_B - torch.tensor([batch.lengths[row] for row in rows])
@@ -226,8 +226,9 @@ def padded(batch: ResponseBatch, rows: Sequence[int], pad_id: int, device: torch
 
 
 def passes(batch: ResponseBatch, tokens: int) -> list[list[int]]:
-    """The different rows of a batch in passes of like length, at most ``tokens`` padded positions each (one row at
-    least), for the padded layout.
+    """Return the different rows of a batch in passes of like length for the padded layout.
+
+    A pass has at most ``tokens`` padded positions, but at least one row.
 
     Rows of one length need no padding; a batch laid out as one rectangle is often half padding.
     """
@@ -241,7 +242,7 @@ def passes(batch: ResponseBatch, tokens: int) -> list[list[int]]:
 
 
 def places(batch: ResponseBatch, parts: Sequence[Sequence[int]]) -> Tensor:
-    """(N,) where each response token of the batch, row by row, stands in the concatenation of the parts' tokens."""
+    """Return the (N,) places of the batch's response tokens, row by row, among the concatenated tokens of the parts."""
     start, starts = 0, [0] * len(batch.lengths)
     for row in (row for part in parts for row in part):
         starts[row] = start

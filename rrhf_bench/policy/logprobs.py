@@ -16,7 +16,7 @@ LengthNorm = Literal["response", "none", "padded"]
 
 
 def gather_logprobs(logits_NV: Tensor, token_N: Tensor, temperature: float = 1.0) -> Tensor:
-    """log softmax(logits / temperature) at the given tokens, in float32 or better: (N,).
+    """Return log softmax(logits / temperature) at the given tokens, in float32 or better: (N,).
 
     ``logits_NV[i]`` is the prediction *of* ``token_N[i]`` (the shift has been done). The temperature belongs here, not
     in the sampler only: a ratio of probabilities at two temperatures is no importance weight (2403.17031, detail 7).
@@ -26,7 +26,7 @@ def gather_logprobs(logits_NV: Tensor, token_N: Tensor, temperature: float = 1.0
 
 
 def sequence_score(logp_BT: Tensor, mask_BT: Tensor, *, length_norm: LengthNorm = "response") -> Tensor:
-    """One score a response from its token log-probs: (B,).
+    """Return one score for each response from its token log-probs: (B,).
 
     ``"response"``: the mean over response tokens, p_i of RRHF (2304.05302 Eq. 1); ``"none"``: the sum, log pi(y | x);
     ``"padded"``: the sum over the width T of the batch, which depends on what else is in the batch.

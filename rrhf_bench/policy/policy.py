@@ -1,4 +1,4 @@
-"""The policy that every method trains and every sampler samples from, and its transformers implementation."""
+"""The interface of a policy, which methods train and samplers sample from, and its transformers implementation."""
 
 from __future__ import annotations
 
@@ -38,21 +38,21 @@ class ResponseStates:
 
 
 class Policy(Protocol):
-    """What every training method is written against, and nothing wider."""
+    """The interface that every training method is written against."""
 
     tokenization: Tokenization
     pass_tokens: int  # that a forward and its backward should be fed at once
 
     def fed_tokens(self, batch: ResponseBatch) -> int:
-        """Tokens that the model is fed for a batch, which is what it costs."""
+        """Return the number of tokens fed to the model for a batch, which is the cost of the batch."""
         ...
 
     def token_logprobs(self, batch: ResponseBatch) -> Tensor:
-        """(B, T) float32 log-probs of the response tokens given prompt and earlier tokens; 0 beyond each row's end."""
+        """Return (B, T) float32 log-probs of the response tokens given prompt and earlier tokens; 0 beyond each end."""
         ...
 
     def response_states(self, batch: ResponseBatch) -> ResponseStates:
-        """The same log-probs with the last hidden states at the predicting positions, one pass for both."""
+        """Return the same log-probs with the last hidden states at the predicting positions, from one pass."""
         ...
 
     def parameters(self) -> Iterable[torch.nn.Parameter]: ...
@@ -124,7 +124,7 @@ class TransformersPolicy:
         trust_remote_code: bool = False,
         computation: Computation = Computation(),
     ) -> TransformersPolicy:
-        """From a hub id or a folder. Raises DataError naming the source if it cannot be loaded."""
+        """Load from a hub id or a folder. Raises DataError naming the source if it cannot be loaded."""
         tokenizer, model = load_causal_lm(
             str(source), dtype=dtype, revision=revision, pad_token=pad_token, trust_remote_code=trust_remote_code
         )
@@ -312,12 +312,12 @@ class TransformersPolicy:
         return token_logprobs(self._head, hidden_ND, _tokens(batch, rows).to(self.device), batch.temperature)
 
     def _by_row(self, batch: ResponseBatch, value_N: Tensor) -> Tensor:
-        """(N, ...) values of the response tokens as (B, T, ...), zeros beyond each row's end."""
+        """Return (N, ...) values of the response tokens as (B, T, ...), zeros beyond each row's end."""
         return _scatter(value_N, batch.mask_BT.to(self.device))
 
     @contextmanager
     def _checkpoints(self) -> Iterator[None]:
-        """Layers forget their activations in here; elsewhere they sample, with a cache."""
+        """Let layers drop their activations in here; elsewhere they sample with a cache."""
         for layer in self._checkpointed:
             layer.training = torch.is_grad_enabled()
         try:
@@ -339,16 +339,16 @@ class TransformersPolicy:
         save_causal_lm(folder, self.model, self.tokenization.tokenizer, state)
 
     def adapt(self, lora: LoraSettings, seed: int) -> None:
-        """From here on only low-rank adapters train (2106.09685), whose product is zero at first."""
+        """Add low-rank adapters (2106.09685), whose product is zero at first. From here on only they train."""
         add_adapters(self.model, lora, seed)
         self._apply_onednn()
 
     def before_adapting(self) -> Policy:
-        """The policy with its adapters off: a reference that takes no memory. No gradients."""
+        """Return the policy with its adapters off: a reference without gradients that takes no memory."""
         return _WithoutAdapters(self)
 
     def frozen_copy(self) -> TransformersPolicy:
-        """A reference model: the same weights, adapters added to them, no gradients."""
+        """Return a reference model: the same weights, adapters added to them, no gradients."""
         model = copy.deepcopy(self.model).requires_grad_(False)
         merge(model)
         return TransformersPolicy(model, self.tokenization, self.computation)
@@ -378,7 +378,7 @@ class _WithoutAdapters(TransformersPolicy):
 
 
 def _prepare_checkpoints(model: Any) -> list[Any]:
-    """The layers of a model that can compute their activations again, made ready for it. Raises DataError for none."""
+    """Prepare the layers that can compute their activations again, and return them. Raises DataError for none."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
@@ -396,11 +396,11 @@ def _prepare_checkpoints(model: Any) -> list[Any]:
 
 
 def _tokens(batch: ResponseBatch, rows: Sequence[int]) -> Tensor:
-    """(N,) the response tokens of some rows, one behind the other."""
+    """Return the (N,) response tokens of some rows, row by row."""
     return torch.tensor([token for row in rows for token in batch.response_ids[row]])
 
 
 def _scatter(value_N: Tensor, mask_BT: Tensor) -> Tensor:
-    """(N, ...) values at the True positions of (B, T), zeros elsewhere; differentiable."""
+    """Return (N, ...) values at the True positions of (B, T), zeros elsewhere; differentiable."""
     empty = value_N.new_zeros((*mask_BT.shape, *value_N.shape[1:]))
     return empty.masked_scatter(mask_BT.reshape(*mask_BT.shape, *(1,) * (value_N.dim() - 1)).expand_as(empty), value_N)
