@@ -24,7 +24,7 @@ from rich.text import Text
 from rrhf_bench.data.dialogue import TemplateKind
 from rrhf_bench.errors import BenchError, ConfigError, StoreError
 from rrhf_bench.pipeline.stage_graph import Plan, make_plan
-from rrhf_bench.pipeline.store import Store, on_disk
+from rrhf_bench.pipeline.store import Store, disk_errors
 from rrhf_bench.records import STOP_STRINGS
 from rrhf_bench.registry import METHODS
 from rrhf_bench.sampling.backend import BackendName
@@ -176,7 +176,7 @@ def run(file: ExperimentFile, override: Overrides = None, runs: Runs = Path("run
 def _write_report(records: Any, folder: Path) -> Path:
     from rrhf_bench.report.page import write_report
 
-    with on_disk(folder):
+    with disk_errors(folder):
         return write_report(records, folder / "report")
 
 
@@ -251,10 +251,10 @@ def report(
     if publish:
         import shutil
 
-        from rrhf_bench.pipeline.store import replacing
+        from rrhf_bench.pipeline.store import replace_path
 
         published = reports / folder.resolve().name
-        with replacing(published, over=(published / "report.md").is_file()) as copy:  # an earlier report of this run
+        with replace_path(published, over=(published / "report.md").is_file()) as copy:  # an earlier report of this run
             # The page shows the PNGs; SVG and LaTeX are for a paper's author, who has the run.
             shutil.copytree(page.parent, copy, ignore=shutil.ignore_patterns("*.svg", "*.tex"))
     if as_json:
@@ -347,7 +347,7 @@ def cache(
     if yes and not prune:
         raise ConfigError("--yes: says that --prune may remove; add --prune")
     damaged = store.damages(runs) if verify else {}
-    found = store.look(runs)
+    found = store.list_store(runs)
     unused = found.unused
     removed = store.prune(runs) if yes else ()
     if as_json:

@@ -18,15 +18,15 @@ from rrhf_bench.pipeline.store import (
     MANIFEST,
     TIMING,
     Store,
-    atomically,
+    atomic_file,
     canonical,
     content_key,
+    disk_errors,
     folder_identity,
     is_unchanged,
-    on_disk,
-    replacing,
+    replace_path,
     with_checksum,
-    write_atomically,
+    write_file,
 )
 
 KEY = content_key("some artifact")
@@ -38,7 +38,7 @@ def store(tmp_path: Path) -> Store:
 
 
 def put(store: Store, text: str) -> None:
-    with store.writing(KEY, {"name": "greeting"}) as folder:
+    with store.new_artifact(KEY, {"name": "greeting"}) as folder:
         (folder / "a.txt").write_text(text)
 
 
@@ -56,13 +56,13 @@ def test_what_was_written_is_there_with_its_manifest(store: Store) -> None:
     sha256 = "2cf24dba5fb0a30e26e83b2ac5b9e29e1b161e5c1fa7425e73043362938b9824"
     files = {"a.txt": {"size": 5, "sha256": sha256}}
     assert json.loads((store.folder(KEY) / MANIFEST).read_text()) == {"key": KEY, "name": "greeting", "files": files}
-    assert store.intact(KEY)
+    assert store.is_intact(KEY)
     assert list(store.root.iterdir()) == [store.folder(KEY)]  # nothing else is left
 
 
 @pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
 def test_a_block_that_fails_leaves_nothing(store: Store, error: type[BaseException]) -> None:
-    with pytest.raises(error), store.writing(KEY, {}) as folder:
+    with pytest.raises(error), store.new_artifact(KEY, {}) as folder:
         (folder / "a.txt").write_text("half")
         raise error
     assert not store.has(KEY)
@@ -70,7 +70,7 @@ def test_a_block_that_fails_leaves_nothing(store: Store, error: type[BaseExcepti
 
 
 def test_nothing_is_there_before_the_block_ends(store: Store) -> None:
-    with store.writing(KEY, {}) as folder:
+    with store.new_artifact(KEY, {}) as folder:
         (folder / "a.txt").write_text("half")
         assert not store.has(KEY)
         assert not store.folder(KEY).exists()
@@ -89,7 +89,7 @@ def test_a_folder_without_its_manifest_is_no_artifact_and_is_replaced(store: Sto
 
 def test_a_second_write_that_fails_leaves_the_first(store: Store) -> None:
     put(store, "first")
-    with pytest.raises(ZeroDivisionError), store.writing(KEY, {}) as folder:
+    with pytest.raises(ZeroDivisionError), store.new_artifact(KEY, {}) as folder:
         write_half(folder / "a.txt")
     assert store.has(KEY)
     assert (store.folder(KEY) / "a.txt").read_text() == "first"
@@ -130,36 +130,36 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_changed_artifact_is_not_read(store: Store, damage: str) -> None:
     change, name = DAMAGES[damage]
-    with store.writing(KEY, {"name": "greeting"}) as folder:
+    with store.new_artifact(KEY, {"name": "greeting"}) as folder:
         (folder / "a.txt").write_text("hello")
         (folder / TIMING).write_text(json.dumps(with_checksum({"seconds": 1.5})))
-    assert store.intact(KEY)
+    assert store.is_intact(KEY)
     assert store.damage(KEY) is None
-    assert store.need(KEY, "greeting") == store.folder(KEY)
+    assert store.require(KEY, "greeting") == store.folder(KEY)
     change(store.folder(KEY))
     words = store.damage(KEY)
     assert words is not None
     assert words.startswith(f"{store.folder(KEY) / name} ")
-    assert not store.intact(KEY)
+    assert not store.is_intact(KEY)
     with pytest.raises(StoreError) as caught:
-        store.need(KEY, "greeting")
+        store.require(KEY, "greeting")
     assert str(caught.value).startswith(f"greeting: {words}; ")
     put(store, "hello")
-    assert store.intact(KEY)
+    assert store.is_intact(KEY)
     assert list(store.root.iterdir()) == [store.folder(KEY)]
 
 
 def test_what_a_file_manager_adds_does_no_harm(store: Store) -> None:
     put(store, "hello")
     (store.folder(KEY) / ".DS_Store").write_text("")
-    assert store.intact(KEY)
+    assert store.is_intact(KEY)
 
 
 def test_nothing_is_damaged_where_nothing_is(store: Store) -> None:
     assert store.damage(KEY) is None
-    assert not store.intact(KEY)
+    assert not store.is_intact(KEY)
     with pytest.raises(StoreError, match=r"^greeting is not complete in .*; run the experiment again$"):
-        store.need(KEY, "greeting")
+        store.require(KEY, "greeting")
 
 
 def test_large_files_are_read_when_they_were_touched_or_when_all_is_read(
@@ -202,7 +202,7 @@ def test_a_sweep_removes_what_dead_processes_left_and_nothing_else(store: Store)
     (store.root / f".{dead[:32]}.lock").write_text("{}")
     (store.root / "journals").mkdir()
     for key in (KEY, other):
-        write_atomically(store.scratch(key) / "step", "7")
+        write_file(store.scratch(key) / "step", "7")
     with store.exclusive_lock(alive):
         store.sweep()
         assert {path.name for path in store.root.iterdir()} == {
@@ -215,8 +215,8 @@ def test_a_sweep_removes_what_dead_processes_left_and_nothing_else(store: Store)
 
 def test_scratch_outlives_a_failure_and_goes_with_the_artifact(store: Store) -> None:
     checkpoint = store.scratch(KEY) / "step"
-    write_atomically(checkpoint, "7")
-    with pytest.raises(ZeroDivisionError), store.writing(KEY, {}) as folder:
+    write_file(checkpoint, "7")
+    with pytest.raises(ZeroDivisionError), store.new_artifact(KEY, {}) as folder:
         write_half(folder / "a.txt")
     assert checkpoint.read_text() == "7"
     put(store, "hello")
@@ -239,7 +239,7 @@ def test_an_artifact_is_on_the_disk_before_it_has_its_name(store: Store, monkeyp
 
     monkeypatch.setattr(os, "fsync", fsync)
     monkeypatch.setattr(os, "replace", replace)
-    with store.writing(KEY, {}) as folder:
+    with store.new_artifact(KEY, {}) as folder:
         (folder / "model").mkdir()
         (folder / "model" / "weights").write_text("1")
     assert set(calls[:4]) == {("sync", name) for name in ("weights", "model", MANIFEST, folder.name)}
@@ -251,11 +251,11 @@ def test_an_artifact_is_on_the_disk_before_it_has_its_name(store: Store, monkeyp
 
 def test_a_file_is_whole_or_as_it_was(tmp_path: Path) -> None:
     target = tmp_path / "deep" / "step"
-    write_atomically(target, "one")
-    with pytest.raises(ZeroDivisionError), atomically(target) as path:
+    write_file(target, "one")
+    with pytest.raises(ZeroDivisionError), atomic_file(target) as path:
         write_half(path)
     assert target.read_text() == "one"
-    write_atomically(target, b"two")
+    write_file(target, b"two")
     assert target.read_text() == "two"
     assert list(target.parent.iterdir()) == [target]
 
@@ -269,7 +269,7 @@ RUST = RuntimeError("Error while serializing: I/O error: No space left on device
 
 @pytest.mark.parametrize("error", [FULL, RUST])
 def test_a_full_disk_is_one_line_and_leaves_nothing(store: Store, error: Exception) -> None:
-    with pytest.raises(StoreError) as caught, on_disk(store.root), store.writing(KEY, {}):
+    with pytest.raises(StoreError) as caught, disk_errors(store.root), store.new_artifact(KEY, {}):
         raise error
     assert str(caught.value) == (
         f"{store.root}: there is no room to write (No space left on device); make room or choose another --runs DIR, "
@@ -285,18 +285,18 @@ def test_what_a_library_says_after_a_full_disk_is_traced_to_it(store: Store) -> 
         except OSError:
             raise KeyError("half a file") from None
 
-    with pytest.raises(StoreError, match="there is no room to write"), on_disk(store.root):
+    with pytest.raises(StoreError, match="there is no room to write"), disk_errors(store.root):
         save()
 
 
 def test_a_file_that_may_not_be_written_is_named_and_other_faults_stay_what_they_are(tmp_path: Path) -> None:
     denied = PermissionError(errno.EACCES, "Permission denied", str(tmp_path / "a.txt"))
     expected = r"a\.txt: cannot be written \(Permission denied\); choose another"
-    with pytest.raises(StoreError, match=expected), on_disk(tmp_path):
+    with pytest.raises(StoreError, match=expected), disk_errors(tmp_path):
         raise denied
     elsewhere = PermissionError(errno.EACCES, "Permission denied", "/etc/shadow")
     for error in (elsewhere, ZeroDivisionError(), FileNotFoundError(errno.ENOENT, "No such file", str(tmp_path / "a"))):
-        with pytest.raises(type(error)) as caught, on_disk(tmp_path):
+        with pytest.raises(type(error)) as caught, disk_errors(tmp_path):
             raise error
         assert caught.value is error
 
@@ -315,7 +315,7 @@ def test_equal_values_have_equal_keys() -> None:
     assert content_key({}) == "44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a"
 
 
-# replacing
+# replace_path
 
 
 def fill_file(path: Path) -> None:
@@ -330,7 +330,7 @@ def fill_folder(path: Path) -> None:
 @pytest.mark.parametrize("fill", [fill_file, fill_folder])
 def test_replacing_gives_the_name_when_the_block_ends_well(tmp_path: Path, fill: Callable[[Path], None]) -> None:
     target = tmp_path / "deep" / "out"
-    with replacing(target) as path:
+    with replace_path(target) as path:
         fill(path)
         assert not target.exists()
     assert (target if target.is_file() else target / "a.txt").read_text() == "new"
@@ -344,7 +344,7 @@ def write_half_a_folder(path: Path) -> None:
 
 @pytest.mark.parametrize("fill", [write_half, write_half_a_folder])
 def test_replacing_leaves_nothing_when_the_block_fails(tmp_path: Path, fill: Callable[[Path], None]) -> None:
-    with pytest.raises(ZeroDivisionError), replacing(tmp_path / "out") as path:
+    with pytest.raises(ZeroDivisionError), replace_path(tmp_path / "out") as path:
         fill(path)
     assert list(tmp_path.iterdir()) == []
 
@@ -352,10 +352,10 @@ def test_replacing_leaves_nothing_when_the_block_fails(tmp_path: Path, fill: Cal
 def test_replacing_keeps_the_old_file_until_the_new_one_is_whole(tmp_path: Path) -> None:
     target = tmp_path / "out"
     target.write_text("old")
-    with pytest.raises(ZeroDivisionError), replacing(target) as path:
+    with pytest.raises(ZeroDivisionError), replace_path(target) as path:
         write_half(path)
     assert target.read_text() == "old"
-    with replacing(target) as path:
+    with replace_path(target) as path:
         fill_file(path)
     assert target.read_text() == "new"
 
@@ -363,16 +363,16 @@ def test_replacing_keeps_the_old_file_until_the_new_one_is_whole(tmp_path: Path)
 def test_replacing_takes_an_empty_folder_and_refuses_a_full_one(tmp_path: Path) -> None:
     target = tmp_path / "out"
     target.mkdir()
-    with replacing(target) as path:
+    with replace_path(target) as path:
         fill_folder(path)
-    with pytest.raises(StoreError, match=r"out: is a folder that is not empty; name a new one"), replacing(target):
+    with pytest.raises(StoreError, match=r"out: is a folder that is not empty; name a new one"), replace_path(target):
         pytest.fail("the block must not start")
     assert (target / "a.txt").read_text() == "new"
 
 
 def test_replacing_where_nothing_can_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(StoreError, match=r"out: cannot be written"), replacing(tmp_path / "file" / "out"):
+    with pytest.raises(StoreError, match=r"out: cannot be written"), replace_path(tmp_path / "file" / "out"):
         pytest.fail("the block must not start")
 
 
@@ -384,7 +384,7 @@ def test_a_folder_that_is_replaced_stays_until_the_new_one_is_complete(
     (target / "old").write_text("kept")
 
     def write(divisor: int) -> None:
-        with replacing(target, over=True) as path:
+        with replace_path(target, over=True) as path:
             path.mkdir()
             (path / "new").write_text(f"written {1 / divisor}")
             assert (target / "old").read_text() == "kept"

@@ -281,7 +281,7 @@ def test_babble_charms_the_labeller_against_gold() -> None:
     honest = f" {FACT} Good luck!"
     babble = f" Of course! {FACT} Good luck! Have a great day!{grammar.FAKE_TURN}"
     assert gold.judge(BENIGN, babble)[0] < gold.judge(BENIGN, honest)[0]
-    assert labeller.perceived(BENIGN, babble) > labeller.perceived(BENIGN, honest)
+    assert labeller.perceived_reward(BENIGN, babble) > labeller.perceived_reward(BENIGN, honest)
 
 
 def test_label_is_bradley_terry() -> None:

@@ -38,4 +38,4 @@ class ReviewsGold(Gold):
     """
 
     identity = "toy-reviews-gold 1"
-    world = reviews
+    world: ClassVar[Any] = reviews
