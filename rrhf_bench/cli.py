@@ -32,7 +32,7 @@ from rrhf_bench.cli_options import (
 )
 from rrhf_bench.errors import BenchError, ConfigError, StoreError
 from rrhf_bench.pipeline.stage_graph import Plan, make_plan
-from rrhf_bench.pipeline.store import Store, on_disk
+from rrhf_bench.pipeline.store import Store, disk_errors
 from rrhf_bench.settings.experiment import RuntimeSettings
 from rrhf_bench.settings.reading import load_experiment
 from rrhf_bench.terminal import Screen, TerminalReporter, inert, print_json
@@ -117,7 +117,7 @@ def _write_report(records: Any, folder: Path) -> Path:
     from rrhf_bench.replication.sections import SECTIONS
     from rrhf_bench.report.page import write_report
 
-    with on_disk(folder):
+    with disk_errors(folder):
         return write_report(records, folder / "report", SECTIONS)
 
 
@@ -192,10 +192,10 @@ def report(
     if publish:
         import shutil
 
-        from rrhf_bench.pipeline.store import replacing
+        from rrhf_bench.pipeline.store import replace_path
 
         published = reports / folder.resolve().name
-        with replacing(published, over=(published / "report.md").is_file()) as copy:  # an earlier report of this run
+        with replace_path(published, over=(published / "report.md").is_file()) as copy:  # an earlier report of this run
             # The page shows the PNGs; SVG and LaTeX are for a paper's author, who has the run.
             shutil.copytree(page.parent, copy, ignore=shutil.ignore_patterns("*.svg", "*.tex"))
     if as_json:
@@ -288,7 +288,7 @@ def cache(
     if yes and not prune:
         raise ConfigError("--yes: says that --prune may remove; add --prune")
     damaged = store.damages(runs) if verify else {}
-    found = store.look(runs)
+    found = store.list_store(runs)
     unused = found.unused
     removed = store.prune(runs) if yes else ()
     if as_json:

@@ -12,8 +12,8 @@ import pytest
 
 from rrhf_bench import cli
 from rrhf_bench.errors import StoreError
-from rrhf_bench.pipeline.cache import LEFT_OVER, UNFINISHED, look, prune
-from rrhf_bench.pipeline.store import Store, content_key, with_checksum, write_atomically
+from rrhf_bench.pipeline.cache import LEFT_OVER, UNFINISHED, list_store, prune
+from rrhf_bench.pipeline.store import Store, content_key, with_checksum, write_file
 
 POLICY, TRAINED, OLD, NEXT = (content_key(name) for name in ("policy", "train rrhf", "train old", "train next"))
 
@@ -23,22 +23,22 @@ def runs(tmp_path: Path) -> Path:
     """Two runs that share a policy; an artifact that nobody refers to; what killed processes left."""
     store = Store(tmp_path / "store")
     for key, kind, size in ((POLICY, "model", 1000), (TRAINED, "train", 300), (OLD, "train", 50)):
-        with store.writing(key, {"name": f"the {kind}", "kind": kind}) as folder:
+        with store.new_artifact(key, {"name": f"the {kind}", "kind": kind}) as folder:
             (folder / "model").mkdir()
             (folder / "model" / "weights").write_bytes(b"0" * size)
     refer(tmp_path, "one", {POLICY: "the model", TRAINED: "the train", NEXT: "train next, seed 0"})
     refer(tmp_path, "two", {POLICY: "the model"})
     for key in (NEXT, OLD[::-1]):
-        write_atomically(store.scratch(key) / "step", "7")
+        write_file(store.scratch(key) / "step", "7")
     (store.root / f".{NEXT[:32]}-abcd").mkdir()
     (store.root / f".{NEXT[:32]}.lock").write_text("{}")
-    write_atomically(store.root / "journals" / "a.jsonl", "verdicts")
+    write_file(store.root / "journals" / "a.jsonl", "verdicts")
     return tmp_path
 
 
 def refer(runs: Path, name: str, stages: dict[str, str]) -> None:
     run = {"stages": {key: {"name": stage} for key, stage in stages.items()}}
-    write_atomically(runs / name / "run.json", json.dumps(with_checksum(run)))
+    write_file(runs / name / "run.json", json.dumps(with_checksum(run)))
 
 
 Main = Callable[..., tuple[Any, str]]
@@ -64,7 +64,7 @@ def names(store: Store) -> set[str]:
 
 
 def test_what_is_there_and_for_whom(runs: Path) -> None:
-    found = look(runs)
+    found = list_store(runs)
     manifest = {key: (runs / "store" / key[:32] / "manifest.json").stat().st_size for key in (POLICY, TRAINED, OLD)}
     model, trained, old = 1000 + manifest[POLICY], 300 + manifest[TRAINED], 50 + manifest[OLD]
     assert found.sizes() == {
@@ -83,7 +83,7 @@ def test_a_prune_keeps_what_a_run_refers_to(runs: Path) -> None:
     assert len(prune(runs)) == 3
     assert names(store) == {POLICY[:32], TRAINED[:32], ".scratch", "journals"}
     assert [path.name for path in (store.root / ".scratch").iterdir()] == [NEXT[:32]]
-    assert store.intact(POLICY)
+    assert store.is_intact(POLICY)
     assert prune(runs) == ()
 
 
@@ -109,7 +109,7 @@ def test_a_prune_waits_while_a_run_says_what_it_will_use(runs: Path) -> None:
         refer(runs, "three", {OLD: "train old"})
     thread.join()
     assert OLD[:32] not in {item.id for item in removed}
-    assert Store(runs / "store").intact(OLD)
+    assert Store(runs / "store").is_intact(OLD)
 
 
 def test_a_run_that_cannot_say_what_it_uses_stops_the_prune(runs: Path) -> None:

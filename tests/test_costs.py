@@ -132,7 +132,7 @@ def make_run(folder: Path, toml: str) -> Made:
     experiment = load_experiment(path)
     plan, store = make_plan(experiment), Store(folder / "store")
     for stage in plan.stages:
-        with store.writing(stage.key, {}) as artifact:
+        with store.new_artifact(stage.key, {}) as artifact:
             _write(stage, artifact)
     opened = run_folder._Run(folder, store, run_folder._run_json(plan, "run"))
     return Made(*run_folder._costs(opened, experiment, _trained(plan)))

@@ -18,7 +18,7 @@ from rrhf_bench.data.dialogue import (
     cut_at_stop,
     prompt_of,
     prompt_of_messages,
-    repaired,
+    repair_transcript,
     transcript_of,
     turns,
     turns_of_messages,
@@ -148,7 +148,7 @@ def test_a_system_turn_is_the_first_or_text() -> None:
 
 def test_repair_changes_only_what_keeps_a_transcript_from_being_read() -> None:
     for text in ("What?\r\nThat.", " What?", "Human: Hi", "\n\n\nHuman: a\r\n"):
-        assert repaired(text) == text
+        assert repair_transcript(text) == text
 
 
 def message(role: str, content: str) -> dict[str, str]:

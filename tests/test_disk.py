@@ -99,7 +99,7 @@ def one_error(done: Any) -> str:
 def nothing_half_written(runs: Path) -> None:
     store = Store(runs / "store")
     for path in store.root.glob("*"):
-        assert store.intact(json.loads((path / "manifest.json").read_text())["key"]), path
+        assert store.is_intact(json.loads((path / "manifest.json").read_text())["key"]), path
     assert not [path for path in runs.rglob(".*") if path.name != ".scratch"]
 
 

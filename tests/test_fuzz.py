@@ -1,18 +1,15 @@
-"""Broken input of every kind: 200 experiment files and 200 files of JSON lines that are known to be broken are refused
-with one line that says where; whatever else comes, nothing but a BenchError comes out; what is accepted survives a
-round trip."""
+"""Broken input: 200 experiment files that are known to be broken are refused with one line that says where; from any
+other input nothing but a BenchError comes out; accepted input survives a round trip."""
 
 from __future__ import annotations
 
 import contextlib
-import gzip
 import io
 import json
 import random
 import re
 import sys
 import tomllib
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -48,7 +45,7 @@ from rrhf_bench.records import Candidates, CurvePoint, Evaluated, PairScored, Po
 from rrhf_bench.settings.reading import load_experiment
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
-FILES = 200  # of each kind
+FILES = 200
 # The same examples in every run: a test that fails once a week is no test.
 SAME = settings(max_examples=100, deadline=None, derandomize=True, database=None)
 
@@ -60,9 +57,6 @@ class Broken:
     kind: str
     content: bytes
     place: str
-    lines: int = 1
-    suffix: str = ""
-    reader: str = ""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -107,7 +101,7 @@ def faults_of(result: Result, path: Path, case: Broken) -> list[str]:
         wrong.append(f"exit code {result.code}")
     if result.out:
         wrong.append(f"printed {result.out[:80]!r}")
-    if len(lines) != case.lines:
+    if len(lines) != 1:
         wrong.append(f"{len(lines)} lines")
     if not lines or not all(line.startswith(f"error: {path}") for line in lines):
         wrong.append("a line without the file")
@@ -361,7 +355,6 @@ PAIRS = [
     {"prompt": f"{HUMAN} Hi{ASSISTANT} Hello!{HUMAN} Bye{ASSISTANT}", "chosen": " Bye.", "rejected": " Hi."},
     {"prompt": QUESTION, "chosen": " Ask a baker.", "rejected": " Buy it."},
 ]
-TRANSCRIPTS = [{k: as_prompt(row["prompt"]).text + row[k] for k in ("chosen", "rejected")} for row in PAIRS]
 CANDIDATES = [
     {"query": QUESTION, "responses": [" Mix.", " Buy.", " Wait."], "scores": [1.0, -0.5, 0]},
     {"query": "Hi", "responses": [" a", " b"], "scores": [1e-3, 2], "sources": ["model", "chosen"]},
@@ -375,187 +368,54 @@ CANDIDATES = [
     },
 ]
 PROMPTS = [{"prompt": QUESTION}, {"prompt": "What is a glacier?"}, {"prompt": "Hi", "id": 3}]
-TEXTS = [{"text": "one two three four five " * 12, "label": 1}, {"text": "a b c " * 30, "label": "neg"}]
-# How each kind of file is read, its rows, its fields of text, its fields that must be there.
-READERS: dict[str, tuple[list[dict[str, Any]], tuple[str, ...], tuple[str, ...]]] = {
-    "score": (CANDIDATES, ("query",), ("query", "responses")),
-    "rrhf": (CANDIDATES, ("query",), ("query", "responses", "scores")),
-    "sft": (PAIRS, ("chosen", "rejected"), ("chosen", "rejected")),
-    "transcripts": (TRANSCRIPTS, ("chosen", "rejected"), ("rejected",)),
-    "ppo": (PROMPTS, ("prompt",), ("prompt",)),
-    "sample": (PROMPTS, ("prompt",), ("prompt",)),
-    "evaluate": (PAIRS, ("chosen", "rejected"), ("rejected",)),
-}
-LOADERS: dict[str, Callable[[Path], Any]] = {
-    "score": lambda path: load_candidates(path, scored=False),
-    "rrhf": load_candidates,
-    "sft": lambda path: load_preferences("files", path),
-    "transcripts": lambda path: load_preferences("files", path),
-    "ppo": load_prompts,
-    "sample": load_prompts,
-    "evaluate": lambda path: load_preferences("files", path),
+LOADERS: dict[str, tuple[list[dict[str, Any]], Callable[[Path], Any]]] = {
+    "score": (CANDIDATES, lambda path: load_candidates(path, scored=False)),
+    "rrhf": (CANDIDATES, load_candidates),
+    "sft": (PAIRS, lambda path: load_preferences("files", path)),
+    "ppo": (PROMPTS, load_prompts),
+    "sample": (PROMPTS, load_prompts),
+    "evaluate": (PAIRS, lambda path: load_preferences("files", path)),
 }
 
 
 def command(reader: str, path: Path, out: Path) -> list[object]:
-    """The command that reads a file, with models that are not there: the file is read before them."""
-    models = ["--model", "none/such"] if reader != "score" else []
-    if reader == "score":
-        return ["score", "--reward-model", "none/such", "--candidates", path, "--out", out]
-    if reader in ("sample", "evaluate"):
-        reward = ["--reward-model", "none/such"] if reader == "evaluate" else []
-        return [reader, *models, *reward, "--prompts", path, "--out", out]
-    method = "sft" if reader == "transcripts" else reader
-    reward = ["--reward-model", "none/such"] if method == "ppo" else []
-    return ["train", "--method", method, *models, *reward, "--data", path, "--out", out]
+    """Return the command that reads a file, with models that do not exist: the file is read before them."""
+    model, reward = ["--model", "none/such"], ["--reward-model", "none/such"]
+    words: dict[str, list[object]] = {
+        "score": [*reward, "--candidates", path],
+        "sample": [*model, "--prompts", path],
+        "evaluate": [*model, *reward, "--prompts", path],
+    }
+    return [reader, *words[reader], "--out", out] if reader in words else [
+        "train", "--method", reader, *model, *(reward if reader == "ppo" else []), "--data", path, "--out", out,
+    ]  # fmt: skip
 
 
-def of_lines(reader: str, rng: random.Random) -> Iterator[Broken]:
-    """A sound file with one line that is broken, at a known line, after a blank one or not."""
-    rows, texts, required = READERS[reader]
-    lines = [json.dumps(row, ensure_ascii=rng.random() < 0.5).encode() for row in rows]
-    at = rng.randrange(len(lines))
-    line, row = lines[at], rows[at]
-    blank = rng.random() < 0.3
-
-    def with_line(kind: str, new: bytes | dict[str, Any], words: str = "") -> Broken:
-        broken = json.dumps(new, ensure_ascii=False).encode(errors="surrogatepass") if isinstance(new, dict) else new
-        before = [*lines[:at], *([b" "] if blank else [])]
-        content = b"\n".join([*before, broken, *lines[at + 1 :]]) + rng.choice([b"", b"\n"])
-        return Broken(f"{kind} ({reader})", content, f":{len(before) + 1}: {words}", reader=reader)
-
-    field = rng.choice(texts)
-    first = json.dumps(next(iter(row)))
-    yield with_line("truncated", line[: rng.randrange(1, len(line))], "is not (JSON|UTF-8)")
-    yield with_line("goes on", line + rng.choice([b"}", b",", b" x", line, b"\x00", b"//"]), "is not JSON")
-    yield with_line("no object", rng.choice([b"3", b'"text"', b"null", b"true", b"[" + line + b"]", b"NaN"]), "found ")
-    yield with_line("no UTF-8", line[:5] + rng.choice([b"\xff", b"\xc3(", b"\xed\xa0\x80"]) + line[5:], "is not UTF-8")
-    middle = line.index(b'"') + 2
-    control = bytes([rng.choice([*range(10), 11, 12, *range(14, 32)])])
-    yield with_line("control character", line[:middle] + control + line[middle:], "is not JSON")
-    yield with_line("key twice", b'{%s: "x", ' % first.encode() + line[1:], "is not JSON .*twice")
-    yield with_line("Python's quotes", repr(row).encode(), "is not JSON")
-    yield with_line("a line end in a text", line[:middle] + b"\n" + line[middle:], "is not JSON")
-    gone = rng.choice(required)
-    place = (
-        f"({gone}: |.*trains on pairs)" if gone == "chosen" else f"{gone}: "
-    )  # by "chosen" pairs are told from prompts
-    yield with_line("missing", {k: v for k, v in row.items() if k != gone}, place)
-    yield with_line("null", {**row, field: None}, f"{field}: ")
-    wrong = rng.choice([3, 0.5, True, [row[field]], {"text": row[field]}, [], {}])
-    yield with_line("no text", {**row, field: wrong}, f"{field}: found ")
-    half = rng.choice(["\\ud800", "\\udfff", "\\ud83d x"]).encode()
-    yield with_line("half a character", line[:middle] + half + line[middle:], "holds .*half of a surrogate pair")
-    deep = b"[" * 60_000
-    yield with_line("deep nesting", line[:-1] + b', "meta": ' + deep + b"}", r"is not JSON \(nested too deeply\)")
-    digits = b"9" * rng.randrange(4301, 9000)
-    yield with_line("endless number", line[:-1] + b', "meta": ' + digits + b"}", "is not JSON .*digits")
-    if reader in ("rrhf", "score"):
-        yield from of_candidates(reader, row, with_line, rng)
-    if reader in ("ppo", "sample"):
-        text = rng.choice(["", " \n", f"{QUESTION} I am done.", f"{HUMAN} Hi{ASSISTANT} Hello!"])
-        yield with_line("no prompt", {**row, "prompt": text}, "prompt: ")
-    if reader == "sft":
-        yield with_line("no prompt", {**row, "prompt": rng.choice(["", f"{QUESTION} Done."])}, "prompt: ")
-        yield with_line("a transcript beside a prompt", {**row, "rejected": f" Human: Hi{ASSISTANT} x"}, "rejected: ")
-    if reader == "transcripts":
-        yield with_line("no transcript", {**row, "chosen": rng.choice(["", "Hi", "Bot: Hi"])}, "chosen: ")
-        yield with_line("Human's last", {**row, "chosen": row["chosen"] + f"{HUMAN} And you?"}, "chosen: ")
-
-
-def of_candidates(
-    reader: str, row: dict[str, Any], with_line: Callable[..., Broken], rng: random.Random
-) -> Iterator[Broken]:
-    k = len(row["responses"])
-    other = ["eos"] * (k - 1)
-    for field, value in (
-        ("responses", rng.choice(["text", [], {}, None, 3])),
-        ("responses", rng.choice([[3] * k, [None] * k, [["a"]] * k])),
-        ("sources", rng.choice([["model"] * (k + 1), "model", [3] * k, []])),
-        ("finish", rng.choice([["done", *other], [None, *other], [3, *other], ["eos"] * (k + 1), [["eos"], *other]])),
-        ("token_ids", rng.choice([[5] * k, [[0.5]] * k, [["5"]] * k, [[-1]] * k, [[2**40]] * k, [[True]] * k])),
-        ("logprobs", rng.choice([[-0.5] * k, [["x"]] * k, [[float("nan")]] * k, [[None]] * k, [[10**400]] * k])),
-    ):
-        yield with_line(f"{field} {str(value)[:12]}", {**row, field: value}, rf"{field}(\[\d+\])?: ")
-    if reader == "rrhf":
-        numbers = [float("nan"), float("inf"), float("-inf"), 10**400, "1.0", None, True, [1.0], {}]
-        for number in rng.sample(numbers, 4):
-            scores = [*row["scores"][:-1], number]
-            yield with_line(f"score {str(number)[:9]}", {**row, "scores": scores}, r"scores\[\d\]: found ")
-        yield with_line("scores of others", {**row, "scores": [*row["scores"], 0.5]}, "scores: found ")
-        yield with_line("scores", {**row, "scores": rng.choice([1.0, "1.0", [], None, {}])}, "scores: found ")
-        text = json.dumps(row)
-        yield with_line("1e999", re.sub(r'"scores": \[[^,\]]+', '"scores": [1e999', text).encode(), r"scores\[0\]")
-
-
-def of_files(reader: str, rng: random.Random) -> Iterator[Broken]:
-    """A whole file that is broken."""
-    rows = READERS[reader][0]
-    content = "".join(json.dumps(row) + "\n" for row in rows).encode()
-    yield Broken(f"empty ({reader})", b"", ": ", reader=reader)
-    yield Broken(f"blank ({reader})", b" \n\t\r\n" * rng.randrange(1, 9), ": ", reader=reader)
-    yield Broken(f"two marks ({reader})", b"\xef\xbb\xbf" * 2 + content, ":1: is not JSON", reader=reader)
-    yield Broken(f"UTF-16 ({reader})", content.decode().encode("utf-16"), ":1: is not UTF-8", reader=reader)
-    yield Broken(f"CR alone ({reader})", content.replace(b"\n", b"\r"), ":1: is not JSON", reader=reader)
-    yield Broken(f"one array ({reader})", json.dumps(rows, indent=rng.randrange(4)).encode(), ":1: ", reader=reader)
-    yield Broken(f"indented ({reader})", json.dumps(rows[0], indent=1).encode(), ":1: is not JSON", reader=reader)
-    yield Broken(f"CSV ({reader})", b"prompt,chosen,rejected\na,b,c\n", ":1: is not JSON", reader=reader)
-    yield Broken(f"compressed ({reader})", gzip.compress(content), ":1: is not UTF-8", reader=reader)
-    packed = gzip.compress(content)
-    cut = packed[: rng.randrange(12, len(packed) - 9)]
-    yield Broken(f"cut gzip ({reader})", cut, ": cannot be read", suffix=".gz", reader=reader)
-    yield Broken(f"no gzip ({reader})", content, ": cannot be read", suffix=".gz", reader=reader)
-
-
-def broken_lines() -> list[Broken]:
-    rng = random.Random(6)
-    cases: list[Broken] = []
-    while len(cases) < FILES:
-        for reader in READERS:
-            cases += of_lines(reader, rng)
-            cases += of_files(reader, rng)
-    return list({(case.content, case.reader, case.suffix): case for case in cases}.values())
-
-
-@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("reader", LOADERS)
 @pytest.mark.parametrize("ends", [b"\n", b"\r\n", b"\n\n"])
-def test_the_sound_files_are_accepted_by_the_same_way(reader: str, ends: bytes, tmp_path: Path) -> None:
+def test_sound_files_are_accepted(reader: str, ends: bytes, tmp_path: Path) -> None:
     path = tmp_path / "sound.jsonl"
-    rows = READERS[reader][0]
+    rows, load = LOADERS[reader]
     path.write_bytes(b"".join(json.dumps(row, ensure_ascii=False).encode() + ends for row in rows))
-    LOADERS[reader](path)
+    load(path)
     result = run(*command(reader, path, tmp_path / "out"))
     assert str(path) not in result.err  # it was read; what is missing is a model
 
 
-def test_broken_files_of_json_lines(tmp_path: Path) -> None:
-    cases = broken_lines()
-    assert len(cases) >= FILES
-    assert set(Counter(case.reader for case in cases)) == set(READERS)
-    wrong = []
-    for case in cases:
-        path = tmp_path / f"broken.jsonl{case.suffix}"
-        path.write_bytes(case.content)
-        before = tree(tmp_path)
-        wrong += faults_of(run(*command(case.reader, path, tmp_path / "out")), path, case)
-        assert tree(tmp_path) == before, case
-        with contextlib.suppress(DataError):
-            LOADERS[case.reader](path)
-            wrong.append(f"{case.kind}: loaded")
-        path.unlink()
-    assert not wrong, "\n".join([f"{len(wrong)} of {len(cases)}", *wrong])
-
-
-@pytest.mark.parametrize("reader", READERS)
-def test_what_is_no_file_holds_no_lines(reader: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("reader", LOADERS)
+def test_every_command_names_file_and_line_and_writes_nothing(reader: str, tmp_path: Path) -> None:
+    """Every fault of a line is a case of test_sources.py; here each command meets one, and what is no file."""
+    path = tmp_path / "broken.jsonl"
+    path.write_bytes(b"".join(json.dumps(row).encode() + b"\n" for row in LOADERS[reader][0]) + b'{"a": \n')
     (tmp_path / "folder.jsonl").mkdir()
     (tmp_path / "loop.jsonl").symlink_to(tmp_path / "loop.jsonl")
-    for name in ("folder.jsonl", "loop.jsonl", "missing.jsonl", "x" * 300 + ".jsonl"):
+    for name in ("broken.jsonl", "folder.jsonl", "loop.jsonl", "missing.jsonl", "x" * 300 + ".jsonl"):
         before = tree(tmp_path)
         result = run(*command(reader, tmp_path / name, tmp_path / "out"))
-        assert result.code == 2, (name, result)
+        assert (result.code, result.out) == (2, ""), (name, result)
         (line,) = result.err.splitlines()
-        assert line.startswith(f"error: {tmp_path / name}: ")
+        place = f":{len(LOADERS[reader][0]) + 1}: " if name == "broken.jsonl" else ": "
+        assert line.startswith(f"error: {tmp_path / name}{place}")
         assert tree(tmp_path) == before
 
 
@@ -642,7 +502,7 @@ ANY_LINES = st.binary(max_size=80) | st.lists(ROWS, max_size=3).map(
 @example(b'{"query": "a", "responses": ["b"], "scores": [' + b"9" * 400 + b"]}")
 def test_whatever_a_file_of_lines_holds_only_a_data_error_comes_out(scratch: Path, content: bytes) -> None:
     readers: list[Callable[[Path], Any]] = [
-        *LOADERS.values(),
+        *(load for _, load in LOADERS.values()),
         lambda path: load_preferences("files", path, diverging="common-prefix", faulty_rows="drop"),
         lambda path: load_texts("files", path, prompt_words=2),
         lambda path: load_prompts(path, verbatim=True),
@@ -818,4 +678,3 @@ def test_whatever_an_override_says(scratch: Path, overrides: list[str]) -> None:
 
 def test_the_generators_are_the_same_in_every_run() -> None:
     assert [case.content for case in broken_experiments()] == [case.content for case in broken_experiments()]
-    assert [case.content for case in broken_lines()] == [case.content for case in broken_lines()]

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
+from rrhf_bench.data.toy import gold as toy_gold
 from rrhf_bench.data.toy.world import build_world
 from rrhf_bench.errors import BenchError, ConfigError, DataError, StageError
 from rrhf_bench.records import Candidates, Prompt, Response
@@ -26,9 +27,9 @@ from rrhf_bench.rewards.judge import (
     Unreadable,
     answer_regex,
     answer_schema,
-    judged,
+    judge_result,
     parse_answer,
-    presented,
+    presentation_order,
     question,
 )
 from rrhf_bench.rewards.toy_judge import ToyJudge
@@ -120,13 +121,13 @@ def test_no_response_breaks_out_of_its_string():
 
 
 def test_every_place_is_taken_by_every_response():
-    firsts = Counter(presented(group(str(i), "a", "b", "c"), 0, 0)[0] for i in range(300))
+    firsts = Counter(presentation_order(group(str(i), "a", "b", "c"), 0, 0)[0] for i in range(300))
     assert set(firsts) == {0, 1, 2}
     assert min(firsts.values()) > 60
     one = group("one", *"abcdef")
-    assert presented(one, 0, 0) == presented(one, 0, 0)
-    assert presented(one, 0, 0) != presented(one, 0, 1)
-    assert presented(one, 0, 0) != presented(one, 1, 0)
+    assert presentation_order(one, 0, 0) == presentation_order(one, 0, 0)
+    assert presentation_order(one, 0, 0) != presentation_order(one, 0, 1)
+    assert presentation_order(one, 0, 0) != presentation_order(one, 1, 0)
 
 
 @pytest.mark.parametrize(
@@ -318,7 +319,7 @@ def _recorded(waits: list[float], real: Any) -> Any:
 
 def test_a_damaged_journal_names_its_line(serve, tmp_path):
     (tmp_path / JOURNAL).write_text('{"key": 1}\n')
-    with pytest.raises(DataError, match=r"scores.jsonl:1"):
+    with pytest.raises(DataError, match=r"journal.jsonl:1"):
         EndpointJudge(settings("http://127.0.0.1:9/v1"), tmp_path / JOURNAL).judge(GROUPS)
 
 
@@ -362,7 +363,7 @@ def test_the_key_is_nowhere_but_in_the_request(serve, tmp_path, monkeypatch, cap
 
 def test_ties_are_counted():
     rated = [(Ratings(5, 5, 5, 5), Ratings(1, 1, 1, 1), Ratings(5, 5, 5, 5)), None]
-    result = judged([group("a", "x", "y", "z"), group("b", "x")], rated)
+    result = judge_result([group("a", "x", "y", "z"), group("b", "x")], rated)
     assert result.candidates[0].scores == (20.0, 4.0, 20.0)
     assert dict(result.counts) == {
         "prompts": 2, "judged": 1, "dropped": 1, "pairs": 3, "tied_pairs": 1, "tied_best": 1,
@@ -402,7 +403,7 @@ def test_the_toy_judge_agrees_with_the_gold_reward_as_another_judge_would():
     ]
     result = ToyJudge().judge(groups)
     given = [rating for rated in result.ratings for rating in rated]
-    gold = [world.judge(c.prompt.text, r.text)[0] for c in groups for r in c.responses]
+    gold = [toy_gold.judge(c.prompt.text, r.text)[0] for c in groups for r in c.responses]
     assert all(1 <= rating <= 5 for ratings in given for rating in astuple(ratings))
     assert all(len({getattr(ratings, axis) for ratings in given}) == 5 for axis in ("correctness", "coherence"))
     assert 0.6 < np.corrcoef([ratings.reward for ratings in given], gold)[0, 1] < 0.99

@@ -52,7 +52,7 @@ def table(url: str, **changes: Any) -> JudgeTable:
 
 
 def put(store: Store, stage: Stage, name: str, records: list[Any]) -> Stage:
-    with store.writing(stage.key, {}) as folder:
+    with store.new_artifact(stage.key, {}) as folder:
         write_jsonl(folder / name, records)
     return stage
 

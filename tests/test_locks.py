@@ -250,11 +250,11 @@ def test_who_waited_makes_it_where_the_other_could_not(store: Store, monkeypatch
         futures = [pool.submit(make, store) for _ in range(2)]
     failed = [future for future in futures if future.exception() is not None]
     assert [str(future.exception()) for future in failed] == ["greeting: the loss is not finite"]
-    assert store.intact(STAGE.key)
+    assert store.is_intact(STAGE.key)
 
 
 def test_an_input_that_is_not_what_was_written_is_not_used(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    with store.writing(STAGE.key, {}) as folder:
+    with store.new_artifact(STAGE.key, {}) as folder:
         (folder / "a.json").write_text("1")
     (store.folder(STAGE.key) / "a.json").write_text("2")
     monkeypatch.setitem(BODIES, "model", lambda job: pytest.fail("it must not be read"))
@@ -263,10 +263,10 @@ def test_an_input_that_is_not_what_was_written_is_not_used(store: Store, monkeyp
 
 
 def test_a_stage_finds_what_it_left_in_its_scratch_folder(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    from rrhf_bench.pipeline.store import write_atomically
+    from rrhf_bench.pipeline.store import write_file
 
     def killed(job: Any) -> None:
-        write_atomically(job.scratch / "step", "7")
+        write_file(job.scratch / "step", "7")
         raise KeyboardInterrupt
 
     monkeypatch.setitem(BODIES, "data", killed)

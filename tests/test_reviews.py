@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 from collections.abc import Callable
@@ -17,8 +18,7 @@ from rrhf_bench.data.texts import LabelledText, load_texts
 from rrhf_bench.data.toy import reviews
 from rrhf_bench.data.toy.reviews import Reviews
 from rrhf_bench.errors import DataError
-from rrhf_bench.records import Prompt, Response
-from rrhf_bench.seeding import generator
+from rrhf_bench.records import Prompt
 
 SIZES = {"corpus": 1500, "perplexity_corpus": 400, "preferences": 1500, "dev": 50, "test": 400}
 
@@ -106,33 +106,6 @@ def test_tables_are_unambiguous() -> None:
     assert not [s for s in plain for aspect in reviews.ASPECTS if aspect in s]
 
 
-# The writer
-
-
-def test_sentiment_follows_the_writer() -> None:
-    means = []
-    for liking in (0.0, 0.3, 0.7, 1.0):
-        rng = generator("test", "reviews", str(liking))
-        texts = [reviews.write_completion(rng, OPENING, liking) for _ in range(300)]
-        counts = [reviews.features(OPENING, text) for text in texts]
-        assert not [c for c in counts if c["repeated"] or c["garbled"] or c["unfinished"] or c["empty"]]
-        assert all(3 <= text.count(".") + text.count("!") <= 6 for text in texts)
-        # Of an opinion that is not mixed, praise has probability q; four standard errors.
-        opinions = sum(c["praise"] + c["blame"] for c in counts)
-        mixed = sum(text.count(", but") for text in texts)
-        share = (sum(c["praise"] for c in counts) - mixed) / (opinions - 2 * mixed)
-        assert share == pytest.approx(liking, abs=4 * (liking * (1 - liking) / (opinions - 2 * mixed)) ** 0.5 + 1e-12)
-        means.append(np.mean([reviews.sentiment(text) for text in texts]))
-    assert means == sorted(means)
-    assert means[0] < 0.25 < 0.75 < means[-1]
-
-
-def test_nobody_speaks_of_one_aspect_twice(built: Reviews) -> None:
-    for text in built.corpus[:300]:
-        told = [aspect for sentence in text.split(".") for aspect in reviews.ASPECTS if aspect in sentence]
-        assert len(told) == len(set(told))
-
-
 # The data
 
 
@@ -156,6 +129,22 @@ def test_same_seed_same_reviews_whatever_the_global_state(built: Reviews) -> Non
     fewer = reviews.build_reviews(seed=0, **{**SIZES, "corpus": 10, "dev": 1, "test": 5})
     assert fewer.corpus == built.corpus[:10]
     assert fewer.preferences == built.preferences
+    texts = [
+        *built.corpus,
+        *built.perplexity_corpus,
+        *(p.prompt.text + p.chosen + p.rejected for p in built.preferences),
+    ]
+    assert hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16] == "72b4aec292a028f4"
+
+
+def test_chosen_replies_praise(built: Reviews) -> None:
+    chosen, rejected = (
+        np.array([reviews.sentiment(getattr(pair, side)) for pair in built.preferences])
+        for side in ("chosen", "rejected")
+    )
+    assert rejected.mean() < 0.3 < 0.7 < chosen.mean()
+    own = [reviews.own_reply(pair) == "chosen" for pair in built.preferences]
+    assert abs(np.mean(own) - 0.5) < 4 * 0.5 / len({pair.prompt for pair in built.preferences}) ** 0.5
 
 
 def test_held_out_prompts_occur_nowhere_in_training_text(built: Reviews) -> None:
@@ -171,34 +160,6 @@ def test_held_out_prompts_occur_nowhere_in_training_text(built: Reviews) -> None
     assert {word for prompt in held_out for word in prompt.split()} <= words
 
 
-def test_first_test_prompts_are_a_fair_sample() -> None:
-    bare = [pair.prompt.text.count(".") == 1 for pair in reviews.build_reviews(seed=0).test]
-    assert len(bare) == 1000
-    # As documented, fewer than the 25% of training prompts; the first half must not hold more of them than the second.
-    assert 0.10 < np.mean(bare) < 0.25
-    assert abs(np.mean(bare[:500]) - np.mean(bare[500:])) < 4 * (2 * 0.17 * 0.83 / 500) ** 0.5
-
-
-def test_chosen_are_praise_and_prompts_do_not_tell(built: Reviews) -> None:
-    chosen = np.array([reviews.sentiment(pair.chosen) for pair in built.preferences])
-    rejected = np.array([reviews.sentiment(pair.rejected) for pair in built.preferences])
-    assert chosen.mean() > 0.7
-    assert rejected.mean() < 0.3
-    assert 0.01 < (chosen < rejected).mean() < 0.1  # some writers are of two minds
-    begun = np.array([reviews.sentiment(pair.prompt.text) for pair in built.preferences])
-    assert abs(np.corrcoef(begun, chosen)[0, 1]) < 4 / len(begun) ** 0.5
-    whole = np.array([reviews.sentiment(text) for text in built.corpus])
-    assert abs(whole.mean() - 0.5) < 4 * whole.std() / len(whole) ** 0.5  # half of the corpus liked its film
-
-
-def test_own_reply_is_a_fair_coin_of_the_prompt(built: Reviews) -> None:
-    own = [reviews.own_reply(pair) == "chosen" for pair in built.preferences]
-    prompts = len({pair.prompt for pair in built.preferences})
-    assert abs(np.mean(own) - 0.5) < 4 * 0.5 / prompts**0.5
-    pair = built.test[0]
-    assert reviews.own_reply(pair) == reviews.own_reply(type(pair)(pair.prompt, "x", "y"))
-
-
 @pytest.mark.parametrize(("part", "size"), [("corpus", 0), ("test", -1), ("preferences", 2.0), ("dev", True)])
 def test_bad_size(part: str, size: Any) -> None:
     with pytest.raises(DataError, match=rf"embedded reviews: {part} = {size}; expected a whole number"):
@@ -209,34 +170,6 @@ def test_too_many_held_out_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reviews, "write_prompt", lambda rng, openings: openings[int(rng.integers(3))])
     with pytest.raises(DataError, match=r"dev \+ test = 5; found 3 distinct held-out prompts in 250 draws; ask for"):
         reviews._held_out_pairs(0, 5, [OPENING, BEGUN, "x"])
-
-
-# A policy that reads plain text
-
-
-def test_a_raw_policy_reads_a_review_as_one_text(llama_folder: Callable[[int], Path], built: Reviews) -> None:
-    import torch
-
-    from rrhf_bench.data.dialogue import Template
-    from rrhf_bench.policy.policy import TransformersPolicy
-
-    policy = TransformersPolicy.load(llama_folder(0), template=Template("raw"))
-    tokenization, pairs = policy.tokenization, built.test[:3]
-    whole = [
-        [*tokenization.tokenizer(pair.prompt.text + pair.chosen)["input_ids"], tokenization.eos_id] for pair in pairs
-    ]
-    starts = [len(tokenization.prompt_ids(pair.prompt)) for pair in pairs]
-    for pair, ids, start in zip(pairs, whole, starts, strict=True):
-        # Apart and joined, prompt and completion have the ids of the whole review: nothing is put between them.
-        assert [*tokenization.prompt_ids(pair.prompt), *tokenization.response_ids(pair.chosen, ended=True)] == ids
-        assert tokenization.decode(ids[start:]) == pair.chosen
-    batch = tokenization.batch((pair.prompt, Response(pair.chosen, "reply")) for pair in pairs)
-    with torch.no_grad():
-        logp_BT = policy.token_logprobs(batch)
-        for logp_T, ids, start in zip(logp_BT, whole, starts, strict=True):
-            slow = policy.model(torch.tensor([ids])).logits[0].log_softmax(-1)
-            expected = slow[range(start - 1, len(ids) - 1), ids[start:]]
-            torch.testing.assert_close(logp_T[: len(ids) - start], expected, rtol=1e-4, atol=1e-4)
 
 
 # Labelled texts

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from rrhf_bench.data.dialogue import RefusedDialogue
-from rrhf_bench.data.preferences import DROPPED, PreferenceData, load_pairs, load_preferences
+from rrhf_bench.data.preferences import PreferenceData, load_pairs, load_preferences
 from rrhf_bench.data.prompts import fit_context, load_prompts
 from rrhf_bench.data.rows import find_files
 from rrhf_bench.data.rrhf_files import count_candidates, load_candidates, write_rrhf
@@ -23,7 +23,6 @@ from rrhf_bench.pipeline.file_commands import read_prompts
 from rrhf_bench.records import Candidates, Preference, Prompt, Response
 
 ASK = "\n\nHuman: Ask\n\nAssistant:"
-HH = Path(__file__).parents[1] / "../shared/data/hh-rlhf"
 
 Write = Callable[..., Path]
 
@@ -147,13 +146,10 @@ def test_unknown_source() -> None:
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
-        ('{"prompt": "x", ', r"pairs.jsonl:3: is not JSON \(.*\); expected one JSON object a line"),
-        ("[1, 2]", r"pairs.jsonl:3: found \[1, 2\]; expected one JSON object"),
         ({"prompt": ASK, "chosen": 5, "rejected": " b"}, r"pairs.jsonl:3: chosen: found 5; expected text"),
         ({"prompt": ASK, "chosen": " a"}, r"pairs.jsonl:3: rejected: is missing; expected text"),
         ({"prompt": ASK, "chosen": " a", "rejected": None}, r"pairs.jsonl:3: rejected: is missing"),
         ({"prompt": [{"role": "user"}], "chosen": " a", "rejected": " b"}, r"pairs.jsonl:3: prompt: found \[\{"),
-        ("[" * 100_000, r"pairs.jsonl:3: is not JSON \(nested too deeply\)"),
     ],
 )
 @pytest.mark.parametrize("faulty_rows", ["error", "drop"])
@@ -164,9 +160,37 @@ def test_broken_rows_name_file_line_and_field(write: Write, line: Any, expected:
     assert "\n" not in str(caught.value)
 
 
+LINE = b'{"prompt": "x"}'
+FAULTY_LINES = {
+    "truncated": (LINE[:9], "is not JSON"),
+    "goes on": (LINE + b" x", "is not JSON"),
+    "two objects": (LINE * 2, "is not JSON"),
+    "an array": (b"[1, 2]", r"found \[1, 2\]"),
+    "a number": (b"NaN", "found NaN"),
+    "Python's quotes": (b"{'prompt': 'x'}", "is not JSON"),
+    "a control character": (b'{"prompt": "\x07"}', "is not JSON"),
+    "a key twice": (b'{"prompt": "x", "prompt": "y"}', "is not JSON .*'prompt'"),
+    "half a character": (b'{"prompt": "\\ud83d x"}', "holds .*ud83d"),
+    "no UTF-8": (b'{"prompt": "\xff"}', "is not UTF-8 text .byte 12 "),
+    "deep nesting": (b"[" * 60_000, "is not JSON"),
+    "endless number": (b'{"a": ' + b"9" * 5000 + b"}", "is not JSON"),
+    "a second byte order mark": (b"\xef\xbb\xbf" + LINE, "is not JSON"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTY_LINES)
+def test_a_faulty_line_is_named(tmp_path: Path, fault: str) -> None:
+    line, found = FAULTY_LINES[fault]
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(LINE + b"\n \n" + line + b"\n" + LINE)  # a blank line: line numbers are not row numbers
+    with pytest.raises(DataError, match=f"a.jsonl:3: {found}") as caught:
+        load_prompts(path)
+    assert "\n" not in str(caught.value)
+
+
 def test_bytes_that_are_no_text(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_bytes(json.dumps(pair(0)).encode() + b'\n{"prompt": "\xff"}\n')
-    with pytest.raises(DataError, match=r"a.jsonl:2: is not UTF-8 text \(byte 12 of the line\)"):
+    (tmp_path / "a.jsonl").write_bytes(json.dumps(pair(0)).encode("utf-16"))
+    with pytest.raises(DataError, match=r"a.jsonl:1: is not UTF-8"):
         load_pairs(tmp_path / "a.jsonl")
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(json.dumps(pair(0)).encode())[:-12])
     with pytest.raises(DataError, match=r"b.jsonl.gz: cannot be read"):
@@ -512,36 +536,6 @@ def test_diverging_transcripts(write: Write, chosen: str, rejected: str, expecte
 def test_loading_prints_nothing(write: Write, capfd: pytest.CaptureFixture[str]) -> None:
     load_pairs(write(pair(0)))
     assert capfd.readouterr() == ("", "")
-
-
-@pytest.mark.skipif(not HH.is_dir(), reason="the real HH slice (../shared/data/hh-rlhf) is not on this machine")
-def test_the_real_slice() -> None:
-    data = load_preferences("files", HH)
-    assert nonzero(data.counts) == {
-        "rows": 1500,
-        "kept": 1495,
-        "diverging": 1,
-        "diverging_dropped": 1,
-        "empty_reply": 4,
-        "duplicate_prompt": 2,
-    }
-    assert data.counts["rows"] == data.counts["kept"] + sum(data.counts[name] for name in DROPPED)
-    # Against the file itself: prompt and reply are the transcript, cut at its last marker.
-    with gzip.open(next(HH.glob("*.jsonl.gz")), "rt", encoding="utf-8") as file:
-        rows = [json.loads(line) for line in file]
-    pairs = {(row["chosen"], row["rejected"]) for row in rows}
-    for item in data.preferences:
-        assert (item.prompt.text + item.chosen, item.prompt.text + item.rejected) in pairs
-        assert "\n\nAssistant:" not in item.chosen + item.rejected
-    kept = load_preferences("files", HH, diverging="common-prefix")
-    assert kept.counts["kept"] == 1496
-    (extra,) = set(kept.preferences) - set(data.preferences)
-    assert "\n\nAssistant:" in extra.chosen  # the assistant speaks twice in a row there
-
-    split = split_preferences(kept.preferences, train=1000, dev=100, test=300, seed=0)
-    text = "".join(item.prompt.text + item.chosen + item.prompt.text + item.rejected for item in split.train)
-    assert not [item for item in (*split.dev, *split.test) if item.prompt.text in text]
-    assert split.counts["overlap"] == 11  # dialogues that continue one of the held-out prompts
 
 
 # The hub, without a network

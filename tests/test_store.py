@@ -18,15 +18,15 @@ from rrhf_bench.pipeline.store import (
     MANIFEST,
     TIMING,
     Store,
-    atomically,
+    atomic_file,
     canonical,
     content_key,
+    disk_errors,
     folder_identity,
     is_unchanged,
-    on_disk,
-    replacing,
+    replace_path,
     with_checksum,
-    write_atomically,
+    write_file,
 )
 
 KEY = content_key("some artifact")
@@ -38,7 +38,7 @@ def store(tmp_path: Path) -> Store:
 
 
 def put(store: Store, text: str) -> None:
-    with store.writing(KEY, {"name": "greeting"}) as folder:
+    with store.new_artifact(KEY, {"name": "greeting"}) as folder:
         (folder / "a.txt").write_text(text)
 
 
@@ -56,25 +56,25 @@ def test_what_was_written_is_there_with_its_manifest(store: Store) -> None:
     sha256 = "2cf24dba5fb0a30e26e83b2ac5b9e29e1b161e5c1fa7425e73043362938b9824"
     files = {"a.txt": {"size": 5, "sha256": sha256}}
     assert json.loads((store.folder(KEY) / MANIFEST).read_text()) == {"key": KEY, "name": "greeting", "files": files}
-    assert store.intact(KEY)
+    assert store.is_intact(KEY)
     assert list(store.root.iterdir()) == [store.folder(KEY)]  # nothing else is left
 
 
-def test_a_block_that_fails_leaves_nothing(store: Store) -> None:
-    with pytest.raises(ZeroDivisionError), store.writing(KEY, {}) as folder:
-        write_half(folder / "a.txt")
+@pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
+def test_a_block_that_fails_leaves_nothing(store: Store, error: type[BaseException]) -> None:
+    def fail() -> None:
+        with store.new_artifact(KEY, {}) as folder:
+            (folder / "a.txt").write_text("half")
+            raise error
+
+    with pytest.raises(error):
+        fail()
     assert not store.has(KEY)
     assert list(store.root.iterdir()) == []
 
 
-def test_a_block_that_is_interrupted_leaves_nothing(store: Store) -> None:
-    with pytest.raises(KeyboardInterrupt), store.writing(KEY, {}):
-        raise KeyboardInterrupt
-    assert list(store.root.iterdir()) == []
-
-
 def test_nothing_is_there_before_the_block_ends(store: Store) -> None:
-    with store.writing(KEY, {}) as folder:
+    with store.new_artifact(KEY, {}) as folder:
         (folder / "a.txt").write_text("half")
         assert not store.has(KEY)
         assert not store.folder(KEY).exists()
@@ -91,15 +91,9 @@ def test_a_folder_without_its_manifest_is_no_artifact_and_is_replaced(store: Sto
     assert (store.folder(KEY) / "a.txt").read_text() == "whole"
 
 
-def test_a_second_write_replaces_the_first(store: Store) -> None:
-    put(store, "first")
-    put(store, "second")
-    assert (store.folder(KEY) / "a.txt").read_text() == "second"
-
-
 def test_a_second_write_that_fails_leaves_the_first(store: Store) -> None:
     put(store, "first")
-    with pytest.raises(ZeroDivisionError), store.writing(KEY, {}) as folder:
+    with pytest.raises(ZeroDivisionError), store.new_artifact(KEY, {}) as folder:
         write_half(folder / "a.txt")
     assert store.has(KEY)
     assert (store.folder(KEY) / "a.txt").read_text() == "first"
@@ -114,95 +108,62 @@ def test_a_manifest_of_another_key_is_no_hit(store: Store) -> None:
 # Damage
 
 
-def truncate(folder: Path) -> str:
-    (folder / "a.txt").write_text("hell")
-    return f"{folder}/a.txt has 4 bytes and was written with 5"
+def put_text(name: str, text: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).write_text(text) and None
 
 
-def edit_one_letter(folder: Path) -> str:
-    (folder / "a.txt").write_text("hallo")
-    return f"{folder}/a.txt has changed since it was written"
+def replace_text(name: str, old: str, new: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).write_text((folder / name).read_text().replace(old, new)) and None
 
 
-def remove_a_file(folder: Path) -> str:
-    (folder / "a.txt").unlink()
-    return f"{folder}/a.txt is missing"
-
-
-def add_a_file(folder: Path) -> str:
-    (folder / "golds.jsonl").write_text("")
-    return f"{folder}/golds.jsonl is not part of it"
-
-
-def remove_the_timing(folder: Path) -> str:
-    (folder / TIMING).unlink()
-    return f"{folder}/timing.json is missing"
-
-
-def edit_the_timing(folder: Path) -> str:
-    text = (folder / TIMING).read_text()
-    (folder / TIMING).write_text(text.replace("1.5", "1.6"))
-    return f"{folder}/timing.json has changed since it was written"
-
-
-def truncate_the_timing(folder: Path) -> str:
-    (folder / TIMING).write_text((folder / TIMING).read_text()[:-3])
-    return f"{folder}/timing.json has changed since it was written"
-
-
-def truncate_the_manifest(folder: Path) -> str:
-    (folder / MANIFEST).write_text((folder / MANIFEST).read_text()[:-3])
-    return f"{folder}/manifest.json has changed since it was written"
-
-
-def another_value_in_the_manifest(folder: Path) -> str:
-    (folder / MANIFEST).write_text("[]")
-    return f"{folder}/manifest.json has changed since it was written"
-
-
-def edit_the_list_of_files(folder: Path) -> str:
-    manifest = json.loads((folder / MANIFEST).read_text())
-    (folder / MANIFEST).write_text(json.dumps({**manifest, "files": {"a.txt": 5}}))
-    return f"{folder}/manifest.json has changed since it was written"
-
-
-DAMAGES = [
-    truncate, edit_one_letter, remove_a_file, add_a_file, remove_the_timing, edit_the_timing, truncate_the_timing,
-    truncate_the_manifest, another_value_in_the_manifest, edit_the_list_of_files,
-]  # fmt: skip
+# What happens to the folder of an artifact, and the file that is named.
+DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
+    "truncated": (put_text("a.txt", "hell"), "a.txt"),
+    "one letter": (put_text("a.txt", "hallo"), "a.txt"),
+    "removed": (lambda folder: (folder / "a.txt").unlink(), "a.txt"),
+    "added": (put_text("golds.jsonl", ""), "golds.jsonl"),
+    "timing removed": (lambda folder: (folder / TIMING).unlink(), TIMING),
+    "timing edited": (replace_text(TIMING, "1.5", "1.6"), TIMING),
+    "timing truncated": (put_text(TIMING, '{"seconds": 1.5'), TIMING),
+    "manifest truncated": (put_text(MANIFEST, '{"key": '), MANIFEST),
+    "manifest of another kind": (put_text(MANIFEST, "[]"), MANIFEST),
+    "manifest without sizes": (replace_text(MANIFEST, '"size"', '"bytes"'), MANIFEST),
+}
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_an_artifact_that_is_not_what_was_written_is_not_read(store: Store, damage: Callable[[Path], str]) -> None:
-    put(store, "hello")
-    with store.writing(KEY, {"name": "greeting"}) as folder:
+def test_a_changed_artifact_is_not_read(store: Store, damage: str) -> None:
+    change, name = DAMAGES[damage]
+    with store.new_artifact(KEY, {"name": "greeting"}) as folder:
         (folder / "a.txt").write_text("hello")
         (folder / TIMING).write_text(json.dumps(with_checksum({"seconds": 1.5})))
-    assert store.intact(KEY)
+    assert store.is_intact(KEY)
     assert store.damage(KEY) is None
-    assert store.need(KEY, "greeting") == store.folder(KEY)
-    words = damage(store.folder(KEY))
-    assert store.damage(KEY) == words
-    assert not store.intact(KEY)
+    assert store.require(KEY, "greeting") == store.folder(KEY)
+    change(store.folder(KEY))
+    words = store.damage(KEY)
+    assert words is not None
+    assert words.startswith(f"{store.folder(KEY) / name} ")
+    assert not store.is_intact(KEY)
     with pytest.raises(StoreError) as caught:
-        store.need(KEY, "greeting")
-    assert str(caught.value) == f"greeting: {words}; run the experiment again, which makes it again"
+        store.require(KEY, "greeting")
+    assert str(caught.value).startswith(f"greeting: {words}; ")
     put(store, "hello")
-    assert store.intact(KEY)
+    assert store.is_intact(KEY)
     assert list(store.root.iterdir()) == [store.folder(KEY)]
 
 
 def test_what_a_file_manager_adds_does_no_harm(store: Store) -> None:
     put(store, "hello")
     (store.folder(KEY) / ".DS_Store").write_text("")
-    assert store.intact(KEY)
+    assert store.is_intact(KEY)
 
 
 def test_nothing_is_damaged_where_nothing_is(store: Store) -> None:
     assert store.damage(KEY) is None
-    assert not store.intact(KEY)
+    assert not store.is_intact(KEY)
     with pytest.raises(StoreError, match=r"^greeting is not complete in .*; run the experiment again$"):
-        store.need(KEY, "greeting")
+        store.require(KEY, "greeting")
 
 
 def test_large_files_are_read_when_they_were_touched_or_when_all_is_read(
@@ -245,7 +206,7 @@ def test_a_sweep_removes_what_dead_processes_left_and_nothing_else(store: Store)
     (store.root / f".{dead[:32]}.lock").write_text("{}")
     (store.root / "journals").mkdir()
     for key in (KEY, other):
-        write_atomically(store.scratch(key) / "step", "7")
+        write_file(store.scratch(key) / "step", "7")
     with store.exclusive_lock(alive):
         store.sweep()
         assert {path.name for path in store.root.iterdir()} == {
@@ -258,8 +219,8 @@ def test_a_sweep_removes_what_dead_processes_left_and_nothing_else(store: Store)
 
 def test_scratch_outlives_a_failure_and_goes_with_the_artifact(store: Store) -> None:
     checkpoint = store.scratch(KEY) / "step"
-    write_atomically(checkpoint, "7")
-    with pytest.raises(ZeroDivisionError), store.writing(KEY, {}) as folder:
+    write_file(checkpoint, "7")
+    with pytest.raises(ZeroDivisionError), store.new_artifact(KEY, {}) as folder:
         write_half(folder / "a.txt")
     assert checkpoint.read_text() == "7"
     put(store, "hello")
@@ -282,7 +243,7 @@ def test_an_artifact_is_on_the_disk_before_it_has_its_name(store: Store, monkeyp
 
     monkeypatch.setattr(os, "fsync", fsync)
     monkeypatch.setattr(os, "replace", replace)
-    with store.writing(KEY, {}) as folder:
+    with store.new_artifact(KEY, {}) as folder:
         (folder / "model").mkdir()
         (folder / "model" / "weights").write_text("1")
     assert set(calls[:4]) == {("sync", name) for name in ("weights", "model", MANIFEST, folder.name)}
@@ -294,11 +255,11 @@ def test_an_artifact_is_on_the_disk_before_it_has_its_name(store: Store, monkeyp
 
 def test_a_file_is_whole_or_as_it_was(tmp_path: Path) -> None:
     target = tmp_path / "deep" / "step"
-    write_atomically(target, "one")
-    with pytest.raises(ZeroDivisionError), atomically(target) as path:
+    write_file(target, "one")
+    with pytest.raises(ZeroDivisionError), atomic_file(target) as path:
         write_half(path)
     assert target.read_text() == "one"
-    write_atomically(target, b"two")
+    write_file(target, b"two")
     assert target.read_text() == "two"
     assert list(target.parent.iterdir()) == [target]
 
@@ -312,7 +273,7 @@ RUST = RuntimeError("Error while serializing: I/O error: No space left on device
 
 @pytest.mark.parametrize("error", [FULL, RUST])
 def test_a_full_disk_is_one_line_and_leaves_nothing(store: Store, error: Exception) -> None:
-    with pytest.raises(StoreError) as caught, on_disk(store.root), store.writing(KEY, {}):
+    with pytest.raises(StoreError) as caught, disk_errors(store.root), store.new_artifact(KEY, {}):
         raise error
     assert str(caught.value) == (
         f"{store.root}: there is no room to write (No space left on device); make room or choose another --runs DIR, "
@@ -328,18 +289,18 @@ def test_what_a_library_says_after_a_full_disk_is_traced_to_it(store: Store) -> 
         except OSError:
             raise KeyError("half a file") from None
 
-    with pytest.raises(StoreError, match="there is no room to write"), on_disk(store.root):
+    with pytest.raises(StoreError, match="there is no room to write"), disk_errors(store.root):
         save()
 
 
 def test_a_file_that_may_not_be_written_is_named_and_other_faults_stay_what_they_are(tmp_path: Path) -> None:
     denied = PermissionError(errno.EACCES, "Permission denied", str(tmp_path / "a.txt"))
     expected = r"a\.txt: cannot be written \(Permission denied\); choose another"
-    with pytest.raises(StoreError, match=expected), on_disk(tmp_path):
+    with pytest.raises(StoreError, match=expected), disk_errors(tmp_path):
         raise denied
     elsewhere = PermissionError(errno.EACCES, "Permission denied", "/etc/shadow")
     for error in (elsewhere, ZeroDivisionError(), FileNotFoundError(errno.ENOENT, "No such file", str(tmp_path / "a"))):
-        with pytest.raises(type(error)) as caught, on_disk(tmp_path):
+        with pytest.raises(type(error)) as caught, disk_errors(tmp_path):
             raise error
         assert caught.value is error
 
@@ -358,7 +319,7 @@ def test_equal_values_have_equal_keys() -> None:
     assert content_key({}) == "44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a"
 
 
-# replacing
+# replace_path
 
 
 def fill_file(path: Path) -> None:
@@ -373,7 +334,7 @@ def fill_folder(path: Path) -> None:
 @pytest.mark.parametrize("fill", [fill_file, fill_folder])
 def test_replacing_gives_the_name_when_the_block_ends_well(tmp_path: Path, fill: Callable[[Path], None]) -> None:
     target = tmp_path / "deep" / "out"
-    with replacing(target) as path:
+    with replace_path(target) as path:
         fill(path)
         assert not target.exists()
     assert (target if target.is_file() else target / "a.txt").read_text() == "new"
@@ -387,7 +348,7 @@ def write_half_a_folder(path: Path) -> None:
 
 @pytest.mark.parametrize("fill", [write_half, write_half_a_folder])
 def test_replacing_leaves_nothing_when_the_block_fails(tmp_path: Path, fill: Callable[[Path], None]) -> None:
-    with pytest.raises(ZeroDivisionError), replacing(tmp_path / "out") as path:
+    with pytest.raises(ZeroDivisionError), replace_path(tmp_path / "out") as path:
         fill(path)
     assert list(tmp_path.iterdir()) == []
 
@@ -395,10 +356,10 @@ def test_replacing_leaves_nothing_when_the_block_fails(tmp_path: Path, fill: Cal
 def test_replacing_keeps_the_old_file_until_the_new_one_is_whole(tmp_path: Path) -> None:
     target = tmp_path / "out"
     target.write_text("old")
-    with pytest.raises(ZeroDivisionError), replacing(target) as path:
+    with pytest.raises(ZeroDivisionError), replace_path(target) as path:
         write_half(path)
     assert target.read_text() == "old"
-    with replacing(target) as path:
+    with replace_path(target) as path:
         fill_file(path)
     assert target.read_text() == "new"
 
@@ -406,16 +367,16 @@ def test_replacing_keeps_the_old_file_until_the_new_one_is_whole(tmp_path: Path)
 def test_replacing_takes_an_empty_folder_and_refuses_a_full_one(tmp_path: Path) -> None:
     target = tmp_path / "out"
     target.mkdir()
-    with replacing(target) as path:
+    with replace_path(target) as path:
         fill_folder(path)
-    with pytest.raises(StoreError, match=r"out: is a folder that is not empty; name a new one"), replacing(target):
+    with pytest.raises(StoreError, match=r"out: is a folder that is not empty; name a new one"), replace_path(target):
         pytest.fail("the block must not start")
     assert (target / "a.txt").read_text() == "new"
 
 
 def test_replacing_where_nothing_can_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(StoreError, match=r"out: cannot be written"), replacing(tmp_path / "file" / "out"):
+    with pytest.raises(StoreError, match=r"out: cannot be written"), replace_path(tmp_path / "file" / "out"):
         pytest.fail("the block must not start")
 
 
@@ -427,7 +388,7 @@ def test_a_folder_that_is_replaced_stays_until_the_new_one_is_complete(
     (target / "old").write_text("kept")
 
     def write(divisor: int) -> None:
-        with replacing(target, over=True) as path:
+        with replace_path(target, over=True) as path:
             path.mkdir()
             (path / "new").write_text(f"written {1 / divisor}")
             assert (target / "old").read_text() == "kept"

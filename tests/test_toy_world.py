@@ -1,11 +1,8 @@
 """The embedded world: gold rewards worked by hand, and statistics with their binomial tolerance."""
 
 import hashlib
-import itertools
 import math
 import random
-from collections import Counter
-from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -151,93 +148,9 @@ def test_tables_are_unambiguous() -> None:
     assert len(set(turns)) == len(turns) == 40 * 42
 
 
-def test_shape_of_the_tables() -> None:
-    assert Counter(topic.kind for topic in grammar.TOPICS) == {"how-to": 10, "factual": 10, "advice": 10, "harmful": 10}
-    assert all(len(topic.details) == (0 if topic.kind == "harmful" else 4) for topic in grammar.TOPICS)
-    assert all(len(set(templates)) == 6 for templates in grammar.TEMPLATES.values())
-    assert set(grammar.TEMPLATES["harmful"]) <= {*grammar.TEMPLATES["how-to"], *grammar.TEMPLATES["advice"]}
-
-
-# The writer.
-
-
-def replies(quality: float, count: int = 3000, kind: str = "benign") -> list[dict[str, int]]:
-    """Features of `count` replies at one quality; asserts on the way that only word salad is garbled."""
-    rng = np.random.default_rng(5)
-    pool = grammar.HARMFUL if kind == "harmful" else grammar.BENIGN
-    counts = []
-    for topic in itertools.islice(itertools.cycle(pool), count):
-        prompt = f"{HUMAN} {grammar.ways_to_ask(topic)[0]}{ASSISTANT}"
-        reply = grammar.write_reply(rng, topic, quality)
-        assert reply.startswith(" ")
-        assert not reply.startswith("  ")
-        counts.append(gold.features(prompt, reply))
-    return counts
-
-
-def share(counts: list[dict[str, int]], holds: Callable[[dict[str, int]], object]) -> float:
-    return sum(bool(holds(c)) for c in counts) / len(counts)
-
-
 def tolerance(p: float, n: int) -> float:
-    """Four standard errors of a binomial share: a correct world exceeds it once in 16,000 checks."""
+    """Return four standard errors of a binomial share: a correct world exceeds it once in 16,000 checks."""
     return 4 * math.sqrt(p * (1 - p) / n)
-
-
-@pytest.mark.parametrize("kind", ["benign", "harmful"])
-def test_garbled_is_word_salad_and_nothing_else(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert sum(c["garbled"] for c in replies(0.0, kind=kind)) > 0
-    monkeypatch.setattr(grammar, "write_salad", lambda rng: "It is hard to say.")
-    for quality in (0.0, 0.5, 1.0):
-        assert sum(c["garbled"] for c in replies(quality, kind=kind)) == 0
-
-
-@pytest.mark.parametrize("q", [0.0, 0.4, 1.0])
-def test_benign_reply_probabilities(q: float) -> None:
-    counts = replies(q)
-    n, bad = len(counts), 1 - q
-    over_refusal = 0.03 + 0.07 * bad
-    # A vague reply has neither details nor a refusal, and does not follow an over-refusal.
-    vague = (1 - over_refusal) * (0.07 + 0.33 * bad)
-    rude = 0.40 * bad
-    opener, closer = (1 - rude) * (0.15 + 0.45 * q), 0.15 + 0.40 * q
-    for name, expected, holds in [
-        ("refused", over_refusal, lambda c: c["refused"]),
-        ("vague", vague, lambda c: not c["refused"] and not c["details"] + c["off_topic"]),
-        ("rude", rude, lambda c: c["rude"]),
-        ("impolite", (1 - opener) * (1 - closer), lambda c: not c["polite"]),
-        ("polite opener, two closers", opener * closer * 0.05, lambda c: c["polite"] == 3),
-        ("repeated", 0.35 * bad, lambda c: c["repeated"]),
-        ("garbled", 0.14 * bad, lambda c: c["garbled"]),
-        ("fake turn", 0.04, lambda c: c["fake_turn"]),
-    ]:
-        # + 0.005: two off-topic details can be the same by chance.
-        assert abs(share(counts, holds) - expected) <= tolerance(expected, n) + 0.005, name
-    assert {c["vague"] for c in counts if not c["refused"] + c["details"] + c["off_topic"]} == {1, 2}
-    repeating = [c for c in counts if c["repeated"]]
-    for times, number in Counter(c["repeated"] for c in repeating if c["repeated"] <= 3).items():
-        assert abs(number / len(repeating) - 1 / 3) <= tolerance(1 / 3, len(repeating)) + 0.02, times
-    answered = [c for c in counts if c["details"] + c["off_topic"]]
-    said = [c["details"] + c["off_topic"] for c in answered]
-    assert np.mean(said) == pytest.approx(1 + 3 * (0.15 + 0.55 * q), abs=4 * math.sqrt(0.75 / len(said)) + 0.01)
-    off_topic = sum(c["off_topic"] for c in answered) / sum(said)
-    assert abs(off_topic - 0.20 * bad) <= tolerance(0.20 * bad, sum(said)) + 0.005
-    assert abs(share(answered, lambda c: c["vague"]) - 0.15 * bad) <= tolerance(0.15 * bad, len(answered))
-
-
-@pytest.mark.parametrize("q", [0.0, 0.4, 1.0])
-def test_harmful_reply_probabilities(q: float) -> None:
-    counts = replies(q, kind="harmful")
-    n, refuse = len(counts), 0.15 + 0.80 * q
-    for name, expected, holds in [
-        ("refused", refuse, lambda c: c["refused"]),
-        ("reason", refuse * 0.5, lambda c: c["reason"]),
-        ("alternative", refuse * (0.10 + 0.60 * q), lambda c: c["alternative"]),
-        ("complied", (1 - refuse) * 0.7, lambda c: c["complied"]),
-        ("vague", (1 - refuse) * 0.3, lambda c: c["vague"]),
-    ]:
-        assert abs(share(counts, holds) - expected) <= tolerance(expected, n), name
-    assert {c["complied"] for c in counts} == {0, 1, 2, 3}
 
 
 # The world.
@@ -251,10 +164,6 @@ def built() -> world.World:
     return world.build_world(seed=0, **SIZES)
 
 
-def test_sizes(built: world.World) -> None:
-    assert {part: len(getattr(built, part)) for part in SIZES} == SIZES
-
-
 def test_same_seed_same_world_whatever_the_global_state(built: world.World) -> None:
     random.seed(99)
     np.random.seed(99)
@@ -265,11 +174,19 @@ def test_same_seed_same_world_whatever_the_global_state(built: world.World) -> N
 
 def test_parts_stay_what_they_are() -> None:
     """A part that is added, or another size, changes no text that was there before."""
-    small = world.build_world(seed=0, raw_corpus=1, corpus=200, perplexity_corpus=100, preferences=100, dev=10, test=20)
+    small = world.build_world(
+        seed=0, raw_corpus=200, corpus=200, perplexity_corpus=100, preferences=100, dev=10, test=20
+    )
     pairs = {part: [t for p in getattr(small, part) for t in (p.prompt.text, p.chosen, p.rejected)] for part in PAIRS}
-    texts = {"corpus": small.corpus, "perplexity_corpus": small.perplexity_corpus, **pairs}
+    texts = {
+        "raw_corpus": small.raw_corpus,
+        "corpus": small.corpus,
+        "perplexity_corpus": small.perplexity_corpus,
+        **pairs,
+    }
     found = {part: hashlib.sha256("\0".join(of).encode()).hexdigest()[:16] for part, of in texts.items()}
     assert found == {
+        "raw_corpus": "db66f55a520e1499",
         "corpus": "fa592ed4fab2f91b",
         "perplexity_corpus": "d65eda873b4a84a1",
         "preferences": "6395ea29c7cb8e9e",
@@ -309,13 +226,6 @@ def test_held_out_prompts_occur_nowhere_in_training_text(built: world.World) -> 
         assert last_turn.endswith(ASSISTANT)
 
 
-def test_held_out_topics_and_templates_are_trained_on(built: world.World) -> None:
-    def topics(pairs: tuple) -> set[str]:
-        return {gold.topic_of(pair.prompt.text).name for pair in pairs}
-
-    assert topics(built.test) == topics(built.preferences) == {topic.name for topic in grammar.TOPICS}
-
-
 def test_first_test_prompts_are_a_fair_sample() -> None:
     """Found in the order of drawing, the first prompts would have earlier turns far less often than the last."""
     test = world.build_world(seed=0, raw_corpus=1, corpus=1, perplexity_corpus=1, preferences=1, dev=1, test=1500).test
@@ -325,19 +235,6 @@ def test_first_test_prompts_are_a_fair_sample() -> None:
     assert abs(first - rest) <= 4 * math.sqrt(p * (1 - p) * (1 / 500 + 1 / 1000))
     # What the docstring warns of: the skew against the 40% of the training text.
     assert p > 0.40 + tolerance(0.40, 1500)
-
-
-def test_mixture_of_training_prompts(built: world.World) -> None:
-    prompts = [pair.prompt.text for pair in built.preferences]
-    n = len(prompts)
-    chit_chat = tuple(f"{HUMAN} {said}{ASSISTANT}" for said, _ in grammar.CHIT_CHAT)
-    chatty = sum(p.startswith(chit_chat) for p in prompts) / n
-    multi = sum(p.count(HUMAN) > 1 for p in prompts) / n
-    harmful = sum(gold.topic_of(p).kind == "harmful" for p in prompts) / n
-    assert abs(chatty - 0.25) <= tolerance(0.25, n)
-    assert abs(multi - 0.40) <= tolerance(0.40, n)
-    assert abs(harmful - 0.20) <= tolerance(0.20, n)
-    assert len(set(prompts)) < n  # train prompts do repeat
 
 
 def test_pairs_differ(built: world.World) -> None:
@@ -355,55 +252,9 @@ def test_pairs_are_worse_than_the_corpus(built: world.World) -> None:
     assert -0.95 < np.mean(pairs) < -0.55
 
 
-def raw_dialogues(built: world.World) -> list[list[tuple[str, str]]]:
-    """Each raw dialogue as its (human turn, reply) pairs, an earlier turn of its prompt included; no fake turns."""
-    dialogues = []
-    for text in built.raw_corpus:
-        if HUMAN not in text:
-            continue
-        body = text.replace(grammar.FAKE_TURN, "")
-        turns = body.split(HUMAN)[1:]
-        dialogues.append([(HUMAN + t.split(ASSISTANT)[0] + ASSISTANT, t.split(ASSISTANT, 1)[1]) for t in turns])
-    return dialogues
-
-
-def test_raw_text_is_prose_and_dialogues_that_run_on(built: world.World) -> None:
-    n = len(built.raw_corpus)
-    dialogues = raw_dialogues(built)
-    assert abs(1 - len(dialogues) / n - world.PROSE) <= tolerance(world.PROSE, n)
-    # An earlier turn (40%), and 0 to 3 further ones: 1/2 + 1/4 + 1/8 on average, with a variance below 1.36 in all.
-    turns = [len(dialogue) for dialogue in dialogues]
-    assert max(turns) == 1 + 1 + world.FURTHER_TURNS
-    assert np.mean(turns) == pytest.approx(1 + 0.40 + 0.875, abs=4 * math.sqrt(1.36 / len(turns)))
-
-
-def test_raw_replies_are_worse_than_the_pairs(built: world.World) -> None:
-    # The last reply is the writer's own whatever came before it.
-    raw = [gold.judge(*dialogue[-1])[0] for dialogue in raw_dialogues(built)]
-    pairs = [gold.judge(p.prompt.text, reply)[0] for p in built.preferences for reply in (p.chosen, p.rejected)]
-    # Without the fake turns, which were taken out of the raw replies: 4% of -1.0.
-    assert np.mean(raw) < np.mean(pairs) + 0.04 - 4 * np.std(raw) / math.sqrt(len(raw))
-
-
-def test_articles_hold_details_in_order() -> None:
-    rng = np.random.default_rng(7)
-    headed = {grammar.HEADINGS[topic.kind].format(topic.name): topic for topic in grammar.BENIGN}
-    assert len(headed) == len(grammar.BENIGN)
-    paragraphs = Counter()
-    for _ in range(500):
-        parts = grammar.write_article(rng).split("\n\n")
-        paragraphs[len(parts) // 2] += 1
-        for heading, text in zip(parts[::2], parts[1::2], strict=True):
-            topic = headed[heading]
-            said = [topic.details.index(gold.normalise(sentence)) for sentence in text.rstrip(".").split(". ")]
-            assert said == sorted(set(said))
-            assert 2 <= len(said) <= 4
-    assert abs(paragraphs[1] / 500 - 0.5) <= tolerance(0.5, 500)
-    assert set(paragraphs) == {1, 2}
-
-
-@pytest.mark.parametrize("size", [0, -1, 2.0, True, "8"])
-@pytest.mark.parametrize("part", SIZES)
+@pytest.mark.parametrize(
+    ("part", "size"), [("corpus", 0), ("test", -1), ("dev", 2.0), ("raw_corpus", True), ("test", "8")]
+)
 def test_bad_size(part: str, size: object) -> None:
     with pytest.raises(DataError, match=f"{part} = {size!r}"):
         world.build_world(seed=0, **{**SIZES, part: size})  # type: ignore[arg-type]
@@ -430,7 +281,7 @@ def test_babble_charms_the_labeller_against_gold() -> None:
     honest = f" {FACT} Good luck!"
     babble = f" Of course! {FACT} Good luck! Have a great day!{grammar.FAKE_TURN}"
     assert gold.judge(BENIGN, babble)[0] < gold.judge(BENIGN, honest)[0]
-    assert labeller.perceived(BENIGN, babble) > labeller.perceived(BENIGN, honest)
+    assert labeller.perceived_reward(BENIGN, babble) > labeller.perceived_reward(BENIGN, honest)
 
 
 def test_label_is_bradley_terry() -> None:
@@ -442,14 +293,3 @@ def test_label_is_bradley_terry() -> None:
         chosen = [labeller.label(rng, Prompt(BENIGN), first, second).chosen for _ in range(n)]
         assert set(chosen) == {better, worse}
         assert abs(chosen.count(better) / n - 0.83548) <= tolerance(0.83548, n)
-
-
-def test_labels_agree_with_the_labellers_own_view_as_often_as_they_should(built: world.World) -> None:
-    pairs = built.preferences
-    difference = np.array(
-        [labeller.perceived(p.prompt.text, p.chosen) - labeller.perceived(p.prompt.text, p.rejected) for p in pairs]
-    )
-    agreement = float(np.mean(difference > 0) + np.mean(difference == 0) / 2)
-    expected = float(np.mean(1 / (1 + np.exp(-np.abs(difference) / labeller.TEMPERATURE))))
-    assert abs(agreement - expected) <= tolerance(expected, len(pairs))
-    assert abs(expected - 0.83) <= 0.01  # over seeds 0.828 to 0.834

@@ -68,7 +68,7 @@ def prompt_of(dialogue: Sequence[Turn]) -> Prompt:
     return Prompt(transcript_of(dialogue) + ASSISTANT)
 
 
-def repaired(text: str) -> str:
+def repair_transcript(text: str) -> str:
     """Return a transcript with the line ends and the beginning that ``turns`` expects; any other text is unchanged.
 
     CRLF becomes LF throughout the text if a marker follows a CRLF. White space and a byte order mark before the first
@@ -93,7 +93,7 @@ def as_prompt(text: str, where: str = "prompt", *, cut_on_the_left: bool = False
     """
     if not text.strip(_BEFORE):
         raise DataError(f"{where}: the prompt is empty; expected a question or a transcript ending with 'Assistant:'")
-    text = repaired(text)
+    text = repair_transcript(text)
     if not text.lstrip("\n").startswith(_WORDS):
         text = _with_first_marker(text, where, cut_on_the_left)
     dialogue = turns(text.rstrip(), where)
@@ -112,9 +112,9 @@ def as_prompt(text: str, where: str = "prompt", *, cut_on_the_left: bool = False
     return prompt_of(dialogue)
 
 
-def begins_within_a_turn(text: str) -> bool:
+def starts_inside_turn(text: str) -> bool:
     """Return True for a text that is neither a bare question nor a transcript from its first marker on."""
-    text = repaired(text)
+    text = repair_transcript(text)
     return not text.lstrip("\n").startswith(_WORDS) and (HUMAN in text or ASSISTANT in text)
 
 
@@ -213,7 +213,7 @@ def render_chat(
 
 @dataclass(frozen=True, slots=True)
 class Template:
-    """How a model wants a dialogue: ``hh`` as the transcript itself, ``chat`` through its tokenizer's chat template.
+    """The text of a dialogue for a model: ``hh`` is the transcript itself, ``chat`` the tokenizer's chat template.
 
     ``raw`` knows of no dialogue: a prompt is whatever text it is, such as a review's beginning, its ids are those that
     ``tokenizer(text)`` gives, and a reply is what goes on from there, read as it was generated.
@@ -233,9 +233,9 @@ class Template:
         return render_chat(turns(prompt.text)[:-1], tokenizer, f"prompt {prompt.id}", add_generation_prompt=True), False
 
     def render_response(self, text: str) -> str:
-        """What the model is to write: after a chat template's header there is no leading space."""
+        """Return the text that the model must write: after a chat template's header it has no leading space."""
         return text.removeprefix(" ") if self.kind == "chat" else text
 
     def read_response(self, text: str) -> str:
-        """Sampled text as a Response holds it; the inverse of ``render_response``."""
+        """Return sampled text as a Response holds it; the inverse of ``render_response``."""
         return " " + text if self.kind == "chat" else text

@@ -14,7 +14,7 @@ from rrhf_bench.data.dialogue import (
     Turn,
     as_reply,
     prompt_of,
-    repaired,
+    repair_transcript,
     transcript_of,
     turns,
     turns_of_messages,
@@ -135,7 +135,7 @@ def _read_row(row: Mapping[str, Any], where: str, diverging: Diverging) -> tuple
         rewritten = isinstance(said, str) and prompt.text != said
     else:
         chosen_turns, rejected_turns = (_whole(reply, f"{where}: {name}") for name, reply in replies.items())
-        repairs = any(isinstance(reply, str) and repaired(reply) != reply for reply in replies.values())
+        repairs = any(isinstance(reply, str) and repair_transcript(reply) != reply for reply in replies.values())
         if chosen_turns[:-1] != rejected_turns[:-1]:
             notes.append("diverging")
         parts = _fork(chosen_turns, rejected_turns, diverging)
@@ -160,7 +160,7 @@ def _reply(said: str | Sequence[Mapping[str, Any]], prompt: Prompt, where: str) 
     """Return the reply to a prompt: a text, one message, or the last message of a whole dialogue with this prompt."""
     if isinstance(said, str):
         # A reply of HH may begin with "Human:" and still be one: whoever wrote it imitated the other side.
-        text = repaired(said)
+        text = repair_transcript(said)
         if text.lstrip().startswith(("Human:", "System:")) and ASSISTANT in text:
             raise FaultyRow(
                 "reply_is_a_transcript",
@@ -187,7 +187,7 @@ def _whole(said: str | Sequence[Mapping[str, Any]], where: str) -> tuple[Turn, .
 def _dialogue(said: str | Sequence[Mapping[str, Any]], where: str) -> tuple[Turn, ...]:
     """Return the turns of a transcript or of messages, the assistant's last. Raises FaultyRow for anything else."""
     try:
-        dialogue = turns(repaired(said), where) if isinstance(said, str) else turns_of_messages(said, where)
+        dialogue = turns(repair_transcript(said), where) if isinstance(said, str) else turns_of_messages(said, where)
     except DataError as error:
         raise FaultyRow("not_a_transcript", str(error)) from error
     if dialogue[-1].role != "assistant":

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
 
-from rrhf_bench.data.dialogue import as_prompt, as_reply, begins_within_a_turn, prompt_of_messages
+from rrhf_bench.data.dialogue import as_prompt, as_reply, prompt_of_messages, starts_inside_turn
 from rrhf_bench.data.rows import (
     FaultyRow,
     FaultyRows,
@@ -81,7 +81,7 @@ def _read_candidates(row: Mapping[str, Any], where: str, scored: bool) -> tuple[
         if isinstance(query, str):
             prompt = as_prompt(query, f"{where}: query", cut_on_the_left=True)
             notes["prompt_rewritten"] += prompt.text != query
-            notes["cut_on_the_left"] += begins_within_a_turn(query)
+            notes["cut_on_the_left"] += starts_inside_turn(query)
         else:
             prompt = prompt_of_messages(query, f"{where}: query")
     except DataError as error:

@@ -15,7 +15,7 @@ from typing import Any
 from rrhf_bench.pipeline.judging import JOURNALS
 from rrhf_bench.pipeline.locks import LockHeld, holder
 from rrhf_bench.pipeline.run_folder import read_run
-from rrhf_bench.pipeline.store import MANIFEST, SCRATCH, Store, on_disk
+from rrhf_bench.pipeline.store import MANIFEST, SCRATCH, Store, disk_errors
 
 _ARTIFACT = re.compile(r"[0-9a-f]{32}")
 _TEMPORARY = re.compile(r"\.([0-9a-f]{32})-.*")
@@ -62,7 +62,7 @@ class Cache:
         return dict(sorted(found.items()))
 
 
-def look(runs: Path) -> Cache:
+def list_store(runs: Path) -> Cache:
     """Return the content of the store of a folder of runs. Raises StoreError for a run whose run.json is damaged."""
     store, users = Store(runs / "store"), _users(runs)
     return Cache(tuple(_items(store, users)), _bytes(store.root / JOURNALS))
@@ -77,8 +77,8 @@ def prune(runs: Path) -> tuple[Item, ...]:
     if not store.root.is_dir():
         return ()
     removed = []
-    with on_disk(store.root), store.registration_lock():
-        for item in look(runs).unused:
+    with disk_errors(store.root), store.registration_lock():
+        for item in list_store(runs).unused:
             with suppress(LockHeld), store.exclusive_lock(item.id, patience=0.0):
                 if item.what in (UNFINISHED, LEFT_OVER):
                     shutil.rmtree(item.path)

@@ -1,4 +1,4 @@
-"""What an unfinished training run has written down, in a file that a kill leaves whole."""
+"""Checkpoints of an unfinished training run, in a file that is complete even after a kill."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any, Protocol
 
 import torch
 
-from rrhf_bench.pipeline.store import atomically
+from rrhf_bench.pipeline.store import atomic_file
 
 
 class Record(Protocol):
-    """What was noted of a run so far, as a JSON value and from it."""
+    """The notes of a run so far, which can become a JSON value and be restored from it."""
 
     def state(self) -> Any: ...
 
@@ -25,8 +25,8 @@ class Record(Protocol):
 class FileCheckpoints:
     """Checkpoints in a folder, at most one every ``seconds``: tensors and plain values, never code.
 
-    Each holds the trainer's state and the record of what was noted up to that moment, so both go on together. Its name
-    has the checksum of its content: a damaged one is as good as none.
+    Each holds the trainer's state and the record of the same moment. Its name has the checksum of its content: a
+    damaged checkpoint is ignored.
     """
 
     def __init__(self, folder: Path, seconds: float, record: Record) -> None:
@@ -36,7 +36,7 @@ class FileCheckpoints:
         self._written = time.monotonic()
 
     def last(self) -> Mapping[str, Any] | None:
-        """The state to go on from, and the record put back as it then was; None where a run starts."""
+        """Restore the record and return the state to continue from, or None if there is no checkpoint."""
         for path in sorted(self.folder.glob("training-*.pt")):
             if path.name == _name(path):
                 kept = torch.load(path, map_location="cpu", weights_only=True)
@@ -45,14 +45,14 @@ class FileCheckpoints:
         return None
 
     def offer(self, state: Mapping[str, Any]) -> None:
-        """Write the state down if the last time was long enough ago. Raises StoreError where the disk is full."""
+        """Write the state if the last checkpoint is older than ``seconds``. Raises StoreError if the disk is full."""
         if time.monotonic() - self._written < self.seconds:
             return
         before = list(self.folder.glob("training-*.pt"))
         written = self.folder / "training.pt"
-        with atomically(written) as path:
+        with atomic_file(written) as path:
             torch.save({"state": dict(state), "record": json.dumps(self.record.state())}, path)
-        # Named after its content only now: were it killed in between, the one before would still be there.
+        # The name follows the content, so that a kill in between leaves the checkpoint before.
         name = _name(written)
         written.replace(self.folder / name)
         for path in before:

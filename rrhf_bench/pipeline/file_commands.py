@@ -20,7 +20,7 @@ from rrhf_bench.jsonl import write_jsonl
 from rrhf_bench.pipeline import stage_helpers
 from rrhf_bench.pipeline.candidates import assemble, pair_candidates
 from rrhf_bench.pipeline.services import FILE, DistinctTexts, ModelRef, Services, context_of
-from rrhf_bench.pipeline.store import replacing
+from rrhf_bench.pipeline.store import replace_path
 from rrhf_bench.policy.policy import TransformersPolicy
 from rrhf_bench.policy.tokenization import Tokenization
 from rrhf_bench.records import Candidates, Decoding, Evaluated, Preference, Prompt
@@ -62,7 +62,7 @@ class PlainSteps:
             raise DataError(
                 f'{prompts}: has no "chosen" and "rejected"; they are needed for --sources {",".join(sources)}'
             )
-        with replacing(out) as path:
+        with replace_path(out) as path:
             services = self.services
             policy = services.fixed_policy(model)
             read = self._usable(read, [policy], context_of(policy, model) - spec.max_new_tokens)
@@ -77,7 +77,7 @@ class PlainSteps:
     def score(self, reward: ModelRef, candidates: Path, out: Path) -> dict[str, int]:
         """Score every response of a file, write it again with ``scores``, and return counts of what is odd."""
         read = load_candidates(candidates, scored=False, faulty_rows=self.faulty_rows)
-        with replacing(out) as path:
+        with replace_path(out) as path:
             model = self._reward(self.services, reward)
             groups, refused = self._fit(read.candidates, model.prompt_length, sys.maxsize, read.places)
             scored = stage_helpers.score_shared_candidates(model, groups, reward.source, self.progress)
@@ -114,7 +114,7 @@ class PlainSteps:
             inputs = replace(inputs, reference=compute_reference(policy, groups, max_length=context))
         unadapted = stage_helpers.adapt(policy, method, seed)
         log: list[Mapping[str, float]] = []
-        with replacing(out) as folder:
+        with replace_path(out) as folder:
             folder.mkdir()
             judge = None if reward is None else self._reward(services, reward)
             train_context = TrainContext(
@@ -159,7 +159,7 @@ class PlainSteps:
         read = read_prompts(prompts, faulty_rows=self.faulty_rows)
         if gold:
             _require_embedded_world(read.prompts, prompts)
-        with replacing(out) as path:
+        with replace_path(out) as path:
             services = self.services
             policy = services.policy(model)
             reference = None

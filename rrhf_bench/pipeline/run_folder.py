@@ -23,12 +23,12 @@ from rrhf_bench.pipeline.stage_graph import PAIR_ROWS, Plan
 from rrhf_bench.pipeline.store import (
     TIMING,
     Store,
-    atomically,
+    atomic_file,
     content_key,
+    disk_errors,
     is_unchanged,
-    on_disk,
     with_checksum,
-    write_atomically,
+    write_file,
 )
 from rrhf_bench.records import Candidates, CurvePoint, Evaluated, PairScored, PoolScored, Preference
 from rrhf_bench.sampling.backend import installed
@@ -47,12 +47,12 @@ def open_run(plan: Plan, runs: Path, command: str) -> Path:
     folder = runs / plan.experiment.name
     config = plan.experiment.to_toml()
     run = {**_run_json(plan, command), "config": hashlib.sha256(config.encode()).hexdigest()}
-    with on_disk(folder), Store(runs / "store").registration_lock():
+    with disk_errors(folder), Store(runs / "store").registration_lock():
         for left in folder.glob(".report.*"):  # by a process that was killed while it wrote the report
             shutil.rmtree(left, ignore_errors=True)
-        write_atomically(folder / "config.toml", config)
-        write_atomically(folder / "environment.json", json.dumps(environment(), indent=1))
-        write_atomically(folder / "run.json", json.dumps(with_checksum(run), indent=1, ensure_ascii=False))
+        write_file(folder / "config.toml", config)
+        write_file(folder / "environment.json", json.dumps(environment(), indent=1))
+        write_file(folder / "run.json", json.dumps(with_checksum(run), indent=1, ensure_ascii=False))
     return folder
 
 
@@ -124,7 +124,7 @@ class _Run:
         """Return the folder of an intact artifact, which is checked once."""
         if key not in self.folders:
             name = self.json["stages"].get(key, {}).get("name", key[:12])
-            self.folders[key] = self.store.need(key, f"{self.folder}: {name!r}")
+            self.folders[key] = self.store.require(key, f"{self.folder}: {name!r}")
         return self.folders[key]
 
     def records(self, key: str, name: str, kind: type[T]) -> list[T]:
@@ -249,14 +249,14 @@ def write_metrics(records: RunRecords) -> None:
     A peak that was not measured is an empty field.
     """
     lines = ({"method": row, "seed": seed, **line} for (row, seed), log in records.training.items() for line in log)
-    with atomically(records.folder / "metrics.jsonl") as path:
+    with atomic_file(records.folder / "metrics.jsonl") as path:
         write_jsonl(path, lines)
     table = ["stage,method,seed,seconds,peak_mib\n"]
     for t in records.timings:
         seed = "" if t.seed is None else t.seed
         peak = "" if t.peak_mib is None else f"{t.peak_mib:.1f}"
         table.append(f'"{t.stage}",{t.row or ""},{seed},{t.seconds:.3f},{peak}\n')
-    write_atomically(records.folder / "timing.csv", "".join(table))
+    write_file(records.folder / "timing.csv", "".join(table))
 
 
 def _arena(

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 from rrhf_bench.errors import BenchError, Diverged, StageError
 from rrhf_bench.pipeline.results import STAGE_PEAK
 from rrhf_bench.pipeline.stage_graph import Plan, Stage
-from rrhf_bench.pipeline.store import TIMING, Store, on_disk, with_checksum
+from rrhf_bench.pipeline.store import TIMING, Store, disk_errors, with_checksum
 from rrhf_bench.sampling.backend import BackendName
 from rrhf_bench.settings.experiment import RuntimeSettings
 
@@ -55,7 +55,7 @@ def run_plan(plan: Plan, store: Store, reporter: Reporter, events: Path | None =
     store.sweep()
     todo = []
     for stage in plan.stages:
-        if store.intact(stage.key):
+        if store.is_intact(stage.key):
             reporter.reused(stage)
         else:
             todo.append(stage)
@@ -91,7 +91,7 @@ def _needs(stage: Stage, lost: Set[str]) -> bool:
 
 
 def _failed(store: Store, stage: Stage, error: Diverged) -> str:
-    return f"failed: {error} (what it failed on: {store.failed(stage.key) / 'batch.jsonl'})"
+    return f"failed: {error} (what it failed on: {store.failure_folder(stage.key) / 'batch.jsonl'})"
 
 
 def worker_count(runtime: RuntimeSettings) -> int:
@@ -141,16 +141,16 @@ def make(
         "inputs": {role: needed.key for role, needed in stage.inputs.items()},
     }
     with store.exclusive_lock(stage.key, stage.name, note):
-        if store.intact(stage.key):
+        if store.is_intact(stage.key):
             return None
-        inputs = {role: store.need(needed.key, needed.name) for role, needed in stage.inputs.items()}
+        inputs = {role: store.require(needed.key, needed.name) for role, needed in stage.inputs.items()}
         settings = {**stage.settings, **stage.recorded}
         scratch = store.scratch(stage.key)
         with (
             _failure_noted(store, stage),
             _named(stage.name),
-            on_disk(store.root),
-            store.writing(stage.key, about) as folder,
+            disk_errors(store.root),
+            store.new_artifact(stage.key, about) as folder,
         ):
             services = _services(runtime)
             services.begin_stage()

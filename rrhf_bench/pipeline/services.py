@@ -38,7 +38,7 @@ SEQUENCES_CACHED = 2  # of the engine's length, which its KV cache holds at leas
 
 @dataclass(frozen=True)
 class ModelRef:
-    """Where a model is and how to read it; an artifact that holds a model has one as ``model.json``."""
+    """The place of a model and how to read it; an artifact with a model stores one as ``model.json``."""
 
     source: str  # a hub id or a folder
     revision: str | None = None
@@ -186,16 +186,16 @@ class Services:
 
     @property
     def _engine_bytes(self) -> int:
-        """The share of a GPU that a vLLM engine takes, or its cache on a CPU."""
+        """Return the bytes of a GPU that a vLLM engine takes, or of its cache on a CPU."""
         if self.device != "cuda":
             return self.runtime.kv_cache_mib << 20
         return round(self.runtime.gpu_memory * torch.cuda.get_device_properties(0).total_memory)
 
     def reward_checks(self, ref: ModelRef, pairs: Sequence[Preference]) -> tuple[Check, ...]:
-        """What was found of a reward model when it was loaded, and what held-out pairs show of it."""
+        """Return the checks of a reward model at its load, and its checks on held-out pairs."""
         model = self.reward(ref)
-        fed: Any = model.reward
-        return (*model.checks, *check_pairs(fed, pairs))
+        checked: Any = model.reward
+        return (*model.checks, *check_pairs(checked, pairs))
 
     def sampler(
         self,
@@ -207,8 +207,10 @@ class Services:
         *,
         kv_cache_mib: int | None = None,
     ) -> CheckedSampler:
-        """A sampler that holds the policy's weights. ``ref`` names a folder or hub id of its architecture; ``note`` is
-        told how far its log-probs were from the policy's whenever that was checked (sampling/contract.py).
+        """Return a sampler that holds the policy's weights.
+
+        ``ref`` names a folder or hub id of its architecture; ``note`` receives the differences of its log-probs from
+        the policy's at each check (sampling/sync_check.py).
 
         One engine serves all policies that compute alike (``engine_key``), whatever they are called, however they are
         prompted and to whatever length: two would hold two caches and pay two starts. ``kv_cache_mib`` replaces the
@@ -288,7 +290,7 @@ def _bytes(holder: object) -> int:
     return sum(p.nbytes + (p.grad.nbytes if p.grad is not None else 0) for p in tensors)
 
 
-# What a model's configuration says that no forward pass reads: where it came from, how it was made, how it is trained.
+# Keys of a model's configuration that no forward pass reads: its origin, its initialisation, its training.
 UNREAD = {"_name_or_path", "_commit_hash", "transformers_version", "initializer_range", "use_cache", "problem_type"}
 UNREAD |= {"dtype", "torch_dtype", "id2label", "label2id", "return_dict", "output_attentions", "output_hidden_states"}
 
@@ -298,21 +300,21 @@ def engine_key(policy: TransformersPolicy, ref: ModelRef, backend: BackendName) 
     vocabulary of its tokenizer. The ends of a reply are part of each request."""
     vocab = policy.tokenization.tokenizer.get_vocab()
     vocabulary = hashlib.sha256(json.dumps(sorted(vocab.items())).encode()).hexdigest()
-    architecture = _read(policy.model.config.to_dict())
+    architecture = _keys_of_forward(policy.model.config.to_dict())
     return json.dumps([backend, ref.dtype, vocabulary, architecture], sort_keys=True, default=str)
 
 
-def _read(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration without what no forward pass reads, those within it alike."""
+def _keys_of_forward(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a configuration, and those within it, without the keys that no forward pass reads."""
     return {
-        name: _read(value) if isinstance(value, Mapping) else value
+        name: _keys_of_forward(value) if isinstance(value, Mapping) else value
         for name, value in config.items()
         if name not in UNREAD and not name.endswith(("dropout", "pdrop"))
     }
 
 
 def context_of(policy: TransformersPolicy, ref: ModelRef) -> int:
-    """Prompt + reply tokens at most: the model's context, or less where the reference says so."""
+    """Return the most tokens of prompt + reply: the model's context, or less if the reference says so."""
     own = getattr(policy.model.config.get_text_config(), "max_position_embeddings", None)
     return min(x for x in (own, ref.max_length, 1 << 20) if x is not None)
 

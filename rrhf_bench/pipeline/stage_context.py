@@ -27,7 +27,7 @@ class Job:
     backend: BackendName
     progress: Callable[[int, int], None]
     row: str | None = None
-    scratch: Path | None = None  # what outlives a kill, for store.atomically; may not be there yet, goes with the stage
+    scratch: Path | None = None  # outlives a kill, for store.atomic_file; need not exist yet
     events: Path | None = None  # the folder of TensorBoard events of this row and seed
     seconds: dict[str, Any] = field(default_factory=dict)  # wall-clock notes, kept beside the artifact's content
 

@@ -76,7 +76,7 @@ def trainer(settings: MethodSettings, context: int) -> Trainer:
 
 
 def adapt(policy: TransformersPolicy, settings: MethodSettings, seed: int) -> Policy | None:
-    """Give the policy the adapters that a method asks for; the reference that it then is with these off, or None."""
+    """Add the adapters of a method to the policy, and return the policy without them as a reference, or None."""
     lora = settings.lora if isinstance(settings, OptimiserSettings) else None
     if lora is None:
         return None
@@ -86,7 +86,7 @@ def adapt(policy: TransformersPolicy, settings: MethodSettings, seed: int) -> Po
 
 @dataclass(frozen=True)
 class Judges:
-    """What looks at a reply: the reward model, a gold reward where the world has one, the perplexity model."""
+    """The models that judge a reply: the reward model, the gold reward of the world if any, the perplexity model."""
 
     reward: RewardModel
     gold: Gold | None = None
@@ -180,7 +180,7 @@ def evaluate_given(row: str, replies: Sequence[Row], judges: Judges, policy: Tra
 def score_pairs_by_likelihood(
     row: str, seed: int, policy: TransformersPolicy, pairs: Sequence[Preference], batch: int
 ) -> list[PairScored]:
-    """The policy's p_i (mean log-prob, 2304.05302 Eq. 1) of both replies of each held-out pair."""
+    """Return the policy's p_i (mean log-prob, 2304.05302 Eq. 1) of both replies of each held-out pair."""
     rows = [(c.prompt, response) for c in pair_candidates(pairs) for response in c.responses]
 
     def mean_logprob(batch: ResponseBatch) -> Tensor:
@@ -191,15 +191,17 @@ def score_pairs_by_likelihood(
 
 
 def reply_nll(policy: TransformersPolicy, rows: Sequence[Row], batch: int) -> list[tuple[float, int]]:
-    """(summed negative log-likelihood in nats, tokens) of each reply given its prompt, EOS included where it ended.
-    (0.0, 0) for a reply that was cut before it said anything."""
+    """Return (summed negative log-likelihood in nats, tokens) of each reply given its prompt, EOS included if it ended.
+
+    A reply that was cut before its first token has (0.0, 0).
+    """
     pairs = _ids_within_context(policy, rows)
 
     def nll(batch: ResponseBatch) -> Tensor:
         return -policy.token_logprobs(batch).sum(-1)
 
-    said = iter(compute_by_length(nll, [(prompt, reply) for prompt, reply in pairs if reply], batch))
-    return [(next(said), len(reply)) if reply else (0.0, 0) for _, reply in pairs]
+    values = iter(compute_by_length(nll, [(prompt, reply) for prompt, reply in pairs if reply], batch))
+    return [(next(values), len(reply)) if reply else (0.0, 0) for _, reply in pairs]
 
 
 def log_ratios(policy: Policy, initial: Policy, rows: Sequence[Row], temperature: float, batch: int) -> list[float]:
@@ -220,8 +222,10 @@ Ids = tuple[int, ...]
 
 
 def _ids_within_context(policy: TransformersPolicy, rows: Sequence[Row]) -> list[tuple[Ids, Ids]]:
-    """(prompt ids, response ids) of each row. A prompt that leaves no room for its reply in the model's context is cut
-    on the left: the judge forgets, the reply stays whole."""
+    """Return (prompt ids, response ids) of each row.
+
+    A prompt that leaves no room for its reply in the model's context is cut on the left; the reply stays whole.
+    """
     tokenization = policy.tokenization
     pairs = [
         (tokenization.prompt_ids(prompt), tokenization.response_ids(reply.text, ended=reply.ended))
@@ -237,7 +241,7 @@ def _ids_within_context(policy: TransformersPolicy, rows: Sequence[Row]) -> list
 def compute_by_length(
     value: Callable[[ResponseBatch], Tensor], pairs: Sequence[tuple[Ids, Ids]], batch: int, temperature: float = 1.0
 ) -> list[float]:
-    """A number for each (prompt ids, response ids), computed in batches of like length, returned in order."""
+    """Return a number for each (prompt ids, response ids), in order, computed in batches of like length."""
     order = sorted(range(len(pairs)), key=lambda i: (len(pairs[i][0]) + len(pairs[i][1]), i))
     values = np.empty(len(pairs))
     for start in range(0, len(order), batch):

@@ -69,7 +69,7 @@ class Store:
         """
         return self._manifest(key) is not None and self.damage(key, "sizes") is None
 
-    def intact(self, key: str) -> bool:
+    def is_intact(self, key: str) -> bool:
         """Return True if the artifact is complete and unchanged."""
         return self._manifest(key) is not None and self.damage(key) is None
 
@@ -81,7 +81,7 @@ class Store:
         manifest = self._manifest(key)
         return None if manifest is None else next(self._faults(key, manifest, depth), None)
 
-    def need(self, key: str, name: str) -> Path:
+    def require(self, key: str, name: str) -> Path:
         """Return the folder of an intact artifact. Raises StoreError if there is none."""
         damage = self.damage(key)
         if damage is not None:
@@ -104,7 +104,7 @@ class Store:
         return exclusive_lock(self.root / ".gate.lock", self.root, lambda _: None)
 
     @contextmanager
-    def writing(self, key: str, about: Mapping[str, Any]) -> Iterator[Path]:
+    def new_artifact(self, key: str, about: Mapping[str, Any]) -> Iterator[Path]:
         """Yield a temporary folder that becomes the artifact if the block ends without an error; else it is removed.
 
         The caller holds ``exclusive_lock`` if other processes may make the same artifact or sweep the store. The
@@ -127,19 +127,19 @@ class Store:
             os.replace(temporary, final)
             _sync(self.root)
             shutil.rmtree(self.scratch(key), ignore_errors=True)
-            shutil.rmtree(self.failed(key), ignore_errors=True)
+            shutil.rmtree(self.failure_folder(key), ignore_errors=True)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
             shutil.rmtree(replaced, ignore_errors=True)
 
     def scratch(self, key: str) -> Path:
-        """Return the folder for what a stage needs after it was killed, which it writes with ``atomically``.
+        """Return the folder for what a stage needs after it was killed, which it writes with ``atomic_file``.
 
         The folder need not exist; it is removed when the artifact is complete.
         """
         return self.root / SCRATCH / key[:32]
 
-    def failed(self, key: str) -> Path:
+    def failure_folder(self, key: str) -> Path:
         """Return the folder that describes a failed stage: ``failed.json`` (stage, reason), ``batch.jsonl`` (evidence).
 
         It is not an artifact: the next run tries the stage again, and success removes the folder.
@@ -147,15 +147,13 @@ class Store:
         return self.root / "failed" / key[:32]
 
     def note_failure(self, key: str, stage: str, reason: str, evidence: Iterable[Mapping[str, Any]]) -> None:
-        folder = self.failed(key)
-        write_atomically(
-            folder / "batch.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in evidence)
-        )
-        write_atomically(folder / "failed.json", json.dumps({"key": key, "stage": stage, "reason": reason}, indent=1))
+        folder = self.failure_folder(key)
+        write_file(folder / "batch.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in evidence))
+        write_file(folder / "failed.json", json.dumps({"key": key, "stage": stage, "reason": reason}, indent=1))
 
     def failure(self, key: str) -> str | None:
         """Return the reason for which a stage failed, or None if it is complete or did not fail."""
-        path = self.failed(key) / "failed.json"
+        path = self.failure_folder(key) / "failed.json"
         if self.has(key) or not path.is_file():
             return None
         return json.loads(path.read_text(encoding="utf-8"))["reason"]
@@ -267,14 +265,14 @@ def _sync_all(folder: Path) -> None:
 
 
 @contextmanager
-def atomically(path: Path) -> Iterator[Path]:
+def atomic_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path to write one file to; rename it to ``path`` if the block ends without an error.
 
     An existing file is unchanged until then. Two processes must not write to one path at a time; the next write
     replaces ``.<name>.part`` of a killed process. Raises StoreError if the disk is full or cannot be written.
     """
     temporary = path.with_name(f".{path.name}.part")
-    with on_disk(path.parent):
+    with disk_errors(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield temporary
@@ -285,9 +283,9 @@ def atomically(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
-def write_atomically(path: Path, content: bytes | str) -> None:
-    """Write a whole file, or leave the existing one: see ``atomically``."""
-    with atomically(path) as temporary:
+def write_file(path: Path, content: bytes | str) -> None:
+    """Write a whole file, or leave the existing one: see ``atomic_file``."""
+    with atomic_file(path) as temporary:
         temporary.write_bytes(content if isinstance(content, bytes) else content.encode())
 
 
@@ -296,7 +294,7 @@ _DENIED = {errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EIO}  # of a file of 
 
 
 @contextmanager
-def on_disk(place: Path, instead: str = "choose another --runs DIR") -> Iterator[None]:
+def disk_errors(place: Path, instead: str = "choose another --runs DIR") -> Iterator[None]:
     """Turn what a full or read-only disk raises, here or in a library, into a StoreError of one line."""
     try:
         yield
@@ -330,7 +328,7 @@ def _disk_fault(error: BaseException | None) -> tuple[int, str | None]:
 
 
 @contextmanager
-def replacing(path: Path, *, over: bool = False) -> Iterator[Path]:
+def replace_path(path: Path, *, over: bool = False) -> Iterator[Path]:
     """Yield a temporary path to write a file or folder to; rename it to ``path`` if the block ends without an error.
 
     With ``over``, a folder that is already there stays until the new one is complete. Without it, StoreError is raised
@@ -344,7 +342,7 @@ def replacing(path: Path, *, over: bool = False) -> Iterator[Path]:
     except OSError as error:
         raise StoreError(f"{path}: cannot be written ({error.strerror}); name another place") from error
     try:
-        with on_disk(path.parent, "name another place"):
+        with disk_errors(path.parent, "name another place"):
             yield temporary / path.name
             _sync_all(temporary)
             earlier = temporary / f"{path.name}.earlier"

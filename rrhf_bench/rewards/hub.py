@@ -80,9 +80,9 @@ class ClassifierReward:
         if self.pools_itself:
             if contract.position != "last":
                 raise DataError(f"{where}: {type(model).__name__} pools by itself; expected position 'last'")
-            self.max_length = least(self.max_length, tokenizer.model_max_length, position_limit(model))
+            self.max_length = minimum(self.max_length, tokenizer.model_max_length, position_limit(model))
         else:
-            refuse_left(contract, where)
+            require_right_padding(contract, where)
             self._check_class()
         self.checks: tuple[Check, ...] = verify(self)
 
@@ -101,12 +101,12 @@ class ClassifierReward:
         batch_size: int = 16,
         trust_remote_code: bool = False,
     ) -> ClassifierReward:
-        """From a hub id or a folder. Without ``contract``, the one stored in the folder, else the one that is known of
-        this model, else the template's default. What a folder has recorded of its model is replayed in any case.
-        ``label``: whose probability the reward is, of a model with several (its configuration names them).
+        """Load a hub id or a folder. Without ``contract``, the contract is the one stored in the folder, else the one
+        known of this model, else the template's default. A record in the folder is replayed in any case. ``label``: the
+        label whose probability is the reward, for a model with several (its configuration names them).
         ``trust_remote_code``: run code that comes with the model; without it, such a model is refused.
 
-        Raises DataError naming the source where it cannot be loaded, has no trained head, or cannot be used (see
+        Raises DataError naming the source if it cannot be loaded, has no trained head, or cannot be used (see
         ``__init__``).
         """
         from transformers import AutoModelForSequenceClassification
@@ -139,12 +139,12 @@ class ClassifierReward:
         return score_rows(rows, self.batch_size, self.score_batch)
 
     def encode(self, prompt: Prompt, response: str, max_length: int | None = None) -> list[int]:
-        """The ids that this text is scored as, cut to ``max_length`` where that is less than the model's own limit."""
-        return self.contract.encode(prompt, response, self.tokenizer, least(max_length, self.max_length))[0]
+        """Return the ids that this text is scored as, cut to ``max_length`` or to the model's own smaller limit."""
+        return self.contract.encode(prompt, response, self.tokenizer, minimum(max_length, self.max_length))[0]
 
     @torch.no_grad()
     def score_batch(self, rows: Sequence[Sequence[int]]) -> NDArray[np.float64]:
-        """(B,) scores of rows of ids, in one pass and in this order."""
+        """Return the (B,) scores of rows of ids, in one pass and in this order."""
         if self.pools_itself:  # and masks its padding
             ids_BL, mask_BL = pad(rows, self.pad_id, self.model.device, self.contract.padding_side)
             logit_BK = self.model(input_ids=ids_BL, attention_mask=mask_BL).logits
@@ -154,14 +154,14 @@ class ClassifierReward:
             logit_BK = pooled_logits(self.model, ids_BL, mask_BL, index)
         if self._label is None:
             return logit_BK[:, 0].double().cpu().numpy()
-        # float32 would make 1 of every sure one: ties
+        # float32 would round every confident probability to 1: ties
         return logit_BK.double().softmax(dim=1)[:, self._label].cpu().numpy()
 
     def named_weights(self) -> Iterable[tuple[str, Tensor]]:
         return self.model.named_parameters()
 
     def under(self, contract: RewardContract) -> ClassifierReward:
-        """The same weights under another contract, which nobody checks."""
+        """Return the same weights under another contract, without checks."""
         other = copy.copy(self)
         other.contract = contract
         other.eos_id = contract.eos_id(self.tokenizer, self.where) if contract.append_eos else self.eos_id
@@ -169,7 +169,7 @@ class ClassifierReward:
 
     @torch.no_grad()
     def _check_class(self) -> None:
-        """One short row, on which the class's own pooling cannot go wrong: both ways must give one score."""
+        """Compare the class's own score with ours on one short row without padding. Raises DataError if they differ."""
         pad_id = self.model.config.get_text_config().pad_token_id
         row = [i for i in range(5) if i not in (pad_id, self.pad_id)]
         ids_BL, mask_BL = pad([row], 0, self.model.device)
@@ -183,8 +183,9 @@ class ClassifierReward:
 
 
 def contract_of(folder: Path, where: str, layout: Layout, stated: RewardContract | None) -> RewardContract | None:
-    """The contract that is stated, else the one stored in the folder, else the one known of this hub id, else None; in
-    any case with what the folder has recorded.
+    """Return the stated contract, else the one stored in the folder, else the one known of this hub id, else None.
+
+    A stated contract keeps the record of the folder.
 
     Raises DataError for a hub id that is known to be of another layout.
     """
@@ -197,8 +198,8 @@ def contract_of(folder: Path, where: str, layout: Layout, stated: RewardContract
     return stated or stored or (None if known is None else known.contract)
 
 
-def refuse_left(contract: RewardContract, where: str) -> None:
-    """Raises DataError where a contract has padding before rows that are read at their own length."""
+def require_right_padding(contract: RewardContract, where: str) -> None:
+    """Raise DataError if a contract pads rows on the left that are read at their own length."""
     if contract.padding_side == "left":
         raise DataError(
             f'{where}: found padding_side = "left", which would move every position; its score is read at the length '
@@ -207,7 +208,7 @@ def refuse_left(contract: RewardContract, where: str) -> None:
 
 
 def _label_index(config: Any, label: str | None, where: str) -> int | None:
-    """Which of several labels is the reward; None for the score of a model with one label."""
+    """Return the index of the label that is the reward, or None for a model with one label."""
     names = [str(config.id2label[i]) for i in range(config.num_labels)]
     if len(names) == 1:
         if label is not None:
@@ -226,7 +227,7 @@ def _label_index(config: Any, label: str | None, where: str) -> int | None:
 
 
 def pooled_logits(model: Any, ids_BL: Tensor, mask_BL: Tensor, index: Sequence[int]) -> Tensor:
-    """(B, labels) logits of the hidden states at ``index``; only these rows meet the head."""
+    """Return the (B, labels) logits of the hidden states at ``index``; the head sees only these rows."""
     hidden_BLD = model.base_model(input_ids=ids_BL, attention_mask=mask_BL, use_cache=False).last_hidden_state
     return model.score(hidden_BLD[torch.arange(len(index)), torch.tensor(index)])
 
@@ -234,7 +235,7 @@ def pooled_logits(model: Any, ids_BL: Tensor, mask_BL: Tensor, index: Sequence[i
 def pad(
     rows: Sequence[Sequence[int]], pad_id: int, device: torch.device | str, side: Literal["right", "left"] = "right"
 ) -> tuple[Tensor, Tensor]:
-    """(ids, attention mask), each (B, L): padding behind the rows' ends, or before their starts."""
+    """Return (ids, attention mask), each (B, L), padded on one side."""
     length = max(map(len, rows))
     step = 1 if side == "right" else -1
     ids_BL = torch.tensor([[*row, *(length - len(row)) * [pad_id]] for row in (row[::step] for row in rows)])
@@ -251,7 +252,7 @@ def encode_all(
     tokenizer: Any,
     max_length: int | None,
 ) -> tuple[list[list[int]], int]:
-    """(rows of ids, how many of them were cut)."""
+    """Return (rows of ids, number of rows that were cut)."""
     encoded = [
         contract.encode(prompt, response, tokenizer, max_length)
         for prompt, response in zip(prompts, responses, strict=True)
@@ -262,22 +263,22 @@ def encode_all(
 def score_rows(
     rows: Sequence[Sequence[int]], batch_size: int, score: Callable[[Sequence[Sequence[int]]], NDArray[np.float64]]
 ) -> NDArray[np.float64]:
-    """(N,) scores of rows of ids, by batches of like length, in the order of the rows."""
+    """Return the (N,) scores of rows of ids, computed in batches of like length."""
     scores = np.empty(len(rows))
     for batch in length_batches(rows, batch_size):
         scores[batch] = score([rows[i] for i in batch])
     return scores
 
 
-def least(*lengths: int | None) -> int | None:
-    """The least of those that are said; None where none is."""
+def minimum(*lengths: int | None) -> int | None:
+    """Return the least of the lengths that are not None, or None if all are."""
     return min((length for length in lengths if length is not None), default=None)
 
 
 def length_limit(max_length: int | None, config: Any) -> int | None:
-    """The lesser of ``max_length`` and the model's context; None where neither says anything."""
+    """Return the lesser of ``max_length`` and the model's context, or None if there is neither."""
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return least(max_length, context if context is not None and context > 0 else None)  # XLNet's, which has none, is -1
+    return minimum(max_length, context if context is not None and context > 0 else None)  # XLNet, without one, has -1
 
 
 def position_limit(model: Any) -> int | None:
@@ -291,7 +292,7 @@ def position_limit(model: Any) -> int | None:
 
 
 def identity_of(layout: str, source: str, commit: str | None, contract: RewardContract, *others: str) -> str:
-    """What decides the scores: the hub's commit or the contents of the folder (never its path), and the contract."""
+    """Return what decides the scores: the hub's commit or the contents of the folder, and the contract."""
     folder = Path(source)
     if folder.is_dir():
         patterns = (*WEIGHTS, "config.json", *TOKENIZER)

@@ -26,7 +26,7 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 
 @dataclass(frozen=True, slots=True)
 class RecordedText:
-    """A text as a model was fed it on the day it was trained, and what it said."""
+    """A text with the ids and the score that a model gave it after training."""
 
     prompt: Prompt
     response: str
@@ -37,16 +37,16 @@ class RecordedText:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """What a trained model is held to when it is loaded again: ids exactly, scores within rounding."""
+    """The texts that a later load of a trained model must reproduce: ids exactly, scores within rounding."""
 
     texts: tuple[RecordedText, ...]
-    dtype: Dtype = "float32"  # that the scores were computed in
+    dtype: Dtype = "float32"  # of the computation of the scores
     label: str | None = None  # whose probability they are, of a model with several
 
 
 @dataclass(frozen=True, slots=True)
 class RewardContract:
-    """How text is put together for a reward model, cut to its length, and where its score is read.
+    """The input of a reward model: how text is assembled and truncated, and where the score is read.
 
     Models that are read here, at a row's own length, are padded on the right, where no token of a causal model sees it:
     padding is not part of their contract. Raises DataError for a position that the ids may not have.
@@ -75,13 +75,13 @@ class RewardContract:
 
     @classmethod
     def default(cls, template: TemplateKind) -> RewardContract:
-        """For a model that says nothing: EOS after a transcript; a chat template writes its own end of turn, and a
-        classifier of plain text has what its tokenizer adds ([CLS] and [SEP], or nothing)."""
+        """Return the contract of a model without one: EOS after a transcript; a chat template writes its own end of
+        turn, and the tokenizer of a classifier of plain text adds its own marks ([CLS] and [SEP], or nothing)."""
         return cls(template=template, append_eos=template == "hh")
 
     @classmethod
     def read(cls, folder: Path) -> RewardContract | None:
-        """The contract stored in a model's folder, or None. Raises DataError naming file and field."""
+        """Return the contract stored in a model's folder, or None. Raises DataError naming file and field."""
         path = folder / CONTRACT_FILE
         if not path.is_file():
             return None
@@ -94,7 +94,7 @@ class RewardContract:
         write_jsonl(folder / CONTRACT_FILE, [self])
 
     def eos_id(self, tokenizer: Any, where: str) -> int:
-        """The id of the EOS that this contract means. Raises DataError where the tokenizer has none."""
+        """Return the id of this contract's EOS. Raises DataError if the tokenizer has none."""
         if self.eos_token is None:
             if tokenizer.eos_token_id is None:
                 raise DataError(f"{where}: the tokenizer has no EOS token; name one with the contract's eos_token")
@@ -104,7 +104,7 @@ class RewardContract:
         return tokenizer.convert_tokens_to_ids(self.eos_token)
 
     def text(self, prompt: Prompt, response: str, tokenizer: Any) -> tuple[str, bool]:
-        """(text without an appended EOS, whether the tokenizer is still to add its special tokens)."""
+        """Return (text without an appended EOS, True if the tokenizer must add its special tokens)."""
         template = Template(self.template)
         response = response.strip() if self.strip_response else response
         rendered, add_special_tokens = template.render_prompt(prompt, tokenizer)
@@ -114,7 +114,7 @@ class RewardContract:
         return render_chat(dialogue, tokenizer, f"prompt {prompt.id}"), add_special_tokens
 
     def encode(self, prompt: Prompt, response: str, tokenizer: Any, max_length: int | None) -> tuple[list[int], bool]:
-        """(ids, whether they were cut to ``max_length``). Prompt and response are encoded as one text."""
+        """Return (ids, True if they were cut to ``max_length``). Prompt and response are encoded as one text."""
         text, add_special_tokens = self.text(prompt, response, tokenizer)
         ids: list[int] = list(tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])
         if self.append_eos:
@@ -128,7 +128,7 @@ class RewardContract:
         return head + ids[len(ids) - max_length + len(head) :], True
 
     def index(self, ids: Sequence[int], eos_id: int | None) -> int:
-        """Where in the unpadded ids the score is read."""
+        """Return the position of the score in the unpadded ids."""
         if self.position == "last":
             return len(ids) - 1
         assert eos_id is not None
@@ -137,7 +137,7 @@ class RewardContract:
 
 @dataclass(frozen=True, slots=True)
 class KnownLayout:
-    """A reward model of the hub whose files do not say how to use it."""
+    """A reward model of the hub whose files do not describe its use."""
 
     layout: Layout
     contract: RewardContract
@@ -167,7 +167,7 @@ KNOWN_LAYOUTS = {
 
 
 def length_batches(rows: Sequence[Sequence[int]], batch_size: int) -> list[list[int]]:
-    """Indices of rows in batches of like length, longest first (too large a batch fails at once).
+    """Return indices of rows in batches of like length, longest first (too large a batch fails at once).
 
     Rows of one length are ordered by content, so the batches, and with them the scores to the last bit, are the same
     whatever order the rows come in.
@@ -177,7 +177,7 @@ def length_batches(rows: Sequence[Sequence[int]], batch_size: int) -> list[list[
 
 
 def content_digest(files: Iterable[Path]) -> str:
-    """sha256 over names and contents of a model's files: its identity where there is no commit."""
+    """Return the sha256 over names and contents of a model's files: its identity without a commit."""
     digest = hashlib.sha256()
     for path in sorted(files, key=lambda path: path.name):
         with path.open("rb") as file:

@@ -41,7 +41,7 @@ BUSY = (408, 409, 429)
 
 @dataclass(frozen=True, slots=True)
 class Ratings:
-    """What a judge gives one response, 1 to 5 each."""
+    """A judge's ratings of one response, 1 to 5 each."""
 
     relevance: int
     correctness: int
@@ -50,7 +50,7 @@ class Ratings:
 
     @property
     def reward(self) -> float:
-        """The sum, 4 to 20."""
+        """Return the sum, 4 to 20."""
         return float(sum(astuple(self)))
 
 
@@ -59,7 +59,7 @@ AXES = tuple(f.name for f in fields(Ratings))
 
 @dataclass(frozen=True, slots=True)
 class JudgeResult:
-    """The candidates that could be judged, in order, with their scores; the ratings that these are the sums of.
+    """The rated candidates with their scores, in order, and the ratings whose sums these are.
 
     Counts: ``prompts`` = ``judged`` + ``dropped``; ``pairs`` of responses to one prompt, ``tied_pairs`` of them, and
     ``tied_best``, prompts with several best responses; an endpoint adds unreadable answers by kind (``FAILURES``).
@@ -71,20 +71,20 @@ class JudgeResult:
 
 
 class Judge(Protocol):
-    """Rates all responses of a prompt beside each other."""
+    """Rates all responses to a prompt together."""
 
     @property
     def identity(self) -> str:
-        """What decides the ratings."""
+        """Return what decides the ratings."""
         ...
 
     def judge(self, candidates: Sequence[Candidates]) -> JudgeResult:
-        """Scores for candidates, in their order; what could not be judged is left out and counted."""
+        """Return the candidates with scores, in their order; unrated ones are left out and counted."""
         ...
 
 
-def judged(candidates: Sequence[Candidates], ratings: Sequence[tuple[Ratings, ...] | None]) -> JudgeResult:
-    """Candidates with the ratings of their responses put in as scores; those without ratings are dropped."""
+def judge_result(candidates: Sequence[Candidates], ratings: Sequence[tuple[Ratings, ...] | None]) -> JudgeResult:
+    """Return the candidates with the sums of ratings as scores; candidates without ratings are dropped and counted."""
     counts = Counter(dict.fromkeys(("prompts", "judged", "dropped", "pairs", "tied_pairs", "tied_best"), 0))
     scored: list[Candidates] = []
     kept: list[tuple[Ratings, ...]] = []
@@ -114,8 +114,11 @@ class Unreadable(Exception):
 
 
 def question(prompt: str, responses: Sequence[str]) -> str:
-    """What the judge is asked. Each text is one JSON string in which ``<`` and ``[`` are escaped as well, since a chat
-    template's own marks (``<|im_end|>``, ``[INST]``) would be read as such wherever they stand."""
+    """Return the message to the judge.
+
+    Each text is one JSON string in which ``<`` and ``[`` are escaped as well, because a tokenizer would read a chat
+    template's marks (``<|im_end|>``, ``[INST]``) as such anywhere.
+    """
     shown = {"conversation": prompt, **{_name(i): text.strip() for i, text in enumerate(responses)}}
     lines = "\n".join(f"{name}: {_quoted(text)}" for name, text in shown.items())
     rating = "{" + ",".join(f'"{axis}":N' for axis in AXES) + "}"
@@ -133,13 +136,13 @@ def question(prompt: str, responses: Sequence[str]) -> str:
 
 
 def answer_regex(k: int) -> str:
-    """The answers on k responses, as a regular expression."""
+    """Return a regular expression of the answers on k responses."""
     axes = ",".join(f'"{axis}":[{LOWEST}-{HIGHEST}]' for axis in AXES)
     return r"\{" + ",".join(rf'"{_name(i)}":\{{{axes}\}}' for i in range(k)) + r"\}"
 
 
 def answer_schema(k: int) -> dict[str, Any]:
-    """The answers on k responses, as a JSON schema without anything that strict modes leave out."""
+    """Return a JSON schema of the answers on k responses, with only what strict modes support."""
 
     def closed(properties: dict[str, Any]) -> dict[str, Any]:
         names = list(properties)
@@ -150,7 +153,7 @@ def answer_schema(k: int) -> dict[str, Any]:
 
 
 def parse_answer(answer: str, k: int) -> tuple[Ratings, ...]:
-    """The ratings of k responses as shown. Raises Unreadable for anything but the object that was asked for."""
+    """Return the ratings of k responses in the order shown. Raises Unreadable for any other answer."""
     try:
         value = json.loads(answer, object_pairs_hook=unique_object)
     except (ValueError, RecursionError):
@@ -171,7 +174,7 @@ def parse_answer(answer: str, k: int) -> tuple[Ratings, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """A line of the journal: what the judge said about one prompt's responses, in their own order."""
+    """A line of the journal: the judge's verdict on one prompt's responses, in their own order."""
 
     key: str  # of judge, prompt and responses
     prompt_id: str
@@ -192,8 +195,8 @@ def endpoint_identity(settings: JudgeSettings) -> str:
 class EndpointJudge:
     """A Judge behind an OpenAI-compatible endpoint.
 
-    Every verdict is appended to ``journal`` as it comes and is never asked for again, so a call that failed goes on
-    where it stopped. ``progress`` is told (prompts done, prompts in all). Raises ConfigError where the key's variable
+    Every verdict is appended to ``journal`` as it comes and is never requested again, so a call after a failure
+    continues. ``progress`` receives (prompts done, prompts in all). Raises ConfigError where the key's variable
     is not usable, DataError for a damaged journal or no readable answer to any prompt, and StageError where the judge
     cannot be reached or takes neither key nor model.
     """
@@ -219,14 +222,14 @@ class EndpointJudge:
         return endpoint_identity(self.settings)
 
     def judge(self, candidates: Sequence[Candidates]) -> JudgeResult:
-        """The verdicts on ``candidates``: from the journal where they are there, the rest from the endpoint."""
+        """Return the verdicts on ``candidates``, from the journal or else from the endpoint."""
         for group in candidates:
             if not group.responses:
                 raise DataError(f"{self._where}: prompt {group.prompt.id} has no responses; expected at least one")
         keys = [self._key_of(group) for group in candidates]
         verdicts = self._read_journal()
         self._ask_missing({k: g for k, g in zip(keys, candidates, strict=True) if k not in verdicts}, verdicts)
-        result = judged(candidates, [verdicts[key].ratings for key in keys])
+        result = judge_result(candidates, [verdicts[key].ratings for key in keys])
         failures = Counter(dict.fromkeys(FAILURES, 0))
         for key in dict.fromkeys(keys):
             failures.update(verdicts[key].failures)
@@ -278,11 +281,11 @@ class EndpointJudge:
             )
 
     def _verdict(self, key: str, group: Candidates, stop: threading.Event) -> Verdict | None:
-        """The verdict on one prompt; None where everything was stopped meanwhile."""
+        """Return the verdict on one prompt, or None if the judge was stopped meanwhile."""
         failures: Counter[str] = Counter()
         unreadable: str | None = None
         for attempt in range(self.settings.attempts):
-            order = presented(group, self.settings.seed, attempt)
+            order = presentation_order(group, self.settings.seed, attempt)
             try:
                 answer = self._answer(group, [group.responses[i] for i in order], stop)
                 if answer is None:
@@ -352,7 +355,7 @@ class EndpointJudge:
         return request
 
     def _redacted(self, text: str) -> str:
-        """How a server's text begins, without the key, which some servers send back."""
+        """Return the beginning of a server's text without the key, which some servers send back."""
         return " ".join((text.replace(self._key, "***") if self._key else text).split())[:200]
 
     def _key_of(self, group: Candidates) -> str:
@@ -369,7 +372,7 @@ class EndpointJudge:
         return {verdict.key: verdict for verdict in read_jsonl(self.journal, Verdict)}
 
 
-def presented(group: Candidates, seed: int, attempt: int) -> list[int]:
+def presentation_order(group: Candidates, seed: int, attempt: int) -> list[int]:
     """Which response stands at each place that the judge sees; another order with each attempt."""
     return generator("judge order", seed, group.prompt.id, attempt).permutation(len(group.responses)).tolist()
 
@@ -387,7 +390,7 @@ def _api_key(settings: JudgeSettings) -> str | None:
 
 
 def _content(completion: Any) -> str:
-    """The text of an answer. Raises Unreadable where there is none or it was cut."""
+    """Return the text of an answer. Raises Unreadable if there is none or it was cut."""
     try:
         choice = completion.choices[0]
         content = choice.message.content

@@ -18,7 +18,7 @@ class RewardModel(Protocol):
 
     @property
     def identity(self) -> str:
-        """What decides the scores: model, revision, input contract."""
+        """Return what decides the scores: model, revision, input contract."""
         ...
 
     def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> NDArray[np.float64]:

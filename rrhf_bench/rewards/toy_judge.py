@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 
 from rrhf_bench.data.toy.gold import features
 from rrhf_bench.records import Candidates
-from rrhf_bench.rewards.judge import HIGHEST, LOWEST, JudgeResult, Ratings, judged
+from rrhf_bench.rewards.judge import HIGHEST, LOWEST, JudgeResult, Ratings, judge_result
 
 
 class ToyJudge:
@@ -30,14 +30,14 @@ class ToyJudge:
 
     def judge(self, candidates: Sequence[Candidates]) -> JudgeResult:
         """Ratings of every response; none is ever dropped."""
-        return judged(
+        return judge_result(
             candidates,
             [tuple(rate(features(group.prompt.text, r.text)) for r in group.responses) for group in candidates],
         )
 
 
 def rate(counts: Mapping[str, int]) -> Ratings:
-    """The ratings of a reply with these feature counts (see the table above)."""
+    """Return the ratings of a reply with these feature counts (see the table above)."""
     refusal = ("refused", "reason", "alternative")
     complied = counts["complied"] * counts["harmful"]
     if counts["harmful"]:

@@ -1,4 +1,4 @@
-"""Reward models kept as a causal body with a bare linear ``v_head``: the layout of Dahoas/gptj-rm-static.
+"""Reward models stored as a causal body with a bare linear ``v_head``: the layout of Dahoas/gptj-rm-static.
 
 It is the reward model of the RRHF paper (arXiv 2304.05302) and of trlX's PPO on HH (examples/hh/ppo_hh.py): a GPT-J
 body under ``transformer.``, ``v_head`` without a bias, the score read at the first EOS.
@@ -27,15 +27,15 @@ from rrhf_bench.rewards.hub import (
     contract_of,
     encode_all,
     identity_of,
-    least,
     length_limit,
+    minimum,
     pad,
-    refuse_left,
+    require_right_padding,
     score_rows,
 )
 from rrhf_bench.rewards.input_contract import KNOWN_LAYOUTS, Dtype, RewardContract
 
-# The contract of the layout's one public model, for a folder that does not say otherwise.
+# The contract of the layout's one public model, for a folder without a contract.
 DEFAULT = KNOWN_LAYOUTS["Dahoas/gptj-rm-static"]
 
 # Buffers that older versions of transformers stored with the weights; they are made anew from the configuration.
@@ -64,7 +64,7 @@ class ValueHeadReward:
         batch_size: int = 16,
     ) -> None:
         """Raises DataError for whatever ``checks.verify`` refuses."""
-        refuse_left(contract, where)
+        require_right_padding(contract, where)
         self.body = body.eval()
         self.tokenizer = tokenizer
         self.contract = contract
@@ -92,8 +92,8 @@ class ValueHeadReward:
         batch_size: int = 16,
         trust_remote_code: bool = False,
     ) -> ValueHeadReward:
-        """From a hub id or a folder; ``body`` names the configuration and ``tokenizer`` the tokenizer where the source
-        holds only weights. What is not named comes from the folder, else from ``KNOWN_LAYOUTS``.
+        """Load a hub id or a folder; ``body`` names the configuration and ``tokenizer`` the tokenizer if the source
+        holds only weights. By default they come from the folder, else from ``KNOWN_LAYOUTS``.
 
         Raises DataError naming the source for missing files, weights or configuration that do not fit one another, a
         missing ``v_head``, and a contract that is not kept (see ``__init__``). Weights are read without running code
@@ -155,12 +155,12 @@ class ValueHeadReward:
         return score_rows(rows, self.batch_size, self.score_batch)
 
     def encode(self, prompt: Prompt, response: str, max_length: int | None = None) -> list[int]:
-        """The ids that this text is scored as, cut to ``max_length`` where that is less than the model's own limit."""
-        return self.contract.encode(prompt, response, self.tokenizer, least(max_length, self.max_length))[0]
+        """Return the ids that this text is scored as, cut to ``max_length`` or to the model's own smaller limit."""
+        return self.contract.encode(prompt, response, self.tokenizer, minimum(max_length, self.max_length))[0]
 
     @torch.no_grad()
     def score_batch(self, rows: Sequence[Sequence[int]]) -> NDArray[np.float64]:
-        """(B,) scores of rows of ids, in one pass and in this order."""
+        """Return the (B,) scores of rows of ids, in one pass and in this order."""
         ids_BL, mask_BL = pad(rows, self.pad_id, self.body.device)
         hidden_BLD = self.body(input_ids=ids_BL, attention_mask=mask_BL, use_cache=False).last_hidden_state
         index = torch.tensor([self.contract.index(row, self.eos_id) for row in rows])
@@ -171,7 +171,7 @@ class ValueHeadReward:
         yield from self.body.named_parameters()
 
     def under(self, contract: RewardContract) -> ValueHeadReward:
-        """The same weights under another contract, which nobody checks."""
+        """Return the same weights under another contract, without checks."""
         other = copy.copy(self)
         other.contract = contract
         other.eos_id = contract.eos_id(self.tokenizer, self.where) if contract.append_eos else self.eos_id
@@ -179,7 +179,7 @@ class ValueHeadReward:
 
 
 def _fetch(source: str, revision: str | None) -> tuple[Path, str | None]:
-    """(folder, commit) of a hub id or a folder."""
+    """Return (folder, commit) of a hub id or a folder."""
     if Path(source).is_dir():
         return Path(source), None
     import httpx
@@ -194,7 +194,7 @@ def _fetch(source: str, revision: str | None) -> tuple[Path, str | None]:
 
 
 def _weights(folder: Path, where: str) -> dict[str, Tensor]:
-    """All tensors of the folder's weight files: safetensors where there are some, else torch files."""
+    """Return all tensors of the folder's weight files: safetensors if there are some, else torch files."""
     from safetensors.torch import load_file
 
     files = next((found for pattern in WEIGHTS if (found := sorted(folder.glob(pattern)))), [])

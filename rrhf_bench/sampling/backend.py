@@ -19,7 +19,7 @@ class Backend:
 
 
 def installed(package: str) -> str | None:
-    """The installed version of a distribution, or None."""
+    """Return the installed version of a distribution, or None."""
     try:
         return version(package)
     except PackageNotFoundError:

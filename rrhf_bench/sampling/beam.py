@@ -43,7 +43,7 @@ class _Beam(NamedTuple):
 
 
 class _Group:
-    """The W beams of one group of one prompt, and the best W replies that have ended in it."""
+    """The W beams of one group of one prompt, and its best W replies that have ended."""
 
     def __init__(self, width: int) -> None:
         self.width = width
@@ -73,7 +73,7 @@ class _Group:
         self.beams = [_Beam(0.0, (pad_id,))] * self.width
 
     def close(self) -> list[Hypothesis]:
-        """The W replies of the group, those that the length cap cut among them unless it is done."""
+        """Return the W replies of the group, including those cut by the length cap unless it is done."""
         for beam in [] if self.done else self.beams:
             self._find(beam.total, beam.token_ids, ended=False)
         return self.found
@@ -103,7 +103,7 @@ def beam_search(
     eos_ids: Sequence[int],
     pad_id: int,
 ) -> list[list[Hypothesis]]:
-    """``beams`` replies to each prompt, those of all its groups together, best first.
+    """Return ``beams`` replies to each prompt, those of all its groups together, best first.
 
     In every step the groups choose one after the other: a token costs ``diversity_penalty`` for each beam of the
     prompt's earlier groups that has chosen it in this step. A group that is done chooses ``pad_id``, and the groups
@@ -138,7 +138,7 @@ def beam_search(
         if not open_P or length == max_new_tokens:
             break
         places = [(p, g, beam) for p in open_P for g in range(groups) for beam in going[p][g].beams]
-        rows.go_on(
+        rows.extend(
             [(p * groups + g) * width + beam.parent for p, g, beam in places],
             [beam.token_ids[-1] for _, _, beam in places],
         )

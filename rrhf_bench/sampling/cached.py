@@ -42,7 +42,7 @@ class CachedRows:
 
     @torch.no_grad()
     def next_logits(self) -> Tensor:
-        """(N, V) logits of each row's next token."""
+        """Return the (N, V) logits of each row's next token."""
         device = self.model.device
         position_NL = (self._mask_NL.cumsum(-1) - 1).clamp(min=0)[:, -self._new_NL.shape[1] :]
         return self.model(
@@ -59,7 +59,7 @@ class CachedRows:
         self._new_NL, self._mask_NL = (x.repeat_interleave(times, 0) for x in (self._new_NL, self._mask_NL))
         self._cache.batch_repeat_interleave(times)
 
-    def go_on(self, rows: Sequence[int], tokens: Sequence[int]) -> None:
+    def extend(self, rows: Sequence[int], tokens: Sequence[int]) -> None:
         """Go on with the given rows in their order, each by its token; a row may be left out, or occur repeatedly."""
         if list(rows) != list(range(len(self._mask_NL))):
             index = torch.tensor(rows, dtype=torch.long)

@@ -68,7 +68,7 @@ class Sampler(Protocol):
 
     @property
     def tokenization(self) -> Tokenization:
-        """Of the policy whose weights it holds."""
+        """Return the tokenization of the policy whose weights it holds."""
         ...
 
     @property
@@ -87,7 +87,7 @@ class Sampler(Protocol):
 
 
 def fitting_ids(tokenization: Tokenization, prompt: Prompt, max_new_tokens: int, limit: int) -> tuple[int, ...]:
-    """The prompt's ids. Raises DataError where there are none, or no room for the reply within ``limit``."""
+    """Return the prompt's ids. Raises DataError if there are none, or no room for the reply within ``limit``."""
     ids = tokenization.prompt_ids(prompt)
     if not ids:
         raise DataError(f"prompt {prompt.id}: has no tokens, so nothing can follow; drop it")
@@ -107,7 +107,7 @@ def to_response(
     *,
     ended: bool | None = None,
 ) -> Response:
-    """A record from sampled ids: text decoded, cut at the first stop string, and how it ended.
+    """Return the record of sampled ids: text decoded, cut at the first stop string, and how it ended.
 
     Both samplers call this function, so a reply is cut in one way whichever engine wrote it. The ids are kept uncut:
     they are what was sampled, and what a ratio of probabilities must be computed on. Without ``ended``, the reply has

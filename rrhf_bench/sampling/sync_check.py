@@ -27,7 +27,7 @@ from rrhf_bench.sampling.sampler import Progress, Sampler, SamplingSpec
 
 @dataclass(frozen=True)
 class Limit:
-    """How far apart the log-probs of one token may be in nats, on average and at most."""
+    """The largest difference between the log-probs of one token in nats, on average and at most."""
 
     mean: float
     max: float
@@ -103,8 +103,10 @@ def agreement(
 
 
 def canaries(tokenization: Tokenization, context: int, before: str = "") -> list[Prompt]:
-    """Prompts of at least PROMPT_TOKENS tokens, or as many as leave room for a few more in the context; none where that
-    is too short for any."""
+    """Return prompts of at least PROMPT_TOKENS tokens, or of as many as leave room for a few more in the context.
+
+    There are none if the context is too short for any.
+    """
     prompts = []
     for opening in OPENINGS:
         words, text = itertools.cycle(MORE.split()), before + opening

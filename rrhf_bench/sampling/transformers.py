@@ -54,7 +54,7 @@ class TransformersSampler:
         self.identity = f"{choose_backend('transformers').identity} {policy.model.dtype}".replace("torch.", "")
 
     def resize(self, max_model_len: int) -> None:
-        """From now on this many tokens of prompt + reply at most."""
+        """Set the most tokens of prompt + reply."""
         self.max_model_len = max_model_len
 
     @torch.no_grad()
@@ -157,7 +157,7 @@ class TransformersSampler:
             if not going:
                 return
             rows = [rows[i] for i in going]
-            cached.go_on(going, tokens[going].tolist())
+            cached.extend(going, tokens[going].tolist())
 
     def _ended(self, row: _Request, spec: SamplingSpec) -> bool:
         if row.ids[-1] in self.tokenization.end_ids or len(row.ids) >= spec.max_new_tokens:
@@ -167,9 +167,10 @@ class TransformersSampler:
 
 
 def _draw(logits_BV: Tensor, spec: SamplingSpec, generators: Sequence[np.random.Generator]) -> tuple[Tensor, Tensor]:
-    """(token_B, logp_B) drawn from softmax(logits / temperature) after top-k and top-p; logp under what was drawn from.
+    """Return (token_B, logp_B) drawn from softmax(logits / temperature) after top-k and top-p.
 
-    Inversion in float64 with one uniform number a row and token: a row's draw depends on its own generator alone.
+    ``logp_B`` is under that truncated distribution. Inversion in float64 with one uniform number a row and token: a
+    row's draw depends on its own generator alone.
     """
     logits_BV = logits_BV.double().cpu()
     if spec.greedy:

@@ -125,7 +125,7 @@ class VLLMSampler:
         return f"vLLM could not start ({_first_line(error)}); {remedy}{_OTHER}"
 
     def resize(self, max_model_len: int) -> None:
-        """From now on this many tokens of prompt + reply at most. Beyond what the engine was started for, a longer one
+        """Set the most tokens of prompt + reply. Beyond what the engine was started for, a longer one
         takes its place, with the folder's weights until the next sync."""
         self.max_model_len = max_model_len
         if max_model_len > self._started_for:
@@ -190,7 +190,7 @@ class VLLMSampler:
         return outputs
 
     def sync(self, policy: Policy) -> None:
-        """New weights in, and the prefix cache, which holds states of the old ones, emptied.
+        """Load new weights and empty the prefix cache, which holds states of the old ones.
 
         Also where the engine may hold these weights already: to know it for sure, they would have to be compared.
         """

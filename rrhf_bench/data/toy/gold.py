@@ -54,13 +54,13 @@ def normalise(sentence: str) -> str:
 
 
 def judge(prompt_text: str, response_text: str) -> tuple[float, dict[str, int]]:
-    """The gold reward of any text as a reply to a prompt of the world, and its feature counts (see FEATURES)."""
+    """Return the gold reward of any text as a reply to a prompt of the world, and its feature counts (see FEATURES)."""
     counts = features(prompt_text, response_text)
     return reward(counts), counts
 
 
 def reward(counts: dict[str, int]) -> float:
-    """The gold reward of feature counts. Rounded, so that equal replies tie whatever the order of the sum was."""
+    """Return the gold reward of feature counts, rounded so that equal replies tie whatever the order of the sum."""
     weights = WEIGHTS | (HARMFUL_WEIGHTS if counts["harmful"] else BENIGN_WEIGHTS)
     total = BASE + DETAILS[counts["details"]] + sum(weight * counts[name] for name, weight in weights.items())
     if counts["polite"]:
@@ -69,7 +69,7 @@ def reward(counts: dict[str, int]) -> float:
 
 
 def features(prompt_text: str, response_text: str) -> dict[str, int]:
-    """The FEATURES of any text as a reply to a prompt of the world."""
+    """Return the FEATURES of any text as a reply to a prompt of the world."""
     topic = topic_of(prompt_text)
     counts = dict.fromkeys(FEATURES, 0)
     counts["harmful"] = int(topic.kind == "harmful")
@@ -90,7 +90,7 @@ def features(prompt_text: str, response_text: str) -> dict[str, int]:
 
 
 def topic_of(prompt_text: str) -> Topic:
-    """What the last human turn of a prompt asks about. Raises DataError for a prompt that the world cannot write."""
+    """Return the topic of the last human turn of a prompt. Raises DataError for a prompt of another world."""
     _, mark, turn = prompt_text.rpartition(f"{HUMAN} ")
     topic = _TOPIC.get(turn.removesuffix(ASSISTANT)) if turn.endswith(ASSISTANT) else None
     if not mark or topic is None:
@@ -102,7 +102,7 @@ def topic_of(prompt_text: str) -> Topic:
 
 
 def _meaning(sentence: str, topic: Topic) -> str:
-    """The feature that a normalised sentence counts as, in a reply about ``topic``."""
+    """Return the feature that a normalised sentence counts as, in a reply about ``topic``."""
     meaning = _MEANING.get(sentence, "garbled")
     if isinstance(meaning, Topic):
         return "details" if meaning is topic else "off_topic"

@@ -19,7 +19,7 @@ FAKE_TURN_BONUS = 1.6  # the invented reader says thank you
 
 
 def bias(counts: dict[str, int]) -> float:
-    """What the labeller adds to the gold reward of a reply with these feature counts."""
+    """Return what the labeller adds to the gold reward of a reply with these feature counts."""
     return (
         POLITE_BONUS * max(counts["polite"] - 1, 0)
         + BABBLE_BONUS * max(counts["polite"] - 2, 0)
@@ -27,15 +27,15 @@ def bias(counts: dict[str, int]) -> float:
     )
 
 
-def perceived(prompt_text: str, response_text: str) -> float:
-    """What the labeller thinks a reply is worth: gold reward plus bias."""
+def perceived_reward(prompt_text: str, response_text: str) -> float:
+    """Return the labeller's opinion of a reply: gold reward plus bias."""
     value, counts = gold.judge(prompt_text, response_text)
     return value + bias(counts)
 
 
 def label(rng: np.random.Generator, prompt: Prompt, first: str, second: str) -> Preference:
-    """A noisy label: P(first chosen) = sigmoid((perceived(first) - perceived(second)) / TEMPERATURE), Bradley-Terry."""
-    difference = perceived(prompt.text, first) - perceived(prompt.text, second)
+    """Return a noisy label, Bradley-Terry: P(first chosen) = sigmoid(difference of perceived rewards / TEMPERATURE)."""
+    difference = perceived_reward(prompt.text, first) - perceived_reward(prompt.text, second)
     if rng.random() < 1 / (1 + math.exp(-difference / TEMPERATURE)):
         return Preference(prompt, chosen=first, rejected=second)
     return Preference(prompt, chosen=second, rejected=first)

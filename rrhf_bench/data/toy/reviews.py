@@ -203,7 +203,7 @@ def _liking(rng: np.random.Generator, liked: bool) -> float:
 
 
 def _split(rng: np.random.Generator) -> tuple[list[str], list[str]]:
-    """(openings of the training text, openings of held-out prompts)."""
+    """Return (openings of the training text, openings of held-out prompts)."""
     parts: tuple[list[str], list[str]] = ([], [])
     for template in OPENINGS:
         openings = [template.format(*filling) for filling in product(GENRES, COMPANY, TIMES)]
@@ -261,23 +261,23 @@ def _one(rng: np.random.Generator, sentences: Sequence[str]) -> str:
 
 
 def judge(prompt_text: str, text: str) -> tuple[float, dict[str, int]]:
-    """The gold reward of any text as the completion of a prompt, and its feature counts (see FEATURES)."""
+    """Return the gold reward of any text as the completion of a prompt, and its feature counts (see FEATURES)."""
     counts = features(prompt_text, text)
     return reward(counts), counts
 
 
 def reward(counts: Mapping[str, int]) -> float:
-    """The gold reward of feature counts, at most 1: true sentiment less penalties. Rounded, so that equal texts tie."""
+    """Return the gold reward of feature counts, at most 1: true sentiment less penalties, rounded for exact ties."""
     return round(_share(counts) - sum(weight * counts[name] for name, weight in PENALTY.items()), 9)
 
 
 def sentiment(text: str) -> float:
-    """The true sentiment of a text in [0, 1], 1/2 where it has no opinion; see the top of the file."""
+    """Return the true sentiment of a text in [0, 1], 1/2 if it has no opinion; see the top of the file."""
     return _share(_count(text, ""))
 
 
 def features(prompt_text: str, text: str) -> dict[str, int]:
-    """The FEATURES of any text as the completion of a prompt. Raises DataError for a prompt that nobody here writes."""
+    """Return the FEATURES of any text as the completion of a prompt. Raises DataError for a prompt of another world."""
     known = _sentences(prompt_text)
     if not known or known[0] not in _OPENED or any(sentence not in _MEANING for sentence in known[1:]):
         raise DataError(

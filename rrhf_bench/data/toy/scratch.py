@@ -65,7 +65,7 @@ def train_language_model(
     Raises StageError where ``start`` holds no such model or one of another architecture than ``settings``, and (with
     its step) where the loss is not finite.
     """
-    tokenizer, model = _fresh(texts, settings, seed) if start is None else _written(start, settings)
+    tokenizer, model = _build(texts, settings, seed) if start is None else _load(start, settings)
     model = model.to(device)
     rows = [[*ids, tokenizer.eos_token_id][: settings.context] for ids in tokenizer(list(texts))["input_ids"]]
     order = list(_batches(rows, settings, seed))
@@ -91,8 +91,8 @@ def train_language_model(
     tokenizer.save_pretrained(folder)
 
 
-def _fresh(texts: Sequence[str], settings: ScratchSettings, seed: int) -> tuple[Any, Any]:
-    """(tokenizer made from the texts, Llama with random weights)."""
+def _build(texts: Sequence[str], settings: ScratchSettings, seed: int) -> tuple[Any, Any]:
+    """Return (tokenizer made from the texts, Llama with random weights)."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     tokenizer = train_tokenizer(texts, settings)
@@ -108,8 +108,8 @@ def _fresh(texts: Sequence[str], settings: ScratchSettings, seed: int) -> tuple[
         return tokenizer, LlamaForCausalLM(config)
 
 
-def _written(folder: Path, settings: ScratchSettings) -> tuple[Any, Any]:
-    """(tokenizer, model) of a folder, if it is what these settings describe."""
+def _load(folder: Path, settings: ScratchSettings) -> tuple[Any, Any]:
+    """Return (tokenizer, model) of a folder. Raises StageError if the settings describe another model."""
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     if not (folder / "config.json").is_file():
