@@ -17,7 +17,7 @@ help:
 	@echo 'VLLM=cpu|gpu    another vLLM than the one for the hardware found here: VLLM=gpu make env on a login node'
 
 env:
-	@$(PYTHON) scripts/environment.py $(if $(VLLM),--vllm $(VLLM))
+	@$(PYTHON) scripts/environment.py $(VLLM)
 
 run: env
 	$(BIN)/rrhf-bench run experiments/hh_compare.toml $(ARGS)

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import errno
 import json
-import os
-import pty
 import re
 import shutil
 import subprocess
@@ -120,7 +118,7 @@ def out(tmp_path: Path) -> Path:
 def reward(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Makes folders of a random classifier."""
 
-    def make(*, labels: int = 1, weight: float | None = None) -> Path:
+    def make(*, labels: int = 1) -> Path:
         from transformers import AutoModelForSequenceClassification, LlamaConfig
 
         config = LlamaConfig(
@@ -130,8 +128,6 @@ def reward(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable
         with torch.random.fork_rng():
             torch.manual_seed(0)
             model = AutoModelForSequenceClassification.from_config(config)
-        if weight is not None:
-            torch.nn.init.constant_(model.score.weight, weight)
         folder = tmp_path_factory.mktemp("reward")
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
@@ -170,48 +166,18 @@ def train(method: str, model: Path, data: Path, out: Path, *more: object) -> lis
     return ["train", "--method", method, "--model", model, "--data", data, "--out", out, *words]
 
 
+def settings(*values: str) -> list[str]:
+    return [word for value in values for word in ("--set", value)]
+
+
 # Experiment files
 
 
-@pytest.mark.parametrize("command", ["plan", "run"])
-def test_each_fault_of_an_experiment_file_is_one_line(command: str, refused: Any, tmp_path: Path) -> None:
+def test_each_fault_of_an_experiment_file_is_one_line(refused: Any, tmp_path: Path) -> None:
     path = tmp_path / "x.toml"
     path.write_text("sedes = [0]\n[data]\ntrain_prompts = 'many'\n")
-    found = refused(command, path, "--runs", tmp_path / "runs", "--set", "candidates.n=0")
-    assert sorted(line.split(", data")[0] for line in found) == [
-        f"{path}: data.train_prompts: found 'many'; input should be a valid integer",
-        f"{path}: candidates.n: found 0; input should be greater than or equal to 1",
-        f"{path}: sedes: unknown key; allowed are name, seeds",
-    ]
-
-
-def test_an_experiment_file_that_is_missing(refused: Any, tmp_path: Path) -> None:
-    (line,) = refused("run", tmp_path / "none.toml", "--runs", tmp_path / "runs")
-    assert (
-        line == f"{tmp_path}/none.toml: cannot be read (No such file or directory); give the path of an experiment file"
-    )
-
-
-@pytest.mark.parametrize(
-    ("overrides", "expected"),
-    [
-        (
-            ["data.source=files", "data.path=none.jsonl"],
-            "data.path: found 'none.jsonl', which does not exist; expected",
-        ),
-        (
-            ["methods.rrhf.candidates.sources=['chosen']"],
-            "methods.rrhf.candidates: k = 1 response a prompt leaves nothing to rank; add",
-        ),
-        (["policy.source=none/here"], None),  # a hub id is looked up when it is used
-    ],
-)
-def test_what_an_override_breaks(refused: Any, cli: Cli, tmp_path: Path, overrides: Any, expected: str | None) -> None:
-    words = ["plan", SMOKE, "--runs", tmp_path / "runs", *(word for o in overrides for word in ("--set", o))]
-    if expected is None:
-        assert cli(*words).code == 0
-    else:
-        assert refused(*words)[0].startswith(f"{SMOKE}: {expected}")
+    found = refused("run", path, "--runs", tmp_path / "runs", "--set", "candidates.n=0")
+    assert sorted(line.split(": ")[1] for line in found) == ["candidates.n", "data.train_prompts", "sedes"]
 
 
 @dataclass
@@ -246,102 +212,29 @@ def test_a_run_that_meets_a_bad_row_says_where_and_stores_nothing(cli: Cli, rows
     words = (word for o in experiment_on(path) for word in ("--set", o))
     result = cli("run", SMOKE, "--runs", tmp_path / "runs", *words)
     assert result.code == 2
-    assert result.err == (
-        f"error: data: {path}:2: chosen: ends with a Human turn; expected the last turn to be the assistant's; "
-        'mend the row, or drop and count such rows with faulty_rows = "drop" (--faulty-rows drop)\n'
-    )
+    assert result.err.startswith(f"error: data: {path}:2: chosen: ")
+    assert len(result.err.splitlines()) == 1
     assert list((tmp_path / "runs" / "store").iterdir()) == []
     assert not (tmp_path / "runs" / "smoke" / "report").exists()
-
-
-@pytest.mark.parametrize(
-    ("overrides", "counts", "kept"),
-    [
-        ([], {"diverging": 1, "diverging_dropped": 1}, 5),
-        (["data.diverging=common-prefix"], {"diverging": 1, "diverging_dropped": 0}, 6),
-    ],
-)
-def test_odd_pairs_are_counted_and_kept_or_dropped_by_the_rule(
-    rows: Any, tmp_path: Path, overrides: list[str], counts: dict[str, int], kept: int
-) -> None:
-    talk = "\n\nHuman: Hi\n\nAssistant: Hello.\n\nHuman: "
-    path = rows(
-        *(pair(f"question {i}") for i in range(3)),
-        pair("question 0", chosen=" Certainly."),  # a duplicate
-        pair("an empty one", chosen=""),
-        pair("the same twice", rejected=" Yes."),
-        pair("ends badly", rejected=" No.\n\nHuman: Why?"),
-        {"chosen": f"{talk}How?\n\nAssistant: So.", "rejected": f"{talk}Why?\n\nAssistant: Because."},
-        pair("question 3"),
-    )
-    experiment = load_experiment(SMOKE, experiment_on(path, "data.faulty_rows=drop", *overrides))
-    plan = make_plan(experiment)
-    data = plan.stages[0]
-    store = Store(tmp_path / "store")
-    run_plan(Plan(experiment, plan.backend, (data,)), store, Quiet())
-    found = json.loads((store.folder(data.key) / "about.json").read_text())["counts"]
-    expected = {
-        "rows": 9,
-        "kept": kept,
-        "duplicate_prompt": 1,
-        "empty_reply": 1,
-        "identical_replies": 1,
-        "not_ending_with_assistant": 1,
-        **counts,
-    }
-    assert {name: found[name] for name in expected} == expected
 
 
 # The single steps
 
 
 @pytest.mark.parametrize(
-    ("row", "expected"),
+    ("method", "sound", "row", "field"),
     [
-        ({"question": "Hi"}, "{path}:2: prompt: is missing; expected text (found the fields question)"),
-        ({"prompt": 3}, "{path}:2: prompt: found 3; expected text"),
-        ({"prompt": " "}, "{path}:2: prompt: the prompt is empty; expected a question or a transcript ending with"),
-        ({"prompt": QUESTION + " Ice."}, "{path}:2: prompt: ends with a finished assistant turn; expected it to end"),
-        ([], "{path}:2: found []; expected one JSON object a line"),
+        (None, {"prompt": "Hi"}, {"prompt": 3}, "prompt"),
+        ("sft", pair("a"), pair("a", chosen=" Yes.\n\nHuman: Why?"), "chosen"),
+        ("rrhf", SCORED, {**SCORED, "scores": [1.0]}, "scores"),
     ],
 )
-def test_prompts_that_are_none(refused: Any, rows: Any, model: Path, out: Path, row: Any, expected: str) -> None:
-    path = rows({"prompt": "Hi"}, row)
-    (line,) = refused(*sample(model, path, out))
-    assert line.startswith(expected.format(path=path))
-
-
-@pytest.mark.parametrize(
-    ("row", "expected"),
-    [
-        (pair("a", chosen=" Yes.\n\nHuman: Why?"), "{path}:2: chosen: ends with a Human turn; expected the last turn"),
-        (
-            {"chosen": "Yes.", "rejected": "No."},
-            "{path}:2: chosen: found 'Yes.'; expected a transcript that starts with",
-        ),
-        ({"chosen": QUESTION}, "{path}:2: rejected: is missing; expected text (found the fields chosen)"),
-    ],
-)
-def test_pairs_that_are_none(refused: Any, rows: Any, model: Path, out: Path, row: Any, expected: str) -> None:
-    path = rows(pair("a"), row)
-    (line,) = refused(*train("sft", model, path, out))
-    assert line.startswith(expected.format(path=path))
-
-
-@pytest.mark.parametrize(
-    ("change", "expected"),
-    [
-        ({"query": None}, "{path}:1: query: is missing; expected text"),
-        ({"responses": [" Ice.", ""]}, '{path}:1: responses[1]: found ""; expected text that is not empty'),
-        ({"scores": [1.0]}, "{path}:1: scores: found 1 of them; expected 2, one for each response"),
-        ({"scores": [1.0, float("nan")]}, "{path}:1: scores[1]: found NaN; expected a finite number"),
-        ({"scores": [1.0, "0"]}, '{path}:1: scores[1]: found "0"; expected a finite number'),
-    ],
-)
-def test_candidates_that_are_none(refused: Any, rows: Any, model: Path, out: Path, change: Any, expected: str) -> None:
-    path = rows({**SCORED, **change})
-    (line,) = refused(*train("rrhf", model, path, out))
-    assert line.startswith(expected.format(path=path))
+def test_a_row_that_cannot_be_used_names_file_line_and_field(
+    refused: Any, rows: Any, model: Path, out: Path, method: str | None, sound: Any, row: Any, field: str
+) -> None:
+    path = rows(sound, row)
+    (line,) = refused(*(sample(model, path, out) if method is None else train(method, model, path, out)))
+    assert line.startswith(f"{path}:2: {field}: ")
 
 
 def test_files_and_models_that_are_missing(refused: Any, rows: Any, model: Path, out: Path, tmp_path: Path) -> None:
@@ -359,13 +252,8 @@ def test_a_folder_that_holds_something_is_not_overwritten(refused: Any, rows: An
     out.mkdir()
     (out / "mine.txt").write_text("keep")
     (line,) = refused(*train("rrhf", model, rows(SCORED), out))
-    assert line == f"{out}: is a folder that is not empty; name a new one, nothing is overwritten"
-
-
-def test_a_prompt_beyond_the_context(refused: Any, rows: Any, model: Path, out: Path) -> None:
-    path = rows({"prompt": "bread " * 600})
-    (line,) = refused(*sample(model, path, out))
-    assert re.match(rf"{re.escape(str(path))}:1: prompt [0-9a-f]{{16}}: has \d+ tokens, at most 504 fit; ", line)
+    assert line.startswith(f"{out}: ")
+    assert (out / "mine.txt").read_text() == "keep"
 
 
 LONG = {"prompt": "bread " * 600}
@@ -390,15 +278,15 @@ def test_faulty_rows_are_an_error_or_counted_where_files_are_read(
     assert (found["counts"]["not_a_prompt"], found["counts"]["prompts"]) == (1, 1)
 
 
-def test_a_prompt_without_room_names_its_row_before_it_is_sampled_for_training_or_judged(
+def test_a_prompt_without_room_names_its_row_before_it_is_sampled_trained_on_or_judged(
     refused: Any, rows: Any, model: Path, reward: Any, out: Path
 ) -> None:
     path, judge = rows({"prompt": "Hi"}, LONG), ["--reward-model", reward(), "--max-new-tokens", 8]
-    ppo = train("ppo", model, path, out, *judge, "--set", "iterations=1", "--set", "rollouts=2", "--set", "minibatch=2")
+    ppo = train("ppo", model, path, out, *judge, *settings("iterations=1", "rollouts=2", "minibatch=2"))
     evaluate = ["evaluate", "--model", model, "--prompts", path, "--out", out, "--backend", "transformers", *judge]
-    for words in (ppo, evaluate):
+    for words in (sample(model, path, out), ppo, evaluate):
         (line,) = refused(*words)
-        assert re.match(rf"{re.escape(str(path))}:2: prompt [0-9a-f]{{16}}: has \d+ tokens, at most 504 fit; ", line)
+        assert re.match(rf"{re.escape(str(path))}:2: prompt [0-9a-f]{{16}}: .* 504 ", line)
 
 
 ALTERNATING = (
@@ -419,33 +307,23 @@ TWICE = "\n\nHuman: Hi\n\nAssistant: Hello.\n\nAssistant: Still there?\n\nHuman:
 
 
 def test_a_dialogue_that_the_chat_template_refuses_names_its_row_or_is_counted(
-    refused: Any, cli: Cli, rows: Any, alternating: Path, out: Path
+    refused: Any, cli: Cli, rows: Any, alternating: Path, reward: Any, out: Path
 ) -> None:
+    drop = ["--template", "chat", "--faulty-rows", "drop", "--json"]
     system = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
-    for prompt in (TWICE, "\n\nAssistant: Hi\n\nHuman: Hi\n\nAssistant:", "\n\nAssistant:", system):
+    for prompt in (TWICE, system):
         path = rows({"prompt": "Hi"}, {"prompt": prompt})
         (line,) = refused(*sample(alternating, path, out, "--template", "chat"))
-        assert re.match(
-            rf"{re.escape(str(path))}:2: prompt [0-9a-f]{{16}}: the chat template refuses the dialogue", line
-        )
-        words = ["--template", "chat", "--faulty-rows", "drop", "--json"]
-        counts = cli(*sample(alternating, path, out.with_name("dropped"), *words)).json["counts"]
+        assert line.startswith(f"{path}:2: prompt ")
+        counts = cli(*sample(alternating, path, out.with_name("dropped"), *drop)).json["counts"]
         assert counts.items() >= {"prompts": 2, "refused_by_template": 1}.items()
     path = rows(SCORED, {**SCORED, "query": TWICE})
-    (line,) = refused(*train("rrhf", alternating, path, out, "--template", "chat"))
-    assert line.startswith(f"{path}:2: prompt ")
-
-
-def test_a_dialogue_that_the_reward_models_template_refuses_names_its_row_or_is_counted(
-    refused: Any, cli: Cli, rows: Any, reward: Any, out: Path
-) -> None:
-    folder = reward()
-    (folder / "chat_template.jinja").write_text(ALTERNATING)
-    path = rows(SCORED, {**SCORED, "query": TWICE})
-    (line,) = refused(*score(folder, path, out, "--template", "chat"))
-    assert line.startswith(f"{path}:2: prompt ")
-    words = ["--template", "chat", "--faulty-rows", "drop", "--json"]
-    counts = cli(*score(folder, path, out, *words)).json["counts"]
+    judge = reward()
+    (judge / "chat_template.jinja").write_text(ALTERNATING)
+    for words in (train("rrhf", alternating, path, out), score(judge, path, out)):
+        (line,) = refused(*words, "--template", "chat")
+        assert line.startswith(f"{path}:2: prompt ")
+    counts = cli(*score(judge, path, out.with_name("scored"), *drop)).json["counts"]
     assert counts.items() >= {"prompts": 1, "refused_by_template": 1}.items()
 
 
@@ -464,7 +342,7 @@ def test_an_experiment_finds_what_the_chat_template_refuses_before_it_samples(
     store = Store(tmp_path / "store")
     part = Plan(experiment, plan.backend, needed)
     if faulty_rows == "error":
-        with pytest.raises(BenchError, match=rf"{re.escape(str(path))}:4: prompt .* refuses the dialogue"):
+        with pytest.raises(BenchError, match=rf"{re.escape(str(path))}:4: prompt "):
             run_plan(part, store, Quiet())
         return
     run_plan(part, store, Quiet())
@@ -478,8 +356,6 @@ def test_a_training_prompt_beyond_the_context_is_left_out_and_counted(
     long = {**SCORED, "query": f"\n\nHuman: {'bread ' * 600}\n\nAssistant:"}
     found = cli(*train("rrhf", model, rows(SCORED, long), out, "--json")).json
     assert found["counts"]["examples"] == found["counts"]["prompts_too_long"] == 1
-    (line,) = refused(*train("rrhf", model, rows(long), out.with_name("another")))
-    assert line.startswith("max_length 512: none of 1 prompts leaves room for a response (the shortest has ")
 
 
 def test_a_tokenizer_without_a_pad_token(
@@ -488,48 +364,32 @@ def test_a_tokenizer_without_a_pad_token(
     bare = without(model, "pad_token", tmp_path)
     path = rows({"prompt": "Hi"})
     (line,) = refused(*sample(bare, path, out))
-    assert line.startswith(f"{bare}: the tokenizer has no pad token; name one of its tokens with ")
+    assert line.startswith(f"{bare}: ")
     assert "--pad-token" in line
     (line,) = refused(*sample(bare, path, out, "--pad-token", "<none>"))
-    assert line == f"{bare}: pad_token '<none>' is not in the tokenizer's vocabulary; name one that is"
+    assert line.startswith(f"{bare}: pad_token '<none>' ")
     assert cli(*sample(bare, path, out, "--pad-token", "<eos>")).code == 0
 
 
 def test_a_tokenizer_without_an_end_token(refused: Any, rows: Any, model: Path, out: Path, tmp_path: Path) -> None:
     bare = without(model, "eos_token", tmp_path)
     (line,) = refused(*sample(bare, rows({"prompt": "Hi"}), out))
-    assert line == f"{bare}: the tokenizer has no EOS token, so no reply could end; name it in tokenizer_config.json"
+    assert line.startswith(f"{bare}: ")
+    assert "EOS" in line
 
 
-def test_a_reward_model_with_two_labels(refused: Any, rows: Any, reward: Any, out: Path) -> None:
-    folder = reward(labels=2)
-    (line,) = refused(*score(folder, rows(SCORED), out))
-    assert line == (
-        f"{folder}: has 2 labels (LABEL_0, LABEL_1); name the one whose probability is the reward: reward_model.label, "
-        "--label"
-    )
-    assert refused(*score(folder, rows(SCORED), out), "--label", "POSITIVE") == [
-        f"{folder}: has 2 labels (LABEL_0, LABEL_1); found the label 'POSITIVE'; expected one of them"
-    ]
-
-
-def test_a_language_model_in_the_place_of_a_reward_model(refused: Any, rows: Any, model: Path, out: Path) -> None:
-    (line,) = refused(*score(model, rows(SCORED), out))
-    assert line.startswith(f"{model}: holds no trained score.weight, which would be random; expected a trained reward")
-
-
-def test_scores_that_are_not_numbers(refused: Any, rows: Any, reward: Any, out: Path) -> None:
-    folder = reward(weight=float("nan"))
-    (line,) = refused(*score(folder, rows(SCORED), out))
-    assert line.startswith(f"{folder}: 8 of 8 ")  # of the texts that every load scores
+@pytest.mark.parametrize(("labels", "option"), [(2, []), (2, ["--label", "POSITIVE"]), (1, ["--layout", "value-head"])])
+def test_a_reward_model_that_is_not_what_the_options_say(
+    refused: Any, rows: Any, reward: Any, out: Path, labels: int, option: list[str]
+) -> None:
+    folder = reward(labels=labels)
+    (line,) = refused(*score(folder, rows(SCORED), out, *option))
+    assert line.startswith(f"{folder}: ")
 
 
 def test_groups_that_nothing_can_be_ranked_in(refused: Any, cli: Cli, rows: Any, model: Path, out: Path) -> None:
     equal = {**SCORED, "scores": [0.5, 0.5]}
-    single = {**SCORED, "responses": [" Ice."], "scores": [1.0]}
-    for path in (rows(equal, equal), rows(single)):
-        (line,) = refused(*train("rrhf", model, path, out))
-        assert "has two responses with different scores, so nothing can be ranked" in line
+    refused(*train("rrhf", model, rows(equal, equal), out))
     found = cli(*train("rrhf", model, rows(SCORED, equal), out, "--json")).json
     assert found["counts"]["groups_all_equal"] == 1
 
@@ -552,8 +412,8 @@ def test_texts_that_a_reward_model_reads_in_part_are_counted(
     evaluate = ["evaluate", "--model", model, "--prompts", prompts, "--out", out.with_name("judged"), *words]
     found = cli(*evaluate, "--backend", "transformers", "--decoding", "greedy").json
     assert found["counts"]["truncated"] == 1
-    settings = [word for o in ("iterations=1", "rollouts=2", "minibatch=2") for word in ("--set", o)]
-    found = cli(*train("ppo", model, prompts, out.with_name("trained"), *words, *settings)).json
+    words += settings("iterations=1", "rollouts=2", "minibatch=2")
+    found = cli(*train("ppo", model, prompts, out.with_name("trained"), *words)).json
     assert found["counts"]["truncated"] == 1
 
 
@@ -572,33 +432,26 @@ def test_a_reward_model_that_may_read_another_place_than_its_class_is_noted(
 
 
 def test_what_a_step_leaves_out_of_its_input_is_counted(cli: Cli, rows: Any, model: Path, out: Path) -> None:
-    talk = "\n\nHuman: Hi\n\nAssistant: Hello.\n\nHuman: "
-    parted = {"chosen": f"{talk}How?\n\nAssistant: So.", "rejected": f"{talk}Why?\n\nAssistant: Because."}
-    path = rows(pair("a"), pair("a", chosen=" Certainly."), pair("b", rejected=""), parted)
-    expected = {"rows": 4, "kept": 2, "duplicate_prompt": 1, "empty_reply": 1, "diverging_dropped": 1}
+    path = rows(pair("a"), pair("a", chosen=" Certainly."), pair("b", rejected=""), pair("c"))
+    expected = {"rows": 4, "kept": 3, "duplicate_prompt": 1, "empty_reply": 1}
     assert cli(*sample(model, path, out, "--json")).json["counts"].items() >= expected.items()
     found = cli(*train("sft", model, path, out.with_name("trained"), "--set", "epochs=1", "--json")).json
     assert found["counts"].items() >= expected.items()
-    prompts = rows({"prompt": "a"}, {"prompt": "a"}, name="prompts.jsonl")
-    counts = cli(*sample(model, prompts, out.with_name("again"), "--json")).json["counts"]
-    expected = {"rows": 2, "prompts": 2, "duplicate_prompt": 1, "prompt_rewritten": 2}
-    assert {name: count for name, count in counts.items() if count} == expected
 
 
 @pytest.mark.parametrize(
-    ("words", "expected"),
+    "words",
     [
-        (["--sources", "modle"], "--sources: found 'modle'; allowed are model, chosen, rejected"),
-        (["--temperature", "0"], "--temperature 0 gives 4 equal samples; raise it or use --n 1"),
-        (["--sources", "model,chosen"], '{path}: has no "chosen" and "rejected"; they are needed for --sources model,'),
+        ["--sources", "modle"],
+        ["--temperature", 0],
+        ["--top-p", 0],
+        ["--groups", 3, "--strategy", "diverse-beam"],
+        ["--sources", "model,chosen"],
     ],
 )
-def test_sampling_that_makes_no_sense(
-    refused: Any, rows: Any, model: Path, out: Path, words: Any, expected: str
-) -> None:
-    path = rows({"prompt": "Hi"})
-    (line,) = refused(*sample(model, path, out, *words))
-    assert line.startswith(expected.format(path=path))
+def test_sampling_that_makes_no_sense(refused: Any, rows: Any, model: Path, out: Path, words: list[str]) -> None:
+    (line,) = refused(*sample(model, rows({"prompt": "Hi"}), out, *words))
+    assert words[0] in line
 
 
 def artifact(tmp_path: Path, source: Path, **said: object) -> Path:
@@ -699,11 +552,6 @@ def test_a_model_json_of_another_program(
     assert line.startswith(f"{folder / 'model.json'}: ")
 
 
-def test_a_top_p_that_leaves_no_token(refused: Any, rows: Any, model: Path, out: Path) -> None:
-    (line,) = refused(*sample(model, rows({"prompt": "Hi"}), out, "--top-p", 0))
-    assert line.startswith("--top-p: found 0")
-
-
 def test_gold_on_prompts_that_are_not_of_the_embedded_world(
     refused: Any, rows: Any, tmp_path: Path, out: Path, model: Path
 ) -> None:
@@ -716,27 +564,26 @@ def test_gold_on_prompts_that_are_not_of_the_embedded_world(
 
 
 @pytest.mark.parametrize(
-    ("method", "words", "expected"),
+    ("method", "words", "place"),
     [
-        ("rrhg", [], "method.kind: found 'rrhg'; allowed are rrhf, sft, best_of_n, ppo; did you mean 'rrhf'?"),
-        ("rrhf", ["--set", "lrr=1"], "method.lrr: unknown key; allowed are "),
-        ("rrhf", ["--set", "lr=fast"], "method.lr: found 'fast'; input should be a valid number"),
-        ("best_of_n", [], "--method best_of_n: trains nothing; use `sample` and `score`"),
-        ("ppo", [], "ppo: scores its own samples; name a reward model with --reward-model"),
-        ("sft", [], '{path}: sft trains on pairs; expected lines with "chosen" and "rejected"'),
+        ("rrhg", [], "method.kind"),
+        ("rrhf", ["--set", "lrr=1"], "method.lrr"),
+        ("best_of_n", [], "--method best_of_n"),
+        ("ppo", [], "ppo"),  # which needs a reward model
+        ("sft", [], "{path}"),  # which has no pairs
     ],
 )
 def test_training_that_makes_no_sense(
-    refused: Any, rows: Any, model: Path, out: Path, method: str, words: Any, expected: str
+    refused: Any, rows: Any, model: Path, out: Path, method: str, words: Any, place: str
 ) -> None:
     path = rows({"prompt": "Hi"})
     (line,) = refused(*train(method, model, path, out, *words))
-    assert line.startswith(expected.format(path=path))
+    assert line.startswith(place.format(path=path) + ": ")
 
 
 def test_a_folder_that_is_no_run(refused: Any, tmp_path: Path) -> None:
     (line,) = refused("report", tmp_path)
-    assert line == f"{tmp_path}: holds no run (no run.json); give the folder of a run, such as runs/hh_compare"
+    assert line.startswith(f"{tmp_path}: ")
 
 
 def test_a_report_that_cannot_be_published_leaves_the_earlier_one(
@@ -843,9 +690,8 @@ def test_the_runs_folder_is_also_an_environment_variable(
 def test_plan_says_sizes_budgets_and_models_in_memory(cli: Cli, tmp_path: Path) -> None:
     printed = cli("plan", SMOKE, "--runs", tmp_path).out
     assert "\x1b" not in printed  # not a terminal
-    assert re.search(r"candidates for train prompts \(n=2, T=1.0\), seed 0 +to do +48 prompts x 2 *\n", printed)
-    assert re.search(r"rrhf +48 prompts x 4 responses, 1 epochs of 16 prompts a step = 3 steps +1: policy *\n", printed)
-    assert re.search(r"\n(\d+) stages: 0 done, \1 to do, store ", printed)
+    assert re.search(r"candidates for train prompts .* to do +48 prompts x 2 *\n", printed)
+    assert re.search(r"rrhf +48 prompts x 4 responses, .* = 3 steps +1: policy *\n", printed)
 
 
 def test_text_from_outside_cannot_act_on_the_terminal(cli: Cli, tmp_path: Path) -> None:
@@ -856,49 +702,12 @@ def test_text_from_outside_cannot_act_on_the_terminal(cli: Cli, tmp_path: Path) 
     assert "se\\x1b[31med" in result.err
 
 
-def on_a_terminal(*words: str, **environment: str) -> str:
-    """What a command prints where standard output is a terminal."""
-    reader, writer = pty.openpty()
-    kept = {key: value for key, value in os.environ.items() if key not in ("NO_COLOR", "FORCE_COLOR", "CI")}
-    try:
-        subprocess.run(
-            [sys.executable, "-m", "rrhf_bench.cli", *words],
-            cwd=ROOT,
-            env={**kept, "TERM": "xterm-256color", "COLUMNS": "80", **environment},
-            stdout=writer,
-            stderr=writer,
-            check=True,
-        )
-        return os.read(reader, 1 << 16).decode()  # a terminal holds what a short help prints
-    finally:
-        os.close(reader)
-        os.close(writer)
-
-
-def test_no_color_is_heeded_on_a_terminal() -> None:
-    colour = re.compile(r"\x1b\[[0-9;]*3[0-9]")
-    assert colour.search(on_a_terminal("ls", "--help"))
-    assert not colour.search(on_a_terminal("ls", "--help", NO_COLOR="1"))
-
-
-def test_help_documents_the_exit_codes(cli: Cli) -> None:
-    result = cli("--help")
-    assert result.code == 0
-    words = " ".join(result.out.split())
-    assert "Exit codes: 0 done, 1 a fault of this program, 2 input that cannot be used, 130 interrupted." in words
-
-
-def test_exit_codes_of_a_process(tmp_path: Path) -> None:
-    def run(*words: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "rrhf_bench.cli", *words], cwd=ROOT, capture_output=True, text=True
-        )
-
-    done = run("plan", str(SMOKE), "--runs", str(tmp_path))
-    assert (done.returncode, done.stderr) == (0, "")
-    bad = run("plan", str(tmp_path / "none.toml"))
+def test_a_process_that_is_given_bad_input_ends_with_code_2(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "rrhf_bench.cli", "plan", str(tmp_path / "none.toml")]
+    bad = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert (bad.returncode, bad.stdout) == (2, "")
-    assert re.fullmatch(r"error: .*none\.toml: cannot be read .*\n", bad.stderr)
+    assert bad.stderr.startswith("error: ")
+    assert len(bad.stderr.splitlines()) == 1
 
 
 def test_an_interrupted_run_says_so(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
