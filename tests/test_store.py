@@ -42,9 +42,9 @@ def put(store: Store, text: str) -> None:
         (folder / "a.txt").write_text(text)
 
 
-def write_half(path: Path) -> None:
+def write_half(path: Path, error: type[BaseException] = ZeroDivisionError) -> None:
     path.write_text("half")
-    raise ZeroDivisionError
+    raise error
 
 
 def test_what_was_written_is_there_with_its_manifest(store: Store) -> None:
@@ -62,13 +62,8 @@ def test_what_was_written_is_there_with_its_manifest(store: Store) -> None:
 
 @pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
 def test_a_block_that_fails_leaves_nothing(store: Store, error: type[BaseException]) -> None:
-    def fail() -> None:
-        with store.new_artifact(KEY, {}) as folder:
-            (folder / "a.txt").write_text("half")
-            raise error
-
-    with pytest.raises(error):
-        fail()
+    with pytest.raises(error), store.new_artifact(KEY, {}) as folder:
+        write_half(folder / "a.txt", error)
     assert not store.has(KEY)
     assert list(store.root.iterdir()) == []
 
@@ -250,7 +245,7 @@ def test_an_artifact_is_on_the_disk_before_it_has_its_name(store: Store, monkeyp
     assert calls[4:] == [("rename", KEY[:32]), ("sync", store.root.name)]
 
 
-# atomically
+# atomic_file
 
 
 def test_a_file_is_whole_or_as_it_was(tmp_path: Path) -> None:
