@@ -184,7 +184,6 @@ BEYOND: dict[str, tuple[Any, ...]] = {
         {},
         {"model": "nobody"},
         {"file": "nowhere.jsonl"},
-        {"model": "ppo", "file": "x"},
         {"file": "x" * 999},
     ),
     "policies.x": ({"source": "methods.nobody"}, {"source": "toy", "template": "chat"}, {"part": "GPT"}),

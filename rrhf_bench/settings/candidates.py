@@ -42,10 +42,9 @@ class Draw(Settings):
         return {"n": self.n, "temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
 
 
-class Beams(Settings):
-    """The likeliest responses that a beam search finds, all of which are candidates."""
+class Search(Settings):
+    """The likeliest responses that a search finds, all of which are candidates."""
 
-    strategy: Literal["beam"] = "beam"
     beams: Width = 4
 
     @property
@@ -54,14 +53,19 @@ class Beams(Settings):
 
     def arguments(self) -> dict[str, Any]:
         """Return the arguments of SamplingSpec that decide the samples. They enter cache keys."""
-        return {"n": self.beams, **self.model_dump(include={"strategy", "beams"})}
+        return {"n": self.beams, **self.model_dump(include=set(STRATEGY_KEYS))}
 
 
-class DiverseBeams(Settings):
-    """Beams in groups of equal size, each of which is pushed away from the groups before it."""
+class Beams(Search):
+    """Beam search."""
+
+    strategy: Literal["beam"] = "beam"
+
+
+class DiverseBeams(Search):
+    """Beam search in groups of equal size, each of which is pushed away from the groups before it."""
 
     strategy: Literal["diverse-beam"] = "diverse-beam"
-    beams: Width = 4
     groups: Annotated[int, Field(ge=1)] = 4
     diversity_penalty: Annotated[float, Field(ge=0.0)] = 1.0  # between groups
 
@@ -73,14 +77,6 @@ class DiverseBeams(Settings):
                 "groups"
             )
         return self
-
-    @property
-    def n(self) -> int:
-        return self.beams
-
-    def arguments(self) -> dict[str, Any]:
-        """Return the arguments of SamplingSpec that decide the samples. They enter cache keys."""
-        return {"n": self.beams, **self.model_dump(include=set(DiverseBeams.model_fields))}
 
 
 Sampling: TypeAlias = Draw | Beams | DiverseBeams
