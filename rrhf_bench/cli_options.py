@@ -120,7 +120,7 @@ def with_option_groups(command: Callable[..., None]) -> Callable[..., None]:
     All parameters become keywords; the command receives each dataclass filled with what was given.
     """
     hints = get_type_hints(command, include_extras=True)
-    groups = {name: hint for name, hint in hints.items() if is_dataclass(hint)}
+    groups: dict[str, Any] = {name: hint for name, hint in hints.items() if is_dataclass(hint)}
     parameters: list[inspect.Parameter] = []
     for name, parameter in inspect.signature(command).parameters.items():
         kept = parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=hints[name])
