@@ -37,8 +37,8 @@ VERSIONS = {
     "judge": 1,
     "score pairs": 1,
     "reference": 1,
-    "train": 8,
-    "evaluate": 3,
+    "train": 9,
+    "evaluate": 4,
     "evaluate pairs": 1,
 }
 
