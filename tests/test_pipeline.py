@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import gzip
 import json
 import math
 import os
@@ -12,7 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from itertools import islice, pairwise
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +31,10 @@ from rrhf_bench.records import Candidates, Evaluated
 from rrhf_bench.sampling.backend import choose_backend
 from rrhf_bench.settings.experiment import RuntimeSettings
 from rrhf_bench.settings.reading import load_experiment
+from tests.test_events import read_events
 
 ROOT = Path(__file__).parents[1]
 SMOKE = ROOT / "experiments" / "smoke.toml"
-SLICE = ROOT.parent / "shared" / "data" / "hh-rlhf" / "harmless-base-test-first1500.jsonl.gz"
 
 # Every stage of the smoke experiment, on less of everything.
 CUTS = [
@@ -60,6 +59,7 @@ PLAIN = (
 )
 
 # Python's, numpy's and torch's global generators are reseeded before every stage and drawn from at every sign of life.
+# The run ends without a report: reports are compared below, and drawing one takes longer than all stages.
 DISTURBED = """
 import random, numpy, torch
 from rrhf_bench import cli, terminal
@@ -78,15 +78,21 @@ def progress(self, *rest, reported=terminal.TerminalReporter.progress):
     reported(self, *rest)
 
 scheduler.make, terminal.TerminalReporter.progress = make, progress
+cli._write_report = lambda records, folder: folder
 cli.main()
 """
 
 
+def overrides(*changes: str) -> list[str]:
+    """The words of the command line that override keys."""
+    return [word for change in changes for word in ("--set", change)]
+
+
 def start_smoke(program: str, runs: Path, workers: int) -> subprocess.Popen[str]:
     """The cut smoke experiment in a process of its own."""
-    words = [word for override in (*CUTS, f"runtime.workers={workers}") for word in ("--set", override)]
+    words = ["run", str(SMOKE), "--runs", str(runs), "--json", *overrides(*CUTS, f"runtime.workers={workers}")]
     return subprocess.Popen(
-        [sys.executable, "-c", program, "run", str(SMOKE), "--runs", str(runs), "--json", *words],
+        [sys.executable, "-c", program, *words],
         cwd=ROOT,
         # Sums of floats depend on how many threads share them: one, as each of two workers has on two cores.
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -146,14 +152,8 @@ def files(folder: Path) -> dict[str, bytes]:
 # The embedded experiment
 
 
-def test_two_cold_runs_give_the_same_tables_to_the_byte(smoke: Smoke, disturbed: Smoke) -> None:
-    assert smoke.printed["made"] == disturbed.printed["made"] == len(smoke.json["stages"])
-    tables = files(smoke.folder / "report" / "tables")
-    assert {"main.csv", "main.md", "main.tex", "differences.csv", "candidates.csv"} <= set(tables)
-    assert tables == files(disturbed.folder / "report" / "tables")
-
-
 def test_two_cold_runs_make_the_same_artifacts_to_the_byte(smoke: Smoke, disturbed: Smoke) -> None:
+    assert smoke.printed["made"] == disturbed.printed["made"] == len(smoke.json["stages"])
     assert smoke.json["stages"] == disturbed.json["stages"]
     for key, stage in smoke.json["stages"].items():
         one, other = files(smoke.store.folder(key)), files(disturbed.store.folder(key))
@@ -161,29 +161,47 @@ def test_two_cold_runs_make_the_same_artifacts_to_the_byte(smoke: Smoke, disturb
         assert one == other, stage["name"]
 
 
-def test_a_run_that_is_complete_is_not_made_again(smoke: Smoke) -> None:
-    before = files(smoke.folder / "report" / "tables")
-    again = end(start_smoke(PLAIN, smoke.runs, workers=2))
+def test_a_run_that_is_complete_is_not_made_again_and_its_report_is_the_same(smoke: Smoke, run_cli: RunCli) -> None:
+    tables, events = files(smoke.folder / "report" / "tables"), files(smoke.folder / "tensorboard")
+    assert {"main.csv", "main.md", "main.tex", "differences.csv", "candidates.csv"} <= set(tables)
+    shutil.rmtree(smoke.folder / "report")
+    again = run_cli("run", SMOKE, "--runs", smoke.runs, *overrides(*CUTS, "runtime.workers=2"))
     assert (again["made"], again["reused"]) == (0, len(smoke.json["stages"]))
     assert again["arena"] == smoke.printed["arena"]
-    assert files(smoke.folder / "report" / "tables") == before
+    assert files(smoke.folder / "report" / "tables") == tables
+    assert files(smoke.folder / "tensorboard") == events
 
 
-def test_the_report_is_written_again_from_the_records_alone(smoke: Smoke, run_cli: RunCli) -> None:
-    before = files(smoke.folder / "report" / "tables")
+def test_a_report_is_written_again_from_the_records_alone_and_published(
+    smoke: Smoke, run_cli: RunCli, tmp_path: Path
+) -> None:
+    tables = files(smoke.folder / "report" / "tables")
     shutil.rmtree(smoke.folder / "report")
-    assert run_cli("report", smoke.folder)["report"] == str(smoke.folder / "report" / "report.md")
-    assert files(smoke.folder / "report" / "tables") == before
+    printed = run_cli("report", smoke.folder, "--publish", "--reports", tmp_path)
+    assert printed["report"] == str(smoke.folder / "report" / "report.md")
+    assert printed["published"] == str(tmp_path / smoke.folder.name)
+    assert files(smoke.folder / "report" / "tables") == tables
+    whole = files(smoke.folder / "report").items()
+    # The page shows the PNGs; SVG and LaTeX stay in the run.
+    expected = {name: data for name, data in whole if not name.endswith((".svg", ".tex"))}
+    assert files(tmp_path / smoke.folder.name) == expected
 
 
-def test_a_published_report_is_a_copy_that_the_next_one_replaces(smoke: Smoke, run_cli: RunCli, tmp_path: Path) -> None:
-    for _ in range(2):
-        published = Path(run_cli("report", smoke.folder, "--publish", "--reports", tmp_path)["published"])
-        assert published == tmp_path / smoke.folder.name
-        whole = files(smoke.folder / "report").items()
-        # The page shows the PNGs; SVG and LaTeX stay in the run.
-        assert files(published) == {name: data for name, data in whole if not name.endswith((".svg", ".tex"))}
-    assert [path.name for path in tmp_path.iterdir()] == [published.name]
+def test_tensorboard_shows_what_a_training_logged(smoke: Smoke) -> None:
+    records = load_run(smoke.folder)
+    assert {f"{row}-seed{seed}" for row, seed in records.training} == {
+        path.name for path in (smoke.folder / "tensorboard").iterdir()
+    }
+    for (row, seed), log in records.training.items():
+        shown = read_events(smoke.folder / "tensorboard" / f"{row}-seed{seed}")
+        logged: dict[str, list[tuple[int, float]]] = {}
+        for line in log:
+            for name in line.keys() - {"step"}:
+                logged.setdefault(name, []).append((int(line["step"]), pytest.approx(line[name], rel=1e-6)))
+        for point in (point for point in records.curves if (point.method, point.seed) == (row, seed)):
+            mean = pytest.approx(sum(point.rewards) / len(point.rewards), rel=1e-6)
+            logged.setdefault(f"dev/reward/{point.decoding}", []).append((point.step, mean))
+        assert {tag: values for tag, values in shown.items() if not tag.startswith("dev/gold")} == logged
 
 
 def test_ls_shows_what_is_complete(smoke: Smoke, run_cli: RunCli, tmp_path: Path) -> None:
@@ -309,13 +327,13 @@ RunCli = Callable[..., Any]
 def run_cli(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Iterator[RunCli]:
     """Runs the command line in this process on one thread: what it prints with --json."""
 
-    def run(*words: object) -> Any:
+    def run(*words: object, code: int = 0) -> Any:
         monkeypatch.setattr(sys, "argv", ["rrhf-bench", *map(str, words), "--json"])
         capfd.readouterr()
         with pytest.raises(SystemExit) as ended:
             cli.main()
         printed = capfd.readouterr()
-        assert not ended.value.code, printed.err
+        assert (ended.value.code or 0) == code, printed.err
         return json.loads(printed.out)
 
     threads = torch.get_num_threads()
@@ -368,16 +386,30 @@ def unscored(groups: Iterable[Candidates]) -> list[Candidates]:
     return [replace(group, responses=tuple(replace(r, score=None) for r in group.responses)) for group in groups]
 
 
-@pytest.mark.skipif(not SLICE.is_file(), reason="the slice of HH's transcripts is not at hand")
-def test_the_single_steps_in_a_chain_give_what_a_run_gives(tmp_path: Path, run_cli: RunCli) -> None:
+def write_pairs(path: Path) -> Path:
+    """Write 60 transcripts with replies of several lengths, one of them with a question before."""
+    before = "\n\nHuman: Hello\n\nAssistant: Hello. How can I help?"
+    with path.open("w") as file:
+        for i in range(60):
+            asked = f"{before if i % 3 == 0 else ''}\n\nHuman: question {i}: what is {'an old ' * (i % 4)}glacier?"
+            asked += "\n\nAssistant:"
+            replies = {"chosen": f"{asked} Ice{', and ice' * (i % 5)}.", "rejected": f"{asked} A river of {i}."}
+            file.write(json.dumps(replies) + "\n")
+    return path
+
+
+def test_the_single_steps_in_a_chain_give_what_a_run_gives_and_a_run_goes_on_from_what_is_complete(
+    tmp_path: Path, run_cli: RunCli, monkeypatch: pytest.MonkeyPatch
+) -> None:
     backend = choose_backend("vllm").name
-    with gzip.open(SLICE, "rt") as lines:
-        (tmp_path / "hh.jsonl").write_text("".join(islice(lines, 120)))
-    (tmp_path / "chain.toml").write_text(CHAIN.format(path=tmp_path / "hh.jsonl", backend=backend))
-    run_cli("run", tmp_path / "chain.toml", "--runs", tmp_path / "runs")
+    path = write_pairs(tmp_path / "pairs.jsonl")
+    (tmp_path / "chain.toml").write_text(CHAIN.format(path=path, backend=backend))
+    words = ["run", tmp_path / "chain.toml", "--runs", tmp_path / "runs"]
+    first = run_cli(*words)
     run = json.loads((tmp_path / "runs" / "chain" / "run.json").read_text())
     store = Store(tmp_path / "runs" / "store")
-    made = {stage["name"]: store.folder(key) for key, stage in run["stages"].items()}
+    keys = {stage["name"]: key for key, stage in run["stages"].items()}
+    made = {name: store.folder(key) for name, key in keys.items()}
     records = load_run(tmp_path / "runs" / "chain")
 
     policy, reward = made["policy"], made["reward model"]
@@ -421,36 +453,18 @@ def test_the_single_steps_in_a_chain_give_what_a_run_gives(tmp_path: Path, run_c
     assert len(judged) == 16
     assert judged == read_jsonl(made["evaluate rrhf, seed 3"] / "evaluated.jsonl", Evaluated)
 
-
-def test_a_run_goes_on_from_what_is_complete(tmp_path: Path, run_cli: RunCli) -> None:
-    pairs = (
-        {"prompt": f"\n\nHuman: question {i}\n\nAssistant:", "chosen": " Yes, it is.", "rejected": " No."}
-        for i in range(60)
-    )
-    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
-    (tmp_path / "chain.toml").write_text(CHAIN.format(path=tmp_path / "pairs.jsonl", backend="transformers"))
-    words = ["run", tmp_path / "chain.toml", "--runs", tmp_path / "runs"]
-    first = run_cli(*words)
     tables = files(tmp_path / "runs" / "chain" / "report" / "tables")
-    run = json.loads((tmp_path / "runs" / "chain" / "run.json").read_text())
-    store = Store(tmp_path / "runs" / "store")
-    for key, stage in run["stages"].items():
-        if stage["name"] in ("train rrhf, seed 3", "evaluate base, seed 3"):
-            (store.folder(key) / "manifest.json").unlink()  # as where the power went
+    for name in ("train rrhf, seed 3", "evaluate rrhf, seed 3"):
+        (made[name] / "manifest.json").unlink()  # as where the power went
     again = run_cli(*words)
     assert (again["made"], again["reused"]) == (2, first["made"] - 2)
     assert files(tmp_path / "runs" / "chain" / "report" / "tables") == tables
-    longer = run_cli(*words, "--set", "methods.rrhf.epochs=3")
-    assert longer["made"] == 2  # training and evaluation of that row
+    monkeypatch.setattr(cli, "_write_report", lambda records, folder: folder)
+    assert run_cli(*words, "--set", "methods.rrhf.epochs=3")["made"] == 2  # training and evaluation of that row
 
 
 def test_rows_of_the_sampling_policies_share_their_candidates(tmp_path: Path, run_cli: RunCli) -> None:
-    pairs = (
-        {"prompt": f"\n\nHuman: question {i}\n\nAssistant:", "chosen": " Yes, it is.", "rejected": " No."}
-        for i in range(60)
-    )
-    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
-    text = CHAIN.format(path=tmp_path / "pairs.jsonl", backend="transformers")
+    text = CHAIN.format(path=write_pairs(tmp_path / "pairs.jsonl"), backend="transformers")
     text = text.replace("n = 2\n", "", 1).replace("temperature = 0.8\n", "").replace("epochs = 2", "epochs = 1")
     sizes = {"BP": 6, "DP": 6, "SP": 6, "P": 2, "D": 4}
     rows = "".join(f'[methods.{name}]\nkind = "rrhf"\nbatch_prompts = 8\npolicy = "{name}"\n' for name in sizes)
@@ -482,13 +496,12 @@ def test_rows_of_the_sampling_policies_share_their_candidates(tmp_path: Path, ru
         assert all(better >= worse - 1e-5 for better, worse in pairwise(means))
 
 
-def test_a_row_that_diverges_is_shown_as_failed_and_the_others_go_on(smoke: Smoke, tmp_path: Path) -> None:
+def test_a_row_that_diverges_is_shown_as_failed_and_the_others_go_on(
+    smoke: Smoke, tmp_path: Path, run_cli: RunCli
+) -> None:
     shutil.copytree(smoke.runs / "store", tmp_path / "store")
-    words = [word for cut in (*CUTS, "name=fails", "methods.sft.lr=1e30") for word in ("--set", cut)]
-    command = [sys.executable, "-m", "rrhf_bench.cli", "run", str(SMOKE), "--runs", str(tmp_path), *words]
-    ended = subprocess.run([*command, "--set", "runtime.workers=2"], cwd=ROOT, capture_output=True, text=True)
-    assert ended.returncode == 2
-    assert "error: 2 stages are missing, because a method failed" in ended.stderr
+    words = overrides(*CUTS, "name=fails", "methods.sft.lr=1e30", "runtime.workers=2")
+    assert run_cli("run", SMOKE, "--runs", tmp_path, *words, code=2)["missing"] == 2
     records = load_run(tmp_path / "fails")
     (row,) = records.failures
     assert row == ("sft", 0)
