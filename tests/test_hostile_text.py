@@ -177,7 +177,7 @@ def test_plan_shows_paths_and_obeys_none(words: tuple[str, ...], tmp_path: Path)
     (folder / "\x1b[2Jf.jsonl").write_text(json.dumps(row))
     name = json.dumps(str(folder / "\x1b[2Jf.jsonl"))
     path = tmp_path / "x.toml"
-    text = f'[sources.a]\nfile = {name}\n[methods.m]\nkind = "rrhf"\nsources = ["a", "model"]\n'
+    text = f'[sources.a]\nfile = {name}\n[methods.m]\nkind = "rrhf"\ncandidates = {{ sources = ["a", "model"] }}\n'
     path.write_text(text)
     command, *options = words
     result = run(command, path, *options, "--runs", folder / "runs")

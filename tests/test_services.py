@@ -120,7 +120,7 @@ def test_rounds_of_sampling_and_training_hold_no_more_models(
     monkeypatch.setitem(services.IDLE_MODELS, "cpu", idle)
     file = tmp_path / "rounds.toml"
     file.write_text(EXPERIMENT)
-    plan = make_plan(load_experiment(file, [f"methods.row.rounds={rounds}"]))
+    plan = make_plan(load_experiment(file, [f"methods.row.candidates.rounds={rounds}"]))
     (wanted,) = [stage for stage in plan.wanted if stage.name.startswith("evaluate row")]
     reporter = Counting(living)
     run_plan(Plan(plan.experiment, plan.backend, (wanted,)), Store(tmp_path / "store"), reporter)
