@@ -86,12 +86,12 @@ def _all_but_numbers(view: View, row: str) -> str:
     """Return what a row has in common with those that it is searched with."""
     settings = view.methods[row]
     return repr(
-        (view.same_way(row)[0], {key: value for key, value in changed(settings).items() if not _is_number(value)})
+        (view.same_way(row)[0], {key: value for key, value in changed(settings).items() if _as_number(value) is None})
     )
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def _as_number(value: object) -> float | None:
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
 def _search(view: View, kind: str, rows: Sequence[str]) -> _Search:
@@ -103,8 +103,7 @@ def _search(view: View, kind: str, rows: Sequence[str]) -> _Search:
 
 
 def _number(view: View, row: str, key: str) -> float | None:
-    value = getattr(view.methods[row], key, None)
-    return None if value is None or not _is_number(value) else float(value)
+    return _as_number(getattr(view.methods[row], key, None))
 
 
 def _draw(view: View, initial: str, searches: Sequence[_Search]) -> Made:
