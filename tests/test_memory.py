@@ -7,7 +7,8 @@ import sys
 import pytest
 import torch
 
-from rrhf_bench import cli
+from rrhf_bench import cli, cli_files
+from rrhf_bench.cli_options import StepOptions
 from rrhf_bench.data.dialogue import Template
 from rrhf_bench.errors import StageError, is_out_of_memory
 from rrhf_bench.pipeline.memory import out_of_memory_named, what_to_lower
@@ -77,7 +78,7 @@ def test_a_stage_without_memory_ends_a_run_with_one_line_and_code_2(tmp_path, mo
 def test_a_command_on_plain_files_says_it_in_one_line_too(llama_folder):
     with (
         pytest.raises(StageError, match=r"out of memory on cpu .*--dtype bfloat16"),
-        cli._steps("cpu", "transformers", "sampling", True, "error") as steps,
+        cli_files._steps(StepOptions(device="cpu"), "sampling") as steps,
     ):
         allocate_too_much(steps.services.policy(ModelRef(str(llama_folder(0)))))
 

@@ -467,7 +467,9 @@ def test_rows_of_the_sampling_policies_share_their_candidates(tmp_path: Path, ru
     text = CHAIN.format(path=write_pairs(tmp_path / "pairs.jsonl"), backend="transformers")
     text = text.replace("n = 2\n", "", 1).replace("temperature = 0.8\n", "").replace("epochs = 2", "epochs = 1")
     sizes = {"BP": 6, "DP": 6, "SP": 6, "P": 2, "D": 4}
-    rows = "".join(f'[methods.{name}]\nkind = "rrhf"\nbatch_prompts = 8\npolicy = "{name}"\n' for name in sizes)
+    rows = "".join(
+        f'[methods.{name}]\nkind = "rrhf"\nbatch_prompts = 8\ncandidates = {{ recipe = "{name}" }}\n' for name in sizes
+    )
     (tmp_path / "policies.toml").write_text(text.replace("[methods.rrhf]\nepochs = 1\nbatch_prompts = 8\n", rows))
     run_cli("run", tmp_path / "policies.toml", "--runs", tmp_path / "runs", "--set", "name=policies")
     folder = tmp_path / "runs" / "policies"
