@@ -179,8 +179,8 @@ def test_each_fault_of_an_experiment_file_is_one_line(command: str, refused: Any
     path.write_text("sedes = [0]\n[data]\ntrain_prompts = 'many'\n")
     found = refused(command, path, "--runs", tmp_path / "runs", "--set", "candidates.n=0")
     assert sorted(line.split(", data")[0] for line in found) == [
-        f"{path}: data.train_prompts: found 'many'; input should be a valid integer",
         f"{path}: candidates.n: found 0; input should be greater than or equal to 1",
+        f"{path}: data.train_prompts: found 'many'; input should be a valid integer",
         f"{path}: sedes: unknown key; allowed are name, seeds",
     ]
 
