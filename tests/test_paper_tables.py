@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from rrhf_bench import paper
 from rrhf_bench.errors import DataError
 from rrhf_bench.evaluation.statistics import rank_correlation
+from rrhf_bench.replication import paper
 
 
 def offline_rows():
