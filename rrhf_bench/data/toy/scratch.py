@@ -27,7 +27,7 @@ ARCHITECTURE = {
 
 
 def train_tokenizer(texts: Sequence[str], settings: ScratchSettings) -> Any:
-    """Byte-level BPE with a pad and an end token of its own; any text can be written in it."""
+    """Return a tokenizer of byte-level BPE with a pad and an end token of its own."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -127,7 +127,7 @@ def _load(folder: Path, settings: ScratchSettings) -> tuple[Any, Any]:
 
 
 def _loss(model: Any, rows: Sequence[Sequence[int]], pad_id: int) -> torch.Tensor:
-    """Mean cross-entropy over all tokens but the first of each row."""
+    """Return the mean cross-entropy over all tokens but the first of each row."""
     tensors = [torch.tensor(row) for row in rows]
     ids = torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=pad_id).to(model.device)
     length = torch.tensor([len(row) for row in rows], device=model.device)
