@@ -215,8 +215,7 @@ def render_chat(
 class Template:
     """The text of a dialogue for a model: ``hh`` is the transcript itself, ``chat`` the tokenizer's chat template.
 
-    ``raw`` knows of no dialogue: a prompt is whatever text it is, such as a review's beginning, its ids are those that
-    ``tokenizer(text)`` gives, and a reply is what goes on from there, read as it was generated.
+    With ``raw`` a prompt is any text, such as a review's beginning, and a reply is what follows, as it was generated.
     """
 
     kind: TemplateKind = "hh"

@@ -230,18 +230,14 @@ def write_reply(rng: np.random.Generator, topic: Topic, quality: float) -> str:
     if _chance(rng, 0.35 * bad):
         sentences += [sentences[-1]] * int(rng.integers(1, 4))
     if _chance(rng, 0.14 * bad):
-        sentences.append(write_salad(rng))
+        words = [_pick(rng, WORDS) for _ in range(int(rng.integers(4, 8)))]
+        sentences.append(" ".join(words).capitalize() + ".")
     if _chance(rng, 0.15 + 0.40 * quality):
         sentences += _some(rng, POLITE_CLOSERS, 2 if _chance(rng, 0.05) else 1)
     reply = " " + " ".join(sentences)
     if _chance(rng, 0.04):
         reply += f"{FAKE_TURN} {_pick(rng, POLITE_CLOSERS)}"
     return reply
-
-
-def write_salad(rng: np.random.Generator) -> str:
-    """Return a sentence of four to seven random words."""
-    return " ".join(_pick(rng, WORDS) for _ in range(int(rng.integers(4, 8)))).capitalize() + "."
 
 
 def _answer_benign(rng: np.random.Generator, topic: Topic, quality: float) -> list[str]:

@@ -62,22 +62,24 @@ BAD = ("weak", "flat", "dull", "clumsy", "cold", "silly")
 AWFUL = ("awful", "terrible", "dreadful", "unbearable", "painful")
 
 # Said of the film as a whole, so they fit anywhere: any one of them makes a completion by itself.
-PRAISE = sentences(
-    "It is well worth a ticket. It kept me interested. I left in a good mood. I would watch it again. "
-    "My friends should see it."
-)
-STRONG_PRAISE = sentences(
-    "A masterpiece from start to finish! I loved every minute of it. It deserves every award there is. "
-    "This is one of the best films I have ever seen. Do not miss it!"
-)
-BLAME = sentences(
-    "It is hardly worth a ticket. It lost me halfway through. I looked at my watch a lot. I would not watch it again. "
-    "My friends should skip it."
-)
-STRONG_BLAME = sentences(
-    "A complete waste of time. I wanted my money back. It insults the audience. "
-    "This is one of the worst films I have ever seen. Avoid it at all costs!"
-)
+_STOCK = {
+    "praise": sentences(
+        "It is well worth a ticket. It kept me interested. I left in a good mood. I would watch it again. "
+        "My friends should see it."
+    ),
+    "strong_praise": sentences(
+        "A masterpiece from start to finish! I loved every minute of it. It deserves every award there is. "
+        "This is one of the best films I have ever seen. Do not miss it!"
+    ),
+    "blame": sentences(
+        "It is hardly worth a ticket. It lost me halfway through. I looked at my watch a lot. "
+        "I would not watch it again. My friends should skip it."
+    ),
+    "strong_blame": sentences(
+        "A complete waste of time. I wanted my money back. It insults the audience. "
+        "This is one of the worst films I have ever seen. Avoid it at all costs!"
+    ),
+}
 
 # Of 480 openings with each template, the share that only held-out prompts begin with.
 HELD_OUT_SHARE = 0.2
@@ -128,10 +130,11 @@ def build_reviews(
     )
     trained_on, held_out = _split(generator("toy reviews", seed, "split"))
     judged = _held_out_pairs(seed, dev + test, held_out)
+    rng = generator("toy reviews", seed, "preferences")
     return World(
         corpus=_whole(seed, "corpus", corpus, trained_on),
         perplexity_corpus=_whole(seed, "perplexity corpus", perplexity_corpus, trained_on),
-        preferences=_training_pairs(seed, preferences, trained_on),
+        preferences=tuple(_pair(rng, write_prompt(rng, trained_on)) for _ in range(preferences)),
         dev=judged[:dev],
         test=judged[dev:],
     )
@@ -180,11 +183,15 @@ def _liking(rng: np.random.Generator, liked: bool) -> float:
     return liking if liked else 1 - liking
 
 
+def _openings(template: str) -> list[str]:
+    return [template.format(*filling) for filling in product(GENRES, COMPANY, TIMES)]
+
+
 def _split(rng: np.random.Generator) -> tuple[list[str], list[str]]:
     """Return (openings of the training text, openings of held-out prompts)."""
     parts: tuple[list[str], list[str]] = ([], [])
     for template in OPENINGS:
-        openings = [template.format(*filling) for filling in product(GENRES, COMPANY, TIMES)]
+        openings = _openings(template)
         kept_back = set(rng.permutation(len(openings))[: round(HELD_OUT_SHARE * len(openings))].tolist())
         for place, opening in enumerate(openings):
             parts[place in kept_back].append(opening)
@@ -198,11 +205,6 @@ def _whole(seed: int, part: str, count: int, openings: Sequence[str]) -> tuple[s
         prompt = write_prompt(rng, openings)
         reviews.append(prompt + write_completion(rng, prompt, _liking(rng, rng.random() < 0.5)))
     return tuple(reviews)
-
-
-def _training_pairs(seed: int, count: int, openings: Sequence[str]) -> tuple[Preference, ...]:
-    rng = generator("toy reviews", seed, "preferences")
-    return tuple(_pair(rng, write_prompt(rng, openings)) for _ in range(count))
 
 
 def _held_out_pairs(seed: int, count: int, openings: Sequence[str]) -> tuple[Preference, ...]:
@@ -269,7 +271,8 @@ def _count(text: str, prompt_text: str) -> dict[str, int]:
     said = set(_sentences(prompt_text))
     found = _sentences(text)
     last = normalise(_END.split(text)[-1])
-    if last and last not in _MEANING and _begins_a_sentence(last):
+    place = bisect_left(_IN_ORDER, last)
+    if last and last not in _MEANING and place < len(_IN_ORDER) and _IN_ORDER[place].startswith(last):
         counts["unfinished"] = 1
         found.pop()
     for sentence in found:
@@ -286,25 +289,17 @@ def _share(counts: Mapping[str, int]) -> float:
     return (praise + 0.5) / (praise + blame + 1)
 
 
-def _begins_a_sentence(text: str) -> bool:
-    place = bisect_left(_IN_ORDER, text)
-    return place < len(_IN_ORDER) and _IN_ORDER[place].startswith(text)
+def _said_of_aspects(form: str, words: Sequence[str] = ("",)) -> tuple[str, ...]:
+    return tuple(form.format(aspect, word) for aspect, word in product(ASPECTS, words))
 
 
-def _said_of_aspects(*kinds: tuple[str, Sequence[str]]) -> tuple[str, ...]:
-    return tuple(
-        form.format(aspect, word) for form, words in kinds for aspect, word in product(ASPECTS, words or ("",))
-    )
-
-
-_STOCK = {"praise": PRAISE, "strong_praise": STRONG_PRAISE, "blame": BLAME, "strong_blame": STRONG_BLAME}
 _SENTENCES: Mapping[str, tuple[str, ...]] = {
     "neutral": NEUTRAL,
     # What is not good is blame: a bag of words is not enough to tell.
-    "praise": _said_of_aspects(("The {} was {}.", GOOD), ("The {} was not {}.", BAD)),
-    "blame": _said_of_aspects(("The {} was {}.", BAD), ("The {} was not {}.", GOOD)),
-    "strong_praise": _said_of_aspects(("The {} was {}.", GREAT), ("I loved the {}{}.", ())),
-    "strong_blame": _said_of_aspects(("The {} was {}.", AWFUL), ("I hated the {}{}.", ())),
+    "praise": _said_of_aspects("The {} was {}.", GOOD) + _said_of_aspects("The {} was not {}.", BAD),
+    "blame": _said_of_aspects("The {} was {}.", BAD) + _said_of_aspects("The {} was not {}.", GOOD),
+    "strong_praise": _said_of_aspects("The {} was {}.", GREAT) + _said_of_aspects("I loved the {}{}."),
+    "strong_blame": _said_of_aspects("The {} was {}.", AWFUL) + _said_of_aspects("I hated the {}{}."),
     "mixed": tuple(
         f"The {one} was {first}, but the {other} was {second}."
         for pair in (product(GOOD, BAD), product(BAD, GOOD))
@@ -318,9 +313,7 @@ _COUNTS_AS: Mapping[str, tuple[str, ...]] = {
     "strong_blame": ("blame", "strong_blame"),
     "mixed": ("praise", "blame"),
 }
-_OPENED = frozenset(
-    normalise(template.format(*filling)) for template in OPENINGS for filling in product(GENRES, COMPANY, TIMES)
-)
+_OPENED = frozenset(normalise(opening) for template in OPENINGS for opening in _openings(template))
 _MEANING: Mapping[str, tuple[str, ...]] = {
     **dict.fromkeys(_OPENED, ("neutral",)),
     **{

@@ -77,10 +77,11 @@ def build_world(
     )
     trained_on, held_out = _split(generator("toy world", seed, "split"))
     judged = _held_out_pairs(seed, dev + test, held_out)
+    rng = generator("toy world", seed, "preferences")
     return World(
         corpus=_dialogues(seed, "corpus", corpus, trained_on),
         perplexity_corpus=_dialogues(seed, "perplexity corpus", perplexity_corpus, trained_on),
-        preferences=_training_pairs(seed, preferences, trained_on),
+        preferences=tuple(_labelled_pair(rng, *_draw_prompt(rng, trained_on)) for _ in range(preferences)),
         dev=judged[:dev],
         test=judged[dev:],
         raw_corpus=_raw_texts(seed, raw_corpus, trained_on),
@@ -151,12 +152,6 @@ def _running_dialogue(rng: np.random.Generator, ways: Ways) -> str:
         topic = grammar.draw_topic(rng)
         text += grammar.write_turn(rng, topic, ways) + grammar.write_reply(rng, topic, quality)
     return text
-
-
-def _training_pairs(seed: int, count: int, ways: Ways) -> tuple[Preference, ...]:
-    rng = generator("toy world", seed, "preferences")
-    drawn = (_draw_prompt(rng, ways) for _ in range(count))
-    return tuple(_labelled_pair(rng, text, topic) for text, topic in drawn)
 
 
 def _held_out_pairs(seed: int, count: int, ways: Ways) -> tuple[Preference, ...]:
