@@ -5,6 +5,7 @@ Shape letters: N rows, B rows of one batch, L tokens padded, D hidden, K labels.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +26,6 @@ from rrhf_bench.rewards.input_contract import (
     Dtype,
     Layout,
     RewardContract,
-    content_digest,
     minimum,
 )
 
@@ -223,8 +223,12 @@ def identity_of(layout: str, source: str, commit: str | None, contract: RewardCo
     """Return what decides the scores: the hub's commit or the contents of the folder, and the contract."""
     folder = Path(source)
     if folder.is_dir():
-        patterns = (*WEIGHTS, "config.json", *TOKENIZER)
-        name = "sha256:" + content_digest({path for pattern in patterns for path in folder.glob(pattern)})
+        digest = hashlib.sha256()
+        files = {path for pattern in (*WEIGHTS, "config.json", *TOKENIZER) for path in folder.glob(pattern)}
+        for path in sorted(files, key=lambda path: path.name):
+            with path.open("rb") as file:
+                digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+        name = f"sha256:{digest.hexdigest()}"
     else:
         name = f"{source}@{commit}"
     return " ".join((layout, name, *others, repr(contract)))

@@ -6,8 +6,7 @@ models trained here, part of a reward model's identity, and listed for known mod
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -183,12 +182,3 @@ def length_batches(rows: Sequence[Sequence[int]], batch_size: int) -> list[list[
     """
     order = sorted(range(len(rows)), key=lambda i: (len(rows[i]), rows[i]), reverse=True)
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-
-
-def content_digest(files: Iterable[Path]) -> str:
-    """Return the sha256 over names and contents of a model's files: its identity without a commit."""
-    digest = hashlib.sha256()
-    for path in sorted(files, key=lambda path: path.name):
-        with path.open("rb") as file:
-            digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()

@@ -79,14 +79,16 @@ def train_head(
         max_length=length_limit(settings.max_length, model.config),
     )
 
-    truncated = 0
-    pairs: list[tuple[list[int], list[int]]] = []
-    for preference in preferences:
-        assert preference.rejected is not None, "a reward model is trained on pairs"
-        chosen, cut_chosen = contract.encode(preference.prompt, preference.chosen, tokenizer, contract.max_length)
-        rejected, cut_rejected = contract.encode(preference.prompt, preference.rejected, tokenizer, contract.max_length)
-        truncated += cut_chosen + cut_rejected
-        pairs.append((chosen, rejected))
+    assert all(pair.rejected is not None for pair in preferences), "a reward model is trained on pairs"
+    encoded = [
+        [
+            contract.encode(pair.prompt, reply or "", tokenizer, contract.max_length)
+            for reply in (pair.chosen, pair.rejected)
+        ]
+        for pair in preferences
+    ]
+    pairs = [[ids for ids, _ in pair] for pair in encoded]
+    truncated = sum(cut for pair in encoded for _, cut in pair)
 
     optimiser = torch.optim.AdamW(model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
     total = settings.epochs * math.ceil(len(pairs) / settings.batch_pairs)

@@ -26,26 +26,6 @@ ARCHITECTURE = {
 }
 
 
-def train_tokenizer(texts: Sequence[str], settings: ScratchSettings) -> Any:
-    """Return a tokenizer of byte-level BPE with a pad and an end token of its own."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    core = Tokenizer(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=settings.vocabulary,
-        special_tokens=[PAD, EOS],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    core.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core, pad_token=PAD, eos_token=EOS, model_max_length=settings.context
-    )
-
-
 def train_language_model(
     texts: Sequence[str],
     settings: ScratchSettings,
@@ -95,10 +75,23 @@ def train_language_model(
 
 
 def _build(texts: Sequence[str], settings: ScratchSettings, seed: int) -> tuple[Any, Any]:
-    """Return (tokenizer made from the texts, Llama with random weights)."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    """Return (tokenizer of byte-level BPE made from the texts, Llama with random weights)."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    tokenizer = train_tokenizer(texts, settings)
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=settings.vocabulary,
+        special_tokens=[PAD, EOS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    core.train_from_iterator(texts, trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token=PAD, eos_token=EOS, model_max_length=settings.context
+    )
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         **{theirs: getattr(settings, ours) for ours, theirs in ARCHITECTURE.items()},
