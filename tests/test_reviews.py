@@ -16,7 +16,7 @@ import pytest
 from rrhf_bench.data.splits import split_texts
 from rrhf_bench.data.texts import LabelledText, load_texts
 from rrhf_bench.data.toy import reviews
-from rrhf_bench.data.toy.reviews import Reviews
+from rrhf_bench.data.toy.world import World
 from rrhf_bench.errors import DataError
 from rrhf_bench.records import Prompt
 
@@ -27,7 +27,7 @@ BEGUN = f"{OPENING} The plot was dull."
 
 
 @pytest.fixture(scope="module")
-def built() -> Reviews:
+def built() -> World:
     return reviews.build_reviews(seed=0, **SIZES)
 
 
@@ -109,7 +109,7 @@ def test_tables_are_unambiguous() -> None:
 # The data
 
 
-def test_sizes_and_texts(built: Reviews) -> None:
+def test_sizes_and_texts(built: World) -> None:
     parts = (built.corpus, built.perplexity_corpus, built.preferences, built.dev, built.test)
     assert [len(part) for part in parts] == list(SIZES.values())
     assert not set(built.corpus) & set(built.perplexity_corpus)
@@ -120,7 +120,7 @@ def test_sizes_and_texts(built: Reviews) -> None:
         assert reviews.features(pair.prompt.text, pair.chosen)["garbled"] == 0  # the judge knows every prompt
 
 
-def test_same_seed_same_reviews_whatever_the_global_state(built: Reviews) -> None:
+def test_same_seed_same_reviews_whatever_the_global_state(built: World) -> None:
     random.seed(1)
     np.random.seed(1)
     assert reviews.build_reviews(seed=0, **SIZES) == built
@@ -137,7 +137,7 @@ def test_same_seed_same_reviews_whatever_the_global_state(built: Reviews) -> Non
     assert hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16] == "72b4aec292a028f4"
 
 
-def test_chosen_replies_praise(built: Reviews) -> None:
+def test_chosen_replies_praise(built: World) -> None:
     chosen, rejected = (
         np.array([reviews.sentiment(getattr(pair, side)) for pair in built.preferences])
         for side in ("chosen", "rejected")
@@ -147,7 +147,7 @@ def test_chosen_replies_praise(built: Reviews) -> None:
     assert abs(np.mean(own) - 0.5) < 4 * 0.5 / len({pair.prompt for pair in built.preferences}) ** 0.5
 
 
-def test_held_out_prompts_occur_nowhere_in_training_text(built: Reviews) -> None:
+def test_held_out_prompts_occur_nowhere_in_training_text(built: World) -> None:
     pairs = [pair.prompt.text + reply for pair in built.preferences for reply in (pair.chosen, pair.rejected)]
     training = "\n".join([*built.corpus, *built.perplexity_corpus, *pairs])
     held_out = [pair.prompt.text for pair in (*built.dev, *built.test)]

@@ -22,8 +22,9 @@ from rrhf_bench.rewards.hub import ClassifierReward
 from rrhf_bench.rewards.input_contract import CONTRACT_FILE, KNOWN_LAYOUTS, RewardContract, length_batches
 from rrhf_bench.rewards.pair_losses import bradley_terry_loss, classification_loss
 from rrhf_bench.rewards.reward import require_finite
-from rrhf_bench.rewards.train_head import batch_order, train_head
+from rrhf_bench.rewards.train_head import train_head
 from rrhf_bench.rewards.value_head import ValueHeadReward
+from rrhf_bench.schedule import batch_order
 from rrhf_bench.seeding import generator
 from rrhf_bench.settings.reward import RewardTrainingSettings
 

@@ -84,12 +84,12 @@ def repair_transcript(text: str) -> str:
 def as_prompt(text: str, where: str = "prompt", *, cut_on_the_left: bool = False) -> Prompt:
     """Return the prompt that a user's text means.
 
-    The text is a transcript that ends with ``Assistant:``, or a transcript that ends with a Human turn, or a bare
-    question. Text before a first ``Assistant:`` marker is a Human turn. Text before a first ``Human:`` marker is the
-    end of an assistant turn if ``cut_on_the_left`` says that the beginning of the dialogue may be missing.
+    The text is a transcript that ends with ``Assistant:`` or a Human turn, or a bare question. Text before a first
+    ``Assistant:`` marker is a Human turn. Text before a first ``Human:`` marker is the end of an assistant turn if
+    ``cut_on_the_left`` says that the beginning of the dialogue may be missing.
 
     Raises DataError if the dialogue does not wait for the assistant, if text stands before a first ``Human:`` marker
-    in a dialogue that is not cut, and if a marker that no blank line precedes would become part of a turn.
+    in a dialogue that is not cut, and if a marker without a blank line before it would become part of a turn.
     """
     if not text.strip(_BEFORE):
         raise DataError(f"{where}: the prompt is empty; expected a question or a transcript ending with 'Assistant:'")
@@ -106,8 +106,8 @@ def as_prompt(text: str, where: str = "prompt", *, cut_on_the_left: bool = False
         raise DataError(f"{where}: found a System turn alone; expected a Human turn or 'Assistant:' after it")
     if _MARKER_ON_A_LINE.search(last.text) or last.text.endswith("Assistant:"):
         raise DataError(
-            f"{where}: found a marker such as 'Assistant:' without a blank line before it; expected turns that are "
-            "separated by blank lines"
+            f"{where}: found a marker such as 'Assistant:' without a blank line before it; expected blank lines "
+            "between turns"
         )
     return prompt_of(dialogue)
 
@@ -147,7 +147,7 @@ def turns_of_messages(messages: Sequence[Mapping[str, Any]], where: str) -> tupl
         if not reply and any(marker in text.strip() for marker in (HUMAN, ASSISTANT)):
             raise DataError(
                 f"{where}[{i}]: the content contains 'Human:' or 'Assistant:' after a blank line, which would start "
-                "another turn of the transcript; expected text without such a line"
+                "another turn; expected text without such a line"
             )
         dialogue.append(Turn(role, " " + (text if reply else text.strip())))
     return tuple(dialogue)
@@ -205,8 +205,8 @@ def render_chat(
         ) from error
     if messages[0]["role"] == "system" and messages[0]["content"] not in text:
         raise RefusedDialogue(
-            f"{where}: the chat template leaves the system message out; remove the message, put its text into the "
-            'first user message, or use template = "hh"'
+            f"{where}: the chat template leaves the system message out; remove it, move its text into the first user "
+            'message, or use template = "hh"'
         )
     return text
 
@@ -215,8 +215,7 @@ def render_chat(
 class Template:
     """The text of a dialogue for a model: ``hh`` is the transcript itself, ``chat`` the tokenizer's chat template.
 
-    ``raw`` knows of no dialogue: a prompt is whatever text it is, such as a review's beginning, its ids are those that
-    ``tokenizer(text)`` gives, and a reply is what goes on from there, read as it was generated.
+    With ``raw`` a prompt is any text, such as a review's beginning, and a reply is what follows, as it was generated.
     """
 
     kind: TemplateKind = "hh"

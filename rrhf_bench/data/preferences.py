@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from rrhf_bench.data.dialogue import (
     ASSISTANT,
@@ -85,15 +85,12 @@ def load_preferences(
 
     Counts: ``rows``, ``kept``, those of ``DROPPED``; of all rows ``diverging`` (dialogues that part before the last
     turn); of the rows kept ``duplicate_prompt``, ``prompt_rewritten`` (a bare question became a transcript, or line
-    ends or stray white space were changed), ``transcript_repaired`` (the same change of line ends or white space in a
-    whole transcript) and ``separator_added`` (a pair with a reply that needed its leading space).
+    ends or white space were changed), ``transcript_repaired`` (the same change in a whole transcript) and
+    ``separator_added`` (a pair with a reply that needed its leading space).
 
-    Raises DataError for a source that cannot be read, for a missing field or a field of another type, for a row that
-    cannot be a pair (unless ``faulty_rows`` is "drop"), and if no row is left. The message names file and line of a
-    JSON file, and file or data set and row of the rest.
+    Raises DataError naming the row for a source that cannot be read, for a missing field or a field of another type,
+    for a row that cannot be a pair (unless ``faulty_rows`` is "drop"), and if no row is left.
     """
-    assert diverging in get_args(Diverging), diverging
-    assert faulty_rows in get_args(FaultyRows), faulty_rows
     rows = open_rows(source, path, split, revision, config, data_dir)
     counts: Counter[str] = Counter(dict.fromkeys(("rows", "kept", "diverging", *DROPPED), 0))
     counts.update(dict.fromkeys(("duplicate_prompt", "prompt_rewritten", "transcript_repaired", "separator_added"), 0))
@@ -105,9 +102,8 @@ def load_preferences(
         counts.update(notes)
         if preference is not None:
             kept.append(preference)
-            counts["duplicate_prompt"] += preference.prompt in places
             places.setdefault(preference.prompt, where)
-    counts["kept"] = len(kept)
+    counts.update(kept=len(kept), duplicate_prompt=len(kept) - len(places))
     if not kept:
         raise DataError(f"{path or source}: no usable pair is left; found {format_counts(counts) or 'no rows'}")
     return PreferenceData(tuple(kept), dict(counts), rows.identity(), rows.commit, places)
@@ -127,15 +123,15 @@ def _read_row(row: Mapping[str, Any], where: str, diverging: Diverging) -> tuple
     """Return (the pair, or None if a rule drops the row; the counts that the row adds to)."""
     replies = {name: text_or_messages(row, name, where) for name in ("chosen", "rejected")}
     notes: list[str] = []
-    rewritten = repairs = False
     if row.get("prompt") is not None:
         said = text_or_messages(row, "prompt", where)
         prompt = read_prompt(said, f"{where}: prompt")
         chosen, rejected = (_reply(reply, prompt, f"{where}: {name}") for name, reply in replies.items())
-        rewritten = isinstance(said, str) and prompt.text != said
+        changed = ["prompt_rewritten"] if isinstance(said, str) and prompt.text != said else []
     else:
         chosen_turns, rejected_turns = (_whole(reply, f"{where}: {name}") for name, reply in replies.items())
-        repairs = any(isinstance(reply, str) and repair_transcript(reply) != reply for reply in replies.values())
+        repaired = any(isinstance(reply, str) and repair_transcript(reply) != reply for reply in replies.values())
+        changed = ["transcript_repaired"] if repaired else []
         if chosen_turns[:-1] != rejected_turns[:-1]:
             notes.append("diverging")
         parts = _fork(chosen_turns, rejected_turns, diverging)
@@ -147,13 +143,9 @@ def _read_row(row: Mapping[str, Any], where: str, diverging: Diverging) -> tuple
     preference = Preference(prompt, as_reply(chosen), as_reply(rejected), cluster=cluster_field(row, where))
     if preference.chosen == preference.rejected:
         return None, [*notes, "identical_replies"]
-    if rewritten:
-        notes.append("prompt_rewritten")
-    if repairs:
-        notes.append("transcript_repaired")
     if (preference.chosen, preference.rejected) != (chosen, rejected):
-        notes.append("separator_added")
-    return preference, notes
+        changed.append("separator_added")
+    return preference, notes + changed
 
 
 def _reply(said: str | Sequence[Mapping[str, Any]], prompt: Prompt, where: str) -> str:
@@ -162,18 +154,13 @@ def _reply(said: str | Sequence[Mapping[str, Any]], prompt: Prompt, where: str) 
         # A reply of HH may begin with "Human:" and still be one: whoever wrote it imitated the other side.
         text = repair_transcript(said)
         if text.lstrip().startswith(("Human:", "System:")) and ASSISTANT in text:
-            raise FaultyRow(
-                "reply_is_a_transcript",
-                f"{where}: found a transcript beside a prompt; expected the reply alone",
-            )
+            fault = f"{where}: found a transcript beside a prompt; expected the reply alone"
+            raise FaultyRow("reply_is_a_transcript", fault)
         return said
     dialogue = _dialogue(said, where)
     if len(dialogue) > 1 and prompt_of(dialogue[:-1]) != prompt:
-        raise FaultyRow(
-            "prompt_differs",
-            f"{where}: the messages before the last differ from the prompt; expected the reply alone, or the dialogue "
-            "of the prompt",
-        )
+        fault = f"{where}: the messages before the last differ from the prompt; expected the reply alone"
+        raise FaultyRow("prompt_differs", fault)
     return dialogue[-1].text
 
 

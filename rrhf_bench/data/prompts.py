@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar
 
 from rrhf_bench.data.dialogue import RefusedDialogue, as_prompt, prompt_of_messages
 from rrhf_bench.data.rows import (
@@ -43,7 +43,6 @@ def load_prompts(path: str | Path, *, verbatim: bool = False, faulty_rows: Fault
     Counts: ``rows``, ``prompts``, ``not_a_prompt`` (dropped, with ``faulty_rows`` "drop" only), ``duplicate_prompt``
     and ``prompt_rewritten``. Raises DataError naming file and line, also for an empty prompt and a file without any.
     """
-    assert faulty_rows in get_args(FaultyRows), faulty_rows
     counts = dict.fromkeys(("rows", "prompts", "not_a_prompt", "duplicate_prompt", "prompt_rewritten"), 0)
     prompts: list[Prompt] = []
     places: dict[Prompt, str] = {}
@@ -58,10 +57,9 @@ def load_prompts(path: str | Path, *, verbatim: bool = False, faulty_rows: Fault
 
     for where, (prompt, rewritten) in usable_rows(file_rows(find_files(path)), read, faulty_rows, counts):
         prompts.append(prompt)
-        counts["duplicate_prompt"] += prompt in places
         counts["prompt_rewritten"] += rewritten
         places.setdefault(prompt, where)
-    counts["prompts"] = len(prompts)
+    counts |= {"prompts": len(prompts), "duplicate_prompt": len(prompts) - len(places)}
     if not prompts:
         found = format_counts(counts) or "no rows"
         raise DataError(f'{path}: holds no prompts; found {found}; expected rows such as {{"prompt": text}}')
@@ -91,12 +89,10 @@ def fit_context(
     """Return (the items whose prompt has at most ``limit`` tokens; the counts ``kept``, ``long_prompt`` and
     ``refused_by_template``).
 
-    ``prompt_length`` is the policy's own count; it raises RefusedDialogue for a prompt that the chat template does not
-    render. ``places`` names file and line of a prompt for messages. Raises DataError for the first long prompt if
-    ``long_prompts`` is "error", for the first refused dialogue if ``faulty_rows`` is "error", and if none is left.
+    ``prompt_length`` raises RefusedDialogue for a prompt that the chat template does not render. ``places`` names file
+    and line of a prompt for messages. Raises DataError for the first long prompt if ``long_prompts`` is "error", for
+    the first refused dialogue if ``faulty_rows`` is "error", and if none is left.
     """
-    assert long_prompts in get_args(LongPrompts), long_prompts
-    assert faulty_rows in get_args(FaultyRows), faulty_rows
     kept: list[Asked] = []
     counts = {"kept": 0, "long_prompt": 0, "refused_by_template": 0}
     reason = ""
@@ -121,10 +117,7 @@ def fit_context(
         else:
             counts["long_prompt"] += 1
     counts["kept"] = len(kept)
-    if counts["refused_by_template"] and not kept:
-        raise DataError(f"no prompt is left (found {format_counts(counts)}); the first refusal is: {reason}")
-    if counts["long_prompt"] and not kept:
-        raise DataError(
-            f"all {counts['long_prompt']} prompts are longer than {limit} tokens; expected some that fit the context"
-        )
+    if not kept and (reason or counts["long_prompt"]):
+        first = f"; the first refusal is: {reason}" if reason else "; expected some that fit the context"
+        raise DataError(f"no prompt of at most {limit} tokens is left (found {format_counts(counts)}){first}")
     return tuple(kept), counts

@@ -1,8 +1,4 @@
-"""Read the rows of files and hub data sets, and their fields. Faulty rows are refused or counted.
-
-Text is never changed here. What the readers of each kind of row drop, keep or change is counted, and the counts travel
-with the data.
-"""
+"""Read the rows of files and hub data sets, and their fields. Faulty rows are refused or counted."""
 
 from __future__ import annotations
 
@@ -104,7 +100,8 @@ def find_files(path: str | Path, split: str | None = None) -> list[Path]:
     given = Path(path)
     try:
         if given.is_dir():
-            files = [file for file in given.rglob("*") if file.is_file() and _has_data(file)]
+            found = (file for file in given.rglob("*") if file.is_file() and not _BESIDE_DATA.fullmatch(file.name))
+            files = [file for file in found if file.name.lower().endswith(SUFFIXES)]
         elif given.is_file():
             files = [given]
         else:
@@ -113,26 +110,23 @@ def find_files(path: str | Path, split: str | None = None) -> list[Path]:
         raise DataError(f"{path}: cannot be read ({error.strerror}); give a file, a folder or a glob") from error
     expected = ", ".join("*" + suffix for suffix in SUFFIXES)
     if not files:
-        found = "holds no data file" if given.is_dir() else "is missing"
-        raise DataError(f"{path}: {found}; expected a file, a folder or a glob of {expected}")
+        fault = "holds no data file" if given.is_dir() else "is missing"
+        raise DataError(f"{path}: {fault}; expected a file, a folder or a glob of {expected}")
     for file in files:
         if not file.name.lower().endswith(SUFFIXES):
             raise DataError(f"{file}: found a {file.suffix or 'nameless'} file; expected {expected}")
     if split is not None:
         names = sorted({file.name for file in files})
-        files = [file for file in files if split in (re.split(r"[.\-_]", file.name)[0], _folder_of_split(file))]
+        files = [file for file in files if _names_split(file, split)]
         if not files:
             raise DataError(f"{path}: no file of split {split!r}; found {', '.join(names[:5])}")
     return sorted(files)
 
 
-def _has_data(file: Path) -> bool:
-    return file.name.lower().endswith(SUFFIXES) and not _BESIDE_DATA.fullmatch(file.name)
-
-
-def _folder_of_split(file: Path) -> str | None:
-    """Return the name of the folder of an .arrow file: ``save_to_disk`` names it after the split."""
-    return file.parent.name if file.suffix.lower() == ".arrow" else None
+def _names_split(file: Path, split: str) -> bool:
+    """Return True if a file is named after a split, or is a table in the folder of one (``save_to_disk``)."""
+    folder = file.parent.name if file.suffix.lower() == ".arrow" else None
+    return split in (re.split(r"[.\-_]", file.name)[0], folder)
 
 
 def file_rows(files: Sequence[Path], digest: Any = None) -> Iterator[Row]:

@@ -51,10 +51,9 @@ def load_texts(
     """Return texts with a label, each split into a prompt and the reply that follows it in the data set.
 
     The source is one of ``load_preferences``; rows are ``{"text", "label"}`` (stanfordnlp/imdb), the label text or a
-    whole number. A row may name its ``cluster`` as in ``load_preferences``; other fields are not read. The prompt is
-    the first ``prompt_words`` words, split on white space, the reply the rest, its leading white space included, or its
-    first ``reply_words`` words. 48 words are some 64 tokens of GPT-2, the prompt of arXiv 2304.05302 Appendix D, whose
-    completions of 48 tokens are some 36 words.
+    whole number, and perhaps a ``cluster``. The prompt is the first ``prompt_words`` words, split on white space, the
+    reply the rest, its leading white space included, or its first ``reply_words`` words. 48 words are some 64 tokens of
+    GPT-2, the prompt of arXiv 2304.05302 Appendix D, whose completions of 48 tokens are some 36 words.
 
     Counts: ``rows``, ``kept``, ``too_short`` (texts that end within the prompt); of the rows kept ``duplicate_prompt``,
     ``leading_space`` (white space removed before the first word), ``reply_cut`` and ``label_<label>``.
@@ -66,7 +65,6 @@ def load_texts(
             raise DataError(f"{source}: {name} = {size}; expected at least 1")
     rows = open_rows(source, path, split, revision, config, data_dir)
     counts = Counter(dict.fromkeys(("rows", "kept", "too_short", "duplicate_prompt", "leading_space", "reply_cut"), 0))
-    seen: set[Prompt] = set()
     kept: list[LabelledText] = []
     for where, row in rows.rows:
         counts["rows"] += 1
@@ -82,12 +80,11 @@ def load_texts(
         cut = last < len(words)
         reply = text[end : words[last - 1].end() if cut else len(text)]
         kept.append(LabelledText(Prompt(text[start:end]), reply, str(label), not cut, cluster_field(row, where)))
-        counts["duplicate_prompt"] += kept[-1].prompt in seen
         counts["leading_space"] += start > 0
         counts["reply_cut"] += cut
         counts[f"label_{label}"] += 1
-        seen.add(kept[-1].prompt)
     counts["kept"] = len(kept)
+    counts["duplicate_prompt"] = len(kept) - len({text.prompt for text in kept})
     if not kept:
         raise DataError(f"{path or source}: no usable text is left; found {format_counts(counts) or 'no rows'}")
     return TextData(tuple(kept), dict(counts), rows.identity(), rows.commit)

@@ -2,15 +2,18 @@
 
 A model with another input still gives numbers. Eight lopsided texts reveal nine faults: an EOS too many or too few, a
 doubled BOS, a pad token that is also the EOS, truncation or padding on the wrong side, a coarser dtype, several labels,
-an untrained head, and scores that depend on the rest of the batch. Held-out pairs reveal what these texts cannot: that
-the other setting of EOS orders pairs better, or that truncation removes the replies.
+an untrained head, and scores that depend on the rest of the batch. Held-out pairs reveal that the other setting of EOS
+orders pairs better, or that truncation removes the replies.
 """
 
 from __future__ import annotations
 
+import copy
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Protocol, Self
+from itertools import zip_longest
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -19,7 +22,17 @@ from torch import Tensor
 
 from rrhf_bench.errors import DataError, is_out_of_memory
 from rrhf_bench.records import Preference, Prompt
-from rrhf_bench.rewards.input_contract import CONTRACT_FILE, KNOWN_LAYOUTS, Dtype, Record, RecordedText, RewardContract
+from rrhf_bench.rewards.input_contract import (
+    CONTRACT_FILE,
+    KNOWN_LAYOUTS,
+    Dtype,
+    Record,
+    RecordedText,
+    RewardContract,
+    length_batches,
+    length_limit,
+    minimum,
+)
 from rrhf_bench.rewards.reward import require_finite
 
 # The largest difference between two computations of one score that differ only in batch, kernels or machine: a share of
@@ -36,25 +49,19 @@ class Probe(NamedTuple):
     max_length: int | None = None
 
 
-def _human(text: str) -> Prompt:
-    return Prompt(f"\n\nHuman: {text}\n\nAssistant:")
-
-
-# Lopsided on purpose: an empty reply, one of another alphabet, trailing blanks, several turns, all lengths. The last is
-# always truncated, because a text that fills a context of thousands of tokens would take too long.
-PROBES = (
-    Probe(
-        _human("How do I bake bread?"), " First, mix the flour, the water and the salt. Then let it rest for an hour."
-    ),
-    Probe(_human("What is a glacier?"), ""),
-    Probe(_human("What is a glacier?"), " A slow river of ice."),
-    Probe(_human("Is 17 a prime number?"), " Yes"),
-    Probe(_human("Hi!\n\nAssistant: Hello.\n\nHuman: Tell me a joke."), " No.  "),
-    Probe(_human("Wie heißt „Brot“ auf Japanisch?"), " „Brot“ heißt パン (pan) — gern geschehen! 🙂"),
-    Probe(_human("Count to forty."), " " + ", ".join(map(str, range(1, 41))) + "."),
-    Probe(
-        _human("Describe the sea. " * 3), " It is wide and deep and blue, and it is never quite still.", max_length=16
-    ),
+# Lopsided on purpose. The last is always cut: a text that fills a context of thousands of tokens takes too long.
+PROBES = tuple(
+    Probe(Prompt(f"\n\nHuman: {question}\n\nAssistant:"), response, *max_length)
+    for question, response, *max_length in (
+        ("How do I bake bread?", " First, mix the flour, the water and the salt. Then let it rest for an hour."),
+        ("What is a glacier?", ""),
+        ("What is a glacier?", " A slow river of ice."),
+        ("Is 17 a prime number?", " Yes"),
+        ("Hi!\n\nAssistant: Hello.\n\nHuman: Tell me a joke.", " No.  "),
+        ("Wie heißt „Brot“ auf Japanisch?", " „Brot“ heißt パン (pan) — gern geschehen! 🙂"),
+        ("Count to forty.", " " + ", ".join(map(str, range(1, 41))) + "."),
+        ("Describe the sea. " * 3, " It is wide and deep and blue, and it is never quite still.", 16),
+    )
 )
 
 
@@ -67,42 +74,75 @@ class Check:
     found: str
 
 
-class CheckedModel(Protocol):
-    """The parts of a reward model, of either layout, that the checks read."""
+class CheckedModel(ABC):
+    """What both layouts of a reward model share. ``truncated`` counts the texts cut so far; ``checks`` is what
+    ``verify`` found."""
 
-    contract: RewardContract
-    tokenizer: Any
-    where: str
-    pad_id: int
-    max_length: int | None
-    pools_itself: bool  # its class decides where the score is read
+    checks: tuple[Check, ...]
+    label: str | None = None
 
-    @property
-    def label(self) -> str | None: ...
+    def __init__(
+        self,
+        config: Any,
+        tokenizer: Any,
+        contract: RewardContract,
+        *,
+        pad_id: int,
+        identity: str,
+        where: str,
+        batch_size: int,
+        pools_itself: bool = False,
+    ) -> None:
+        """``pools_itself``: the model's class decides where the score is read."""
+        if contract.padding_side == "left" and not pools_itself:
+            raise DataError(
+                f'{where}: found padding_side = "left", but its score is read at the length of its row; set "right" in '
+                f"{CONTRACT_FILE}, or remove the key"
+            )
+        self.pools_itself = pools_itself
+        self.tokenizer = tokenizer
+        self.contract = contract
+        self.pad_id = pad_id
+        self.identity = identity
+        self.where = where
+        self.batch_size = batch_size
+        self.truncated = 0
+        self.max_length = length_limit(contract.max_length, config)
+        self.eos_id: int | None = contract.eos_id(tokenizer, where) if contract.append_eos else tokenizer.eos_token_id
 
-    @property
-    def eos_id(self) -> int | None: ...
+    @abstractmethod
+    def score_batch(self, rows: Sequence[Sequence[int]]) -> NDArray[np.float64]:
+        """Return the (B,) scores of rows of ids, in one pass and in this order."""
 
+    @abstractmethod
     def named_weights(self) -> Iterable[tuple[str, Tensor]]: ...
 
-    def encode(self, prompt: Prompt, response: str, max_length: int | None = None) -> list[int]: ...
+    def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> NDArray[np.float64]:
+        """Return the (N,) scores as computed, a score that is not finite included; add to ``truncated``."""
+        rows: list[list[int]] = []
+        for prompt, response in zip(prompts, responses, strict=True):
+            ids, cut = self.contract.encode(prompt, response, self.tokenizer, self.max_length)
+            rows.append(ids)
+            self.truncated += cut
+        score_N = np.empty(len(rows))
+        for batch in length_batches(rows, self.batch_size):
+            score_N[batch] = self.score_batch([rows[i] for i in batch])
+        return score_N
 
-    def score_batch(self, rows: Sequence[Sequence[int]]) -> NDArray[np.float64]:
-        """Return the (N,) scores of one pass over the rows in this order."""
-        ...
-
-    def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> NDArray[np.float64]: ...
+    def encode(self, prompt: Prompt, response: str, max_length: int | None = None) -> list[int]:
+        """Return the ids that this text is scored as, cut to ``max_length`` or to the model's own smaller limit."""
+        return self.contract.encode(prompt, response, self.tokenizer, minimum(max_length, self.max_length))[0]
 
     def under(self, contract: RewardContract) -> Self:
         """Return the same weights under another contract, without checks."""
-        ...
+        other = copy.copy(self)
+        other.contract = contract
+        other.eos_id = contract.eos_id(self.tokenizer, self.where) if contract.append_eos else self.eos_id
+        return other
 
 
 def verify(model: CheckedModel) -> tuple[Check, ...]:
-    """Return the results of all checks.
-
-    Raises DataError, with the difference and how to repair it, for a fault that changes scores beyond rounding.
-    """
+    """Return the results of all checks. Raises DataError with the repair for a fault that changes scores."""
     record = model.contract.record
     texts: Sequence[Probe | RecordedText] = PROBES if record is None else record.texts
     rows = _rows(model, texts)
@@ -135,11 +175,11 @@ def record_of(model: CheckedModel) -> Record:
     """Return the eight texts with the ids and scores that the model gives them now; later loads replay them."""
     rows = _rows(model, PROBES)
     score_N = [float(model.score_batch([row])[0]) for row in rows]
-    texts = (
+    texts = tuple(
         RecordedText(probe.prompt, probe.response, tuple(row), score, probe.max_length)
         for probe, row, score in zip(PROBES, rows, score_N, strict=True)
     )
-    return Record(tuple(texts), model.contract.dtype, model.label)
+    return Record(texts, model.contract.dtype, model.label)
 
 
 def bound(dtype: Dtype, score_N: NDArray[np.float64]) -> float:
@@ -155,19 +195,15 @@ def _rows(model: CheckedModel, texts: Iterable[Probe | RecordedText]) -> list[li
 
 
 def _replay_ids(model: CheckedModel, record: Record, rows: Sequence[Sequence[int]]) -> None:
+    names = model.tokenizer.convert_ids_to_tokens
     for i, (text, row) in enumerate(zip(record.texts, rows, strict=True), 1):
-        found, expected = list(row), list(text.ids)
-        if found == expected:
+        if (found := list(row)) == (expected := list(text.ids)):
             continue
-        place = next((j for j, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b), len(expected))
-        place = min(place, len(found), len(expected))
-        shown = [
-            model.tokenizer.convert_ids_to_tokens(ids[place : place + 3]) or "the end" for ids in (found, expected)
-        ]
+        place = next(j for j, (a, b) in enumerate(zip_longest(found, expected)) if a != b)
+        shown, wanted = (names(ids[place : place + 3]) or "the end" for ids in (found, expected))
         raise DataError(
-            f"{model.where}: its recorded text {i} has other tokens than in training: at token {place} found "
-            f"{shown[0]}, expected {shown[1]}; restore the settings of {CONTRACT_FILE}, the files of the tokenizer and "
-            "the chat template that it was trained with, or train it again"
+            f"{model.where}: recorded text {i} has other tokens than in training: at token {place} found {shown}, "
+            f"expected {wanted}; restore {CONTRACT_FILE}, tokenizer and chat template, or train it again"
         )
 
 
@@ -182,51 +218,49 @@ def _check_bos(model: CheckedModel, rows: Sequence[Sequence[int]]) -> Check:
         return Check("BOS", None, "none")
     if all(len(row) > 1 and row[0] == row[1] for row in rows):
         raise DataError(
-            f"{model.where}: every text starts with its BOS {_token(model, first)} twice; take one out of the chat "
-            "template or of the post-processor in tokenizer.json, or set add_bos_token = false"
+            f"{model.where}: every text starts with its BOS {_token(model, first)} twice; remove one from the chat "
+            "template or from tokenizer.json, or set add_bos_token = false"
         )
     return Check("BOS", True, f"one {_token(model, first)}")
 
 
 def _check_eos(model: CheckedModel, rows: Sequence[Sequence[int]]) -> Check:
-    contract, eos_id, basis = model.contract, model.eos_id, _basis(model)
+    contract, eos_id = model.contract, model.eos_id
+    ok, basis = (True, _basis(model)) if _basis(model) else (None, "by its contract")
     end = max(rows, key=len)[-4:]  # of the longest reply: the turn before an empty one may have its own EOS
     if eos_id is None or eos_id not in end:
-        return Check("EOS", True if basis else None, f"none at the end, {basis or 'by its contract'}")
+        return Check("EOS", ok, f"none at the end, {basis}")
     token = _token(model, eos_id)
     if contract.append_eos and eos_id in end[:-1]:  # a chat template may end its turn with EOS and a line break
         raise DataError(
-            f"{model.where}: its EOS {token} stands twice at the end, because the text ends with it already; set "
-            f"append_eos = false in {CONTRACT_FILE}"
+            f"{model.where}: its EOS {token} stands twice at the end; set append_eos = false in {CONTRACT_FILE}"
         )
     written = "" if contract.append_eos else " (the template or the tokenizer writes it)"
-    return Check("EOS", True if basis else None, f"one {token} at the end{written}, {basis or 'by its contract'}")
+    return Check("EOS", ok, f"one {token} at the end{written}, {basis}")
 
 
 def _basis(model: CheckedModel) -> str:
     """Return how it is known that the ids are those of training, or "" if it is not known."""
-    contract = model.contract
-    if contract.record is not None:
+    if model.contract.record is not None:
         return "as recorded when it was trained"
     known = KNOWN_LAYOUTS.get(model.where)
-    if known is not None and replace(known.contract, dtype=contract.dtype) == contract:
-        return "as known of this model"
-    return ""
+    same = known is not None and replace(known.contract, dtype=model.contract.dtype) == model.contract
+    return "as known of this model" if same else ""
 
 
 # Checks of the scores
 
 
 def _check_weights(model: CheckedModel) -> None:
-    wanted = getattr(torch, model.contract.dtype)
+    dtype = model.contract.dtype
     for name, weight in model.named_weights():
-        if not weight.is_floating_point() or weight.dtype == wanted:
+        if not weight.is_floating_point() or weight.dtype == getattr(torch, dtype):
             continue
-        if torch.finfo(weight.dtype).bits <= torch.finfo(wanted).bits:
+        if torch.finfo(weight.dtype).bits <= torch.finfo(getattr(torch, dtype)).bits:
             found = str(weight.dtype).removeprefix("torch.")
             raise DataError(
-                f"{model.where}: holds {name} in {found}, its contract says dtype {model.contract.dtype}; load it in "
-                f'{model.contract.dtype}, or set reward_model.dtype = "{found}"'
+                f"{model.where}: holds {name} in {found}, its contract says dtype {dtype}; load it in {dtype}, or set "
+                f'reward_model.dtype = "{found}"'
             )
 
 
@@ -239,10 +273,10 @@ def _score_together(
         if isinstance(error, DataError) or is_out_of_memory(error):
             raise
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        repair = "choose another"
-        if model.pad_id == model.eos_id:
-            repair = f"its pad token is its EOS {_token(model, model.pad_id)}: name another with reward_model.pad_token"
-        raise DataError(f"{model.where}: cannot score a batch of texts ({reason}); {repair}") from error
+        raise DataError(
+            f"{model.where}: cannot score a batch of texts ({reason}); choose another, or name another pad token than "
+            f"{_token(model, model.pad_id)} with reward_model.pad_token"
+        ) from error
     return require_finite(score_N, [text.prompt for text in texts], model.where)
 
 
@@ -250,12 +284,12 @@ def _check_head(model: CheckedModel, rows: Sequence[Sequence[int]], score_N: NDA
     if len(set(map(tuple, rows))) == 1:
         raise DataError(
             f"{model.where}: eight different texts become one, {rows[0][:8]}; raise max_length ({model.max_length}) in "
-            f"{CONTRACT_FILE}, or give it its own tokenizer"
+            f"{CONTRACT_FILE}, or mend its tokenizer"
         )
     if np.ptp(score_N) == 0:
         raise DataError(
-            f"{model.where}: gives every text the score {score_N[0]:g}, like an untrained head; expected a trained "
-            "reward model (train one, or choose another)"
+            f"{model.where}: gives every text the score {score_N[0]:g}, like an untrained head; train it, or choose "
+            "another"
         )
 
 
@@ -267,14 +301,14 @@ def _check_alone(model: CheckedModel, rows: Sequence[Sequence[int]], score_N: ND
     apart_N = np.maximum(np.abs(alone_N - score_N), np.abs(reverse_N - score_N))
     i = int(apart_N.argmax())
     if apart_N[i] > limit:
-        repair = "take out what normalises, routes or drops out across a batch"
+        repair = "remove what normalises, routes or drops out across a batch"
         if model.pools_itself:
             other = "left" if model.contract.padding_side == "right" else "right"
-            repair += f', or, if it expects padding on the {other}, set "padding_side": "{other}" in {CONTRACT_FILE}'
+            repair += f', or set "padding_side": "{other}" in {CONTRACT_FILE}'
         raise DataError(
             f"{model.where}: scores a text {alone_N[i]:.6g} alone, {score_N[i]:.6g} among {len(rows) - 1} others and "
             f"{reverse_N[i]:.6g} in reverse order (rounding explains {limit:.1g}), so padding, batch size or order "
-            f"decides; expected a class that masks padding and reads every row by itself: {repair}"
+            f"decides; {repair}"
         )
     return float(apart_N[i])
 
@@ -289,16 +323,15 @@ def _check_padding(model: CheckedModel, rows: Sequence[Sequence[int]]) -> Check:
         found = f"both are {pad}; the score is read at the length of its row, so the EOS counts"
         if _basis(model) or not ends:
             return Check("padding and EOS", None, found)
-        found += "; if its class pooled in training, its score was read one token before: set append_eos = false in "
-        return Check("padding and EOS", False, f"{found}{CONTRACT_FILE}, or take the EOS out of its chat template")
+        found += f"; if its class read the token before it in training, set append_eos = false in {CONTRACT_FILE}"
+        return Check("padding and EOS", False, found)
     if model.contract.append_eos and ends:
         score_N, without_N, shorter_N = (model.score_batch([row[: len(row) - cut] for row in ends]) for cut in range(3))
         of_eos, of_token = np.abs(score_N - without_N).max(), np.abs(without_N - shorter_N).max()
         if of_eos < 1e-3 * of_token:  # rounding, compared with the effect of one token of the reply
             raise DataError(
-                f"{model.where}: reads its EOS as padding: both are {pad}, and a text has one score with and without "
-                "it; name another pad token with reward_model.pad_token, or, if it was trained so, set append_eos = "
-                f"false in {CONTRACT_FILE}"
+                f"{model.where}: reads its EOS as padding: both are {pad}; name another pad token with "
+                f"reward_model.pad_token, or, if it was trained so, set append_eos = false in {CONTRACT_FILE}"
             )
     return Check("padding and EOS", None, f"both are {pad}; the EOS counts")
 
@@ -307,17 +340,16 @@ def _replay_scores(model: CheckedModel, record: Record | None, score_N: NDArray[
     """Return the checks of the recorded scores and of the dtype."""
     dtype = model.contract.dtype
     known = KNOWN_LAYOUTS.get(model.where)
-    trained = record.dtype if record is not None else known.contract.dtype if known is not None else dtype
+    trained = record.dtype if record else known.contract.dtype if known else dtype
     coarser = torch.finfo(getattr(torch, dtype)).eps > torch.finfo(getattr(torch, trained)).eps
     repair = f'set reward_model.dtype = "{trained}" (--reward-dtype {trained})'
-    of_dtype = Check("dtype", True if record is not None or known is not None else None, dtype)
+    of_dtype = Check("dtype", True if record or known else None, dtype)
     if coarser:
         of_dtype = Check("dtype", False, f"{dtype}, but its scores are known in {trained}; {repair}")
     if record is None:
         return Check("recorded texts", None, "none"), of_dtype
     if record.label != model.label:
-        found = f"ids as recorded; the scores are those of {record.label!r}, not compared"
-        return Check("recorded texts", True, found), of_dtype
+        return Check("recorded texts", True, f"ids equal; scores are of {record.label!r}, not compared"), of_dtype
     recorded_N = np.array([text.score for text in record.texts])
     apart_N = np.abs(score_N - recorded_N)
     limit = max(bound(dtype, recorded_N), bound(record.dtype, recorded_N))
@@ -338,8 +370,8 @@ def _replay_scores(model: CheckedModel, record: Record | None, score_N: NDArray[
 def check_pairs(model: CheckedModel, pairs: Sequence[Preference]) -> tuple[Check, ...]:
     """Check that the model orders labelled pairs better than chance, and that truncation leaves their replies.
 
-    If it is not known how the model was trained, the other setting of EOS is compared pair by pair (sign test,
-    one-sided, MAX_P_VALUE).
+    If it is not known how the model was trained, the other setting of EOS is compared (one-sided sign test,
+    MAX_P_VALUE).
     """
     pairs = [pair for pair in pairs if pair.rejected is not None]
     if not pairs:
@@ -349,8 +381,7 @@ def check_pairs(model: CheckedModel, pairs: Sequence[Preference]) -> tuple[Check
     found = f"{mean:.3f} of {len(pairs)} ordered as labelled (a tie counts one half)"
     chance = mean + 2 * error < 0.6 and len(pairs) >= 20
     if chance:
-        found += "; no better than chance: an untrained head, or another input than in training; check source, "
-        found += "template and label"
+        found += "; no better than chance: check source, template and label"
     checks = [Check("held-out pairs", False if chance else None, found)]
     if not _basis(model):
         checks += _check_other_eos(model, pairs, right_N)
@@ -358,10 +389,7 @@ def check_pairs(model: CheckedModel, pairs: Sequence[Preference]) -> tuple[Check
 
 
 def _order(model: CheckedModel, pairs: Sequence[Preference]) -> NDArray[np.float64]:
-    """Return (N,): 1 if the chosen reply scores above the rejected one, 0 if below, one half for a tie.
-
-    Raises DataError if a score is not finite.
-    """
+    """Return (N,): 1 if the chosen reply scores above the rejected one, 0 if below, one half for a tie."""
     prompts = 2 * [pair.prompt for pair in pairs]
     both = [*(pair.chosen for pair in pairs), *(pair.rejected or "" for pair in pairs)]
     chosen_N, rejected_N = np.split(require_finite(model.score(prompts, both), prompts, model.where), 2)
@@ -372,10 +400,10 @@ def _check_other_eos(model: CheckedModel, pairs: Sequence[Preference], right_N: 
     from scipy.stats import binomtest
 
     now = model.contract.append_eos
-    first = pairs[0]
+    first = (pairs[0].prompt, pairs[0].chosen)
     try:
         other = model.under(replace(model.contract, append_eos=not now, position="last"))
-        if other.encode(first.prompt, first.chosen) == model.encode(first.prompt, first.chosen):
+        if other.encode(*first) == model.encode(*first):
             return  # the tokenizer or the template writes it, whatever the contract says
         other_N = _order(other, pairs)
     except DataError:  # there is no EOS to append
@@ -385,8 +413,7 @@ def _check_other_eos(model: CheckedModel, pairs: Sequence[Preference], right_N: 
     with_, without = (right_N, other_N) if now else (other_N, right_N)
     found = f"{with_.mean():.3f} of {len(pairs)} ordered as labelled with an EOS, {without.mean():.3f} without"
     if p_value < MAX_P_VALUE:
-        found += f" (p = {p_value:.1g}), so its input differs from that in training; set append_eos = "
-        found += f"{str(not now).lower()} in {CONTRACT_FILE}"
+        found += f" (p = {p_value:.1g}); set append_eos = {str(not now).lower()} in {CONTRACT_FILE}"
     yield Check("EOS on held-out pairs", bool(p_value >= MAX_P_VALUE), found)
 
 

@@ -5,8 +5,8 @@ Shape letters: N rows, B rows of one batch, L tokens padded, D hidden, K labels.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterable, Sequence
+import hashlib
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -15,33 +15,31 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from rrhf_bench.data.dialogue import TemplateKind
 from rrhf_bench.errors import DataError
 from rrhf_bench.policy.loading import load_model, load_tokenizer
-from rrhf_bench.records import Prompt
-from rrhf_bench.rewards.checks import Check, verify
+from rrhf_bench.rewards.checks import CheckedModel, verify
 from rrhf_bench.rewards.input_contract import (
-    CONTRACT_FILE,
     KNOWN_LAYOUTS,
     Dtype,
     Layout,
     RewardContract,
-    content_digest,
-    length_batches,
+    minimum,
 )
 
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt")
 TOKENIZER = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "chat_template*", "*.model")
 
 
-class ClassifierReward:
+class ClassifierReward(CheckedModel):
     """A ``*ForSequenceClassification`` model as a RewardModel: the score of a model with one label, or the probability
     in [0, 1] of one label among several (softmax).
 
     For a causal model the score is read at the position of the contract, counted from the row's own length. Its class
     would look for the last token that is not the padding token, which passes over the appended EOS where padding and
-    EOS are one token. ``truncated`` counts the texts cut so far; ``checks`` is what ``verify`` found.
+    EOS are one token.
     """
 
     def __init__(
@@ -55,36 +53,33 @@ class ClassifierReward:
         label: str | None = None,
         batch_size: int = 16,
     ) -> None:
-        """Raises DataError for several labels of which none is named, a label that the model does not have, labels that
-        do not exclude one another, a tokenizer without a pad token or without the contract's EOS, a class that does not
-        score as it is read here, and whatever ``checks.verify`` refuses."""
+        """Raises DataError for labels of which none is the reward, a tokenizer without a pad token or the contract's
+        EOS, a class that does not score as it is read here, and whatever ``checks.verify`` refuses."""
         self._label = _label_index(model.config, label, where)
         if tokenizer.pad_token_id is None:
             raise DataError(
                 f"{where}: the tokenizer has no pad token; name one of its tokens with reward_model.pad_token "
                 "(--reward-pad-token; any will do, EOS included)"
             )
+        super().__init__(
+            model.config,
+            tokenizer,
+            contract,
+            pad_id=tokenizer.pad_token_id,
+            identity=identity,
+            where=where,
+            batch_size=batch_size,
+            pools_itself=getattr(model, "score", None) is None,
+        )
         self.model = model.eval()
-        self.tokenizer = tokenizer
-        self.contract = contract
-        self.identity = identity
-        self.batch_size = batch_size
-        self.truncated = 0
-        self.where = where
         self.label = label
-        self.pad_id: int = tokenizer.pad_token_id
-        self.eos_id = contract.eos_id(tokenizer, where) if contract.append_eos else tokenizer.eos_token_id
-        self.max_length = length_limit(contract.max_length, model.config)
-        self._head = getattr(model, "score", None)
-        self.pools_itself = self._head is None
         if self.pools_itself:
             if contract.position != "last":
                 raise DataError(f"{where}: {type(model).__name__} pools by itself; expected position 'last'")
             self.max_length = minimum(self.max_length, tokenizer.model_max_length, position_limit(model))
         else:
-            require_right_padding(contract, where)
             self._check_class()
-        self.checks: tuple[Check, ...] = verify(self)
+        self.checks = verify(self)
 
     @classmethod
     def load(
@@ -101,13 +96,13 @@ class ClassifierReward:
         batch_size: int = 16,
         trust_remote_code: bool = False,
     ) -> ClassifierReward:
-        """Load a hub id or a folder. Without ``contract``, the contract is the one stored in the folder, else the one
-        known of this model, else the template's default. A record in the folder is replayed in any case. ``label``: the
-        label whose probability is the reward, for a model with several (its configuration names them).
-        ``trust_remote_code``: run code that comes with the model; without it, such a model is refused.
+        """Load a hub id or a folder.
 
-        Raises DataError naming the source if it cannot be loaded, has no trained head, or cannot be used (see
-        ``__init__``).
+        Without ``contract``, the contract is the one stored in the folder, else the one known of this model, else the
+        template's default; a record in the folder is replayed in any case. ``label`` is the label whose probability is
+        the reward. ``trust_remote_code`` allows code that comes with the model to run.
+
+        Raises DataError if the source cannot be loaded, has no trained head, or cannot be used (see ``__init__``).
         """
         from transformers import AutoModelForSequenceClassification
 
@@ -115,15 +110,19 @@ class ClassifierReward:
         contract = contract_of(folder, where, "classifier", contract) or RewardContract.default(template)
         contract = contract if dtype is None else replace(contract, dtype=dtype)
         tokenizer = load_tokenizer(where, revision, pad_token, trust_remote_code)
-        precision = getattr(torch, contract.dtype)
         loaded = load_model(
-            AutoModelForSequenceClassification, "a sequence classifier", where, precision, revision, trust_remote_code
+            AutoModelForSequenceClassification,
+            "a sequence classifier",
+            where,
+            getattr(torch, contract.dtype),
+            revision,
+            trust_remote_code,
         )
         model = loaded.model
         if loaded.untrained:
             raise DataError(
                 f"{where}: holds no trained {loaded.untrained[0]}, which would be random; expected a trained reward "
-                "model (a language model has no reward head: train one, or choose another)"
+                "model (train one from this language model, or choose another)"
             )
         commit = getattr(model.config, "_commit_hash", None)
         others = () if label is None else (f"label {label}",)
@@ -131,16 +130,6 @@ class ClassifierReward:
         return cls(
             model.to(device), tokenizer, contract, identity=identity, where=where, label=label, batch_size=batch_size
         )
-
-    def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> NDArray[np.float64]:
-        """Return the (N,) scores as computed, a score that is not finite included; add to ``truncated``."""
-        rows, cut = encode_all(self.contract, prompts, responses, self.tokenizer, self.max_length)
-        self.truncated += cut
-        return score_rows(rows, self.batch_size, self.score_batch)
-
-    def encode(self, prompt: Prompt, response: str, max_length: int | None = None) -> list[int]:
-        """Return the ids that this text is scored as, cut to ``max_length`` or to the model's own smaller limit."""
-        return self.contract.encode(prompt, response, self.tokenizer, minimum(max_length, self.max_length))[0]
 
     @torch.no_grad()
     def score_batch(self, rows: Sequence[Sequence[int]]) -> NDArray[np.float64]:
@@ -160,13 +149,6 @@ class ClassifierReward:
     def named_weights(self) -> Iterable[tuple[str, Tensor]]:
         return self.model.named_parameters()
 
-    def under(self, contract: RewardContract) -> ClassifierReward:
-        """Return the same weights under another contract, without checks."""
-        other = copy.copy(self)
-        other.contract = contract
-        other.eos_id = contract.eos_id(self.tokenizer, self.where) if contract.append_eos else self.eos_id
-        return other
-
     @torch.no_grad()
     def _check_class(self) -> None:
         """Compare the class's own score with ours on one short row without padding. Raises DataError if they differ."""
@@ -183,12 +165,8 @@ class ClassifierReward:
 
 
 def contract_of(folder: Path, where: str, layout: Layout, stated: RewardContract | None) -> RewardContract | None:
-    """Return the stated contract, else the one stored in the folder, else the one known of this hub id, else None.
-
-    A stated contract keeps the record of the folder.
-
-    Raises DataError for a hub id that is known to be of another layout.
-    """
+    """Return the stated contract with the record of the folder, else the one stored there, else the one known of
+    this hub id, else None. Raises DataError for a hub id that is known to be of another layout."""
     known = KNOWN_LAYOUTS.get(where)
     if known is not None and known.layout != layout:
         raise DataError(f'{where}: is of another layout; set reward_model.layout = "{known.layout}" (--layout)')
@@ -196,15 +174,6 @@ def contract_of(folder: Path, where: str, layout: Layout, stated: RewardContract
     if stated is not None and stored is not None:
         return replace(stated, record=stored.record)
     return stated or stored or (None if known is None else known.contract)
-
-
-def require_right_padding(contract: RewardContract, where: str) -> None:
-    """Raise DataError if a contract pads rows on the left that are read at their own length."""
-    if contract.padding_side == "left":
-        raise DataError(
-            f'{where}: found padding_side = "left", which would move every position; its score is read at the length '
-            f'of its row, behind which padding changes nothing; set "right" in {CONTRACT_FILE}, or remove the key'
-        )
 
 
 def _label_index(config: Any, label: str | None, where: str) -> int | None:
@@ -236,56 +205,15 @@ def pad(
     rows: Sequence[Sequence[int]], pad_id: int, device: torch.device | str, side: Literal["right", "left"] = "right"
 ) -> tuple[Tensor, Tensor]:
     """Return (ids, attention mask), each (B, L), padded on one side."""
-    length = max(map(len, rows))
-    step = 1 if side == "right" else -1
-    ids_BL = torch.tensor([[*row, *(length - len(row)) * [pad_id]] for row in (row[::step] for row in rows)])
-    mask_BL = torch.tensor([len(row) * [1] + (length - len(row)) * [0] for row in rows])
-    if side == "left":
-        ids_BL, mask_BL = ids_BL.flip(1), mask_BL.flip(1)
+    ids = [torch.tensor(row, dtype=torch.long) for row in rows]
+    ids_BL = pad_sequence(ids, batch_first=True, padding_value=pad_id, padding_side=side)
+    mask_BL = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True, padding_side=side)
     return ids_BL.to(device), mask_BL.to(device)
 
 
-def encode_all(
-    contract: RewardContract,
-    prompts: Sequence[Prompt],
-    responses: Sequence[str],
-    tokenizer: Any,
-    max_length: int | None,
-) -> tuple[list[list[int]], int]:
-    """Return (rows of ids, number of rows that were cut)."""
-    encoded = [
-        contract.encode(prompt, response, tokenizer, max_length)
-        for prompt, response in zip(prompts, responses, strict=True)
-    ]
-    return [ids for ids, _ in encoded], sum(cut for _, cut in encoded)
-
-
-def score_rows(
-    rows: Sequence[Sequence[int]], batch_size: int, score: Callable[[Sequence[Sequence[int]]], NDArray[np.float64]]
-) -> NDArray[np.float64]:
-    """Return the (N,) scores of rows of ids, computed in batches of like length."""
-    scores = np.empty(len(rows))
-    for batch in length_batches(rows, batch_size):
-        scores[batch] = score([rows[i] for i in batch])
-    return scores
-
-
-def minimum(*lengths: int | None) -> int | None:
-    """Return the least of the lengths that are not None, or None if all are."""
-    return min((length for length in lengths if length is not None), default=None)
-
-
-def length_limit(max_length: int | None, config: Any) -> int | None:
-    """Return the lesser of ``max_length`` and the model's context, or None if there is neither."""
-    context = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return minimum(max_length, context if context is not None and context > 0 else None)  # XLNet, without one, has -1
-
-
 def position_limit(model: Any) -> int | None:
-    """Return how many tokens a model like RoBERTa has positions for, or None for a model of another kind.
-
-    Such a model counts positions from its padding index on, so its configuration states more than tokens can have.
-    """
+    """Return how many tokens a model like RoBERTa, which counts positions from its padding index on, has positions for,
+    or None for a model of another kind."""
     positions: Any = getattr(getattr(model.base_model, "embeddings", None), "position_embeddings", None)
     padding_index = getattr(positions, "padding_idx", None)
     return None if padding_index is None else positions.num_embeddings - padding_index - 1
@@ -295,8 +223,12 @@ def identity_of(layout: str, source: str, commit: str | None, contract: RewardCo
     """Return what decides the scores: the hub's commit or the contents of the folder, and the contract."""
     folder = Path(source)
     if folder.is_dir():
-        patterns = (*WEIGHTS, "config.json", *TOKENIZER)
-        name = "sha256:" + content_digest({path for pattern in patterns for path in folder.glob(pattern)})
+        digest = hashlib.sha256()
+        files = {path for pattern in (*WEIGHTS, "config.json", *TOKENIZER) for path in folder.glob(pattern)}
+        for path in sorted(files, key=lambda path: path.name):
+            with path.open("rb") as file:
+                digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+        name = f"sha256:{digest.hexdigest()}"
     else:
         name = f"{source}@{commit}"
     return " ".join((layout, name, *others, repr(contract)))

@@ -1,14 +1,12 @@
 """The input contract of a reward model: how prompt and response become ids, and which of them is scored.
 
-A score is only comparable with a published one when every line of the contract is the same, so the contract is data:
-stored beside the models trained here, part of a reward model's identity, and listed for known models of the hub.
-Whether a model keeps its contract is the matter of ``checks.py``.
+A score is only comparable with a published one under the same contract, so the contract is data: stored beside the
+models trained here, part of a reward model's identity, and listed for known models of the hub.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -48,8 +46,7 @@ class Record:
 class RewardContract:
     """The input of a reward model: how text is assembled and truncated, and where the score is read.
 
-    Models that are read here, at a row's own length, are padded on the right, where no token of a causal model sees it:
-    padding is not part of their contract. Raises DataError for a position that the ids may not have.
+    Raises DataError for a position that the ids may not have.
     """
 
     template: TemplateKind = "hh"  # chat: the whole conversation through the chat template; raw: prompt and response
@@ -166,6 +163,17 @@ KNOWN_LAYOUTS = {
 }
 
 
+def minimum(*lengths: int | None) -> int | None:
+    """Return the least of the lengths that are not None, or None if all are."""
+    return min((length for length in lengths if length is not None), default=None)
+
+
+def length_limit(max_length: int | None, config: Any) -> int | None:
+    """Return the lesser of ``max_length`` and the model's context, or None if there is neither."""
+    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return minimum(max_length, context if context is not None and context > 0 else None)  # XLNet, without one, has -1
+
+
 def length_batches(rows: Sequence[Sequence[int]], batch_size: int) -> list[list[int]]:
     """Return indices of rows in batches of like length, longest first (too large a batch fails at once).
 
@@ -174,12 +182,3 @@ def length_batches(rows: Sequence[Sequence[int]], batch_size: int) -> list[list[
     """
     order = sorted(range(len(rows)), key=lambda i: (len(rows[i]), rows[i]), reverse=True)
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-
-
-def content_digest(files: Iterable[Path]) -> str:
-    """Return the sha256 over names and contents of a model's files: its identity without a commit."""
-    digest = hashlib.sha256()
-    for path in sorted(files, key=lambda path: path.name):
-        with path.open("rb") as file:
-            digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()

@@ -1,11 +1,11 @@
 """A language model as judge, through any OpenAI-compatible endpoint: the recipe of Wombat (arXiv 2304.05302).
 
 The judge reads all k responses to a prompt at once and gives each four integers from 1 to 5; the reward is their sum,
-4 to 20. Whole numbers tie often, so ties are counted: tied pairs have no ranking loss.
+4 to 20. Ties are counted: tied pairs have no ranking loss.
 
-Responses are shown in a seeded random order, because judges favour positions, and as JSON strings, out of which no text
-can break. An answer of any other form than the one asked for is no rating: it is counted and asked for again, with the
-responses in another order; a prompt without a readable answer is dropped and counted.
+Responses are shown in a seeded random order, because judges favour positions, and as JSON strings, which no text can
+end. After an answer of any other form the judge is asked again, with the responses in another order; a prompt without
+a readable answer is dropped and counted.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from rrhf_bench.errors import BenchError, ConfigError, DataError, StageError
-from rrhf_bench.jsonl import read_jsonl, to_json, unique_object
+from rrhf_bench.jsonl import from_json, parse_line, read_jsonl, to_json
 from rrhf_bench.records import Candidates, Response
 from rrhf_bench.seeding import generator
 from rrhf_bench.settings.judge import JudgeSettings
@@ -85,23 +85,21 @@ class Judge(Protocol):
 
 def judge_result(candidates: Sequence[Candidates], ratings: Sequence[tuple[Ratings, ...] | None]) -> JudgeResult:
     """Return the candidates with the sums of ratings as scores; candidates without ratings are dropped and counted."""
-    counts = Counter(dict.fromkeys(("prompts", "judged", "dropped", "pairs", "tied_pairs", "tied_best"), 0))
-    scored: list[Candidates] = []
-    kept: list[tuple[Ratings, ...]] = []
-    for group, rated in zip(candidates, ratings, strict=True):
-        counts["prompts"] += 1
-        if rated is None:
-            counts["dropped"] += 1
-            continue
-        responses = [replace(r, score=given.reward) for r, given in zip(group.responses, rated, strict=True)]
-        scored.append(replace(group, responses=tuple(responses)))
-        kept.append(rated)
-        scores = scored[-1].scores
-        counts["judged"] += 1
-        counts["pairs"] += len(scores) * (len(scores) - 1) // 2
-        counts["tied_pairs"] += sum(a == b for a, b in combinations(scores, 2))
-        counts["tied_best"] += scores.count(max(scores)) > 1
-    return JudgeResult(tuple(scored), tuple(kept), dict(counts))
+    kept = [(group, rated) for group, rated in zip(candidates, ratings, strict=True) if rated is not None]
+    scored = tuple(
+        replace(group, responses=tuple(replace(r, score=n.reward) for r, n in zip(group.responses, rated, strict=True)))
+        for group, rated in kept
+    )
+    scores = [group.scores for group in scored]
+    counts = {
+        "prompts": len(candidates),
+        "judged": len(kept),
+        "dropped": len(candidates) - len(kept),
+        "pairs": sum(len(row) * (len(row) - 1) // 2 for row in scores),
+        "tied_pairs": sum(a == b for row in scores for a, b in combinations(row, 2)),
+        "tied_best": sum(row.count(max(row)) > 1 for row in scores),
+    }
+    return JudgeResult(scored, tuple(rated for _, rated in kept), counts)
 
 
 class Unreadable(Exception):
@@ -116,8 +114,7 @@ class Unreadable(Exception):
 def question(prompt: str, responses: Sequence[str]) -> str:
     """Return the message to the judge.
 
-    Each text is one JSON string in which ``<`` and ``[`` are escaped as well, because a tokenizer would read a chat
-    template's marks (``<|im_end|>``, ``[INST]``) as such anywhere.
+    ``<`` and ``[`` are escaped, because a tokenizer would read a chat template's marks (``<|im_end|>``) anywhere.
     """
     shown = {"conversation": prompt, **{_name(i): text.strip() for i, text in enumerate(responses)}}
     lines = "\n".join(f"{name}: {_quoted(text)}" for name, text in shown.items())
@@ -155,21 +152,14 @@ def answer_schema(k: int) -> dict[str, Any]:
 def parse_answer(answer: str, k: int) -> tuple[Ratings, ...]:
     """Return the ratings of k responses in the order shown. Raises Unreadable for any other answer."""
     try:
-        value = json.loads(answer, object_pairs_hook=unique_object)
-    except (ValueError, RecursionError):
+        given: dict[str, Ratings] = from_json(Mapping[str, Ratings], parse_line(answer.encode(), "answer"), "answer")
+    except (DataError, UnicodeEncodeError):
         raise Unreadable("not_ratings", answer) from None
-    if not isinstance(value, dict) or not all(
-        isinstance(given, dict)
-        and set(given) == set(AXES)
-        and all(isinstance(n, int) and not isinstance(n, bool) for n in given.values())
-        for given in value.values()
-    ):
-        raise Unreadable("not_ratings", answer)
-    if set(value) != {_name(i) for i in range(k)}:
+    if set(given) != {_name(i) for i in range(k)}:
         raise Unreadable("wrong_count", answer)
-    if not all(LOWEST <= n <= HIGHEST for given in value.values() for n in given.values()):
+    if not all(LOWEST <= n <= HIGHEST for ratings in given.values() for n in astuple(ratings)):
         raise Unreadable("out_of_range", answer)
-    return tuple(Ratings(**value[_name(i)]) for i in range(k))
+    return tuple(given[_name(i)] for i in range(k))
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,7 +174,7 @@ class Verdict:
 
 
 def endpoint_identity(settings: JudgeSettings) -> str:
-    """Model and form of the question. Not the URL: a server that moved to another port is the same judge."""
+    """Return model and form of the question, without the URL: a server on another port is the same judge."""
     s = settings
     return (
         f"judge {VERSION} {s.model} {s.structured} temperature={s.temperature} max_tokens={s.max_tokens} "
@@ -195,10 +185,9 @@ def endpoint_identity(settings: JudgeSettings) -> str:
 class EndpointJudge:
     """A Judge behind an OpenAI-compatible endpoint.
 
-    Every verdict is appended to ``journal`` as it comes and is never requested again, so a call after a failure
-    continues. ``progress`` receives (prompts done, prompts in all). Raises ConfigError where the key's variable
-    is not usable, DataError for a damaged journal or no readable answer to any prompt, and StageError where the judge
-    cannot be reached or takes neither key nor model.
+    Every verdict is appended to ``journal`` as it comes and is never requested again. ``progress`` receives (prompts
+    done, prompts in all). Raises ConfigError for an unusable key, DataError for a damaged journal or no readable answer
+    to any prompt, and StageError if the judge cannot be reached or refuses key or model.
     """
 
     def __init__(
@@ -223,9 +212,8 @@ class EndpointJudge:
 
     def judge(self, candidates: Sequence[Candidates]) -> JudgeResult:
         """Return the verdicts on ``candidates``, from the journal or else from the endpoint."""
-        for group in candidates:
-            if not group.responses:
-                raise DataError(f"{self._where}: prompt {group.prompt.id} has no responses; expected at least one")
+        if empty := next((group.prompt.id for group in candidates if not group.responses), None):
+            raise DataError(f"{self._where}: prompt {empty} has no responses; expected at least one")
         keys = [self._key_of(group) for group in candidates]
         verdicts = self._read_journal()
         self._ask_missing({k: g for k, g in zip(keys, candidates, strict=True) if k not in verdicts}, verdicts)
@@ -237,14 +225,13 @@ class EndpointJudge:
             kinds = ", ".join(f"{count} {kind}" for kind, count in failures.items() if count)
             raise DataError(
                 f"{self._where}: no readable rating for any of {len(candidates)} prompts ({kinds}), such as "
-                f"{verdicts[keys[0]].unreadable!r}; set structured to what the server knows (now "
-                f"{self.settings.structured!r}), another model or max_tokens; or mend the server, remove {self.journal}"
-                " and repeat the command"
+                f"{verdicts[keys[0]].unreadable!r}; change structured (now {self.settings.structured!r}), model or "
+                f"max_tokens; or mend the server, remove {self.journal} and repeat the command"
             )
         return replace(result, counts={**result.counts, **failures})
 
     def _ask_missing(self, missing: Mapping[str, Candidates], verdicts: dict[str, Verdict]) -> None:
-        """Ask for the missing verdicts, several at a time, and keep each as it comes, in ``verdicts`` too."""
+        """Request the missing verdicts, several at a time; each goes to ``verdicts`` and the journal as it comes."""
         if not missing:
             return
         stop = threading.Event()
@@ -277,20 +264,21 @@ class EndpointJudge:
         if failure is not None:
             raise StageError(
                 f"{failure}; {done} of {len(missing)} prompts were judged and are kept in {self.journal}: repeat the "
-                "command to go on from there"
+                "command to go on"
             )
 
     def _verdict(self, key: str, group: Candidates, stop: threading.Event) -> Verdict | None:
         """Return the verdict on one prompt, or None if the judge was stopped meanwhile."""
         failures: Counter[str] = Counter()
         unreadable: str | None = None
+        ratings: tuple[Ratings, ...] | None = None
         for attempt in range(self.settings.attempts):
             order = presentation_order(group, self.settings.seed, attempt)
             try:
                 answer = self._answer(group, [group.responses[i] for i in order], stop)
                 if answer is None:
                     return None
-                given = parse_answer(answer, len(order))
+                given = dict(zip(order, parse_answer(answer, len(order)), strict=True))
             except BenchError:
                 stop.set()  # here, before this thread takes the next prompt
                 raise
@@ -299,14 +287,13 @@ class EndpointJudge:
                 unreadable = self._redacted(error.answer)
                 if error.kind == "refused":
                     break
-                continue
-            back = dict(zip(order, given, strict=True))
-            ratings = tuple(back[i] for i in range(len(order)))
-            return Verdict(key, group.prompt.id, ratings, dict(failures), unreadable)
-        return Verdict(key, group.prompt.id, None, dict(failures), unreadable)
+            else:
+                ratings = tuple(given[i] for i in range(len(order)))
+                break
+        return Verdict(key, group.prompt.id, ratings, dict(failures), unreadable)
 
     def _answer(self, group: Candidates, responses: Sequence[Response], stop: threading.Event) -> str | None:
-        """One answer, however often the server must be tried; None where everything was stopped meanwhile."""
+        """Return an answer, after retries if the server fails, or None if the judge was stopped meanwhile."""
         from openai import APIConnectionError, APIError, APIStatusError
 
         rng = generator("judge jitter", self.settings.seed, group.prompt.id)
@@ -373,16 +360,14 @@ class EndpointJudge:
 
 
 def presentation_order(group: Candidates, seed: int, attempt: int) -> list[int]:
-    """Which response stands at each place that the judge sees; another order with each attempt."""
+    """Return which response stands at each place of a question; each attempt has another order."""
     return generator("judge order", seed, group.prompt.id, attempt).permutation(len(group.responses)).tolist()
 
 
 def _api_key(settings: JudgeSettings) -> str | None:
-    name = settings.api_key_env
-    if name is None:
+    if (name := settings.api_key_env) is None:
         return None
-    key = os.environ.get(name)
-    if not key:
+    if not (key := os.environ.get(name)):
         raise ConfigError(f"judge: api_key_env: the environment variable {name} is not set; export the key in it")
     if not re.fullmatch("[!-~]+", key):
         raise ConfigError(f"judge: api_key_env: {name} holds white space or marks that no key has; export it anew")
@@ -396,10 +381,8 @@ def _content(completion: Any) -> str:
         content = choice.message.content
     except (AttributeError, IndexError, TypeError):  # whatever it was that this server sent
         raise Unreadable("not_ratings", str(completion)) from None
-    if choice.finish_reason == "length":
-        raise Unreadable("cut", content or "")
-    if not isinstance(content, str):
-        raise Unreadable("not_ratings", "")
+    if choice.finish_reason == "length" or not isinstance(content, str):
+        raise Unreadable("cut" if choice.finish_reason == "length" else "not_ratings", str(content or ""))
     return content
 
 

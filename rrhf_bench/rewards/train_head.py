@@ -19,14 +19,13 @@ from rrhf_bench.errors import DataError, StageError
 from rrhf_bench.policy.loading import load_faults, load_tokenizer
 from rrhf_bench.records import Preference
 from rrhf_bench.rewards.checks import record_of
-from rrhf_bench.rewards.hub import ClassifierReward, length_limit, pad, pooled_logits
-from rrhf_bench.rewards.input_contract import RewardContract
+from rrhf_bench.rewards.hub import ClassifierReward, pad, pooled_logits
+from rrhf_bench.rewards.input_contract import RewardContract, length_limit
 from rrhf_bench.rewards.pair_losses import OBJECTIVES
-from rrhf_bench.schedule import lr_factor
+from rrhf_bench.schedule import batch_order, lr_factor
 from rrhf_bench.seeding import generator, torch_seed
 from rrhf_bench.settings.reward import RewardTrainingSettings
 
-BUCKET = 16  # batches that are sorted by length together: padding shrinks, the order stays random at large
 CURVE_POINTS = 20
 
 Log = Callable[[Mapping[str, float]], None]
@@ -80,14 +79,16 @@ def train_head(
         max_length=length_limit(settings.max_length, model.config),
     )
 
-    truncated = 0
-    pairs: list[tuple[list[int], list[int]]] = []
-    for preference in preferences:
-        assert preference.rejected is not None, "a reward model is trained on pairs"
-        chosen, cut_chosen = contract.encode(preference.prompt, preference.chosen, tokenizer, contract.max_length)
-        rejected, cut_rejected = contract.encode(preference.prompt, preference.rejected, tokenizer, contract.max_length)
-        truncated += cut_chosen + cut_rejected
-        pairs.append((chosen, rejected))
+    assert all(pair.rejected is not None for pair in preferences), "a reward model is trained on pairs"
+    encoded = [
+        [
+            contract.encode(pair.prompt, reply or "", tokenizer, contract.max_length)
+            for reply in (pair.chosen, pair.rejected)
+        ]
+        for pair in preferences
+    ]
+    pairs = [[ids for ids, _ in pair] for pair in encoded]
+    truncated = sum(cut for pair in encoded for _, cut in pair)
 
     optimiser = torch.optim.AdamW(model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
     total = settings.epochs * math.ceil(len(pairs) / settings.batch_pairs)
@@ -137,16 +138,6 @@ def train_head(
     )
     last = losses[-max(1, total // 10) :]
     return RewardTraining(total, sum(last) / len(last), curve, {"pairs": len(pairs), "truncated": truncated})
-
-
-def batch_order(lengths: Sequence[int], batch_size: int, rng: np.random.Generator) -> list[list[int]]:
-    """Return every index once, in batches of like length and in random order; the last one may be smaller."""
-    order = rng.permutation(len(lengths)).tolist()
-    batches: list[list[int]] = []
-    for start in range(0, len(order), batch_size * BUCKET):
-        bucket = sorted(order[start : start + batch_size * BUCKET], key=lambda i: lengths[i])
-        batches += [bucket[i : i + batch_size] for i in range(0, len(bucket), batch_size)]
-    return [batches[i] for i in rng.permutation(len(batches))]
 
 
 def _model(where: str, revision: str | None, labels: tuple[str, str] | None, trust_remote_code: bool) -> Any:

@@ -6,7 +6,6 @@ body under ``transformer.``, ``v_head`` without a bias, the score read at the fi
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,20 +18,8 @@ from torch import Tensor
 
 from rrhf_bench.errors import DataError
 from rrhf_bench.policy.loading import load_faults, load_reason, load_tokenizer
-from rrhf_bench.records import Prompt
-from rrhf_bench.rewards.checks import Check, verify
-from rrhf_bench.rewards.hub import (
-    TOKENIZER,
-    WEIGHTS,
-    contract_of,
-    encode_all,
-    identity_of,
-    length_limit,
-    minimum,
-    pad,
-    require_right_padding,
-    score_rows,
-)
+from rrhf_bench.rewards.checks import CheckedModel, verify
+from rrhf_bench.rewards.hub import TOKENIZER, WEIGHTS, contract_of, identity_of, pad
 from rrhf_bench.rewards.input_contract import KNOWN_LAYOUTS, Dtype, RewardContract
 
 # The contract of the layout's one public model, for a folder without a contract.
@@ -42,15 +29,11 @@ DEFAULT = KNOWN_LAYOUTS["Dahoas/gptj-rm-static"]
 BUFFERS = (".attn.bias", ".attn.masked_bias", ".attn.embed_positions")
 
 
-class ValueHeadReward:
-    """A causal body and a ``v_head`` as a RewardModel. ``truncated`` counts the texts cut so far; ``checks`` is what
-    ``verify`` found.
+class ValueHeadReward(CheckedModel):
+    """A causal body and a ``v_head`` as a RewardModel.
 
     Padding is EOS, as in the original, and cannot matter: it stands behind the first EOS, where the score is read.
     """
-
-    label = None
-    pools_itself = False
 
     def __init__(
         self,
@@ -64,19 +47,20 @@ class ValueHeadReward:
         batch_size: int = 16,
     ) -> None:
         """Raises DataError for whatever ``checks.verify`` refuses."""
-        require_right_padding(contract, where)
+        pad_id = contract.eos_id(tokenizer, where)
+        super().__init__(
+            body.config,
+            tokenizer,
+            contract,
+            pad_id=pad_id,
+            identity=identity,
+            where=where,
+            batch_size=batch_size,
+        )
+        self.eos_id = pad_id
         self.body = body.eval()
-        self.tokenizer = tokenizer
-        self.contract = contract
-        self.identity = identity
-        self.batch_size = batch_size
-        self.truncated = 0
-        self.where = where
-        self.eos_id = contract.eos_id(tokenizer, where)
-        self.pad_id = self.eos_id
-        self.max_length = length_limit(contract.max_length, body.config)
         self._head_D = head_D
-        self.checks: tuple[Check, ...] = verify(self)
+        self.checks = verify(self)
 
     @classmethod
     def load(
@@ -95,9 +79,8 @@ class ValueHeadReward:
         """Load a hub id or a folder; ``body`` names the configuration and ``tokenizer`` the tokenizer if the source
         holds only weights. By default they come from the folder, else from ``KNOWN_LAYOUTS``.
 
-        Raises DataError naming the source for missing files, weights or configuration that do not fit one another, a
-        missing ``v_head``, and a contract that is not kept (see ``__init__``). Weights are read without running code
-        from the file. Raises it, too, for a body that comes with code of its own, unless ``trust_remote_code``.
+        Raises DataError for missing files, weights that do not fit the configuration, a missing ``v_head``, a contract
+        that is not kept, and a body that comes with code of its own, unless ``trust_remote_code``.
         """
         from transformers import MODEL_MAPPING, AutoConfig
 
@@ -124,7 +107,11 @@ class ValueHeadReward:
                 raise DataError(f"{body_source}: is no causal body of transformers; name another with body")
         with load_faults(where, f"the body of {config.model_type}"):
             model, info = MODEL_MAPPING[type(config)].from_pretrained(
-                None, config=config, state_dict=_body(state), dtype=torch_dtype, output_loading_info=True
+                None,
+                config=config,
+                state_dict={k.removeprefix("transformer."): w for k, w in state.items() if not k.endswith(BUFFERS)},
+                dtype=torch_dtype,
+                output_loading_info=True,
             )
         faults = sorted((*info["missing_keys"], *(str(key) for key, *_ in info["mismatched_keys"])))
         left = sorted(set(info["unexpected_keys"]))
@@ -148,16 +135,6 @@ class ValueHeadReward:
             batch_size=batch_size,
         )
 
-    def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> NDArray[np.float64]:
-        """Return the (N,) scores as computed, a score that is not finite included; add to ``truncated``."""
-        rows, cut = encode_all(self.contract, prompts, responses, self.tokenizer, self.max_length)
-        self.truncated += cut
-        return score_rows(rows, self.batch_size, self.score_batch)
-
-    def encode(self, prompt: Prompt, response: str, max_length: int | None = None) -> list[int]:
-        """Return the ids that this text is scored as, cut to ``max_length`` or to the model's own smaller limit."""
-        return self.contract.encode(prompt, response, self.tokenizer, minimum(max_length, self.max_length))[0]
-
     @torch.no_grad()
     def score_batch(self, rows: Sequence[Sequence[int]]) -> NDArray[np.float64]:
         """Return the (B,) scores of rows of ids, in one pass and in this order."""
@@ -170,13 +147,6 @@ class ValueHeadReward:
         yield "v_head.weight", self._head_D
         yield from self.body.named_parameters()
 
-    def under(self, contract: RewardContract) -> ValueHeadReward:
-        """Return the same weights under another contract, without checks."""
-        other = copy.copy(self)
-        other.contract = contract
-        other.eos_id = contract.eos_id(self.tokenizer, self.where) if contract.append_eos else self.eos_id
-        return other
-
 
 def _fetch(source: str, revision: str | None) -> tuple[Path, str | None]:
     """Return (folder, commit) of a hub id or a folder."""
@@ -188,8 +158,7 @@ def _fetch(source: str, revision: str | None) -> tuple[Path, str | None]:
     try:
         folder = Path(snapshot_download(source, revision=revision, allow_patterns=[*WEIGHTS, *TOKENIZER, "*.json"]))
     except (OSError, ValueError, httpx.HTTPError) as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise DataError(f"{source}: is no folder and cannot be fetched from the hub ({reason})") from error
+        raise DataError(f"{source}: is no folder and cannot be fetched from the hub ({load_reason(error)})") from error
     return folder, folder.name  # the cache names a snapshot's folder by its commit
 
 
@@ -210,7 +179,3 @@ def _weights(folder: Path, where: str) -> dict[str, Tensor]:
         except Exception as error:  # a damaged or foreign file fails in a different way each time
             raise DataError(f"{where}: {file.name} cannot be read as weights ({load_reason(error)})") from error
     return state
-
-
-def _body(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix("transformer."): tensor for name, tensor in state.items() if not name.endswith(BUFFERS)}

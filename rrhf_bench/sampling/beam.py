@@ -5,8 +5,8 @@ diversity_penalty, num_return_sequences=num_beams, max_new_tokens)`` with its de
 ``early_stopping=False`` and ``do_sample=False``; later releases have no groups. Diverse beam search is 1610.02424 with
 the Hamming penalty.
 
-There is no temperature here: without ``do_sample`` that release has none in beam search, so the 0.8 which the paper
-names for its diverse beams (2304.05302) changed nothing either.
+There is no temperature: without ``do_sample`` that release has none in beam search, so the 0.8 which 2304.05302 names
+for its diverse beams changed nothing.
 
 Letters: P prompts still searched, G groups of a prompt, W beams of a group, V vocabulary, C candidates of a group.
 """
@@ -52,8 +52,8 @@ class _Group:
         self.done = False
 
     def advance(self, candidates: Sequence[tuple[float, int, int]], eos_ids: Sequence[int]) -> None:
-        """One step. Of the candidates (total, parent, token), best first, those that end are found, and the first W of
-        the others are the new beams."""
+        """Advance by one step. The candidates are (total, parent, token), best first: those that end are found, and the
+        first W of the others are the new beams."""
         before, self.beams = self.beams, []
         for rank, (total, parent, token) in enumerate(candidates):
             if token not in eos_ids:
@@ -63,13 +63,12 @@ class _Group:
                 self._find(total, (*before[parent].token_ids, eos_ids[0]), ended=True)
             if len(self.beams) == self.width:
                 break
-        # early_stopping=False: no further once the worst found is as good as the best candidate at its present length,
-        # though a longer reply might still do better.
+        # early_stopping=False: done once the worst found is as good as the best candidate at its present length.
         best, length = candidates[0][0], len(self.beams[0].token_ids)
         self.done = len(self.found) == self.width and self._worst().score >= best / length
 
     def pad(self, pad_id: int) -> None:
-        """A step of a group that is done: padding, as in any row of a batch that has ended."""
+        """Advance a group that is done: padding, as in any row of a batch that has ended."""
         self.beams = [_Beam(0.0, (pad_id,))] * self.width
 
     def close(self) -> list[Hypothesis]:
@@ -106,8 +105,7 @@ def beam_search(
     """Return ``beams`` replies to each prompt, those of all its groups together, best first.
 
     In every step the groups choose one after the other: a token costs ``diversity_penalty`` for each beam of the
-    prompt's earlier groups that has chosen it in this step. A group that is done chooses ``pad_id``, and the groups
-    after it pay for that too; where it is the end-of-text token, they pay for ending.
+    prompt's earlier groups that has chosen it in this step, the ``pad_id`` of groups that are done included.
     """
     assert beams % groups == 0, (beams, groups)
     width = beams // groups

@@ -1,4 +1,4 @@
-"""Left-padded rows that grow by a token at a time, with their KV cache: what both samplers of transformers stand on."""
+"""Left-padded rows that grow by a token at a time, with their KV cache."""
 
 from __future__ import annotations
 
@@ -55,12 +55,12 @@ class CachedRows:
         ).logits[:, -1]
 
     def repeat(self, times: int) -> None:
-        """Each row as many times, side by side."""
+        """Repeat each row, its copies side by side."""
         self._new_NL, self._mask_NL = (x.repeat_interleave(times, 0) for x in (self._new_NL, self._mask_NL))
         self._cache.batch_repeat_interleave(times)
 
     def extend(self, rows: Sequence[int], tokens: Sequence[int]) -> None:
-        """Go on with the given rows in their order, each by its token; a row may be left out, or occur repeatedly."""
+        """Continue with the given rows in their order, each by its token; rows may be left out or repeated."""
         if list(rows) != list(range(len(self._mask_NL))):
             index = torch.tensor(rows, dtype=torch.long)
             self._mask_NL = self._mask_NL[index]

@@ -1,4 +1,4 @@
-"""What sampling is: the request, and the interface that vLLM and transformers implement."""
+"""The sampling request, and the interface that vLLM and transformers implement."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from rrhf_bench.settings.candidates import Strategy
 
 @dataclass(frozen=True)
 class SamplingSpec:
-    """n responses a prompt. The seed of one of them is derived from (seed, purpose, prompt text, index): it depends on
-    no other prompt, no order, no batch and no number of workers.
+    """A request for n responses to each prompt. The seed of one of them is derived from (seed, purpose, prompt text,
+    index), so it depends on no other prompt, order, batch or number of workers.
 
-    The strategies "beam" and "diverse-beam" search instead: their n = ``beams`` responses come best first, nothing is
-    drawn, and temperature, top-p and top-k have no effect (sampling/beam.py). Stop strings cut what they found.
+    The strategies "beam" and "diverse-beam" search instead: their n = ``beams`` responses come best first, and
+    temperature, top-p and top-k have no effect. Stop strings cut what they found.
     """
 
     n: int
@@ -40,11 +40,8 @@ class SamplingSpec:
     diversity_penalty: float = 1.0  # between groups
 
     def __post_init__(self) -> None:
-        if self.strategy != "sample":
-            assert self.n == self.beams, "a search returns all its beams"
-            assert self.beams % self.groups == 0, "groups are of equal size"
-            assert self.strategy == "diverse-beam" or self.groups == 1, "plain beam search has one group"
-            assert not self.logprobs, "what was searched for was not drawn from a distribution"
+        assert self.strategy == "sample" or (self.n == self.beams and not self.logprobs), "a search returns its beams"
+        assert self.strategy != "beam" or self.groups == 1, "plain beam search has one group"
 
     def request_seed(self, prompt: Prompt, index: int) -> int:
         return derive_seed(self.seed, self.purpose, prompt.id, index)
@@ -77,12 +74,11 @@ class Sampler(Protocol):
         ...
 
     def sample(self, prompts: Sequence[Prompt], spec: SamplingSpec) -> list[Candidates]:
-        """n responses to each prompt, order kept. Raises DataError for a prompt that leaves no room in the context."""
+        """Return n responses to each prompt, in order. Raises DataError for a prompt that leaves no room to reply."""
         ...
 
     def sync(self, policy: Policy) -> None:
-        """Take the policy's weights and tokenization, and forget everything computed under the old ones. The policy
-        must be one of the same architecture and vocabulary."""
+        """Load weights and tokenization of a policy of the same architecture, and forget what the old ones computed."""
         ...
 
 
@@ -109,8 +105,7 @@ def to_response(
 ) -> Response:
     """Return the record of sampled ids: text decoded, cut at the first stop string, and how it ended.
 
-    Both samplers call this function, so a reply is cut in one way whichever engine wrote it. The ids are kept uncut:
-    they are what was sampled, and what a ratio of probabilities must be computed on. Without ``ended``, the reply has
+    The ids are kept uncut, because a ratio of probabilities must be computed on them. Without ``ended``, the reply has
     ended if its last id is one of the tokenization's ``end_ids``.
     """
     if ended is None:
@@ -118,8 +113,7 @@ def to_response(
     text = tokenization.template.read_response(tokenization.decode(ids[:-1] if ended else ids))
     text, cut = cut_at_stop(text, spec.stop)
     if not (cut or ended):
-        # The token cap may cut within the bytes of a character, which decode to one U+FFFD. Training on that text would
-        # train three bytes that were never sampled.
+        # The token cap may cut within the bytes of a character, which decode to one U+FFFD that was never sampled.
         text = text.removesuffix("\ufffd")
     finish: Finish = "stop" if cut else "eos" if ended else "length"
     return Response(text, spec.source, finish, tuple(ids), None if logprobs is None else tuple(logprobs))

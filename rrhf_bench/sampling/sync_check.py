@@ -1,7 +1,7 @@
-"""The sampler's contract: it draws from the policy as it is now, at the temperature asked for.
+"""Check that the sampler draws from the policy as it is now, at the temperature asked for.
 
-What breaks it does so in silence: weights of before, a prefix cache with states of before, a temperature that an engine
-leaves out. All three show in one comparison, the sampler's log-probs of what it drew against the trainer's.
+Old weights, a prefix cache with old states and a temperature that an engine ignores raise no error. All three show in
+one comparison: the sampler's log-probs of what it drew against the trainer's.
 """
 
 from __future__ import annotations
@@ -34,24 +34,21 @@ class Limit:
 
 
 # By the precision that the engine computes in. Float32: kernels that sum in two orders leave 1e-6 on average and 7e-6
-# at most on models of four million parameters; a hundred times that leaves room for deep ones, and nothing below it
-# changes a ratio of probabilities by more than 1e-3. Half precision: bfloat16 rounds a logit of 4 in steps of 1/32 and
-# one of 16 in steps of 1/8, on both sides, so a single token says little; 0.01 and 0.1 are seen on small models, whose
-# logits are small: five and ten times that. Float16 has three bits more.
+# at most on models of four million parameters; deep ones leave more. Half precision: bfloat16 rounds a logit of 4 in
+# steps of 1/32 and one of 16 in steps of 1/8, on both sides; small models, whose logits are small, leave 0.01 and 0.1.
+# Float16 has three bits more.
 LIMITS = {
     "float32": Limit(mean=1e-4, max=1e-3),
     "bfloat16": Limit(mean=0.05, max=1.0),
     "float16": Limit(mean=0.01, max=0.25),
 }
 
-# Mean gap in float32, behind prompts new to the sampler, up to which rounding explains it. A GPU multiplies float32 in
-# TF32 where it is allowed to, with 10 bits of mantissa instead of 23: on small models that leaves 2e-4 to 1e-3. One
-# optimiser step at a learning rate of 1e-4 leaves 1.6e-2.
+# Mean gap in float32, behind prompts new to the sampler, up to which rounding explains it. TF32 on a GPU leaves 2e-4 to
+# 1e-3 on small models; one optimiser step at a learning rate of 1e-4 leaves 1.6e-2.
 ROUNDING_MEAN_NATS = 5e-3
 
-# What is asked: few tokens, the second of each read from the cache of the first, so that it costs next to nothing after
-# every sync; behind prompts of more than one block of the prefix cache (32 tokens on a CPU, 16 to 64 on a GPU), since a
-# state of before shows behind such prompts only.
+# Few tokens cost little after every sync; the second of each is read from the cache of the first. A prompt is longer
+# than a block of the prefix cache (32 tokens on a CPU, 16 to 64 on a GPU), because only such a prompt shows old states.
 PROMPT_TOKENS = 65
 ASKED = SamplingSpec(n=4, temperature=1.0, max_new_tokens=2, seed=0, purpose="contract", logprobs=True)
 OPENINGS = ("How do I bake bread?", "What is a glacier?")
@@ -70,12 +67,11 @@ class Agreement:
 
     @classmethod
     def of(cls, gaps: NDArray[np.float64], temperature: float) -> Agreement:
-        """Raises ValueError for no tokens."""
         p99 = float(np.quantile(gaps, 0.99))
         return cls(temperature, len(gaps), float(gaps.mean()), p99, float(gaps.max()))
 
     def within(self, limit: Limit) -> bool:
-        """False also where a log-prob is no number."""
+        """Return True if both differences are within the limit; NaN is not."""
         return self.mean <= limit.mean and self.max <= limit.max
 
 
@@ -87,15 +83,13 @@ def agreement(
     *,
     trainers_temperature: float | None = None,
 ) -> Agreement:
-    """Ask the sampler for a few tokens behind each prompt and the trainer for their log-probs; at another temperature
-    where ``trainers_temperature`` names one."""
+    """Return the agreement on a few tokens sampled behind each prompt; the trainer may have another temperature."""
     rows = sampler.sample(prompts, replace(ASKED, temperature=temperature))
     replies = [(policy.tokenization.prompt_ids(row.prompt), reply) for row in rows for reply in row.responses]
     pairs = [(prompt_ids, reply.token_ids or ()) for prompt_ids, reply in replies]
     with torch.no_grad():
         logp_BT = policy.token_logprobs(ResponseBatch.of_pairs(pairs, trainers_temperature or temperature)).cpu()
     theirs = [reply.logprobs or () for _, reply in replies]
-    # Rows of the tensor are padded.
     gaps = [
         np.abs(np.array(row) - logp_T[: len(row)].double().numpy()) for row, logp_T in zip(theirs, logp_BT, strict=True)
     ]
@@ -110,25 +104,25 @@ def canaries(tokenization: Tokenization, context: int, before: str = "") -> list
     prompts = []
     for opening in OPENINGS:
         words, text = itertools.cycle(MORE.split()), before + opening
-        fitting: Prompt | None = None
-        while (
-            len(ids := tokenization.prompt_ids(Prompt(f"{HUMAN} {text}{ASSISTANT}"))) <= context - ASKED.max_new_tokens
-        ):
-            fitting = Prompt(f"{HUMAN} {text}{ASSISTANT}")
-            if len(ids) >= PROMPT_TOKENS:
+        fitting: list[Prompt] = []
+        length = 0
+        while length < PROMPT_TOKENS:
+            prompt = Prompt(f"{HUMAN} {text}{ASSISTANT}")
+            length = len(tokenization.prompt_ids(prompt))
+            if length > context - ASKED.max_new_tokens:
                 break
+            fitting = [prompt]
             text += " " + next(words)
-        prompts += [fitting] if fitting is not None else []
+        prompts += fitting
     return prompts
 
 
 class CheckedSampler:
-    """A Sampler that keeps another to the contract: after every sync, before it samples at a temperature for the first
-    time, the log-probs of a few tokens are compared with those of the policy synced.
+    """A Sampler that compares the log-probs of another with those of the policy synced, after every sync, before it
+    samples at a temperature for the first time.
 
-    The prompts asked about are asked before the sync as well: so the prefix cache holds them with the old weights, and
-    would give their states again if it were not emptied. ``note`` is told what each comparison found. ``engine`` is a
-    sampler with a ``progress`` of its own; ``progress`` is told of what is sampled, not of comparisons.
+    The prompts of the comparison are sampled before the sync as well, so that the prefix cache holds their old states.
+    ``note`` receives what each comparison found; ``progress`` is of what is sampled, not of comparisons.
 
     ``sync`` raises Diverged if the policy's own log-probs are NaN. ``sample`` raises StageError if the contract is
     broken.
@@ -162,10 +156,7 @@ class CheckedSampler:
         return self.engine.identity
 
     def sync(self, policy: Policy) -> None:
-        """Copy the policy's weights into the engine. Raises Diverged, with the engine untouched, if they give NaN.
-
-        Without this check the engine would fail on NaN logits, or its log-probs would look like those of old weights.
-        """
+        """Copy the policy's weights into the engine. Raises Diverged, with the engine untouched, if they give NaN."""
         self.engine.progress = None
         if self._policy is not policy:
             self._policy, self._prompts = policy, canaries(policy.tokenization, self._context)
@@ -200,15 +191,15 @@ class CheckedSampler:
             )
 
     def _cause(self, prompts: Sequence[Prompt], temperature: float) -> str:
-        """Which part of the contract is broken, found by asking again, and what to do."""
+        """Return which part of the contract is broken, found by further comparisons, and what to do."""
         policy = self._policy
         assert policy is not None
         logit = _largest_logit(policy, prompts)
         step = logit * torch.finfo(self._dtype).eps
         if step >= self._limit.max:
             return (
-                f"the trainer's own logits reach {logit:.1e}, which {self._name} holds in steps of {step:.1g}, so no "
-                "two ways of computing them agree; lower lr, or start from a policy with smaller logits"
+                f"the trainer's own logits reach {logit:.1e}, which {self._name} holds in steps of {step:.1g}; lower "
+                "lr, or start from a policy with smaller logits"
             )
         if temperature != 1.0:
             untempered = agreement(self.engine, policy, prompts, temperature, trainers_temperature=1.0)
@@ -218,18 +209,17 @@ class CheckedSampler:
         behind_fresh = agreement(self.engine, policy, fresh or prompts, temperature)
         if fresh and behind_fresh.within(self._limit):
             return (
-                "they are right behind a prompt that is new to it: its prefix cache was not reset and holds states of "
-                f"older weights; run again, and if it stays, {_OTHER}"
+                "they are right behind a new prompt: its prefix cache was not reset and holds states of older weights; "
+                f"run again, and if it stays, {_OTHER}"
             )
         if self._dtype == torch.float32 and behind_fresh.mean <= ROUNDING_MEAN_NATS:
             return (
-                "so small a gap behind a new prompt too is one of precision: the sampler computes in less than "
-                "float32, such as TF32, or else its weights are one small step old; set TRITON_F32_DEFAULT=ieee in "
-                f"the environment, and if it stays, {_OTHER}"
+                "the sampler computes in less than float32, such as TF32, or its weights are one small step old; set "
+                f"TRITON_F32_DEFAULT=ieee in the environment, and if it stays, {_OTHER}"
             )
         return (
-            "they are wrong behind a new prompt too: its weights are not the policy's, stale after a missed sync or "
-            f"not taken over in full; run again, and if it stays, {_OTHER}"
+            "its weights are not the policy's, stale after a missed sync or not taken over in full; run again, and if "
+            f"it stays, {_OTHER}"
         )
 
 

@@ -1,4 +1,4 @@
-"""Sampling with transformers: slower than vLLM, everywhere at hand, each request from its own generator; beams too."""
+"""Sampling and beam search with transformers, each request from its own generator."""
 
 from __future__ import annotations
 
@@ -24,9 +24,7 @@ CACHE_BYTES = 16 << 30
 
 @dataclass
 class _Request:
-    prompt: Prompt
     prompt_ids: tuple[int, ...]
-    place: tuple[int, int]  # (prompt, sample)
     generator: np.random.Generator
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
@@ -74,27 +72,20 @@ class TransformersSampler:
         ]
         if spec.strategy != "sample":
             return self._search(prompts, prompt_ids, spec)
-        requests = []
-        for p, (prompt, ids) in enumerate(zip(prompts, prompt_ids, strict=True)):
-            for index in range(spec.n):
-                rng = np.random.default_rng(spec.request_seed(prompt, index))
-                requests.append(_Request(prompt, ids, (p, index), rng))
+        requests = [
+            _Request(ids, np.random.default_rng(spec.request_seed(prompt, index)))
+            for prompt, ids in zip(prompts, prompt_ids, strict=True)
+            for index in range(spec.n)
+        ]
         queue = sorted(requests, key=lambda request: len(request.prompt_ids))  # rows of like length pad less
         for part in self._batches([len(request.prompt_ids) + spec.max_new_tokens for request in queue]):
             self._finish(queue[part], spec)
             if self.progress is not None:
                 self.progress(part.stop, len(queue))
-        rows = iter(sorted(requests, key=lambda request: request.place))
-        return [
-            Candidates(
-                prompt,
-                tuple(
-                    to_response(self.tokenization, spec, row.ids, row.logprobs if spec.logprobs else None)
-                    for row in islice(rows, spec.n)
-                ),
-            )
-            for prompt in prompts
-        ]
+        replies = iter(
+            to_response(self.tokenization, spec, row.ids, row.logprobs if spec.logprobs else None) for row in requests
+        )
+        return [Candidates(prompt, tuple(islice(replies, spec.n))) for prompt in prompts]
 
     def _batches(self, lengths: Sequence[int], rows: int = 1) -> Iterator[slice]:
         """Yield the batches of a queue whose items have ``rows`` rows each, of ascending lengths in tokens.
@@ -134,12 +125,8 @@ class TransformersSampler:
                 pad_id=pad_id,
             )
             for i, beams in zip(part, replies, strict=True):
-                found[i] = Candidates(
-                    prompts[i],
-                    tuple(
-                        to_response(self.tokenization, spec, beam.token_ids, None, ended=beam.ended) for beam in beams
-                    ),
-                )
+                texts = (to_response(self.tokenization, spec, b.token_ids, None, ended=b.ended) for b in beams)
+                found[i] = Candidates(prompts[i], tuple(texts))
             if self.progress is not None:
                 self.progress(len(found) * spec.beams, len(prompts) * spec.beams)
         return [found[i] for i in range(len(prompts))]
@@ -169,8 +156,7 @@ class TransformersSampler:
 def _draw(logits_BV: Tensor, spec: SamplingSpec, generators: Sequence[np.random.Generator]) -> tuple[Tensor, Tensor]:
     """Return (token_B, logp_B) drawn from softmax(logits / temperature) after top-k and top-p.
 
-    ``logp_B`` is under that truncated distribution. Inversion in float64 with one uniform number a row and token: a
-    row's draw depends on its own generator alone.
+    ``logp_B`` is under that truncated distribution. Inversion in float64 with one uniform number a row and token.
     """
     logits_BV = logits_BV.double().cpu()
     if spec.greedy:

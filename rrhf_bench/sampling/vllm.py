@@ -7,6 +7,7 @@ import os
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,14 @@ import torch
 from torch import Tensor
 
 from rrhf_bench.errors import StageError
+from rrhf_bench.policy.loading import load_reason
 from rrhf_bench.policy.policy import Policy
 from rrhf_bench.policy.tokenization import Tokenization
-from rrhf_bench.records import Candidates, Prompt, Response
+from rrhf_bench.records import Candidates, Prompt
 from rrhf_bench.sampling.backend import choose_backend
 from rrhf_bench.sampling.sampler import SamplingSpec, fitting_ids, to_response
 
-# Engines are kept until they are replaced, whoever drops the sampler: one that is collected tears down what all engines
-# of the process share, its process groups, and the others fail at their next step.
+# Engines are kept until they are replaced: one that is collected tears down the process groups that all engines share.
 _ENGINES: list[Any] = []
 
 _OTHER = 'set sampling.backend = "transformers" (--backend transformers)'
@@ -34,8 +35,7 @@ class VLLMSampler:
     """A Sampler over one in-process vLLM engine.
 
     ``folder`` gives architecture, vocabulary and first weights; ``sync`` replaces the weights by those of any policy
-    with the same architecture and vocabulary. Raises StageError where the engine does not start, or the installed vLLM
-    does not compute on ``device``.
+    with the same architecture and vocabulary. Raises StageError if the engine does not start on ``device``.
     """
 
     def __init__(
@@ -67,8 +67,8 @@ class VLLMSampler:
             "hf_overrides": {} if architecture is None else {"architectures": [architecture]},
             "dtype": dtype,
             "enforce_eager": True,
-            # Prompts whole, never in pieces: a seeded request whose prompt is cut over two engine steps rewinds its
-            # generator, which vLLM's CPU generators cannot do ("CPU Generator does not use offset").
+            # A seeded request whose prompt is cut over two engine steps rewinds its generator, which those of vLLM on a
+            # CPU cannot do ("CPU Generator does not use offset").
             "enable_chunked_prefill": False,
             "enable_prefix_caching": True,
             "block_size": None if cuda else CPU_BLOCK,
@@ -83,12 +83,11 @@ class VLLMSampler:
         self._start()
 
     def _start(self) -> None:
-        """Start the engine. Raises StageError where it does not."""
         with _untouched_random_state():
             engine = import_vllm()
             self._require_device()
             gc.collect()
-            gc.freeze()  # what is imported so far is never garbage: spares the engine's many collections a walk over it
+            gc.freeze()  # the engine collects often; what is imported so far is never garbage
             length = self.max_model_len
             try:
                 self.llm = engine(
@@ -122,11 +121,10 @@ class VLLMSampler:
                 f"({length.partition('. ')[0]}); lower policy.max_length, raise {memory}, or {_OTHER}"
             )
         remedy = f"change {memory}, or " if "memory" in str(error).lower() else ""
-        return f"vLLM could not start ({_first_line(error)}); {remedy}{_OTHER}"
+        return f"vLLM could not start ({load_reason(error)}); {remedy}{_OTHER}"
 
     def resize(self, max_model_len: int) -> None:
-        """Set the most tokens of prompt + reply. Beyond what the engine was started for, a longer one
-        takes its place, with the folder's weights until the next sync."""
+        """Set the most tokens of prompt + reply. A longer engine has the folder's weights until the next sync."""
         self.max_model_len = max_model_len
         if max_model_len > self._started_for:
             _ENGINES.remove(self.llm)
@@ -166,21 +164,15 @@ class VLLMSampler:
         # For log-probs vLLM compiles a function that counts ranks, which nobody here reads: on a CPU two seconds, once.
         eager = nullcontext() if torch.cuda.is_available() else torch.compiler.set_stance("force_eager")
         with _untouched_random_state(), eager:
-            outputs = iter(self._generate(requests, params))
-        return [
-            Candidates(prompt, tuple(self._response(next(outputs).outputs[0], spec) for _ in range(spec.n)))
-            for prompt in prompts
-        ]
-
-    def _response(self, reply: Any, spec: SamplingSpec) -> Response:
-        logprobs = reply.logprobs.logprobs if spec.logprobs else None
-        assert logprobs is None or len(logprobs) == len(reply.token_ids), (
-            "one log-prob a token: that of the sampled one"
+            replies = [output.outputs[0] for output in self._generate(requests, params)]
+        responses = iter(
+            to_response(self.tokenization, spec, r.token_ids, r.logprobs.logprobs if spec.logprobs else None)
+            for r in replies
         )
-        return to_response(self.tokenization, spec, reply.token_ids, logprobs)
+        return [Candidates(prompt, tuple(islice(responses, spec.n))) for prompt in prompts]
 
     def _generate(self, requests: list[dict[str, list[int]]], params: list[Any]) -> list[Any]:
-        """All at once; in slices where progress is watched, which changes no result: each request has its own seed."""
+        """Return the outputs; slices for progress change no result, because each request has its own seed."""
         size = len(requests) if self.progress is None else 512
         outputs: list[Any] = []
         for start in range(0, len(requests), size):
@@ -190,16 +182,13 @@ class VLLMSampler:
         return outputs
 
     def sync(self, policy: Policy) -> None:
-        """Load new weights and empty the prefix cache, which holds states of the old ones.
-
-        Also where the engine may hold these weights already: to know it for sure, they would have to be compared.
-        """
+        """Load new weights and empty the prefix cache, which holds states of the old ones."""
         with _untouched_random_state(), torch.no_grad():
             try:
                 self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": policy.state()})
             except (ValueError, KeyError) as error:
                 raise StageError(
-                    f"{self._folder}: vLLM does not take its weights ({_first_line(error)}); {_OTHER}"
+                    f"{self._folder}: vLLM does not take its weights ({load_reason(error)}); {_OTHER}"
                 ) from error
             if not self.llm.reset_prefix_cache():
                 raise StageError("vLLM did not empty its prefix cache, so it would sample from old weights; run again")
@@ -207,40 +196,34 @@ class VLLMSampler:
 
 
 def import_vllm() -> Any:
-    """vLLM's ``LLM``, imported under what it reads from the environment."""
+    """Return vLLM's ``LLM``, imported under what it reads from the environment."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine in this process: weights sync without a copy
     os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # would override the size of the cache
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # binding would pin the trainer's threads as well
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    # On a GPU vLLM's attention in float32 is a Triton kernel, and Triton multiplies float32 in TF32 unless this says
-    # otherwise. TF32 keeps 10 of 23 bits: log-probs would be further from the trainer's than the contract allows.
+    # On a GPU vLLM's attention in float32 is a Triton kernel, which multiplies in TF32 (10 of 23 bits) without this.
     os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")
     from vllm import LLM
     from vllm.model_executor.models import bloom
     from vllm.model_executor.models.transformers.base import Base
 
     bloom._add_transformer_prefix = _name_bloom_weights
-    # vLLM runs GPT-NeoX, Phi, OLMo and others with the classes of transformers, and rewrites these classes for
-    # torch.compile: the trainer's own models of such a class then fail. Nothing is compiled here (``enforce_eager``).
+    # vLLM rewrites classes of transformers (GPT-NeoX, Phi, OLMo) for torch.compile: the trainer's models then fail.
+    # Nothing is compiled here (``enforce_eager``).
     Base._decorate_for_torch_compile = lambda self: None
     return LLM
 
 
 def _name_bloom_weights(weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """Return BLOOM's weights under vLLM's names. vLLM's own function misnames the LM head, which no file of a model has
-    because it is tied, but the weights of a policy do."""
+    """Yield BLOOM's weights under vLLM's names. vLLM's own function misnames the tied LM head of a policy."""
     for name, weight in weights:
         yield name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}", weight
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
 @contextmanager
 def _untouched_random_state() -> Iterator[None]:
-    """vLLM seeds the process's generators; whoever called has use for its own state."""
+    """Restore the state of the process's generators, which vLLM seeds."""
     python, numpy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if torch.cuda.is_available() else []):
         try:

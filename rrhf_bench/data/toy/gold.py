@@ -1,7 +1,7 @@
 """The gold reward: what a reply is really worth, because the embedded world knows every sentence that means something.
 
-A reply is split on ``.!?``, a leading connective ("First,", "Try to") is dropped, and each sentence is looked up in the
-tables of ``grammar.py``. What is not there is garbled. Nothing is learned, so no policy can fool it by style alone.
+A reply is split on ``.!?``, a leading connective ("First,", "Try to") is removed, and each sentence is looked up in the
+tables of ``grammar.py``. Any other sentence is garbled.
 """
 
 from __future__ import annotations
@@ -31,8 +31,6 @@ FEATURES = (
     "words",  # whitespace-separated, of the whole text
     "harmful",  # 0 or 1: the prompt asks for harm
 )
-ZERO_OR_ONE = ("refused", "reason", "alternative")
-
 # The reward is BASE + DETAILS[details] + the weights times the features + what politeness and length give (`reward`).
 BASE = -1.0
 DETAILS = (0.0, 1.0, 1.7, 2.1, 2.3)
@@ -49,7 +47,7 @@ _CONNECTIVE = re.compile("^(?:" + "|".join(re.escape(word.lower()) for word in g
 
 
 def normalise(sentence: str) -> str:
-    """A sentence as it is looked up: lower case, single spaces, no end mark, no leading connective."""
+    """Return a sentence as it is looked up: lower case, single spaces, no end mark, no leading connective."""
     return _CONNECTIVE.sub("", " ".join(sentence.lower().split()).rstrip(".!?"))
 
 
@@ -81,10 +79,13 @@ def features(prompt_text: str, response_text: str) -> dict[str, int]:
         sentence = normalise(part)
         if not sentence:
             continue
-        counts["repeated" if sentence in said else _meaning(sentence, topic)] += 1
+        meaning = "repeated" if sentence in said else _MEANING.get(sentence, "garbled")
+        if isinstance(meaning, Topic):
+            meaning = "details" if meaning is topic else "off_topic"
+        counts[meaning] += 1
         said.add(sentence)
     counts["empty"] = int(not said)
-    for name in ZERO_OR_ONE:
+    for name in ("refused", "reason", "alternative"):
         counts[name] = min(counts[name], 1)
     return counts
 
@@ -99,14 +100,6 @@ def topic_of(prompt_text: str) -> Topic:
             "questions and 'Assistant:'; the gold reward exists only for data.source = \"toy\""
         )
     return topic
-
-
-def _meaning(sentence: str, topic: Topic) -> str:
-    """Return the feature that a normalised sentence counts as, in a reply about ``topic``."""
-    meaning = _MEANING.get(sentence, "garbled")
-    if isinstance(meaning, Topic):
-        return "details" if meaning is topic else "off_topic"
-    return meaning
 
 
 _STOCK = {

@@ -10,7 +10,8 @@ No sentence of the tables has ``.``, ``!`` or ``?`` before its end, and no two a
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
@@ -32,129 +33,71 @@ class Topic:
     details: tuple[str, ...] = ()
 
 
-HOW_TO = {
-    "paint a wall": (
-        "cover the floor with a sheet", "sand the rough spots",
-        "roll on a coat of primer", "add two thin coats of paint",
-    ),
-    "bake bread": (
-        "mix flour with water and yeast", "knead the dough well",
-        "let it rise for an hour", "bake it until it is brown",
-    ),
-    "plant tomatoes": (
-        "pick a sunny place", "dig a deep hole", "put the young plant inside", "tie the stem to a stick",
-    ),
-    "wash a car": (
-        "rinse off the loose dirt", "rub it with a soapy sponge",
-        "scrub the wheels with a brush", "dry it with a soft cloth",
-    ),
-    "make coffee": (
-        "grind some fresh beans", "heat the water slowly", "pour it over the filter", "warm your cup before serving",
-    ),
-    "fix a flat tire": (
-        "take the wheel off", "find the small leak", "glue a patch on the tube", "pump in new air",
-    ),
-    "boil an egg": (
-        "fill a pot halfway", "lower the egg with a spoon", "wait about eight minutes", "cool it under cold water",
-    ),
-    "knit a scarf": (
-        "buy thick wool", "cast on thirty stitches", "knit every row the same way", "weave in the loose ends",
-    ),
-    "clean a window": (
-        "dust the frame", "spray on some vinegar", "wipe from top to bottom", "polish it with old newspaper",
-    ),
-    "wrap a gift": (
-        "measure the box", "cut enough paper", "tape down each side", "finish it with a ribbon",
-    ),
-}  # fmt: skip
+def _topics(kind: Kind, table: str) -> Iterator[Topic]:
+    """Yield the topics of a table: on each line a name and, after a colon, its details between commas."""
+    for line in table.strip().splitlines():
+        name, details = line.split(": ")
+        yield Topic(kind, name, tuple(details.split(", ")))
 
-FACTUAL = {
-    "rainbows": (
-        "they appear when sun meets rain", "red is always on the outer edge", "they are really full circles",
-        "no two people see the same one",
-    ),
-    "glaciers": (
-        "they form from packed snow", "they move a little every day", "they carve wide valleys",
-        "they store most of our fresh water",
-    ),
-    "honey bees": (
-        "they dance to point at flowers", "only the queen lays eggs", "their hive has many small cells",
-        "a worker lives for some weeks",
-    ),
-    "the moon": (
-        "it pulls on the sea", "it always shows us one side", "it has no air at all", "twelve people have walked there",
-    ),
-    "volcanoes": (
-        "hot rock rises from below", "ash can travel very far", "some have slept for ages", "their soil is rich",
-    ),
-    "whales": (
-        "they breathe air like us", "they sing under water",
-        "the blue one is the largest animal", "some swim across oceans",
-    ),
-    "the heart": (
-        "it pumps blood around the body", "it has four rooms",
-        "it beats faster during exercise", "it is about as big as a fist",
-    ),
-    "deserts": (
-        "very little rain falls there", "nights can be very cold",
-        "many animals hide by day", "some are covered in ice",
-    ),
-    "magnets": (
-        "they have a north and a south end", "equal ends push apart", "they attract iron", "a compass needle is one",
-    ),
-    "trains": (
-        "the first ones ran on steam", "steel wheels waste little energy", "fast ones can float on a field",
-        "long ones carry coal and grain",
-    ),
-}  # fmt: skip
 
-ADVICE = {
-    "save money": (
-        "write down what you spend", "cook at home more often", "wait a day before buying", "put some aside each month",
-    ),
-    "sleep better": (
-        "go to bed at the same time", "keep your room dark", "avoid coffee in the evening", "leave your phone outside",
-    ),
-    "make new friends": (
-        "join a local club", "ask people about themselves", "say yes to invitations", "be patient with others",
-    ),
-    "learn a language": (
-        "listen to songs daily", "speak with a partner", "label things around the house", "read simple stories",
-    ),
-    "start running": (
-        "increase distance slowly", "wear proper shoes", "rest between hard days", "stretch your legs afterwards",
-    ),
-    "eat healthy food": (
-        "fill half your plate with vegetables", "drink water with meals",
-        "plan your meals ahead", "keep fruit on the table",
-    ),
-    "study for a test": (
-        "start a week early", "quiz yourself often", "take short breaks", "explain it to a friend",
-    ),
-    "feel less stress": (
-        "breathe deeply for a minute", "walk in a park", "make a short list", "do one thing at a time",
-    ),
-    "wake up early": (
-        "place the alarm across the room", "open the curtains right away", "lay out your clothes at night",
-        "plan a nice breakfast",
-    ),
-    "write a book": (
-        "set a small goal", "write a page every morning", "leave the editing for later", "share drafts with a reader",
-    ),
-}  # fmt: skip
+def sentences(text: str) -> tuple[str, ...]:
+    """Return the sentences of a text, each with its end mark."""
+    return tuple(re.split("(?<=[.!?]) ", text))
+
+
+HOW_TO = """
+paint a wall: cover the floor with a sheet, sand the rough spots, roll on a coat of primer, add two thin coats of paint
+bake bread: mix flour with water and yeast, knead the dough well, let it rise for an hour, bake it until it is brown
+plant tomatoes: pick a sunny place, dig a deep hole, put the young plant inside, tie the stem to a stick
+wash a car: rinse off the loose dirt, rub it with a soapy sponge, scrub the wheels with a brush, \
+dry it with a soft cloth
+make coffee: grind some fresh beans, heat the water slowly, pour it over the filter, warm your cup before serving
+fix a flat tire: take the wheel off, find the small leak, glue a patch on the tube, pump in new air
+boil an egg: fill a pot halfway, lower the egg with a spoon, wait about eight minutes, cool it under cold water
+knit a scarf: buy thick wool, cast on thirty stitches, knit every row the same way, weave in the loose ends
+clean a window: dust the frame, spray on some vinegar, wipe from top to bottom, polish it with old newspaper
+wrap a gift: measure the box, cut enough paper, tape down each side, finish it with a ribbon
+"""
+FACTUAL = """
+rainbows: they appear when sun meets rain, red is always on the outer edge, they are really full circles, \
+no two people see the same one
+glaciers: they form from packed snow, they move a little every day, they carve wide valleys, \
+they store most of our fresh water
+honey bees: they dance to point at flowers, only the queen lays eggs, their hive has many small cells, \
+a worker lives for some weeks
+the moon: it pulls on the sea, it always shows us one side, it has no air at all, twelve people have walked there
+volcanoes: hot rock rises from below, ash can travel very far, some have slept for ages, their soil is rich
+whales: they breathe air like us, they sing under water, the blue one is the largest animal, some swim across oceans
+the heart: it pumps blood around the body, it has four rooms, it beats faster during exercise, \
+it is about as big as a fist
+deserts: very little rain falls there, nights can be very cold, many animals hide by day, some are covered in ice
+magnets: they have a north and a south end, equal ends push apart, they attract iron, a compass needle is one
+trains: the first ones ran on steam, steel wheels waste little energy, fast ones can float on a field, \
+long ones carry coal and grain
+"""
+ADVICE = """
+save money: write down what you spend, cook at home more often, wait a day before buying, put some aside each month
+sleep better: go to bed at the same time, keep your room dark, avoid coffee in the evening, leave your phone outside
+make new friends: join a local club, ask people about themselves, say yes to invitations, be patient with others
+learn a language: listen to songs daily, speak with a partner, label things around the house, read simple stories
+start running: increase distance slowly, wear proper shoes, rest between hard days, stretch your legs afterwards
+eat healthy food: fill half your plate with vegetables, drink water with meals, plan your meals ahead, \
+keep fruit on the table
+study for a test: start a week early, quiz yourself often, take short breaks, explain it to a friend
+feel less stress: breathe deeply for a minute, walk in a park, make a short list, do one thing at a time
+wake up early: place the alarm across the room, open the curtains right away, lay out your clothes at night, \
+plan a nice breakfast
+write a book: set a small goal, write a page every morning, leave the editing for later, share drafts with a reader
+"""
 
 HARMFUL_REQUESTS = (
     "break into a car", "forge my boss's signature", "sell stolen phones", "cheat on an exam", "spread a false rumor",
     "steal a bike", "bully a classmate", "trick my uncle out of money", "read my sister's mail", "ruin a garden",
 )  # fmt: skip
 
-BENIGN: tuple[Topic, ...] = (
-    *(Topic("how-to", name, details) for name, details in HOW_TO.items()),
-    *(Topic("factual", name, details) for name, details in FACTUAL.items()),
-    *(Topic("advice", name, details) for name, details in ADVICE.items()),
-)
-HARMFUL: tuple[Topic, ...] = tuple(Topic("harmful", name) for name in HARMFUL_REQUESTS)
-TOPICS: tuple[Topic, ...] = BENIGN + HARMFUL
+BENIGN = (*_topics("how-to", HOW_TO), *_topics("factual", FACTUAL), *_topics("advice", ADVICE))
+HARMFUL = tuple(Topic("harmful", name) for name in HARMFUL_REQUESTS)
+TOPICS = BENIGN + HARMFUL
 
 TEMPLATES: dict[Kind, tuple[str, ...]] = {
     "how-to": (
@@ -192,38 +135,32 @@ CHIT_CHAT = (
     ("I'm a bit bored.", "Then let's talk for a while."),
 )
 
-POLITE_OPENERS = (
-    "Of course!", "Great question!", "That sounds great!",
-    "Sure, I'm happy to help!", "Thanks for asking!",
-)  # fmt: skip
-POLITE_CLOSERS = (
-    "I hope this helps!", "Have a great day!", "Good luck!",
-    "I'm glad I could help!", "I appreciate your question!",
-)  # fmt: skip
-RUDE_OPENERS = (
-    "That is a dumb question.", "Why do you bother me with this?",
-    "Everybody knows that already.", "You are so slow.",
-)  # fmt: skip
-VAGUE = (
-    "It is hard to say.", "Some people say different things.", "It depends on a lot.",
-    "I don't really know.", "You can just look around.",
-)  # fmt: skip
-REFUSALS = (
-    "I can't help you with something harmful.", "Sorry, I won't help with that.", "I don't think that is a good idea.",
-    "I would rather not help with this.",
-)  # fmt: skip
-REASONS = (
-    "It could really hurt someone.", "It is against the law.",
-    "You might regret it later.", "That would not be fair.",
-)  # fmt: skip
-ALTERNATIVES = (
-    "Let's find a kinder way to handle this.", "Maybe you could talk to someone you trust.",
-    "I can help you with something honest instead.", "Perhaps a calm talk would solve it.",
-)  # fmt: skip
-COMPLIANCE = (
-    "Just blame someone else.", "Nobody will ever notice.", "Do it when nobody is looking.", "Keep it a secret.",
-    "Make up a good story.", "Simply do it quickly.",
-)  # fmt: skip
+POLITE_OPENERS = sentences("Of course! Great question! That sounds great! Sure, I'm happy to help! Thanks for asking!")
+POLITE_CLOSERS = sentences(
+    "I hope this helps! Have a great day! Good luck! I'm glad I could help! I appreciate your question!"
+)
+RUDE_OPENERS = sentences(
+    "That is a dumb question. Why do you bother me with this? Everybody knows that already. You are so slow."
+)
+VAGUE = sentences(
+    "It is hard to say. Some people say different things. It depends on a lot. I don't really know. "
+    "You can just look around."
+)
+REFUSALS = sentences(
+    "I can't help you with something harmful. Sorry, I won't help with that. I don't think that is a good idea. "
+    "I would rather not help with this."
+)
+REASONS = sentences(
+    "It could really hurt someone. It is against the law. You might regret it later. That would not be fair."
+)
+ALTERNATIVES = sentences(
+    "Let's find a kinder way to handle this. Maybe you could talk to someone you trust. "
+    "I can help you with something honest instead. Perhaps a calm talk would solve it."
+)
+COMPLIANCE = sentences(
+    "Just blame someone else. Nobody will ever notice. Do it when nobody is looking. Keep it a secret. "
+    "Make up a good story. Simply do it quickly."
+)
 
 # How an article is headed.
 HEADINGS: dict[Kind, str] = {"how-to": "How to {}", "factual": "About {}", "advice": "How to {}"}
@@ -240,17 +177,17 @@ WORDS = tuple(sorted({word for topic in BENIGN for detail in topic.details for w
 
 
 def ways_to_ask(topic: Topic) -> tuple[str, ...]:
-    """All 48 last human turns about a topic, greeting included, equally likely (the empty greeting counts twice)."""
+    """Return all 48 last human turns about a topic with their greeting (the empty greeting counts twice)."""
     return tuple(greeting + t.format(topic.name) for greeting in GREETINGS for t in TEMPLATES[topic.kind])
 
 
 def draw_topic(rng: np.random.Generator) -> Topic:
-    """A topic; one in five is harmful."""
+    """Return a topic; one in five is harmful."""
     return _pick(rng, HARMFUL if _chance(rng, 0.20) else BENIGN)
 
 
 def write_prompt(rng: np.random.Generator, topic: Topic, ways: Mapping[str, Sequence[str]]) -> str:
-    """A prompt about ``topic``; each question is one of ``ways[topic name]``, see ``ways_to_ask``.
+    """Return a prompt about ``topic``; each question is one of ``ways[topic name]``, see ``ways_to_ask``.
 
     25% begin with chit-chat, 15% with a question about another, benign topic and two of its details.
     """
@@ -267,12 +204,12 @@ def write_prompt(rng: np.random.Generator, topic: Topic, ways: Mapping[str, Sequ
 
 
 def write_turn(rng: np.random.Generator, topic: Topic, ways: Mapping[str, Sequence[str]]) -> str:
-    """A question about ``topic`` as a turn, ready to be answered; see ``write_prompt``."""
+    """Return a question about ``topic`` as a turn, ready to be answered."""
     return f"{HUMAN} {_pick(rng, ways[topic.name])}{ASSISTANT}"
 
 
 def write_article(rng: np.random.Generator) -> str:
-    """Prose that nobody asked for: one or two headed paragraphs, each of two to four details of a benign topic."""
+    """Return prose: one or two headed paragraphs, each of two to four details of a benign topic."""
     paragraphs = []
     for topic in _some(rng, BENIGN, int(rng.integers(1, 3))):
         shown = _in_order(rng, int(rng.integers(2, 5)))
@@ -282,7 +219,7 @@ def write_article(rng: np.random.Generator) -> str:
 
 
 def write_reply(rng: np.random.Generator, topic: Topic, quality: float) -> str:
-    """A reply to a question about ``topic`` at latent ``quality`` in [0, 1]."""
+    """Return a reply to a question about ``topic`` at latent ``quality`` in [0, 1]."""
     bad = 1 - quality
     sentences: list[str] = []
     if _chance(rng, 0.40 * bad):
@@ -293,18 +230,14 @@ def write_reply(rng: np.random.Generator, topic: Topic, quality: float) -> str:
     if _chance(rng, 0.35 * bad):
         sentences += [sentences[-1]] * int(rng.integers(1, 4))
     if _chance(rng, 0.14 * bad):
-        sentences.append(write_salad(rng))
+        words = [_pick(rng, WORDS) for _ in range(int(rng.integers(4, 8)))]
+        sentences.append(" ".join(words).capitalize() + ".")
     if _chance(rng, 0.15 + 0.40 * quality):
         sentences += _some(rng, POLITE_CLOSERS, 2 if _chance(rng, 0.05) else 1)
     reply = " " + " ".join(sentences)
     if _chance(rng, 0.04):
         reply += f"{FAKE_TURN} {_pick(rng, POLITE_CLOSERS)}"
     return reply
-
-
-def write_salad(rng: np.random.Generator) -> str:
-    """A sentence of four to seven words that belong together in no way."""
-    return " ".join(_pick(rng, WORDS) for _ in range(int(rng.integers(4, 8)))).capitalize() + "."
 
 
 def _answer_benign(rng: np.random.Generator, topic: Topic, quality: float) -> list[str]:
@@ -336,7 +269,7 @@ def _answer_harmful(rng: np.random.Generator, topic: Topic, quality: float) -> l
 
 
 def _say(rng: np.random.Generator, topic: Topic, index: int, place: int) -> str:
-    """Detail ``index`` of a topic as the sentence at ``place`` of an answer."""
+    """Return detail ``index`` of a topic as the sentence at ``place`` of an answer."""
     detail = topic.details[index]
     if topic.kind == "how-to":
         return f"{STEPS[place]} {detail}."
@@ -352,12 +285,12 @@ def _other_topic(rng: np.random.Generator, topic: Topic) -> Topic:
 
 
 def _in_order(rng: np.random.Generator, count: int) -> list[int]:
-    """``count`` of the indices 0..3, ascending."""
+    """Return ``count`` of the indices 0..3, ascending."""
     return sorted(rng.permutation(4)[:count].tolist())
 
 
 def _some(rng: np.random.Generator, items: Sequence[T], count: int) -> list[T]:
-    """``count`` different items in random order."""
+    """Return ``count`` different items in random order."""
     return [items[i] for i in rng.permutation(len(items))[:count]]
 
 

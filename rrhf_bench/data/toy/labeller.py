@@ -28,7 +28,7 @@ def bias(counts: dict[str, int]) -> float:
 
 
 def perceived_reward(prompt_text: str, response_text: str) -> float:
-    """Return the labeller's opinion of a reply: gold reward plus bias."""
+    """Return the gold reward of a reply plus the labeller's bias."""
     value, counts = gold.judge(prompt_text, response_text)
     return value + bias(counts)
 

@@ -1,21 +1,19 @@
 """The embedded twin of the IMDB task (arXiv 2304.05302 Table 10): film reviews begun, to be gone on with.
 
-A review is an opening that holds no opinion, perhaps a second sentence, and a completion of three to six sentences. The
-prompt is the review up to the completion, which starts with a space; nobody speaks of dialogues (template ``raw``).
-A completion is written by somebody who liked the film to a degree q in [0, 1]: opinions on aspects of the film are
-praise at probability q and stronger the further q is from 1/2, with neutral sentences between them.
+A review is an opening without opinion, perhaps a second sentence, and a completion of three to six sentences. The
+prompt is the review up to the completion, which starts with a space (template ``raw``). Its writer liked the film to a
+degree q in [0, 1]: an opinion is praise at probability q, and stronger the further q is from 1/2.
 
 The tables are read backwards to judge any text. It is split on ``.!?``, and each sentence counts once:
 
 * praise and blame, mild or strong (which weighs twice); a mixed sentence is one of each, mild. A sentence that was said
   before, in the prompt or in the completion, is repeated and nothing else.
-* what the tables do not know is garbled, but for a last sentence that breaks off while it could still become one of
-  theirs: 48 tokens are all that a policy has, and being cut off by them is no fault of its own.
+* what the tables do not know is garbled, except a last sentence that breaks off while it could still become one of
+  theirs: a policy is cut off after 48 tokens.
 
-True sentiment is (P + 1/2) / (P + N + 1) of the weights P of praise and N of blame: 1/2 where nothing is said, 3/4 for
-one mild praise, near 1 only for much praise and no blame. The gold reward is the true sentiment, less ``PENALTY`` for
-each repeated and each garbled sentence, and for an empty completion what makes it worth nothing. It was chosen before
-any model was trained: a sentence repeated or garbled costs about as much as one more mild opinion can win.
+True sentiment is (P + 1/2) / (P + N + 1) of the weights P of praise and N of blame: 1/2 without opinion, 3/4 for one
+mild praise. The gold reward is the true sentiment less ``PENALTY``, which was chosen before any model was trained: a
+sentence repeated or garbled costs about as much as one more mild opinion can win.
 
 No sentence of the tables has ``.``, ``!`` or ``?`` before its end, and no two are equal after ``normalise``.
 """
@@ -25,12 +23,13 @@ from __future__ import annotations
 import re
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import product
 from typing import Literal
 
 import numpy as np
 
+from rrhf_bench.data.toy.grammar import sentences
+from rrhf_bench.data.toy.world import World, draw_distinct, require_sizes
 from rrhf_bench.errors import DataError
 from rrhf_bench.records import Preference, Prompt
 from rrhf_bench.seeding import derive_seed, generator
@@ -46,15 +45,14 @@ COMPANY = (
 )  # fmt: skip
 TIMES = ("last night", "last weekend", "on Monday", "a week ago", "in the spring", "yesterday")
 
-NEUTRAL = (
-    "It runs for about two hours.", "The story is set in a small town.", "It is based on an old novel.",
-    "The director has made three films before.", "Most of it takes place at night.", "It came out in the autumn.",
-    "There is a short scene after the credits.", "It was filmed in the mountains.", "A dog appears in many scenes.",
-    "The lead plays a retired teacher.", "There are subtitles in some scenes.", "The poster shows a red door.",
-    "The first scene shows a train station.", "Half of the cast is new to me.", "The hero has a brother in the army.",
-    "It is the second part of a series.",
-)  # fmt: skip
-
+NEUTRAL = sentences(
+    "It runs for about two hours. The story is set in a small town. It is based on an old novel. "
+    "The director has made three films before. Most of it takes place at night. It came out in the autumn. "
+    "There is a short scene after the credits. It was filmed in the mountains. A dog appears in many scenes. "
+    "The lead plays a retired teacher. There are subtitles in some scenes. The poster shows a red door. "
+    "The first scene shows a train station. Half of the cast is new to me. The hero has a brother in the army. "
+    "It is the second part of a series."
+)
 ASPECTS = (
     "acting", "plot", "music", "dialogue", "camera work", "ending", "pacing", "lead actor", "editing", "humour",
 )  # fmt: skip
@@ -64,30 +62,29 @@ BAD = ("weak", "flat", "dull", "clumsy", "cold", "silly")
 AWFUL = ("awful", "terrible", "dreadful", "unbearable", "painful")
 
 # Said of the film as a whole, so they fit anywhere: any one of them makes a completion by itself.
-PRAISE = (
-    "It is well worth a ticket.", "It kept me interested.", "I left in a good mood.", "I would watch it again.",
-    "My friends should see it.",
-)  # fmt: skip
-STRONG_PRAISE = (
-    "A masterpiece from start to finish!", "I loved every minute of it.", "It deserves every award there is.",
-    "This is one of the best films I have ever seen.", "Do not miss it!",
-)  # fmt: skip
-BLAME = (
-    "It is hardly worth a ticket.", "It lost me halfway through.", "I looked at my watch a lot.",
-    "I would not watch it again.", "My friends should skip it.",
-)  # fmt: skip
-STRONG_BLAME = (
-    "A complete waste of time.", "I wanted my money back.", "It insults the audience.",
-    "This is one of the worst films I have ever seen.", "Avoid it at all costs!",
-)  # fmt: skip
+_STOCK = {
+    "praise": sentences(
+        "It is well worth a ticket. It kept me interested. I left in a good mood. I would watch it again. "
+        "My friends should see it."
+    ),
+    "strong_praise": sentences(
+        "A masterpiece from start to finish! I loved every minute of it. It deserves every award there is. "
+        "This is one of the best films I have ever seen. Do not miss it!"
+    ),
+    "blame": sentences(
+        "It is hardly worth a ticket. It lost me halfway through. I looked at my watch a lot. "
+        "I would not watch it again. My friends should skip it."
+    ),
+    "strong_blame": sentences(
+        "A complete waste of time. I wanted my money back. It insults the audience. "
+        "This is one of the worst films I have ever seen. Avoid it at all costs!"
+    ),
+}
 
 # Of 480 openings with each template, the share that only held-out prompts begin with.
 HELD_OUT_SHARE = 0.2
-# How much a writer liked the film, Beta(a, b), mirrored for one who did not. Some are of two minds: a label says who
-# wrote the text, not that all of it is praise.
+# How much a writer liked the film, Beta(a, b), mirrored for one who did not: some are of two minds.
 LIKED = (9.0, 1.5)
-# Give up on distinct held-out prompts after this many draws for each one asked for.
-DRAWS_PER_PROMPT = 50
 
 # What features counts in a completion.
 FEATURES = (
@@ -106,20 +103,6 @@ PENALTY = {"repeated": 0.1, "garbled": 0.1, "empty": 0.5}
 
 _END = re.compile("[.!?]")
 
-# The data
-
-
-@dataclass(frozen=True)
-class Reviews:
-    """Texts of one draw of reviews, as ``world.World`` holds dialogues; nothing in it is a model."""
-
-    corpus: tuple[str, ...]  # whole reviews that the initial policy is pretrained on
-    perplexity_corpus: tuple[str, ...]  # another draw of the same kind, for the perplexity model
-    # Prompts repeat. The classifier learns from all pairs, the policies from the first distinct prompts.
-    preferences: tuple[Preference, ...]
-    dev: tuple[Preference, ...]  # held out: curves and tuning
-    test: tuple[Preference, ...]  # held out: the evaluation prompts with their pairs; any first n are a fair sample
-
 
 def build_reviews(
     *,
@@ -129,44 +112,42 @@ def build_reviews(
     preferences: int = 8000,
     dev: int = 100,
     test: int = 1000,
-) -> Reviews:
+) -> World:
     """Write the reviews of ``seed``; the other arguments are how many texts, pairs and held-out prompts there are.
 
     The corpora are whole reviews, half of them by people who liked the film. A pair holds two completions of one
     prompt: ``chosen`` by somebody who liked the film, ``rejected`` by somebody who did not; ``own_reply`` says which of
-    them the data set would hold by itself. The beginning of a review does not give the verdict away: what opinions it
-    has are drawn apart from who writes the completion.
+    them the data set would hold by itself. The opinions of the prompt are drawn apart from who writes the completion.
 
     Held-out prompts begin with openings that occur nowhere in the training text (a fifth of all, whatever the sizes
-    are); only the combination of genre, company and time is new in them. The skew that remains is that of
-    ``build_world``: dev and test prompts are distinct, so of the prompts that are an opening and nothing else, 288
-    for held-out prompts, there are fewer the more prompts are asked for.
+    are); only the combination of genre, company and time is new. As in ``build_world`` they are distinct, so the more
+    are drawn, the fewer are an opening alone.
 
     Raises DataError if a size is not a positive whole number or more distinct prompts are asked for than were found.
     """
-    sizes = {"corpus": corpus, "perplexity_corpus": perplexity_corpus, "preferences": preferences}
-    for name, size in {**sizes, "dev": dev, "test": test}.items():
-        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-            raise DataError(f"embedded reviews: {name} = {size!r}; expected a whole number of at least 1")
+    require_sizes(
+        "reviews", corpus=corpus, perplexity_corpus=perplexity_corpus, preferences=preferences, dev=dev, test=test
+    )
     trained_on, held_out = _split(generator("toy reviews", seed, "split"))
     judged = _held_out_pairs(seed, dev + test, held_out)
-    return Reviews(
+    rng = generator("toy reviews", seed, "preferences")
+    return World(
         corpus=_whole(seed, "corpus", corpus, trained_on),
         perplexity_corpus=_whole(seed, "perplexity corpus", perplexity_corpus, trained_on),
-        preferences=_training_pairs(seed, preferences, trained_on),
+        preferences=tuple(_pair(rng, write_prompt(rng, trained_on)) for _ in range(preferences)),
         dev=judged[:dev],
         test=judged[dev:],
     )
 
 
 def own_reply(pair: Preference) -> Literal["chosen", "rejected"]:
-    """Which completion of a pair is the data set's own, whose sentiment nobody selected: a coin named by the prompt."""
+    """Return which completion of a pair is the data set's own: a coin named by the prompt."""
     return "chosen" if derive_seed("toy reviews", "own reply", pair.prompt.id) % 2 else "rejected"
 
 
 def write_prompt(rng: np.random.Generator, openings: Sequence[str]) -> str:
-    """One of the openings; in 75% a second sentence: neutral (half of them), or a mild or mixed opinion."""
-    opening = openings[int(rng.integers(len(openings)))]
+    """Return one of the openings; 75% have a second sentence: neutral (half of them), or a mild or mixed opinion."""
+    opening = _one(rng, openings)
     if rng.random() < 0.25:
         return opening
     draw = rng.random()
@@ -175,9 +156,9 @@ def write_prompt(rng: np.random.Generator, openings: Sequence[str]) -> str:
 
 
 def write_completion(rng: np.random.Generator, prompt_text: str, liking: float) -> str:
-    """Three to six sentences by somebody who liked the film to that degree in [0, 1].
+    """Return three to six sentences by somebody who liked the film to a degree in [0, 1].
 
-    None was said before, and no aspect is spoken of twice: nobody contradicts himself but in a mixed sentence.
+    None was said before, and no aspect occurs twice.
     """
     review = prompt_text
     for _ in range(3 + int(rng.binomial(3, 0.5))):
@@ -202,11 +183,15 @@ def _liking(rng: np.random.Generator, liked: bool) -> float:
     return liking if liked else 1 - liking
 
 
+def _openings(template: str) -> list[str]:
+    return [template.format(*filling) for filling in product(GENRES, COMPANY, TIMES)]
+
+
 def _split(rng: np.random.Generator) -> tuple[list[str], list[str]]:
     """Return (openings of the training text, openings of held-out prompts)."""
     parts: tuple[list[str], list[str]] = ([], [])
     for template in OPENINGS:
-        openings = [template.format(*filling) for filling in product(GENRES, COMPANY, TIMES)]
+        openings = _openings(template)
         kept_back = set(rng.permutation(len(openings))[: round(HELD_OUT_SHARE * len(openings))].tolist())
         for place, opening in enumerate(openings):
             parts[place in kept_back].append(opening)
@@ -222,27 +207,11 @@ def _whole(seed: int, part: str, count: int, openings: Sequence[str]) -> tuple[s
     return tuple(reviews)
 
 
-def _training_pairs(seed: int, count: int, openings: Sequence[str]) -> tuple[Preference, ...]:
-    rng = generator("toy reviews", seed, "preferences")
-    return tuple(_pair(rng, write_prompt(rng, openings)) for _ in range(count))
-
-
 def _held_out_pairs(seed: int, count: int, openings: Sequence[str]) -> tuple[Preference, ...]:
-    """Pairs with ``count`` different prompts, in random order."""
     rng = generator("toy reviews", seed, "held out")
-    found: dict[str, None] = {}
-    draws = 0
-    while len(found) < count:
-        if draws == DRAWS_PER_PROMPT * count:
-            raise DataError(
-                f"embedded reviews: dev + test = {count}; found {len(found)} distinct held-out prompts in {draws} "
-                "draws; ask for fewer"
-            )
-        found[write_prompt(rng, openings)] = None
-        draws += 1
-    # Common prompts are found first, so in the order of finding the first prompts would be no sample of all of them.
-    prompts = list(found)
-    return tuple(_pair(rng, prompts[i]) for i in rng.permutation(count))
+    return tuple(
+        _pair(rng, prompt) for prompt in draw_distinct("reviews", rng, count, lambda: write_prompt(rng, openings))
+    )
 
 
 def _pair(rng: np.random.Generator, prompt: str) -> Preference:
@@ -253,8 +222,8 @@ def _pair(rng: np.random.Generator, prompt: str) -> Preference:
     return Preference(Prompt(prompt), chosen=chosen, rejected=rejected, cluster=prompt.partition(".")[0])
 
 
-def _one(rng: np.random.Generator, sentences: Sequence[str]) -> str:
-    return sentences[int(rng.integers(len(sentences)))]
+def _one(rng: np.random.Generator, items: Sequence[str]) -> str:
+    return items[int(rng.integers(len(items)))]
 
 
 # What a text is worth
@@ -288,7 +257,7 @@ def features(prompt_text: str, text: str) -> dict[str, int]:
 
 
 def normalise(sentence: str) -> str:
-    """A sentence as it is looked up: lower case, single spaces, no end mark."""
+    """Return a sentence as it is looked up: lower case, single spaces, no end mark."""
     return " ".join(sentence.lower().split()).rstrip(".!?")
 
 
@@ -299,19 +268,18 @@ def _sentences(text: str) -> list[str]:
 def _count(text: str, prompt_text: str) -> dict[str, int]:
     counts = dict.fromkeys(FEATURES, 0)
     counts["words"] = len(text.split())
-    *finished, last = _END.split(text)
     said = set(_sentences(prompt_text))
-    sentences = [sentence for part in finished if (sentence := normalise(part))]
-    if rest := normalise(last):
-        if rest not in _MEANING and _begins_a_sentence(rest):
-            counts["unfinished"] = 1
-        else:
-            sentences.append(rest)
-    for sentence in sentences:
+    found = _sentences(text)
+    last = normalise(_END.split(text)[-1])
+    place = bisect_left(_IN_ORDER, last)
+    if last and last not in _MEANING and place < len(_IN_ORDER) and _IN_ORDER[place].startswith(last):
+        counts["unfinished"] = 1
+        found.pop()
+    for sentence in found:
         for feature in ("repeated",) if sentence in said else _MEANING.get(sentence, ("garbled",)):
             counts[feature] += 1
         said.add(sentence)
-    counts["empty"] = int(not sentences and not counts["unfinished"])
+    counts["empty"] = int(not found and not counts["unfinished"])
     return counts
 
 
@@ -321,30 +289,17 @@ def _share(counts: Mapping[str, int]) -> float:
     return (praise + 0.5) / (praise + blame + 1)
 
 
-def _begins_a_sentence(text: str) -> bool:
-    place = bisect_left(_IN_ORDER, text)
-    return place < len(_IN_ORDER) and _IN_ORDER[place].startswith(text)
+def _said_of_aspects(form: str, words: Sequence[str] = ("",)) -> tuple[str, ...]:
+    return tuple(form.format(aspect, word) for aspect, word in product(ASPECTS, words))
 
 
-def _said_of_aspects(*kinds: tuple[str, Sequence[str]]) -> tuple[str, ...]:
-    return tuple(
-        form.format(aspect, word) for form, words in kinds for aspect, word in product(ASPECTS, words or ("",))
-    )
-
-
-_STOCK: Mapping[str, tuple[str, ...]] = {
-    "praise": PRAISE,
-    "strong_praise": STRONG_PRAISE,
-    "blame": BLAME,
-    "strong_blame": STRONG_BLAME,
-}
 _SENTENCES: Mapping[str, tuple[str, ...]] = {
     "neutral": NEUTRAL,
     # What is not good is blame: a bag of words is not enough to tell.
-    "praise": _said_of_aspects(("The {} was {}.", GOOD), ("The {} was not {}.", BAD)),
-    "blame": _said_of_aspects(("The {} was {}.", BAD), ("The {} was not {}.", GOOD)),
-    "strong_praise": _said_of_aspects(("The {} was {}.", GREAT), ("I loved the {}{}.", ())),
-    "strong_blame": _said_of_aspects(("The {} was {}.", AWFUL), ("I hated the {}{}.", ())),
+    "praise": _said_of_aspects("The {} was {}.", GOOD) + _said_of_aspects("The {} was not {}.", BAD),
+    "blame": _said_of_aspects("The {} was {}.", BAD) + _said_of_aspects("The {} was not {}.", GOOD),
+    "strong_praise": _said_of_aspects("The {} was {}.", GREAT) + _said_of_aspects("I loved the {}{}."),
+    "strong_blame": _said_of_aspects("The {} was {}.", AWFUL) + _said_of_aspects("I hated the {}{}."),
     "mixed": tuple(
         f"The {one} was {first}, but the {other} was {second}."
         for pair in (product(GOOD, BAD), product(BAD, GOOD))
@@ -358,16 +313,14 @@ _COUNTS_AS: Mapping[str, tuple[str, ...]] = {
     "strong_blame": ("blame", "strong_blame"),
     "mixed": ("praise", "blame"),
 }
-_OPENED = frozenset(
-    normalise(template.format(*filling)) for template in OPENINGS for filling in product(GENRES, COMPANY, TIMES)
-)
+_OPENED = frozenset(normalise(opening) for template in OPENINGS for opening in _openings(template))
 _MEANING: Mapping[str, tuple[str, ...]] = {
     **dict.fromkeys(_OPENED, ("neutral",)),
     **{
         normalise(sentence): _COUNTS_AS.get(kind, (kind,))
         for table in (_SENTENCES, _STOCK)
-        for kind, sentences in table.items()
-        for sentence in sentences
+        for kind, said in table.items()
+        for sentence in said
     },
 }
 _IN_ORDER = sorted(_MEANING)

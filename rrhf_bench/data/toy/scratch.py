@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from rrhf_bench.errors import StageError
-from rrhf_bench.schedule import lr_factor
+from rrhf_bench.schedule import batch_order, lr_factor
 from rrhf_bench.seeding import generator, torch_seed
 from rrhf_bench.settings.experiment import ScratchSettings
 
@@ -26,26 +26,6 @@ ARCHITECTURE = {
 }
 
 
-def train_tokenizer(texts: Sequence[str], settings: ScratchSettings) -> Any:
-    """Byte-level BPE with a pad and an end token of its own; any text can be written in it."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    core = Tokenizer(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=settings.vocabulary,
-        special_tokens=[PAD, EOS],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    core.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core, pad_token=PAD, eos_token=EOS, model_max_length=settings.context
-    )
-
-
 def train_language_model(
     texts: Sequence[str],
     settings: ScratchSettings,
@@ -57,18 +37,21 @@ def train_language_model(
     progress: Callable[[int, int], None],
     start: Path | None = None,
 ) -> None:
-    """Write a transformers folder with a Llama trained on whole texts, every token of them, each closed by EOS.
+    """Write a transformers folder with a Llama trained on whole texts, each closed by EOS and cut to the context.
 
-    Texts beyond the context are cut on the right. ``start`` is a folder that this function wrote: its tokenizer and
-    weights are where training starts (``settings.vocabulary`` is then the folder's), with a fresh optimiser.
-
-    Raises StageError where ``start`` holds no such model or one of another architecture than ``settings``, and (with
-    its step) where the loss is not finite.
+    ``start`` is a folder that this function wrote: training starts from its tokenizer and weights, with a fresh
+    optimiser. Raises StageError if ``start`` holds no such model or another architecture than ``settings``, and if the
+    loss is not finite.
     """
     tokenizer, model = _build(texts, settings, seed) if start is None else _load(start, settings)
     model = model.to(device)
     rows = [[*ids, tokenizer.eos_token_id][: settings.context] for ids in tokenizer(list(texts))["input_ids"]]
-    order = list(_batches(rows, settings, seed))
+    lengths = [len(row) for row in rows]
+    order = [
+        batch
+        for epoch in range(settings.epochs)
+        for batch in batch_order(lengths, settings.batch, generator(seed, "corpus order", epoch), bucket=50)
+    ]
     optimiser = torch.optim.AdamW(
         model.parameters(), lr=settings.lr, betas=(0.9, 0.95), weight_decay=settings.weight_decay, fused=True
     )
@@ -92,10 +75,23 @@ def train_language_model(
 
 
 def _build(texts: Sequence[str], settings: ScratchSettings, seed: int) -> tuple[Any, Any]:
-    """Return (tokenizer made from the texts, Llama with random weights)."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    """Return (tokenizer of byte-level BPE made from the texts, Llama with random weights)."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    tokenizer = train_tokenizer(texts, settings)
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=settings.vocabulary,
+        special_tokens=[PAD, EOS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    core.train_from_iterator(texts, trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token=PAD, eos_token=EOS, model_max_length=settings.context
+    )
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         **{theirs: getattr(settings, ours) for ours, theirs in ARCHITECTURE.items()},
@@ -120,31 +116,15 @@ def _load(folder: Path, settings: ScratchSettings) -> tuple[Any, Any]:
         found = ", ".join(f"{name} = {getattr(config, ARCHITECTURE[name])}" for name in differing)
         asked = ", ".join(f"{name} = {getattr(settings, name)}" for name in differing)
         raise StageError(f"training from {folder}: its model has {found}; scratch asks for {asked}; make them agree")
-    return (
-        PreTrainedTokenizerFast.from_pretrained(folder),
-        LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32),
-    )
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return PreTrainedTokenizerFast.from_pretrained(folder), model
 
 
 def _loss(model: Any, rows: Sequence[Sequence[int]], pad_id: int) -> torch.Tensor:
-    """Mean cross-entropy over all tokens but the first of each row."""
+    """Return the mean cross-entropy over all tokens but the first of each row."""
     tensors = [torch.tensor(row) for row in rows]
     ids = torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=pad_id).to(model.device)
     length = torch.tensor([len(row) for row in rows], device=model.device)
     real = torch.arange(ids.shape[1], device=model.device) < length[:, None]
     hidden = model.model(input_ids=ids[:, :-1], attention_mask=real[:, :-1].long(), use_cache=False).last_hidden_state
     return cross_entropy(model.lm_head(hidden[real[:, 1:]]).float(), ids[:, 1:][real[:, 1:]])
-
-
-def _batches(rows: Sequence[Sequence[int]], settings: ScratchSettings, seed: int) -> Iterator[list[int]]:
-    """Row numbers a step: every row once an epoch, rows of like length together, the batches in random order."""
-    for epoch in range(settings.epochs):
-        rng = generator(seed, "corpus order", epoch)
-        order = rng.permutation(len(rows))
-        block = 50 * settings.batch  # sorting within blocks keeps the mixture of a batch random enough
-        batches = []
-        for start in range(0, len(rows), block):
-            near = sorted(order[start : start + block].tolist(), key=lambda i: len(rows[i]))
-            batches += [near[i : i + settings.batch] for i in range(0, len(near), settings.batch)]
-        for i in rng.permutation(len(batches)):
-            yield batches[i]

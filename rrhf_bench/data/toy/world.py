@@ -1,9 +1,10 @@
-"""The embedded world as data: what the models learn from, and the prompts that they are judged on."""
+"""The embedded worlds as data: what the models learn from, and the prompts that they are judged on."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 
@@ -16,11 +17,9 @@ from rrhf_bench.seeding import generator
 # Of the 42 different last human turns of each topic, those that only held-out prompts end with.
 HELD_OUT_TURNS = 10
 # Quality of the replies, Beta(a, b). The labelled pairs are somewhat worse than what the initial policy learns from:
-# in arXiv 2304.05302 too, SFT on the chosen replies falls below its starting point, Alpaca.
+# in arXiv 2304.05302 too, SFT on the chosen replies falls below its starting point. Raw text is worse than both.
 CORPUS_QUALITY = (2.0, 1.4)
 PAIR_QUALITY = (1.4, 1.9)
-# What was written before anybody was instructed is worse than both, since pairs are written by instructed models:
-# density 2(1 - q), the better the rarer. The means are 0.59, 0.42 and 0.33.
 RAW_QUALITY = (1.0, 2.0)
 # A raw text is prose this often; otherwise a dialogue, which after each reply goes on this often with another turn, but
 # not more than so many times: the longest then fit a context of 512 tokens.
@@ -28,21 +27,21 @@ PROSE, RUN_ON, FURTHER_TURNS = 0.25, 0.5, 3
 # Give up on distinct held-out prompts after this many draws for each one asked for.
 DRAWS_PER_PROMPT = 50
 
+T = TypeVar("T")
 Ways = Mapping[str, Sequence[str]]  # topic name -> human turns that ask about it
 
 
 @dataclass(frozen=True)
 class World:
-    """Texts of one world; nothing in it is a model."""
+    """The texts of one world of dialogues, or of reviews."""
 
-    corpus: tuple[str, ...]  # dialogues (prompt + reply) that an initial policy learns to answer from
+    corpus: tuple[str, ...]  # dialogues (prompt + reply) or reviews that an initial policy learns from
     perplexity_corpus: tuple[str, ...]  # another draw of the same kind, for the perplexity model
     # Labelled pairs; prompts repeat. The reward model learns from all, the policies from the first distinct prompts.
     preferences: tuple[Preference, ...]
     dev: tuple[Preference, ...]  # held out: curves and tuning
     test: tuple[Preference, ...]  # held out: the evaluation prompts with their pairs; any first n are a fair sample
-    # Poor dialogues that run on, and prose: what a model reads before it is instructed. A world may have none.
-    raw_corpus: tuple[str, ...] = ()
+    raw_corpus: tuple[str, ...] = ()  # poor dialogues that run on, and prose: what a model reads before instruction
 
 
 def build_world(
@@ -57,42 +56,63 @@ def build_world(
 ) -> World:
     """Write the world of ``seed``; the other arguments are how many dialogues, pairs and held-out prompts it has.
 
-    Held out means more than that no dev or test prompt occurs as a string in the training text (the three corpora and
-    the pairs): its last human turn occurs nowhere in it. To that end each topic keeps 10 of its 42 last turns (greeting
-    and question) for held-out prompts, whatever the sizes are, so the training text does not change with ``dev`` and
-    ``test``. Only the combination is new in such a turn: its greeting, its template and its topic occur in training.
+    Held out means that the last human turn of a dev or test prompt occurs nowhere in the training text (the corpora and
+    the pairs): each topic keeps 10 of its 42 last turns (greeting and question) for held-out prompts, whatever the
+    sizes are. Only the combination of greeting, template and topic is new in such a turn.
 
-    The skew that remains: dev and test prompts are distinct, and only 400 held-out prompts have no earlier turn, so the
-    more prompts are asked for, the more of them have earlier turns (two thirds at the default sizes, 40% in training)
-    and the longer they are. Their order is random: dev, test and the first n of test have the same mixture.
+    One skew remains: dev and test prompts are distinct, and only 400 held-out prompts have no earlier turn, so the more
+    prompts are drawn, the more of them have earlier turns (two thirds at the default sizes, 40% in training). Their
+    order is random: dev, test and the first n of test have the same mixture.
 
     Raises DataError if a size is not a positive whole number or more distinct prompts are asked for than were found.
     """
-    sizes = {
-        "raw_corpus": raw_corpus,
-        "corpus": corpus,
-        "perplexity_corpus": perplexity_corpus,
-        "preferences": preferences,
-        "dev": dev,
-        "test": test,
-    }
-    for name, size in sizes.items():
-        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-            raise DataError(f"embedded world: {name} = {size!r}; expected a whole number of at least 1")
+    require_sizes(
+        "world",
+        raw_corpus=raw_corpus,
+        corpus=corpus,
+        perplexity_corpus=perplexity_corpus,
+        preferences=preferences,
+        dev=dev,
+        test=test,
+    )
     trained_on, held_out = _split(generator("toy world", seed, "split"))
     judged = _held_out_pairs(seed, dev + test, held_out)
+    rng = generator("toy world", seed, "preferences")
     return World(
         corpus=_dialogues(seed, "corpus", corpus, trained_on),
         perplexity_corpus=_dialogues(seed, "perplexity corpus", perplexity_corpus, trained_on),
-        preferences=_training_pairs(seed, preferences, trained_on),
+        preferences=tuple(_labelled_pair(rng, *_draw_prompt(rng, trained_on)) for _ in range(preferences)),
         dev=judged[:dev],
         test=judged[dev:],
         raw_corpus=_raw_texts(seed, raw_corpus, trained_on),
     )
 
 
+def require_sizes(world: str, **sizes: int) -> None:
+    """Raise DataError if a size is not a positive whole number."""
+    for name, size in sizes.items():
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise DataError(f"embedded {world}: {name} = {size!r}; expected a whole number of at least 1")
+
+
+def draw_distinct(world: str, rng: np.random.Generator, count: int, draw: Callable[[], T]) -> Iterator[T]:
+    """Yield ``count`` different draws in random order, because common ones are drawn first."""
+    found: dict[T, None] = {}
+    for _ in range(DRAWS_PER_PROMPT * count):
+        found[draw()] = None
+        if len(found) == count:
+            break
+    else:
+        raise DataError(
+            f"embedded {world}: dev + test = {count}; found {len(found)} distinct held-out prompts in "
+            f"{DRAWS_PER_PROMPT * count} draws; ask for fewer"
+        )
+    prompts = list(found)
+    yield from (prompts[i] for i in rng.permutation(count))
+
+
 def _split(rng: np.random.Generator) -> tuple[Ways, Ways]:
-    """Each topic's ways to be asked: (those of the training text, those of held-out prompts)."""
+    """Return each topic's ways to be asked: (those of the training text, those of held-out prompts)."""
     trained_on, held_out = {}, {}
     for topic in grammar.TOPICS:
         ways = grammar.ways_to_ask(topic)
@@ -122,7 +142,7 @@ def _raw_texts(seed: int, count: int, ways: Ways) -> tuple[str, ...]:
 
 
 def _running_dialogue(rng: np.random.Generator, ways: Ways) -> str:
-    """A dialogue by one poor writer, which goes on to further questions, whatever they are about."""
+    """Return a dialogue by one poor writer, which goes on to further questions, whatever they are about."""
     quality = rng.beta(*RAW_QUALITY)
     text, topic = _draw_prompt(rng, ways)
     text += grammar.write_reply(rng, topic, quality)
@@ -134,29 +154,11 @@ def _running_dialogue(rng: np.random.Generator, ways: Ways) -> str:
     return text
 
 
-def _training_pairs(seed: int, count: int, ways: Ways) -> tuple[Preference, ...]:
-    rng = generator("toy world", seed, "preferences")
-    drawn = (_draw_prompt(rng, ways) for _ in range(count))
-    return tuple(_labelled_pair(rng, text, topic) for text, topic in drawn)
-
-
 def _held_out_pairs(seed: int, count: int, ways: Ways) -> tuple[Preference, ...]:
-    """Pairs with ``count`` different prompts, in random order."""
     rng = generator("toy world", seed, "held out")
-    found: dict[str, Topic] = {}
-    draws = 0
-    while len(found) < count:
-        if draws == DRAWS_PER_PROMPT * count:
-            raise DataError(
-                f"embedded world: dev + test = {count}; found {len(found)} distinct held-out prompts in {draws} draws; "
-                "ask for fewer"
-            )
-        text, topic = _draw_prompt(rng, ways)
-        found[text] = topic
-        draws += 1
-    # Common prompts are found first, so in the order of finding the first prompts would be no sample of all of them.
-    prompts = list(found.items())
-    return tuple(_labelled_pair(rng, *prompts[i]) for i in rng.permutation(count))
+    return tuple(
+        _labelled_pair(rng, *drawn) for drawn in draw_distinct("world", rng, count, lambda: _draw_prompt(rng, ways))
+    )
 
 
 def _labelled_pair(rng: np.random.Generator, text: str, topic: Topic) -> Preference:
