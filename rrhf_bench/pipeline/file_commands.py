@@ -55,7 +55,7 @@ class PlainSteps:
 
     def sample(
         self, model: ModelRef, prompts: Path, out: Path, spec: SamplingSpec, sources: Sequence[str]
-    ) -> dict[str, int]:
+    ) -> Mapping[str, int]:
         """Sample n responses a prompt, write them in the RRHF layout without scores, and return counts of the input."""
         read = read_prompts(prompts, verbatim=model.template == "raw", faulty_rows=self.faulty_rows)
         if {"chosen", "rejected"} & set(sources) and not read.pairs:

@@ -110,7 +110,8 @@ class _Here:
 
 def _ended(running: Iterable[_Here | Future[float | None]]) -> list[_Here | Future[float | None]]:
     here = [one for one in running if isinstance(one, _Here)]
-    return here or list(wait([one for one in running if isinstance(one, Future)], return_when=FIRST_COMPLETED).done)
+    futures = [one for one in running if isinstance(one, Future)]
+    return [*(here or wait(futures, return_when=FIRST_COMPLETED).done)]
 
 
 def worker_count(runtime: RuntimeSettings) -> int:
@@ -239,7 +240,7 @@ def _pool(workers: int, reporter: Reporter) -> Iterator[Callable[..., _Here | Fu
         _listening(queue, reporter),
         ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(queue, threads)) as pool,
     ):
-        yield partial(pool.submit, _make_in_worker)
+        yield lambda *arguments: pool.submit(_make_in_worker, *arguments)
 
 
 def _start_worker(queue: Any, threads: int) -> None:
