@@ -94,11 +94,8 @@ Parts = tuple[Sequence[Preference], Sequence[Preference], Sequence[Preference]]
 def _read(s: Mapping[str, Any]) -> tuple[str, Mapping[str, int], Mapping[str, str], Mapping[str, int], Parts]:
     """Return (identity, counts of reading, the row of each prompt by its id, counts of splitting, (train, dev, test))
     of files or a hub set."""
-    where: dict[str, Any] = {
-        "split": s["split"] if s["source"] != "files" else None,
-        "revision": s.get("revision"),
-        "data_dir": s.get("subset"),
-    }
+    split_name = s["split"] if s["source"] != "files" else None
+    where: dict[str, Any] = {"split": split_name, "revision": s.get("revision"), "data_dir": s.get("subset")}
     sizes = {"dev": s["dev"], "test": s["test"], "seed": s["seed"]}
     if s["rows"] == "texts":
         words: dict[str, Any] = {name: s[name] for name in ("prompt_words", "reply_words")}
@@ -201,7 +198,7 @@ def prompts(job: Job) -> None:
     s = job.settings
     refs = [job.ref(role) for role in job.inputs if role == "policy" or role.startswith("policy ")]
     policies = [job.services.fixed_policy(ref) for ref in refs]
-    context = min(context_of(policy, ref) for policy, ref in zip(policies, refs, strict=True))
+    context = min(map(context_of, policies, refs))
     about = job.read_json("data", "about.json")
     counts = dict(about["counts"])
     rows = job.inputs["data"] / "places.json"  # absent in the embedded worlds
