@@ -20,7 +20,6 @@ from rrhf_bench.pipeline.memory import WITHOUT_A_FILE, out_of_memory_named
 from rrhf_bench.pipeline.run_folder import environment
 from rrhf_bench.pipeline.services import ModelRef, Services
 from rrhf_bench.policy import onednn
-from rrhf_bench.policy.policy import TransformersPolicy
 from rrhf_bench.records import Preference
 from rrhf_bench.sampling.backend import BackendName, choose_backend
 from rrhf_bench.sampling.sync_check import ASKED, LIMITS, Agreement, agreement
@@ -103,8 +102,14 @@ def _sampler(services: Services, ref: ModelRef, backend: BackendName, pairs: tup
     sampler.sync(policy)
     after = agreement(sampler, policy, prompts, TEMPERATURE)
     bound = f"limits {limit.mean:g} and {limit.max:g}"
+    layout = "each prompt once, packed" if policy.layout == "packed" else f"padded rows: {policy.layout_reason}"
+    found = [Finding("training layout", None, layout)]
+    if policy.device.type == "cpu" and torch.backends.mkldnn.is_available():
+        taken = f"taken in {policy.onednn_layers} layers" if policy.onednn_layers else "not taken"
+        words = f"{onednn.gain():.2f} times as fast as the default in float32; {taken}, as runtime.onednn says"
+        found.append(Finding("oneDNN", None, words))
     return [
-        *_computation(policy),
+        *found,
         Finding("log-probs, sampler and trainer", before.within(limit), f"{_apart(before)} ({bound})"),
         Finding("the same after new weights", after.within(limit), f"{_apart(after)} ({bound})"),
         Finding("a missed sync would show", not missed.within(limit), f"{_apart(missed)} with the old weights"),
@@ -113,17 +118,6 @@ def _sampler(services: Services, ref: ModelRef, backend: BackendName, pairs: tup
 
 def _apart(found: Agreement) -> str:
     return f"{found.mean:.1e} apart on average, {found.max:.1e} at most"
-
-
-def _computation(policy: TransformersPolicy) -> list[Finding]:
-    """Return the layout of a policy's batches, and which library multiplies."""
-    layout = "each prompt once, packed" if policy.layout == "packed" else f"padded rows: {policy.layout_reason}"
-    found = [Finding("training layout", None, layout)]
-    if policy.device.type == "cpu" and torch.backends.mkldnn.is_available():
-        taken = f"taken in {policy.onednn_layers} layers" if policy.onednn_layers else "not taken"
-        words = f"{onednn.gain():.2f} times as fast as the default in float32; {taken}, as runtime.onednn says"
-        found.append(Finding("oneDNN", None, words))
-    return found
 
 
 def _reward(services: Services, ref: ModelRef) -> list[Finding]:

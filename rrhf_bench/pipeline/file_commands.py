@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from rrhf_bench.data.dialogue import TemplateKind
 from rrhf_bench.data.preferences import holds_pairs, load_pairs
@@ -27,7 +27,7 @@ from rrhf_bench.records import Candidates, Decoding, Evaluated, Preference, Prom
 from rrhf_bench.rewards.gold import Gold
 from rrhf_bench.sampling.backend import BackendName
 from rrhf_bench.sampling.sampler import SamplingSpec
-from rrhf_bench.settings.experiment import Dtype, RuntimeSettings
+from rrhf_bench.settings.experiment import RuntimeSettings
 from rrhf_bench.settings.methods import MethodSettings
 from rrhf_bench.training.method import TrainContext, TrainInputs, TrainResult
 from rrhf_bench.training.reference import compute_reference
@@ -265,22 +265,14 @@ def _train_rows(method: MethodSettings, data: Path, faulty_rows: FaultyRows) -> 
 
 
 def model_ref(
-    source: str,
-    *,
-    default_template: TemplateKind = "hh",
-    template: TemplateKind | None = None,
-    dtype: Dtype | None = None,
-    pad_token: str | None = None,
-    layout: Literal["classifier", "value-head"] | None = None,
-    label: str | None = None,
-    prefix: str = "",
+    source: str, *, default_template: TemplateKind = "hh", prefix: str = "", **options: str | None
 ) -> ModelRef:
     """Return the reference of a model named on the command line; None is an option that was not given.
 
-    The folder of an artifact stands for the model in it. Raises ConfigError if a given option differs from what the
-    artifact says; ``prefix`` is how the options that every model has begin in that message, such as "reward-".
+    ``options`` are fields of a ModelRef. The folder of an artifact stands for the model in it. Raises ConfigError if a
+    given option differs from what the artifact says; ``prefix`` is how the options that every model has begin in that
+    message, such as "reward-".
     """
-    options = {"template": template, "dtype": dtype, "pad_token": pad_token, "layout": layout, "label": label}
     given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
     if is_artifact(source):
         ref = ModelRef.read(Path(source))

@@ -19,7 +19,7 @@ from rrhf_bench.pipeline.candidates import assemble
 from rrhf_bench.pipeline.costs import StageCost, needed_stages, row_costs, sampled_inputs, total
 from rrhf_bench.pipeline.locks import exclusive_lock
 from rrhf_bench.pipeline.results import STAGE_PEAK, WARNINGS, Cost, Row, RunRecords, Timing
-from rrhf_bench.pipeline.stage_graph import PAIR_ROWS, Plan
+from rrhf_bench.pipeline.stage_graph import PAIR_ROWS, Plan, Stage
 from rrhf_bench.pipeline.store import (
     TIMING,
     Store,
@@ -86,9 +86,9 @@ def _read_json(path: Path) -> Any:
 
 
 def _run_json(plan: Plan, command: str) -> dict[str, Any]:
-    def words(stage: Any) -> dict[str, Any]:
-        inputs = {role: needed.key for role, needed in stage.inputs.items()}
-        return {"name": stage.name, "kind": stage.kind, "row": stage.row, "seed": stage.seed, "inputs": inputs}
+    def words(stage: Stage) -> dict[str, Any]:
+        own = {"name": stage.name, "kind": stage.kind, "row": stage.row, "seed": stage.seed}
+        return {**own, "inputs": stage.input_keys}
 
     return {
         "command": command,

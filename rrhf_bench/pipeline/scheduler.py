@@ -150,12 +150,7 @@ def make(
     from rrhf_bench.pipeline.stages import BODIES
 
     started = time.monotonic()
-    about = {
-        "name": stage.name,
-        "kind": stage.kind,
-        "settings": stage.settings,
-        "inputs": {role: needed.key for role, needed in stage.inputs.items()},
-    }
+    about = {"name": stage.name, "kind": stage.kind, "settings": stage.settings, "inputs": stage.input_keys}
     with store.exclusive_lock(stage.key, stage.name, note):
         if store.is_intact(stage.key):
             return None

@@ -63,14 +63,12 @@ class Stage:
 
     @cached_property
     def key(self) -> str:
-        return content_key(
-            {
-                "kind": self.kind,
-                "version": VERSIONS[self.kind],
-                "settings": self.settings,
-                "inputs": {role: stage.key for role, stage in self.inputs.items()},
-            }
-        )
+        own = {"kind": self.kind, "version": VERSIONS[self.kind], "settings": self.settings}
+        return content_key({**own, "inputs": self.input_keys})
+
+    @property
+    def input_keys(self) -> dict[str, str]:
+        return {role: stage.key for role, stage in self.inputs.items()}
 
 
 @dataclass(frozen=True)

@@ -292,8 +292,7 @@ def file(job: Job) -> None:
 
 def score(job: Job) -> None:
     """Write the candidates with their scores, and their gold rewards if there is a gold reward."""
-    candidates = read_jsonl(job.inputs["candidates"] / "candidates.jsonl", Candidates)
-    ref = job.ref("reward model")
+    ref, candidates = job.ref("reward model"), job.candidates("candidates")
     scored = stage_helpers.score_shared_candidates(job.services.reward(ref), candidates, ref.source, job.progress)
     write_jsonl(job.out / "candidates.jsonl", scored)
     if (gold := job.gold) is not None:
@@ -305,9 +304,8 @@ def score(job: Job) -> None:
 def judge(job: Job) -> None:
     """Write the rated training candidates of a row, and their ratings on all four axes."""
     s = job.settings
-    sampled = _sampled(job, "candidates ")
     pairs = pair_candidates(job.pairs("train"))
-    groups = assemble(s["sources"], sampled, pairs)
+    groups = assemble(s["sources"], _sampled(job, "candidates "), pairs)
     if not groups:
         raise DataError(f"none of {len(pairs)} prompts has a response from {', '.join(s['sources'])}; add a source")
     # Not in the artifact: a stage that fails leaves none, and the verdicts must outlive it.
@@ -352,10 +350,7 @@ def own_replies(job: Job, split: str) -> list[Candidates]:
 def reference(job: Job) -> None:
     """Write the token log-probs of training responses under the initial policy."""
     policy = job.services.fixed_policy(job.ref())
-    folder = job.inputs.get("candidates")
-    groups = (
-        pair_candidates(job.pairs("train")) if folder is None else read_jsonl(folder / "candidates.jsonl", Candidates)
-    )
+    groups = job.candidates("candidates") if "candidates" in job.inputs else pair_candidates(job.pairs("train"))
     length, batch = context_of(policy, job.ref()), job.services.runtime.score_batch
     compute_reference(policy, groups, max_length=length, batch=batch, progress=job.progress).write(job.out)
 
@@ -445,18 +440,14 @@ def train_inputs(job: Job, settings: MethodSettings) -> TrainInputs:
     if candidates is None:
         return TrainInputs(pairs, reference=reference)
     if "judged" in job.inputs:
-        return TrainInputs(pairs, read_jsonl(job.inputs["judged"] / "candidates.jsonl", Candidates), reference)
-    scored_pairs = read_jsonl(job.inputs["pair scores"] / "candidates.jsonl", Candidates)
-    return TrainInputs(pairs, assemble(candidates.sources, _sampled(job, "scores "), scored_pairs), reference)
+        return TrainInputs(pairs, job.candidates("judged"), reference)
+    scored = assemble(candidates.sources, _sampled(job, "scores "), job.candidates("pair scores"))
+    return TrainInputs(pairs, scored, reference)
 
 
 def _sampled(job: Job, role: str) -> dict[str, list[Candidates]]:
     """Return by source the candidates of the inputs whose role is ``role`` and the name of a source."""
-    return {
-        name.removeprefix(role): read_jsonl(folder / "candidates.jsonl", Candidates)
-        for name, folder in job.inputs.items()
-        if name.startswith(role)
-    }
+    return {name.removeprefix(role): job.candidates(name) for name in job.inputs if name.startswith(role)}
 
 
 class _Curve:

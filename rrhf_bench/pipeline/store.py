@@ -67,18 +67,18 @@ class Store:
 
         Raises StoreError if the manifest cannot be read.
         """
-        return self._manifest(key) is not None and self.damage(key, "sizes") is None
+        return self.manifest(key) is not None and self.damage(key, "sizes") is None
 
     def is_intact(self, key: str) -> bool:
         """Return True if the artifact is complete and unchanged."""
-        return self._manifest(key) is not None and self.damage(key) is None
+        return self.manifest(key) is not None and self.damage(key) is None
 
     def damage(self, key: str, depth: Depth = "contents") -> str | None:
         """Return one line about a change in a complete artifact, or None if there is no change or no artifact.
 
         Small files are compared by content, large ones by size and, if they are newer than the manifest, by content.
         """
-        manifest = self._manifest(key)
+        manifest = self.manifest(key)
         return None if manifest is None else next(self._faults(key, manifest, depth), None)
 
     def require(self, key: str, name: str) -> Path:
@@ -86,7 +86,7 @@ class Store:
         damage = self.damage(key)
         if damage is not None:
             raise StoreError(f"{name}: {damage}; run the experiment again, which makes it again")
-        if not self.has(key):
+        if self.manifest(key) is None:
             raise StoreError(f"{name} is not complete in {self.root}; run the experiment again")
         return self.folder(key)
 
@@ -169,7 +169,7 @@ class Store:
             with suppress(LockHeld), self.exclusive_lock(key, patience=0.0):
                 shutil.rmtree(path, ignore_errors=True)
 
-    def _manifest(self, key: str) -> dict[str, Any] | None:
+    def manifest(self, key: str) -> dict[str, Any] | None:
         """Return the manifest, None if there is none, or an empty one if it is no JSON object."""
         path = self.folder(key) / MANIFEST
         try:
