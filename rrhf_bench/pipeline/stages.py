@@ -364,8 +364,7 @@ def train(job: Job) -> None:
     unadapted = stage_helpers.adapt(policy, settings, s["seed"])
     inputs = train_inputs(job, settings)
     events = Events(job.events)
-    curve = _Curve(job, policy, events)
-    record = _Record(curve, events)
+    record = _Record(job, policy, events)
     reads_reference = {"reference", "sampler"} <= settings.needs
     candidates = candidates_of(settings)
     backend = choose_backend(job.backend, "sample" if candidates is None else candidates.strategy).name
@@ -376,7 +375,7 @@ def train(job: Job) -> None:
         sampler=sampler_of(job, policy, backend) if "sampler" in settings.needs else None,
         reward=reward if "reward" in settings.needs else None,
         reference=(unadapted or job.services.fixed_policy(job.ref())) if reads_reference else None,
-        watch=curve.watch,
+        watch=record.watch,
         log=record.add,
         keep=record.made.extend,
         took=record.parts.append,
@@ -387,48 +386,20 @@ def train(job: Job) -> None:
     trainer = stage_helpers.trainer(settings, context_of(policy, job.ref()))
     with closing(events):
         result = trainer.fit(policy, inputs, context)
-    job.seconds.update(train=curve.trained, curve=curve.seconds)
+    job.seconds.update(train=record.trained, curve=record.seconds)
     parts, names = record.parts, record.parts[0] if record.parts else ()
     means = {name: sum(line[name] for line in parts) / len(parts) for name in names}  # seconds of an iteration
     job.seconds.update(layout=policy.layout, onednn_layers=policy.onednn_layers, parts=means)
     policy.save(job.out / "model")
     ModelRef(**{**job.ref().__dict__, "source": "model", "revision": None}).write(job.out)
     write_jsonl(job.out / "metrics.jsonl", record.log)
-    write_jsonl(job.out / "curve.jsonl", curve.points)
+    write_jsonl(job.out / "curve.jsonl", record.points)
     if record.made:
         write_jsonl(job.out / "candidates.jsonl", record.made)
     about = {"steps": result.steps, "sampled_tokens": result.sampled_tokens, "counts": dict(result.counts)}
     if policy.layout_reason is not None:
         about["padded"] = policy.layout_reason
     job.write_json("about.json", about)
-
-
-class _Record:
-    """What is noted of a training run."""
-
-    def __init__(self, curve: _Curve, events: Events) -> None:
-        self.curve = curve
-        self.events = events
-        self.log: list[Mapping[str, float]] = []
-        self.parts: list[Mapping[str, float]] = []  # seconds of each iteration
-        self.made: list[Candidates] = []  # while training
-
-    def add(self, metrics: Mapping[str, float]) -> None:
-        """Record the metrics of one step."""
-        self.log.append(metrics)
-        self.events.add(int(metrics["step"]), {name: value for name, value in metrics.items() if name != "step"})
-
-    def state(self) -> dict[str, Any]:
-        made = [to_json(group) for group in self.made]
-        return {"log": self.log, "parts": self.parts, "made": made, "curve": self.curve.state()}
-
-    def load(self, state: Mapping[str, Any]) -> None:
-        self.log.clear()
-        for metrics in state["log"]:
-            self.add(metrics)
-        self.parts[:] = state["parts"]
-        self.made[:] = [from_json(Candidates, group, "checkpoint") for group in state["made"]]
-        self.curve.load(state["curve"])
 
 
 def train_inputs(job: Job, settings: MethodSettings) -> TrainInputs:
@@ -450,17 +421,20 @@ def _sampled(job: Job, role: str) -> dict[str, list[Candidates]]:
     return {name.removeprefix(role): job.candidates(name) for name in job.inputs if name.startswith(role)}
 
 
-class _Curve:
-    """Watches a training run: at fixed fractions of its budget, the policy's reward on the dev prompts."""
+class _Record:
+    """The notes of a training run: its log, what it made, and its rewards on the dev prompts at fixed fractions."""
 
     def __init__(self, job: Job, policy: TransformersPolicy, events: Events) -> None:
         self.job = job
         self.policy = policy
         self.events = events
+        self.log: list[Mapping[str, float]] = []
+        self.parts: list[Mapping[str, float]] = []  # seconds of each iteration
+        self.made: list[Candidates] = []  # while training
         self.points: list[CurvePoint] = []
         self.seconds: list[tuple[float, float]] = []  # (fraction, training seconds so far)
         self._before = 0.0  # training seconds of what was resumed
-        self._watching = 0.0  # seconds spent looking, which are not the method's
+        self._watching = 0.0  # seconds of evaluation, which are not the method's
         self._due = 0
         self._started = time.monotonic()
 
@@ -469,23 +443,36 @@ class _Curve:
         """Return the seconds that the method has trained so far."""
         return self._before + time.monotonic() - self._started - self._watching
 
-    def state(self) -> dict[str, Any]:
-        points = [to_json(point) for point in self.points]
-        return {"points": points, "seconds": self.seconds, "due": self._due, "trained": self.trained}
+    def add(self, metrics: Mapping[str, float]) -> None:
+        """Record the metrics of one step."""
+        self.log.append(metrics)
+        self.events.add(int(metrics["step"]), {name: value for name, value in metrics.items() if name != "step"})
 
-    def load(self, state: Mapping[str, Any]) -> None:
-        self.points.clear()
-        for point in state["points"]:
-            self._add(from_json(CurvePoint, point, "checkpoint"))
-        self.seconds[:] = [(fraction, seconds) for fraction, seconds in state["seconds"]]
-        self._due, self._before = state["due"], state["trained"]
-
-    def _add(self, point: CurvePoint) -> None:
+    def add_point(self, point: CurvePoint) -> None:
+        """Record the rewards on the dev prompts under one decoding."""
         self.points.append(point)
         means = {"reward": sum(point.rewards) / len(point.rewards)}
         if point.golds is not None:
             means["gold"] = sum(point.golds) / len(point.golds)
         self.events.add(point.step, {f"dev/{name}/{point.decoding}": mean for name, mean in means.items()})
+
+    def state(self) -> dict[str, Any]:
+        points, made = to_json(self.points), to_json(self.made)
+        curve = {"points": points, "seconds": self.seconds, "due": self._due, "trained": self.trained}
+        return {"log": self.log, "parts": self.parts, "made": made, "curve": curve}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        curve = state["curve"]
+        for kept in (self.log, self.points):
+            kept.clear()
+        for metrics in state["log"]:
+            self.add(metrics)
+        for point in curve["points"]:
+            self.add_point(from_json(CurvePoint, point, "checkpoint"))
+        self.parts[:] = state["parts"]
+        self.made[:] = [from_json(Candidates, group, "checkpoint") for group in state["made"]]
+        self.seconds[:] = [(fraction, seconds) for fraction, seconds in curve["seconds"]]
+        self._due, self._before = curve["due"], curve["trained"]
 
     def watch(self, progress: Progress, policy: Policy) -> None:
         """Add a point to the curve if one is due. Raises Diverged if the reward of a reply is not finite."""
@@ -503,19 +490,10 @@ class _Curve:
         for decoding, spec in decodings(s["evaluation"], s["seed"], "curve").items():
             texts = [row.responses[0].text for row in sampler.sample(prompts, spec)]
             place = f"step {progress.step}, {decoding} replies to the dev prompts"
-            rewards = require_finite(reward.score(prompts, texts), prompts, place, texts)
-            self._add(
-                CurvePoint(
-                    method=job.row or "",
-                    seed=s["seed"],
-                    decoding=decoding,
-                    fraction=progress.fraction,
-                    step=progress.step,
-                    sampled_tokens=progress.sampled_tokens,
-                    rewards=tuple(rewards.tolist()),
-                    golds=None if gold is None else tuple(gold.score(prompts, texts).tolist()),
-                )
-            )
+            rewards = tuple(require_finite(reward.score(prompts, texts), prompts, place, texts).tolist())
+            golds = None if gold is None else tuple(gold.score(prompts, texts).tolist())
+            where = (progress.fraction, progress.step, progress.sampled_tokens)
+            self.add_point(CurvePoint(job.row or "", s["seed"], decoding, *where, rewards, golds))
         self._watching += time.monotonic() - began
 
 
