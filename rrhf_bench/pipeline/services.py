@@ -70,8 +70,7 @@ class ModelRef:
 
 # How many models and samplers that the present stage has not used may stay in memory when it loads another. A GPU has
 # room for none: at 7B each is a sixth of it. On a CPU an evaluation uses four (initial policy, reward model, perplexity
-# model, sampler), so that these survive a stage that samples from a policy of its own. With four, the embedded
-# experiment that has the most policies (sampling_quality) loads 30 models in 163 stages; 12 without a limit.
+# model, sampler), which then survive a stage that samples from a policy of its own.
 IDLE_MODELS = {"cpu": 4, "cuda": 0}
 
 
@@ -190,17 +189,11 @@ class Services:
         *,
         kv_cache_mib: int | None = None,
     ) -> CheckedSampler:
-        """Return a sampler that holds the policy's weights.
+        """Return a sampler that holds the policy's weights, and computes in the dtype of the policy's products.
 
         ``ref`` names a folder or hub id of its architecture; ``note`` receives the differences of its log-probs from
-        the policy's at each check (sampling/sync_check.py).
-
-        One engine serves all policies that compute alike (``engine_key``), whatever they are called, however they are
-        prompted and to whatever length: two would hold two caches and pay two starts. ``kv_cache_mib`` replaces the
-        setting of the runtime for an engine that is started by this call.
-
-        An engine computes in the dtype of the policy's products, which is also the precision that its log-probs are
-        compared with.
+        the policy's at each check (sampling/sync_check.py). One engine serves all policies that compute alike
+        (``engine_key``). ``kv_cache_mib`` replaces the setting of the runtime for an engine that this call starts.
         """
         ref = replace(ref, dtype=cast(Dtype, str(policy.dtype).removeprefix("torch.")))
         key = engine_key(policy, ref, backend)

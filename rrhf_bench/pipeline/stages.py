@@ -463,10 +463,10 @@ class _Record:
 
     def load(self, state: Mapping[str, Any]) -> None:
         curve = state["curve"]
-        for kept in (self.log, self.points):
-            kept.clear()
+        self.log.clear()
         for metrics in state["log"]:
             self.add(metrics)
+        self.points.clear()
         for point in curve["points"]:
             self.add_point(from_json(CurvePoint, point, "checkpoint"))
         self.parts[:] = state["parts"]
