@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
 from rich.text import Text
 
 from rrhf_bench import cli_files
@@ -31,14 +30,14 @@ from rrhf_bench.cli_options import (
     with_option_groups,
 )
 from rrhf_bench.errors import BenchError, ConfigError, StoreError
-from rrhf_bench.pipeline.stage_graph import Plan, make_plan
+from rrhf_bench.pipeline.stage_graph import make_plan
 from rrhf_bench.pipeline.store import Store, disk_errors
 from rrhf_bench.settings.experiment import RuntimeSettings
 from rrhf_bench.settings.reading import load_experiment
-from rrhf_bench.terminal import Screen, TerminalReporter, inert, print_json
+from rrhf_bench.terminal import Screen, TerminalReporter, inert, print_json, table_of
 
 if TYPE_CHECKING:
-    from rrhf_bench.pipeline.cache import Cache, Item
+    from rrhf_bench.pipeline.cache import Item
 
 app = typer.Typer(
     add_completion=False,
@@ -91,21 +90,12 @@ def run(file: ExperimentFile, override: Overrides = None, runs: Runs = Path("run
         write_metrics(records)
         report_page = _write_report(records, folder)
         missing = sum(not store.has(stage.key) for stage in plan.stages)
+    seconds, reused = time.monotonic() - started, len(plan.stages) - made - missing
     if as_json:
-        print_json(
-            {
-                "run": str(folder),
-                "report": str(report_page),
-                "arena": records.arena,
-                "made": made,
-                "reused": len(plan.stages) - made - missing,
-                "missing": missing,
-                "seconds": round(time.monotonic() - started, 1),
-            }
-        )
+        about = {"run": str(folder), "report": str(report_page), "arena": records.arena, "made": made}
+        print_json({**about, "reused": reused, "missing": missing, "seconds": round(seconds, 1)})
     else:
-        words = f"{made} stages made, {len(plan.stages) - made - missing} reused"
-        console.print(f"{words}, {time.monotonic() - started:.0f} s in all")
+        console.print(f"{made} stages made, {reused} reused, {seconds:.0f} s in all")
         console.print(f"report: {report_page}", soft_wrap=True, highlight=False)
     if missing:
         raise BenchError(
@@ -126,31 +116,8 @@ def plan(file: ExperimentFile, override: Overrides = None, runs: Runs = Path("ru
     """Say what a run would do: stages, what the store holds, batch arithmetic, models in memory. Imports no torch."""
     made = make_plan(load_experiment(file, override or []))
     store = Store(runs / "store")
-    if as_json:
-        print_json(_plan_json(made, store))
-        return
-    console = Screen()
-    table = Table("stage", "state", "size", box=None, pad_edge=False)
-    done = 0
-    for stage in made.stages:
-        complete = store.has(stage.key)
-        done += complete
-        table.add_row(inert(stage.name), "done" if complete else "to do", inert(stage.size))
-    console.print(table)
-    console.print()
-    memory = Table("method", "trains on", "models in memory", box=None, pad_edge=False)
-    for name, method in made.experiment.methods.items():
-        models = method.models_in_memory()
-        budget = method.budget(made.experiment.data.train_prompts, made.experiment.responses(method))
-        memory.add_row(name, budget, f"{len(models)}: {', '.join(models)}")
-    console.print(memory)
-    console.print()
-    console.print(f"sampler: {made.backend.identity}" + (f" ({made.backend.note})" if made.backend.note else ""))
-    console.print(f"{len(made.stages)} stages: {done} done, {len(made.stages) - done} to do, store {store.root}")
-
-
-def _plan_json(plan: Plan, store: Store) -> dict[str, Any]:
-    stages = [
+    experiment, backend = made.experiment, made.backend
+    stages: list[dict[str, Any]] = [
         {
             "name": stage.name,
             "kind": stage.kind,
@@ -160,26 +127,39 @@ def _plan_json(plan: Plan, store: Store) -> dict[str, Any]:
             "done": store.has(stage.key),
             "size": stage.size,
         }
-        for stage in plan.stages
+        for stage in made.stages
     ]
-    prompts = plan.experiment.data.train_prompts
-    methods = {
+    methods: dict[str, dict[str, Any]] = {
         name: {
-            "budget": method.budget(prompts, plan.experiment.responses(method)),
+            "budget": method.budget(experiment.data.train_prompts, experiment.responses(method)),
             "models_in_memory": list(method.models_in_memory()),
         }
-        for name, method in plan.experiment.methods.items()
+        for name, method in experiment.methods.items()
     }
-    return {"experiment": plan.experiment.name, "sampler": plan.backend.identity, "stages": stages, "methods": methods}
+    if as_json:
+        print_json({"experiment": experiment.name, "sampler": backend.identity, "stages": stages, "methods": methods})
+        return
+    console = Screen()
+    table = table_of("stage", "state", "size")
+    for stage in stages:
+        table.add_row(inert(stage["name"]), "done" if stage["done"] else "to do", inert(stage["size"]))
+    memory = table_of("method", "trains on", "models in memory")
+    for name, method in methods.items():
+        models = method["models_in_memory"]
+        memory.add_row(name, method["budget"], f"{len(models)}: {', '.join(models)}")
+    for part in (table, memory):
+        console.print(part)
+        console.print()
+    done = sum(stage["done"] for stage in stages)
+    console.print(f"sampler: {backend.identity}" + (f" ({backend.note})" if backend.note else ""))
+    console.print(f"{len(stages)} stages: {done} done, {len(stages) - done} to do, store {store.root}")
 
 
 @app.command()
 def report(
     folder: Annotated[Path, typer.Argument(help="the folder of a run, such as runs/hh_compare")],
     publish: Annotated[bool, typer.Option("--publish", help="also copy the report into --reports")] = False,
-    reports: Annotated[Path, typer.Option(help="where published reports are, each under its run's name")] = Path(
-        "reports"
-    ),
+    reports: Annotated[Path, typer.Option(help="where published reports are, by run")] = Path("reports"),
     as_json: Json = False,
 ) -> None:
     """Write a run's report again from its records; no model is loaded."""
@@ -227,7 +207,7 @@ def compare(
         print_json(comparison_json(*runs, compared))
         return
     found = comparison_table(*runs, compared)
-    table = Table(*(column.name for column in found.columns), box=None, pad_edge=False)
+    table = table_of(*(column.name for column in found.columns))
     for row in printed(found, inert):
         table.add_row(*row)
     Screen().print(table)
@@ -266,7 +246,7 @@ def ls(runs: Runs = Path("runs"), as_json: Json = False) -> None:
     if not found:
         Screen().print(f"no runs in {runs}; start one with: rrhf-bench run experiments/hh_compare.toml", soft_wrap=True)
         return
-    table = Table("run", "stages complete", "begun", "at work", "report", box=None, pad_edge=False)
+    table = table_of("run", "stages complete", "begun", "at work", "report")
     for row in found:
         words = (", ".join(row["unfinished"]) or "-", row["held"] or "-", row["report"] or "-")
         progress = f"{row['complete']} of {row['stages']}"
@@ -292,13 +272,13 @@ def cache(
     unused = found.unused
     removed = store.prune(runs) if yes else ()
     if as_json:
+        runs_json = {
+            run: {"items": n, "bytes": size, "bytes_of_its_own": own} for run, (n, size, own) in found.by_run().items()
+        }
         print_json(
             {
                 "kinds": {kind: {"items": n, "bytes": size} for kind, (n, size) in found.sizes().items()},
-                "runs": {
-                    run: {"items": n, "bytes": size, "bytes_of_its_own": own}
-                    for run, (n, size, own) in found.by_run().items()
-                },
+                "runs": runs_json,
                 "journals": {"bytes": found.journals},
                 "unused": [_item_json(item) for item in unused],
                 "removed": [_item_json(item) for item in removed],
@@ -307,7 +287,17 @@ def cache(
         )
     else:
         screen = Screen()
-        _print_cache(found, screen)
+        kinds = table_of("kind of stage", "artifacts", "size")
+        for kind, (number, size) in found.sizes().items():
+            kinds.add_row(Text(inert(kind)), str(number), _size(size))
+        if found.journals:
+            kinds.add_row("journals of judges", "-", _size(found.journals))
+        used = table_of("run", "artifacts", "size", "of its own")
+        for run, (number, size, own) in found.by_run().items():
+            used.add_row(Text(inert(run)), str(number), _size(size), _size(own))
+        for table in (kinds, used):
+            screen.print(table)
+            screen.print()
         for item in removed if yes else unused if prune else ():
             words = f"{'removed' if yes else 'unused'}: {item.what} {item.name} ({_size(item.bytes)}, {item.path.name})"
             screen.print(Text(inert(words)), soft_wrap=True)
@@ -324,20 +314,6 @@ def cache(
 
 def _item_json(item: Item) -> dict[str, Any]:
     return {"id": item.id, "what": item.what, "name": item.name, "bytes": item.bytes}
-
-
-def _print_cache(found: Cache, screen: Screen) -> None:
-    kinds = Table("kind of stage", "artifacts", "size", box=None, pad_edge=False)
-    for kind, (number, size) in found.sizes().items():
-        kinds.add_row(Text(inert(kind)), str(number), _size(size))
-    if found.journals:
-        kinds.add_row("journals of judges", "-", _size(found.journals))
-    used = Table("run", "artifacts", "size", "of its own", box=None, pad_edge=False)
-    for run, (number, size, own) in found.by_run().items():
-        used.add_row(Text(inert(run)), str(number), _size(size), _size(own))
-    for table in (kinds, used):
-        screen.print(table)
-        screen.print()
 
 
 def _size(count: float) -> str:
@@ -373,7 +349,7 @@ def doctor(
     if as_json:
         print_json([finding.__dict__ for finding in findings])
     else:
-        table = Table("check", "", "found", box=None, pad_edge=False)
+        table = table_of("check", "", "found")
         for finding in findings:
             mark = {True: "ok", False: "FAILED", None: ""}[finding.ok]
             table.add_row(finding.check, mark, inert(finding.found))

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
 
 from rrhf_bench.cli_options import (
     Backend,
@@ -38,7 +37,7 @@ from rrhf_bench.sampling.backend import BackendName
 from rrhf_bench.settings.candidates import Strategy
 from rrhf_bench.settings.experiment import Dtype, RuntimeSettings
 from rrhf_bench.settings.reading import parse_method
-from rrhf_bench.terminal import Screen, TerminalReporter, print_json
+from rrhf_bench.terminal import Screen, TerminalReporter, print_json, table_of
 
 if TYPE_CHECKING:
     from rrhf_bench.pipeline.file_commands import PlainSteps
@@ -91,7 +90,7 @@ def sample(
     if unknown:
         raise ConfigError(f"--sources: found {unknown[0]!r}; allowed are model, chosen, rejected")
     if top_p == 0.0:
-        raise ConfigError("--top-p: found 0, which leaves no token to sample; expected more than 0 and at most 1 (off)")
+        raise ConfigError("--top-p: found 0; expected more than 0 and at most 1 (off)")
     default_template: TemplateKind = "hh" if strategy == "sample" else "raw"
     ref = model_ref(model, default_template=default_template, template=template, **asdict(own))
     if cut is None:
@@ -107,8 +106,7 @@ def sample(
         if beams % groups:
             raise ConfigError(f"--groups {groups}: {beams} beams do not divide into groups of equal size")
         if (n, temperature, top_p, top_k) != (4, 1.0, 1.0, 0):
-            note = "note: beams are not drawn: --n, --temperature, --top-p and --top-k have no effect on them"
-            Screen(stderr=True).print(note)
+            Screen(stderr=True).print("note: --n, --temperature, --top-p and --top-k have no effect on beams")
         search: dict[str, Any] = {"strategy": strategy, "beams": beams, "groups": groups}
         spec = SamplingSpec(n=beams, diversity_penalty=diversity_penalty, **search, **common)
     with _steps(options, "sampling", backend, strategy) as steps:
@@ -210,8 +208,7 @@ def evaluate(
     specs = decodings({**arena, "stop": STOP_STRINGS}, seed, "evaluate")
 
     def policy_ref(source: str) -> Any:
-        shared = {"pad_token": pad_token_of(source, (model, initial), own.pad_token)}
-        return model_ref(source, **{**asdict(own), **shared})
+        return model_ref(source, **{**asdict(own), "pad_token": pad_token_of(source, (model, initial), own.pad_token)})
 
     policy, base = policy_ref(model), None if initial is None else policy_ref(initial)
     judge, fluency = reward.ref(reward_model), None
@@ -225,7 +222,7 @@ def evaluate(
     by_decoding = {way: [r for r in records if r.decoding == way] for way in dict.fromkeys(r.decoding for r in records)}
     rows = [{"decoding": way, **_summary(chosen, gold)} for way, chosen in by_decoding.items()]
     if not options.as_json:
-        table = Table(*rows[0], box=None, pad_edge=False)
+        table = table_of(*rows[0])
         for row in rows:
             table.add_row(*("-" if v is None else f"{v:.3f}" if isinstance(v, float) else str(v) for v in row.values()))
         Screen().print(table)

@@ -143,15 +143,14 @@ def _parse_faults(where: str, expected: str, unit: str = "line") -> Iterator[Non
     except UnicodeDecodeError as error:
         raise DataError(f"{where}: is not UTF-8 text (byte {error.start} of the {unit}); save it as UTF-8") from error
     except UnicodeEncodeError as error:
-        raise DataError(
-            f"{where}: holds {error.object[error.start]!r}, half of a surrogate pair; mend the text"
-        ) from error
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where}: is not JSON ({error.msg}); expected {expected}") from error
-    except RecursionError as error:
-        raise DataError(f"{where}: is not JSON (nested too deeply); expected {expected}") from error
-    except ValueError as error:  # the key of unique_object, or a number that Python will not read
-        reason = error.args[0] if isinstance(error, _DuplicateKey) else "a whole number of too many digits"
+        half = error.object[error.start]
+        raise DataError(f"{where}: holds {half!r}, half of a surrogate pair; mend the text") from error
+    except (ValueError, RecursionError) as error:
+        reason = "a whole number of too many digits"  # the one ValueError that json itself lets through
+        if isinstance(error, json.JSONDecodeError | _DuplicateKey):
+            reason = getattr(error, "msg", str(error))
+        elif isinstance(error, RecursionError):
+            reason = "nested too deeply"
         raise DataError(f"{where}: is not JSON ({reason}); expected {expected}") from error
 
 

@@ -18,6 +18,7 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
+from rich.table import Table
 from rich.text import Text
 
 from rrhf_bench.errors import visible
@@ -27,6 +28,11 @@ from rrhf_bench.pipeline.stage_graph import Stage
 def inert(text: str) -> str:
     """Text that cannot act on a terminal: what cannot be seen is shown as escapes; line feeds and tabs are left."""
     return visible(text, keep="\n\t")
+
+
+def table_of(*columns: str) -> Table:
+    """Return an empty table without lines."""
+    return Table(*columns, box=None, pad_edge=False)
 
 
 def print_json(value: Any) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from rrhf_bench.pipeline.events import Events
-from rrhf_bench.pipeline.stages import _Curve, _Record
+from rrhf_bench.pipeline.stages import _Record
 from rrhf_bench.records import CurvePoint
 
 
@@ -23,13 +23,13 @@ def read_events(folder: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def record(folder: Path | None) -> _Record:
-    events, unused = Events(folder), Any
-    return _Record(_Curve(unused, unused, events), events)  # type: ignore[arg-type]
+    unused = Any
+    return _Record(unused, unused, Events(folder))  # type: ignore[arg-type]
 
 
 def test_a_resumed_training_shows_each_step_once(tmp_path: Path) -> None:
     first = record(tmp_path)
-    first.curve._add(CurvePoint("sft", 0, "greedy", 0.0, 0, 0, (1.0, 2.0), (0.0, 1.0)))
+    first.add_point(CurvePoint("sft", 0, "greedy", 0.0, 0, 0, (1.0, 2.0), (0.0, 1.0)))
     for step in (1, 2):
         first.add({"step": step, "loss": 10.0 * step})
     kept = json.loads(json.dumps(first.state()))  # as a checkpoint keeps it

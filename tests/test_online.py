@@ -16,6 +16,7 @@ import torch
 from rrhf_bench.data.dialogue import Template
 from rrhf_bench.errors import DataError, StageError
 from rrhf_bench.pipeline import stage_helpers
+from rrhf_bench.pipeline.services import DistinctTexts
 from rrhf_bench.policy.policy import TransformersPolicy
 from rrhf_bench.records import Candidates, Prompt, Response
 from rrhf_bench.sampling.backend import choose_backend
@@ -202,7 +203,7 @@ def test_one_refresh_for_the_whole_run_is_offline_training(policy, refresh):
 
     sampler = TransformersSampler(policy, max_model_len=CONTEXT)
     sampled = sampler.sample(PROMPTS, SamplingSpec(3, 0.9, 8, 5, "online/0", stop=STOP))
-    scored = stage_helpers.score_candidates(run.reward, sampled)
+    scored = stage_helpers.score_shared_candidates(DistinctTexts(run.reward), sampled, "reward")
     groups = [Candidates(row.prompt, row.responses + given.responses) for row, given in zip(scored, GIVEN, strict=True)]
     offline = Run(policy)
     expected = offline.fit(online(refresh=0, epochs=1), TrainInputs(candidates=groups))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import stat
@@ -10,12 +9,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rrhf_bench.pipeline.judging import JOURNALS
 from rrhf_bench.pipeline.locks import LockHeld, holder
 from rrhf_bench.pipeline.run_folder import read_run
-from rrhf_bench.pipeline.store import MANIFEST, SCRATCH, Store, disk_errors
+from rrhf_bench.pipeline.store import SCRATCH, Store, disk_errors
 
 _ARTIFACT = re.compile(r"[0-9a-f]{32}")
 _TEMPORARY = re.compile(r"\.([0-9a-f]{32})-.*")
@@ -95,7 +93,7 @@ def damages(runs: Path) -> Mapping[str, str]:
     store = Store(runs / "store")
     found = {}
     for path in sorted(store.root.glob("*")):
-        manifest = _manifest(path)
+        manifest = store.manifest(path.name) or {}
         key = manifest.get("key")
         if key is not None and (damage := store.damage(key, "all")) is not None:
             found[manifest.get("name", path.name)] = damage
@@ -115,7 +113,7 @@ def _items(store: Store, users: Mapping[str, Mapping[str, str]]) -> Iterator[Ite
     for path in sorted(store.root.glob("*")):
         used = tuple(users.get(path.name, ()))
         if _ARTIFACT.fullmatch(path.name):
-            manifest = _manifest(path)
+            manifest = store.manifest(path.name) or {}
             kind = manifest.get("kind", "unknown") if manifest else LEFT_OVER
             yield Item(path, path.name, kind, manifest.get("name", ""), _bytes(path), used)
         elif (found := _TEMPORARY.fullmatch(path.name)) and holder(store.lock_path(found[1])) is None:
@@ -123,15 +121,6 @@ def _items(store: Store, users: Mapping[str, Mapping[str, str]]) -> Iterator[Ite
     for path in sorted((store.root / SCRATCH).glob("*")):
         wanted = users.get(path.name, {})
         yield Item(path, path.name, UNFINISHED, next(iter(wanted.values()), ""), _bytes(path), tuple(wanted))
-
-
-def _manifest(artifact: Path) -> dict[str, Any]:
-    """Return the manifest of an artifact, or an empty one if it cannot be read."""
-    try:
-        manifest = json.loads((artifact / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return manifest if isinstance(manifest, dict) else {}
 
 
 def _bytes(folder: Path) -> int:

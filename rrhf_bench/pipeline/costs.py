@@ -50,7 +50,7 @@ def needed_stages(stages: Stages, trained: str, given: Collection[str]) -> list[
             found[own["pair scores"]] = None
         found.update({key: None for role, key in own.items() if role.startswith("reference ")})
         for source, candidates in sampled_inputs(inputs):
-            drawn = drawn_by(stages, candidates)
+            drawn = stages[candidates]["inputs"].get("candidates", candidates)  # of a score stage, or itself
             found.update({candidates: None, drawn: None})
             model = stages[drawn]["inputs"].get("policy")  # none: read from a file
             is_given = model == own["policy"] if source == "model" else source in given
@@ -66,19 +66,11 @@ def sampled_inputs(inputs: Mapping[str, str]) -> Iterable[tuple[str, str]]:
     return [(role.split(" ", 1)[1], key) for role, key in inputs.items() if role.startswith(("scores ", "candidates "))]
 
 
-def drawn_by(stages: Stages, candidates: str) -> str:
-    """Return the key of the stage that drew or read the responses: the input of a score stage, or the stage itself."""
-    return stages[candidates]["inputs"].get("candidates", candidates)
-
-
 def total(stages: Iterable[StageCost]) -> StageCost:
     """Return the sum over stages."""
     all_ = list(stages)
-    return StageCost(
-        math.fsum(stage.seconds for stage in all_),
-        sum(stage.sampled_tokens for stage in all_),
-        sum(stage.steps for stage in all_),
-    )
+    seconds, tokens = math.fsum(stage.seconds for stage in all_), sum(stage.sampled_tokens for stage in all_)
+    return StageCost(seconds, tokens, sum(stage.steps for stage in all_))
 
 
 def row_costs(

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, requires
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,7 +20,6 @@ from rrhf_bench.pipeline.memory import WITHOUT_A_FILE, out_of_memory_named
 from rrhf_bench.pipeline.run_folder import environment
 from rrhf_bench.pipeline.services import ModelRef, Services
 from rrhf_bench.policy import onednn
-from rrhf_bench.policy.policy import TransformersPolicy
 from rrhf_bench.records import Preference
 from rrhf_bench.sampling.backend import BackendName, choose_backend
 from rrhf_bench.sampling.sync_check import ASKED, LIMITS, Agreement, agreement
@@ -37,7 +39,7 @@ class Finding:
 def examine(
     policy: ModelRef | None, reward: ModelRef | None, backend: BackendName, runtime: RuntimeSettings
 ) -> list[Finding]:
-    """All findings; a check that cannot even run is a failed one that says why."""
+    """Return what is installed, and what the checks of sampler, trainer and reward model found."""
     findings = [Finding(name, None, version) for name, version in environment().items()]
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU (no CUDA GPU)"
     findings.append(Finding("device", None, f"{device}, {torch.get_num_threads()} threads"))
@@ -49,26 +51,19 @@ def examine(
     with tempfile.TemporaryDirectory() as folder:
         if policy is None:
             settings = ScratchSettings(epochs=1)
-            train_language_model(
-                world.corpus,
-                settings,
-                seed=0,
-                folder=Path(folder) / "model",
-                device=services.device,
-                log=lambda metrics: None,
-                progress=lambda done, total: None,
-            )
-            policy = ModelRef(str(Path(folder) / "model"), max_length=settings.context)
-        findings += _guarded(
-            services, "sampler's log-probs", lambda: _sampler(services, policy, chosen.name, world.test)
-        )
+            place = Path(folder) / "model"
+            silent: dict[str, Any] = {"log": lambda metrics: None, "progress": lambda done, total: None}
+            train_language_model(world.corpus, settings, seed=0, folder=place, device=services.device, **silent)
+            policy = ModelRef(str(place), max_length=settings.context)
+        check = partial(_sampler, services, policy, chosen.name, world.test)
+        findings += _guarded(services, "sampler's log-probs", check)
     if reward is not None:
-        findings += _guarded(services, "reward model", lambda: _reward(services, reward))
+        findings += _guarded(services, "reward model", partial(_reward, services, reward))
     return findings
 
 
-def _guarded(services: Services, check: str, body: object) -> list[Finding]:
-    assert callable(body)
+def _guarded(services: Services, check: str, body: Callable[[], list[Finding]]) -> list[Finding]:
+    """Return the findings of a check, or one failed finding if it cannot run."""
     try:
         with out_of_memory_named(services, WITHOUT_A_FILE):
             return body()
@@ -77,7 +72,7 @@ def _guarded(services: Services, check: str, body: object) -> list[Finding]:
 
 
 def _pins() -> Finding:
-    """torch, transformers and vLLM at versions that were tested together."""
+    """Compare the versions of torch, transformers and vLLM with those that were tested together."""
     from packaging.requirements import Requirement
 
     try:
@@ -94,7 +89,7 @@ def _pins() -> Finding:
 
 
 def _sampler(services: Services, ref: ModelRef, backend: BackendName, pairs: tuple[Preference, ...]) -> list[Finding]:
-    """Log-probs of the sampler against the trainer's, at a temperature other than 1, and after a change of weights."""
+    """Compare the sampler's log-probs with the trainer's, before and after a change of weights."""
     policy = services.policy(ref)
     prompts = [pair.prompt for pair in pairs]
     sampler = services.sampler_for(policy, ref, backend, prompts, ASKED.max_new_tokens)
@@ -107,8 +102,14 @@ def _sampler(services: Services, ref: ModelRef, backend: BackendName, pairs: tup
     sampler.sync(policy)
     after = agreement(sampler, policy, prompts, TEMPERATURE)
     bound = f"limits {limit.mean:g} and {limit.max:g}"
+    layout = "each prompt once, packed" if policy.layout == "packed" else f"padded rows: {policy.layout_reason}"
+    found = [Finding("training layout", None, layout)]
+    if policy.device.type == "cpu" and torch.backends.mkldnn.is_available():
+        taken = f"taken in {policy.onednn_layers} layers" if policy.onednn_layers else "not taken"
+        words = f"{onednn.gain():.2f} times as fast as the default in float32; {taken}, as runtime.onednn says"
+        found.append(Finding("oneDNN", None, words))
     return [
-        *_computation(policy),
+        *found,
         Finding("log-probs, sampler and trainer", before.within(limit), f"{_apart(before)} ({bound})"),
         Finding("the same after new weights", after.within(limit), f"{_apart(after)} ({bound})"),
         Finding("a missed sync would show", not missed.within(limit), f"{_apart(missed)} with the old weights"),
@@ -119,20 +120,8 @@ def _apart(found: Agreement) -> str:
     return f"{found.mean:.1e} apart on average, {found.max:.1e} at most"
 
 
-def _computation(policy: TransformersPolicy) -> list[Finding]:
-    """How a policy is fed, and what multiplies."""
-    layout = "each prompt once, packed" if policy.layout == "packed" else f"padded rows: {policy.layout_reason}"
-    found = [Finding("training layout", None, layout)]
-    if policy.device.type == "cpu" and torch.backends.mkldnn.is_available():
-        taken = f"taken in {policy.onednn_layers} layers" if policy.onednn_layers else "not taken"
-        words = f"{onednn.gain():.2f} times as fast as the default in float32; {taken}, as runtime.onednn says"
-        found.append(Finding("oneDNN", None, words))
-    return found
-
-
 def _reward(services: Services, ref: ModelRef) -> list[Finding]:
-    """How it is fed, as far as loading it can tell, and how it orders labelled pairs of an embedded world. Those are
-    none of its own: what they show is a warning."""
+    """Check the input of a reward model, and its order of pairs of an embedded world, which can give only a warning."""
     sizes = {"seed": 0, "corpus": 200, "perplexity_corpus": 1, "preferences": 8, "dev": 1, "test": PAIRS}
     pairs = build_reviews(**sizes).test if ref.template == "raw" else build_world(raw_corpus=1, **sizes).test
     findings = [Finding("reward model", None, services.reward(ref).identity)]

@@ -1,4 +1,4 @@
-"""The single steps on plain files, for people who bring their own: the stages' code without a store."""
+"""The single steps on plain files: the stages' code without a store."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from rrhf_bench.data.dialogue import TemplateKind
 from rrhf_bench.data.preferences import holds_pairs, load_pairs
@@ -27,7 +27,7 @@ from rrhf_bench.records import Candidates, Decoding, Evaluated, Preference, Prom
 from rrhf_bench.rewards.gold import Gold
 from rrhf_bench.sampling.backend import BackendName
 from rrhf_bench.sampling.sampler import SamplingSpec
-from rrhf_bench.settings.experiment import Dtype, RuntimeSettings
+from rrhf_bench.settings.experiment import RuntimeSettings
 from rrhf_bench.settings.methods import MethodSettings
 from rrhf_bench.training.method import TrainContext, TrainInputs, TrainResult
 from rrhf_bench.training.reference import compute_reference
@@ -55,20 +55,15 @@ class PlainSteps:
 
     def sample(
         self, model: ModelRef, prompts: Path, out: Path, spec: SamplingSpec, sources: Sequence[str]
-    ) -> dict[str, int]:
+    ) -> Mapping[str, int]:
         """Sample n responses a prompt, write them in the RRHF layout without scores, and return counts of the input."""
         read = read_prompts(prompts, verbatim=model.template == "raw", faulty_rows=self.faulty_rows)
         if {"chosen", "rejected"} & set(sources) and not read.pairs:
-            raise DataError(
-                f'{prompts}: has no "chosen" and "rejected"; they are needed for --sources {",".join(sources)}'
-            )
+            raise DataError(f'{prompts}: has no "chosen" and "rejected", which --sources {",".join(sources)} needs')
         with replace_path(out) as path:
-            services = self.services
-            policy = services.fixed_policy(model)
-            read = self._usable(read, [policy], context_of(policy, model) - spec.max_new_tokens)
-            sampler = services.sampler_for(
-                policy, model, self.backend, read.prompts, spec.max_new_tokens, self.progress
-            )
+            policy, new_tokens = self.services.fixed_policy(model), spec.max_new_tokens
+            read = self._usable(read, [policy], context_of(policy, model) - new_tokens)
+            sampler = self.services.sampler_for(policy, model, self.backend, read.prompts, new_tokens, self.progress)
             sampled = sampler.sample(read.prompts, spec)
             pairs = pair_candidates(read.pairs)
             write_rrhf(path, assemble(sources, {"model": sampled}, pairs) if pairs else sampled)
@@ -78,7 +73,7 @@ class PlainSteps:
         """Score every response of a file, write it again with ``scores``, and return counts of what is odd."""
         read = load_candidates(candidates, scored=False, faulty_rows=self.faulty_rows)
         with replace_path(out) as path:
-            model = self._reward(self.services, reward)
+            model = self._reward(reward)
             groups, refused = self._fit(read.candidates, model.prompt_length, sys.maxsize, read.places)
             scored = stage_helpers.score_shared_candidates(model, groups, reward.source, self.progress)
             write_rrhf(path, scored)
@@ -97,18 +92,18 @@ class PlainSteps:
         stop: tuple[str, ...],
     ) -> TrainResult:
         """Train a policy by one method and write a transformers folder with ``metrics.jsonl`` beside its weights."""
-        services = self.services
-        if "reward" in method.needs and reward is None:
+        services, needs = self.services, method.needs
+        if "reward" in needs and reward is None:
             raise DataError(f"{method.kind}: scores its own samples; name a reward model with --reward-model")
-        inputs, counts, places = _train_inputs(method, data, self.faulty_rows)
+        read = _train_rows(method, data, self.faulty_rows)
         policy = services.policy_to_train(model)
         context = context_of(policy, model)
         # The offline loop itself leaves long prompts out and counts them; a sampler stops at the first.
-        limit = context - max_new_tokens if "sampler" in method.needs else sys.maxsize
-        usable, fitted = self._fit(inputs.candidates, _prompt_length([policy]), limit, places)
+        limit = context - max_new_tokens if "sampler" in needs else sys.maxsize
+        usable, fitted = self._fit(read.groups, _prompt_length([policy]), limit, read.places)
         prompts = {row.prompt for row in usable}
-        inputs = TrainInputs([pair for pair in inputs.preferences if pair.prompt in prompts], usable)
-        reads_reference = {"reference", "sampler"} <= method.needs
+        inputs = TrainInputs([pair for pair in read.pairs if pair.prompt in prompts], usable)
+        reads_reference = {"reference", "sampler"} <= needs
         if "reference" in method.requires and not reads_reference:
             groups = [*pair_candidates(inputs.preferences), *inputs.candidates]
             inputs = replace(inputs, reference=compute_reference(policy, groups, max_length=context))
@@ -116,14 +111,13 @@ class PlainSteps:
         log: list[Mapping[str, float]] = []
         with replace_path(out) as folder:
             folder.mkdir()
-            judge = None if reward is None else self._reward(services, reward)
+            judge = None if reward is None else self._reward(reward)
+            sampler = None
+            if "sampler" in needs:
+                sampler = services.sampler_for(policy, model, self.backend, inputs.prompts, max_new_tokens)
             train_context = TrainContext(
                 seed=seed,
-                sampler=(
-                    services.sampler_for(policy, model, self.backend, inputs.prompts, max_new_tokens)
-                    if "sampler" in method.needs
-                    else None
-                ),
+                sampler=sampler,
                 reward=judge,
                 reference=(unadapted or services.fixed_policy(model)) if reads_reference else None,
                 watch=lambda progress, _: self.progress(round(1000 * progress.fraction), 1000),
@@ -135,7 +129,7 @@ class PlainSteps:
             policy.save(folder)
             write_jsonl(folder / "metrics.jsonl", log)
         truncated = {} if judge is None else {"truncated": judge.truncated}
-        return replace(result, counts={**counts, **result.counts, **fitted, **truncated})
+        return replace(result, counts={**read.counts, **result.counts, **fitted, **truncated})
 
     def evaluate(
         self,
@@ -169,21 +163,17 @@ class PlainSteps:
             new_tokens = max(spec.max_new_tokens for spec in decodings.values())
             policies = [policy] if reference is None else [policy, reference]
             read = self._usable(read, policies, context_of(policy, model) - new_tokens)
-            judge = self._reward(services, reward)
-            judges = stage_helpers.Judges(
-                judge,
-                Gold() if gold else None,
-                services.fixed_policy(perplexity) if perplexity is not None else None,
-                self.runtime.score_batch,
-            )
+            judge = self._reward(reward)
+            fluency = None if perplexity is None else services.fixed_policy(perplexity)
+            judges = stage_helpers.Judges(judge, Gold() if gold else None, fluency, self.runtime.score_batch)
             sampler = services.sampler_for(policy, model, self.backend, read.prompts, new_tokens, self.progress)
             records = stage_helpers.evaluate(name, seed, sampler, read.prompts, judges, decodings, policy, reference)
             write_jsonl(path, records)
         return records, {**read.counts, "truncated": judge.truncated}
 
-    def _reward(self, services: Services, ref: ModelRef) -> DistinctTexts:
+    def _reward(self, ref: ModelRef) -> DistinctTexts:
         """Return the reward model, after a note for each warning of its checks."""
-        reward = services.reward(ref)
+        reward = self.services.reward(ref)
         for check in reward.checks:
             if check.ok is False:
                 self.note(f"{ref.source}: {check.name}: {check.found}")
@@ -191,12 +181,10 @@ class PlainSteps:
 
     def _usable(self, read: Questions, policies: Sequence[TransformersPolicy], limit: int) -> Questions:
         """Return the prompts that leave room for a reply and that the policies' chat templates render."""
-        asked = [Candidates(prompt, ()) for prompt in read.prompts]
-        rows, counts = self._fit(asked, _prompt_length(policies), limit, read.places)
-        prompts = [row.prompt for row in rows]
-        kept = set(prompts)
+        groups, counts = self._fit(read.groups, _prompt_length(policies), limit, read.places)
+        kept = {group.prompt for group in groups}
         pairs = [pair for pair in read.pairs if pair.prompt in kept]
-        return Questions(pairs, prompts, {**read.counts, **counts}, read.places)
+        return Questions(pairs, groups, {**read.counts, **counts}, read.places)
 
     def _fit(
         self,
@@ -206,14 +194,8 @@ class PlainSteps:
         places: Mapping[Prompt, str],
     ) -> tuple[tuple[Candidates, ...], dict[str, int]]:
         """Return (the rows whose prompts the models of a step can be given, counts of the others)."""
-        kept, counts = fit_context(
-            rows,
-            prompt_length,
-            limit,
-            long_prompts=self.faulty_rows,
-            faulty_rows=self.faulty_rows,
-            places=places,
-        )
+        drop = self.faulty_rows
+        kept, counts = fit_context(rows, prompt_length, limit, long_prompts=drop, faulty_rows=drop, places=places)
         return kept, {name: count for name, count in counts.items() if count and name != "kept"}
 
 
@@ -239,61 +221,58 @@ def _check_vocabularies(own: Tokenization, model: ModelRef, other: Tokenization,
     alike = len(found.items() & expected.items())
     raise DataError(
         f"--initial {initial.source}: has another vocabulary than --model {model.source} ({len(found)} tokens against "
-        f"{len(expected)}, {alike} of them with the same id in both); expected the same tokens with the same ids, "
-        "without which a KL has no meaning; name the policy that the model was trained from, or leave --initial out"
+        f"{len(expected)}, {alike} of them with the same id), so that a KL has no meaning; name the policy that the "
+        "model was trained from, or leave --initial out"
     )
 
 
 class Questions(NamedTuple):
-    """Prompts of a file, with the pairs if it holds pairs. ``places`` names file and line of each prompt."""
+    """The rows of a file: a group for each prompt, without responses if the file holds no candidates, and its pairs.
 
-    pairs: list[Preference]
-    prompts: list[Prompt]
-    counts: dict[str, int]
+    ``places`` names file and line of each prompt.
+    """
+
+    pairs: Sequence[Preference]
+    groups: Sequence[Candidates]
+    counts: Mapping[str, int]
     places: Mapping[Prompt, str]
+
+    @property
+    def prompts(self) -> list[Prompt]:
+        return [group.prompt for group in self.groups]
 
 
 def read_prompts(path: Path, *, verbatim: bool = False, faulty_rows: FaultyRows = "error") -> Questions:
     """Return the prompts of a file of prompts or preferences, which the first row decides."""
     if holds_pairs(path):
         data = load_pairs(path, faulty_rows=faulty_rows)
-        pairs = list(data.preferences)
-        return Questions(pairs, [pair.prompt for pair in pairs], dict(data.counts), data.places)
-    prompts = load_prompts(path, verbatim=verbatim, faulty_rows=faulty_rows)
-    return Questions([], list(prompts.prompts), dict(prompts.counts), prompts.places)
+        return Questions(
+            data.preferences, [Candidates(p.prompt, ()) for p in data.preferences], data.counts, data.places
+        )
+    read = load_prompts(path, verbatim=verbatim, faulty_rows=faulty_rows)
+    return Questions([], [Candidates(prompt, ()) for prompt in read.prompts], read.counts, read.places)
 
 
-def _train_inputs(
-    method: MethodSettings, data: Path, faulty_rows: FaultyRows
-) -> tuple[TrainInputs, Mapping[str, int], Mapping[Prompt, str]]:
-    """Return (scored candidates, pairs or prompts alone, as the method requires; counts of the input; file and line of
-    each prompt)."""
+def _train_rows(method: MethodSettings, data: Path, faulty_rows: FaultyRows) -> Questions:
+    """Return scored candidates, pairs or prompts alone, as the method requires."""
     if "candidates" in method.requires:
-        read = load_candidates(data, faulty_rows=faulty_rows)
-        return TrainInputs(candidates=read.candidates), read.counts, read.places
-    pairs, prompts, counts, places = read_prompts(data, faulty_rows=faulty_rows)
-    if "pairs" in method.requires and not pairs:
+        scored = load_candidates(data, faulty_rows=faulty_rows)
+        return Questions([], scored.candidates, scored.counts, scored.places)
+    read = read_prompts(data, faulty_rows=faulty_rows)
+    if "pairs" in method.requires and not read.pairs:
         raise DataError(f'{data}: {method.kind} trains on pairs; expected lines with "chosen" and "rejected"')
-    return TrainInputs(preferences=pairs, candidates=[Candidates(prompt, ()) for prompt in prompts]), counts, places
+    return read
 
 
 def model_ref(
-    source: str,
-    *,
-    default_template: TemplateKind = "hh",
-    template: TemplateKind | None = None,
-    dtype: Dtype | None = None,
-    pad_token: str | None = None,
-    layout: Literal["classifier", "value-head"] | None = None,
-    label: str | None = None,
-    prefix: str = "",
+    source: str, *, default_template: TemplateKind = "hh", prefix: str = "", **options: str | None
 ) -> ModelRef:
     """Return the reference of a model named on the command line; None is an option that was not given.
 
-    The folder of an artifact stands for the model in it. Raises ConfigError if a given option differs from what the
-    artifact says; ``prefix`` is how the options that every model has begin in that message, such as "reward-".
+    ``options`` are fields of a ModelRef. The folder of an artifact stands for the model in it. Raises ConfigError if a
+    given option differs from what the artifact says; ``prefix`` is how the options that every model has begin in that
+    message, such as "reward-".
     """
-    options = {"template": template, "dtype": dtype, "pad_token": pad_token, "layout": layout, "label": label}
     given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
     if is_artifact(source):
         ref = ModelRef.read(Path(source))

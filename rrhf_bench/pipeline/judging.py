@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 
 from rrhf_bench.pipeline.locks import exclusive_lock
 from rrhf_bench.pipeline.store import content_key
 from rrhf_bench.records import Candidates
-from rrhf_bench.rewards.judge import EndpointJudge, Judge, JudgeResult, endpoint_identity
+from rrhf_bench.rewards.judge import EndpointJudge, JudgeResult, endpoint_identity
 from rrhf_bench.rewards.toy_judge import ToyJudge
 from rrhf_bench.settings.experiment import JudgeTable
 
@@ -19,11 +18,6 @@ JOURNALS = "journals"  # a folder beside the artifacts of a store
 def judge_identity(table: JudgeTable) -> str:
     """Return what decides the ratings, for keys. The URL and the retries of an endpoint do not."""
     return ToyJudge.identity if table.endpoint is None else endpoint_identity(table.endpoint)
-
-
-def build_judge(table: JudgeTable, journal: Path, progress: Callable[[int, int], None] | None = None) -> Judge:
-    """Return the judge of a table; an endpoint's verdicts go to ``journal``. Raises ConfigError for an unusable key."""
-    return ToyJudge() if table.endpoint is None else EndpointJudge(table.endpoint, journal, progress=progress)
 
 
 def judge_candidates(
@@ -39,8 +33,9 @@ def judge_candidates(
     if the judge cannot be reached, DataError if no answer could be read, ConfigError if its key cannot be used, and
     StoreError if the journal cannot be written.
     """
+    if table.endpoint is None:
+        return ToyJudge().judge(groups)
     journal = journals / f"{content_key(judge_identity(table))[:32]}.jsonl"
-    judge = build_judge(table, journal, progress)
-    lock = exclusive_lock(journal.with_suffix(".lock"), journal, lambda _: None)
-    with nullcontext() if table.endpoint is None else lock:
+    judge = EndpointJudge(table.endpoint, journal, progress=progress)
+    with exclusive_lock(journal.with_suffix(".lock"), journal, lambda _: None):
         return judge.judge(groups)

@@ -105,20 +105,10 @@ def _acquire(path: Path) -> int | None:
                 return None
             raise StoreError(f"{path}: cannot be locked ({error.strerror}); choose another --runs DIR") from error
         # A holder removes its file before it unlocks: a lock on a removed file excludes nobody.
-        if _names(path, file):
-            _write_holder(file)
-            return file
+        with suppress(FileNotFoundError):
+            if os.path.samestat(path.stat(), os.fstat(file)):
+                break
         os.close(file)
-
-
-def _names(path: Path, file: int) -> bool:
-    try:
-        return os.path.samestat(path.stat(), os.fstat(file))
-    except FileNotFoundError:
-        return False
-
-
-def _write_holder(file: int) -> None:
     parent = multiprocessing.parent_process()
     since = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
     pid = os.getpid() if parent is None or parent.pid is None else parent.pid
@@ -126,3 +116,4 @@ def _write_holder(file: int) -> None:
     with suppress(OSError):  # a lock without a name holds as well, on a full disk
         os.ftruncate(file, 0)
         os.write(file, json.dumps(asdict(Holder(pid, platform.node(), since, command))).encode())
+    return file

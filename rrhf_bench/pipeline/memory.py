@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import torch
 
 from rrhf_bench.errors import StageError, is_out_of_memory
+
+if TYPE_CHECKING:
+    from rrhf_bench.pipeline.services import Services
 
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 _STATUS = Path("/proc/self/status")
@@ -33,16 +36,6 @@ _LOWER = {
 WITHOUT_A_FILE = "use a smaller model, --dtype bfloat16 or another --device, or for `train` --set lora.rank=8"
 
 
-class Holding(Protocol):
-    """Something that loads models."""
-
-    device: str
-
-    def held(self) -> Sequence[tuple[str, int]]:
-        """Return (what, bytes) of everything loaded, largest first."""
-        ...
-
-
 def what_to_lower(kind: str, device: str) -> str:
     """Return the keys of an experiment file that lower the memory of a kind of stage."""
     own = _LOWER.get(kind, "use a smaller model")
@@ -51,7 +44,7 @@ def what_to_lower(kind: str, device: str) -> str:
 
 
 @contextmanager
-def out_of_memory_named(services: Holding, advice: str) -> Iterator[None]:
+def out_of_memory_named(services: Services, advice: str) -> Iterator[None]:
     """Raise StageError if an allocation fails in here; it names the largest holders of memory and gives the advice."""
     try:
         yield

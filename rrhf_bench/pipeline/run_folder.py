@@ -6,10 +6,10 @@ import hashlib
 import json
 import platform
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,7 +19,7 @@ from rrhf_bench.pipeline.candidates import assemble
 from rrhf_bench.pipeline.costs import StageCost, needed_stages, row_costs, sampled_inputs, total
 from rrhf_bench.pipeline.locks import exclusive_lock
 from rrhf_bench.pipeline.results import STAGE_PEAK, WARNINGS, Cost, Row, RunRecords, Timing
-from rrhf_bench.pipeline.stage_graph import PAIR_ROWS, Plan
+from rrhf_bench.pipeline.stage_graph import PAIR_ROWS, Plan, Stage
 from rrhf_bench.pipeline.store import (
     TIMING,
     Store,
@@ -80,16 +80,15 @@ def read_run(folder: Path) -> dict[str, Any]:
 def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise StoreError(f"{path}: cannot be read ({error.strerror}); run the experiment again") from error
-    except ValueError as error:
-        raise StoreError(f"{path}: is not JSON; run the experiment again, which writes it again") from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "not JSON"
+        raise StoreError(f"{path}: cannot be read ({reason}); run the experiment again") from error
 
 
 def _run_json(plan: Plan, command: str) -> dict[str, Any]:
-    def words(stage: Any) -> dict[str, Any]:
-        inputs = {role: needed.key for role, needed in stage.inputs.items()}
-        return {"name": stage.name, "kind": stage.kind, "row": stage.row, "seed": stage.seed, "inputs": inputs}
+    def words(stage: Stage) -> dict[str, Any]:
+        own = {"name": stage.name, "kind": stage.kind, "row": stage.row, "seed": stage.seed}
+        return {**own, "inputs": stage.input_keys}
 
     return {
         "command": command,
@@ -117,15 +116,14 @@ class _Run:
     folder: Path
     store: Store
     json: Mapping[str, Any]
-    candidates: dict[str, list[Candidates]] = field(default_factory=dict)  # cache of ``scored``, by key
-    folders: dict[str, Path] = field(default_factory=dict)  # cache of ``artifact``, by key
 
-    def artifact(self, key: str) -> Path:
-        """Return the folder of an intact artifact, which is checked once."""
-        if key not in self.folders:
-            name = self.json["stages"].get(key, {}).get("name", key[:12])
-            self.folders[key] = self.store.require(key, f"{self.folder}: {name!r}")
-        return self.folders[key]
+    @cached_property
+    def artifact(self) -> Callable[[str], Path]:
+        """Return a function that returns the folder of an intact artifact by its key, and checks it once."""
+        stages = self.json["stages"]
+        return cache(
+            lambda key: self.store.require(key, f"{self.folder}: {stages.get(key, {}).get('name', key[:12])!r}")
+        )
 
     def records(self, key: str, name: str, kind: type[T]) -> list[T]:
         return read_jsonl(self.artifact(key) / name, kind)
@@ -153,11 +151,10 @@ class _Run:
         (key,) = (s["key"] for s in self.wanted("score pairs") if self.stage(s["key"])["settings"]["split"] == "test")
         return self.read(key, WARNINGS)
 
-    def scored(self, key: str) -> list[Candidates]:
-        """Return the candidates of a stage, which are read once: rows share them."""
-        if key not in self.candidates:
-            self.candidates[key] = self.records(key, "candidates.jsonl", Candidates)
-        return self.candidates[key]
+    @cached_property
+    def scored(self) -> Callable[[str], list[Candidates]]:
+        """Return a function that returns the candidates of a stage by its key, and reads them once: rows share them."""
+        return cache(lambda key: self.records(key, "candidates.jsonl", Candidates))
 
 
 def load_run(folder: Path, store: Store | None = None) -> RunRecords:
@@ -171,9 +168,8 @@ def load_run(folder: Path, store: Store | None = None) -> RunRecords:
     wanted = [s for s in run.json["wanted"] if (s["row"], s["seed"]) not in failures]
     scored = [entry for entry in run.json["test scores"] if (entry["row"], entry["seed"]) not in failures]
     run = replace(run, json={**run.json, "wanted": wanted, "test scores": scored})
-    evaluations = list(run.wanted("evaluate", "evaluate pairs"))
     order = ["base", *experiment.policies, *experiment.methods, *PAIR_ROWS, "reply"]
-    evaluations.sort(key=lambda stage: order.index(stage["row"]))
+    evaluations = sorted(run.wanted("evaluate", "evaluate pairs"), key=lambda stage: order.index(stage["row"]))
     evaluated: list[Evaluated] = []
     pairs: list[PairScored] = []
     trained: dict[Row, str] = {}
@@ -203,7 +199,11 @@ def load_run(folder: Path, store: Store | None = None) -> RunRecords:
             if row.scores[1:]  # a data set of texts has single replies
         ),
         pools=_pools(run),
-        curves=tuple(point for row, key in trained.items() for point in _curve(run, row, key, before[row])),
+        curves=tuple(  # tokens count from the first stage that the row needs, and so do seconds
+            replace(point, method=row[0], seed=row[1], sampled_tokens=point.sampled_tokens + before[row].sampled_tokens)
+            for row, key in trained.items()
+            for point in run.records(key, "curve.jsonl", CurvePoint)
+        ),
         candidates={row: groups for row, key in trained.items() if (groups := _candidates(run, experiment, row, key))},
         test_candidates=_test_candidates(run, experiment),
         training={row: tuple(_lines(run.artifact(key) / "metrics.jsonl")) for row, key in trained.items()},
@@ -216,8 +216,15 @@ def load_run(folder: Path, store: Store | None = None) -> RunRecords:
                 if (judged := run.stage(key)["inputs"].get("judged"))
             },
         },
-        timings=tuple(_timings(run)),
-        curve_seconds={row: _curve_seconds(run, key, before[row]) for row, key in trained.items()},
+        timings=tuple(
+            Timing(stage["kind"], stage["row"], stage["seed"], timing["seconds"], timing[STAGE_PEAK])
+            for key, stage in run.json["stages"].items()
+            if run.store.has(key) and (timing := run.read(key, TIMING))  # else its row failed
+        ),
+        curve_seconds={
+            row: tuple((at, seconds + before[row].seconds) for at, seconds in run.read(key, TIMING)["curve"])
+            for row, key in trained.items()
+        },
         costs=costs,
         notes=(*run.json["notes"], *run.warnings),
         failures=failures,
@@ -277,21 +284,21 @@ def _arena(
         "template": experiment.policy.template,
         "evaluation": decoding,
     }
+
+    def model_words(source: str, how: str, key: Any) -> str:
+        return f"{how if source in ('toy', 'scratch') else source} ({key[:12]})"
+
     words = {  # they differ where the id does
         "prompts": f"{len(prompts)} held-out prompts of {about['identity']} ({parts['prompts'][:12]})",
-        "reward": _model_words(experiment.reward_model.source, "trained on the labelled pairs", run, parts["reward"]),
+        "reward": model_words(experiment.reward_model.source, "trained on the labelled pairs", parts["reward"]),
         "gold": f"the true reward of the embedded world {about['gold']}" if about["gold"] else "none",
-        "perplexity": _model_words(
-            experiment.perplexity_model.source, "trained from scratch on other text", run, parts["perplexity"]
+        "perplexity": model_words(
+            experiment.perplexity_model.source, "trained from scratch on other text", parts["perplexity"]
         ),
         "template": str(parts["template"]),
         "decoding": ", ".join(f"{k} {v}" for k, v in decoding.items()),
     }
     return content_key(parts)[:12], words
-
-
-def _model_words(source: str, how: str, run: _Run, key: Any) -> str:
-    return f"{how if source in ('toy', 'scratch') else source} ({key[:12]})"
 
 
 def _candidates(run: _Run, experiment: Experiment, row: Row, key: str) -> tuple[Candidates, ...]:
@@ -336,17 +343,6 @@ def _pools(run: _Run) -> dict[int, tuple[PoolScored, ...]]:
     return pools
 
 
-def _curve(run: _Run, row: Row, key: str, before: StageCost) -> Iterable[CurvePoint]:
-    """Yield the curve points of a train stage, their tokens counted from the first stage that the row needs."""
-    for point in run.records(key, "curve.jsonl", CurvePoint):
-        yield replace(point, method=row[0], seed=row[1], sampled_tokens=point.sampled_tokens + before.sampled_tokens)
-
-
-def _curve_seconds(run: _Run, key: str, before: StageCost) -> tuple[tuple[float, float], ...]:
-    """Return (fraction, seconds) of the curve points, counted from the first stage that the row needs."""
-    return tuple((fraction, seconds + before.seconds) for fraction, seconds in run.read(key, TIMING)["curve"])
-
-
 def _costs(
     run: _Run, experiment: Experiment, trained: Mapping[Row, str]
 ) -> tuple[dict[Row, Cost], dict[Row, StageCost]]:
@@ -368,14 +364,6 @@ def _stage_cost(run: _Run, key: str) -> StageCost:
         return StageCost(timing["train"], about["sampled_tokens"], about["steps"])
     responses = (r for group in run.scored(key) for r in group.responses) if kind == "sample" else ()
     return StageCost(timing["seconds"], sum(len(r.token_ids or ()) for r in responses))
-
-
-def _timings(run: _Run) -> Iterable[Timing]:
-    for key, stage in run.json["stages"].items():
-        if not run.store.has(key):  # its row failed
-            continue
-        timing = run.read(key, TIMING)
-        yield Timing(stage["kind"], stage["row"], stage["seed"], timing["seconds"], timing[STAGE_PEAK])
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

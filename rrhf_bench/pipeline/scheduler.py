@@ -9,10 +9,11 @@ import os
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -41,76 +42,91 @@ class Reporter(Protocol):
 
 
 def run_plan(plan: Plan, store: Store, reporter: Reporter, events: Path | None = None) -> int:
-    """Make every stage that the store does not hold intact; how many were made here.
+    """Make every stage that the store does not hold intact, and return how many were made here.
 
     If a stage of a row of [methods] raises Diverged, the store notes the failure, the stages that need the failed
-    stage are left out, and the other rows go on. A stage that no row of [methods] owns is shared, so its Diverged ends
-    the run like any other error.
+    stage are left out, and the other rows go on. Any other error is raised after the stages in flight have ended.
 
-    What killed runs left is removed, and an artifact that is no longer what was written is made again, with a note. A
-    stage that another process is making is waited for. Raises the BenchError of the first stage that fails, after the
-    ones in flight have ended: what is complete stays. If ``events`` is given, each training that is done here writes
-    TensorBoard event files into a subfolder of its row and seed.
+    What killed runs left is removed, and an artifact that is no longer what was written is made again, with a note.
+    Each training that is done here writes TensorBoard event files into a subfolder of ``events``.
     """
     store.sweep()
-    todo = []
+    runtime, rows = plan.experiment.runtime, plan.experiment.methods
+    waiting = []
     for stage in plan.stages:
         if store.is_intact(stage.key):
             reporter.reused(stage)
         else:
-            todo.append(stage)
+            waiting.append(stage)
             if (damage := store.damage(stage.key)) is not None:
                 reporter.note(f"{stage.name} is made again: {damage}")
     # Fewer than two stages need no second process, nor the look for a GPU, which imports torch.
-    workers = min(worker_count(plan.experiment.runtime), len(todo)) if len(todo) > 1 else 1
-    if workers > 1:
-        return _run_parallel(todo, plan, store, reporter, workers, events)
-    made = 0
+    workers = min(worker_count(runtime), len(waiting)) if len(waiting) > 1 else 1
+    done = {stage.key for stage in plan.stages} - {stage.key for stage in waiting}
+    running = dict[_Here | Future[float | None], Stage]()
     lost: set[str] = set()  # keys of stages that failed, and of those that need them
-    for stage in todo:
-        if _needs(stage, lost):
-            lost.add(stage.key)
-            continue
-        reporter.started(stage)
-        progress = partial(reporter.progress, stage.name)
-        try:
-            seconds = make(stage, store, plan.experiment.runtime, plan.backend.name, progress, reporter.note, events)
-        except Diverged as error:
-            if stage.row not in plan.experiment.methods:
-                raise
-            lost.add(stage.key)
-            reporter.note(_failed(store, stage, error))
-            continue
-        reporter.finished(stage, seconds)
-        made += seconds is not None
+    made = 0
+    failure: BaseException | None = None
+    with _pool(workers, reporter) as submit:
+        while waiting or running:
+            for stage in [s for s in waiting if any(needed.key in lost for needed in s.inputs.values())]:
+                waiting.remove(stage)
+                lost.add(stage.key)
+            ready = [s for s in waiting if all(needed.key in done for needed in s.inputs.values())]
+            for stage in ready[: workers - len(running)] if failure is None else ():
+                waiting.remove(stage)
+                reporter.started(stage)
+                running[submit(stage, store, runtime, plan.backend.name, events)] = stage
+            if not running:
+                break
+            for ended in _ended(running):
+                stage = running.pop(ended)
+                try:
+                    seconds = ended.result()
+                    reporter.finished(stage, seconds)
+                    made += seconds is not None
+                    done.add(stage.key)
+                except BrokenProcessPool:
+                    advice = "run again with --set runtime.workers=1"
+                    failure = failure or StageError(f"{stage.name}: its process died (out of memory?); {advice}")
+                except BaseException as error:
+                    if isinstance(error, Diverged) and stage.row in rows:
+                        lost.add(stage.key)
+                        evidence = store.failure_folder(stage.key) / "batch.jsonl"
+                        reporter.note(f"failed: {error} (what it failed on: {evidence})")
+                    else:
+                        failure = failure or error
+    if failure is not None:
+        raise failure
     return made
 
 
-def _needs(stage: Stage, lost: Set[str]) -> bool:
-    return any(needed.key in lost for needed in stage.inputs.values())
+@dataclass(frozen=True, eq=False)
+class _Here:
+    """A stage that this process makes when its result is requested."""
+
+    result: Callable[[], float | None]
 
 
-def _failed(store: Store, stage: Stage, error: Diverged) -> str:
-    return f"failed: {error} (what it failed on: {store.failure_folder(stage.key) / 'batch.jsonl'})"
+def _ended(running: Iterable[_Here | Future[float | None]]) -> list[_Here | Future[float | None]]:
+    here = [one for one in running if isinstance(one, _Here)]
+    futures = [one for one in running if isinstance(one, Future)]
+    return [*(here or wait(futures, return_when=FIRST_COMPLETED).done)]
 
 
 def worker_count(runtime: RuntimeSettings) -> int:
-    """Processes that share the stages. One on a GPU, which they would have to share as well."""
+    """Return the number of processes that share the stages: one on a GPU, which they would have to share as well."""
     if runtime.workers is not None:
         return runtime.workers
-    if runtime.device == "cuda" or (runtime.device == "auto" and _cuda()):
-        return 1
-    return min(4, cores())
+    if runtime.device == "auto":
+        import torch
+
+        return 1 if torch.cuda.is_available() else min(4, cores())
+    return 1 if runtime.device == "cuda" else min(4, cores())
 
 
 def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _cuda() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
 
 
 def make(
@@ -134,12 +150,7 @@ def make(
     from rrhf_bench.pipeline.stages import BODIES
 
     started = time.monotonic()
-    about = {
-        "name": stage.name,
-        "kind": stage.kind,
-        "settings": stage.settings,
-        "inputs": {role: needed.key for role, needed in stage.inputs.items()},
-    }
+    about = {"name": stage.name, "kind": stage.kind, "settings": stage.settings, "inputs": stage.input_keys}
     with store.exclusive_lock(stage.key, stage.name, note):
         if store.is_intact(stage.key):
             return None
@@ -148,7 +159,6 @@ def make(
         scratch = store.scratch(stage.key)
         with (
             _failure_noted(store, stage),
-            _named(stage.name),
             disk_errors(store.root),
             store.new_artifact(stage.key, about) as folder,
         ):
@@ -169,21 +179,14 @@ def make(
 
 @contextmanager
 def _failure_noted(store: Store, stage: Stage) -> Iterator[None]:
+    """Name the stage in any BenchError, and write a Diverged into the store."""
     try:
         yield
-    except Diverged as error:
-        store.note_failure(stage.key, stage.name, str(error), error.evidence)
-        raise
-
-
-@contextmanager
-def _named(stage: str) -> Iterator[None]:
-    try:
-        yield
-    except Diverged as error:
-        raise Diverged(f"{stage}: {error}", error.evidence) from error
     except BenchError as error:
-        raise type(error)(f"{stage}: {error}") from error
+        named = type(error)(f"{stage.name}: {error}")
+        if isinstance(error, Diverged):
+            store.note_failure(stage.key, stage.name, str(named), error.evidence)
+        raise named from error
 
 
 _process: dict[str, Any] = {}  # this process's services, and in a worker the queue that progress goes to
@@ -212,57 +215,27 @@ def quiet() -> Iterator[None]:
         yield
 
 
-def _run_parallel(
-    todo: list[Stage], plan: Plan, store: Store, reporter: Reporter, workers: int, events: Path | None
-) -> int:
+@contextmanager
+def _pool(workers: int, reporter: Reporter) -> Iterator[Callable[..., _Here | Future[float | None]]]:
+    """Yield a function that has one of several processes make a stage, or this process if ``workers`` is 1."""
+    if workers == 1:
+
+        def here(stage: Stage, store: Store, runtime: RuntimeSettings, backend: BackendName, events: Any) -> _Here:
+            progress = partial(reporter.progress, stage.name)
+            return _Here(partial(make, stage, store, runtime, backend, progress, reporter.note, events))
+
+        yield here
+        return
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read when torch is first imported
     context = multiprocessing.get_context("spawn")  # a fork would copy a torch whose threads are gone
     queue: Any = context.Queue()
-    done = {stage.key for stage in plan.stages} - {stage.key for stage in todo}
-    waiting, running = list(todo), dict[Future[float | None], Stage]()
     threads = max(1, cores() // workers)
-    made = 0
-    lost: set[str] = set()
-    failure: BaseException | None = None
     with (
         _thread_limit(threads),
         _listening(queue, reporter),
         ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(queue, threads)) as pool,
     ):
-        while waiting or running:
-            for stage in [s for s in waiting if _needs(s, lost)]:  # in an order in which inputs come first
-                waiting.remove(stage)
-                lost.add(stage.key)
-            ready = [s for s in waiting if all(needed.key in done for needed in s.inputs.values())]
-            for stage in ready[: workers - len(running)] if failure is None else ():
-                waiting.remove(stage)
-                reporter.started(stage)
-                arguments = (stage, store, plan.experiment.runtime, plan.backend.name, events)
-                running[pool.submit(_make_in_worker, *arguments)] = stage
-            if not running:
-                break
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                stage = running.pop(future)
-                try:
-                    seconds = future.result()
-                    reporter.finished(stage, seconds)
-                    made += seconds is not None
-                    done.add(stage.key)
-                except Diverged as error:
-                    if stage.row in plan.experiment.methods:
-                        lost.add(stage.key)
-                        reporter.note(_failed(store, stage, error))
-                    else:
-                        failure = failure or error
-                except BrokenProcessPool:
-                    failure = failure or StageError(
-                        f"{stage.name}: its process died (out of memory?); run again with --set runtime.workers=1"
-                    )
-                except BaseException as error:
-                    failure = failure or error
-    if failure is not None:
-        raise failure
-    return made
+        yield lambda *arguments: pool.submit(_make_in_worker, *arguments)
 
 
 def _start_worker(queue: Any, threads: int) -> None:
@@ -274,7 +247,7 @@ def _start_worker(queue: Any, threads: int) -> None:
 
 
 def _end_with_parent() -> None:
-    """A worker whose parent was killed would wait for work for ever, or go on with a stage that nobody wants."""
+    """End this worker when its parent ends: it would wait for work for ever, or go on with an unwanted stage."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
@@ -300,15 +273,14 @@ def _make_in_worker(
 
 @contextmanager
 def _thread_limit(threads: int) -> Iterator[None]:
-    """What workers read when they start: their share of the cores, or they would fight over them."""
+    """Set the number of threads that workers read when they start: their share of the cores."""
     before = os.environ.get("OMP_NUM_THREADS")
     os.environ["OMP_NUM_THREADS"] = str(threads)
     try:
         yield
     finally:
-        if before is None:
-            del os.environ["OMP_NUM_THREADS"]
-        else:
+        del os.environ["OMP_NUM_THREADS"]
+        if before is not None:
             os.environ["OMP_NUM_THREADS"] = before
 
 

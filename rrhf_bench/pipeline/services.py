@@ -68,16 +68,9 @@ class ModelRef:
         (artifact / FILE).write_text(json.dumps(asdict(self), indent=1))
 
 
-def resolve_device(runtime: RuntimeSettings) -> str:
-    if runtime.device != "auto":
-        return runtime.device
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
 # How many models and samplers that the present stage has not used may stay in memory when it loads another. A GPU has
 # room for none: at 7B each is a sixth of it. On a CPU an evaluation uses four (initial policy, reward model, perplexity
-# model, sampler), so that these survive a stage that samples from a policy of its own. With four, the embedded
-# experiment that has the most policies (sampling_quality) loads 30 models in 163 stages; 12 without a limit.
+# model, sampler), which then survive a stage that samples from a policy of its own.
 IDLE_MODELS = {"cpu": 4, "cuda": 0}
 
 
@@ -91,7 +84,8 @@ class Services:
 
     def __init__(self, runtime: RuntimeSettings) -> None:
         self.runtime = runtime
-        self.device = resolve_device(runtime)
+        device: str = runtime.device
+        self.device = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
         # By (kind, reference or engine key), the least recently used first. One reference may name a policy and a
         # reward model.
         self._kept: dict[tuple[str, ModelRef | str], Any] = {}
@@ -122,18 +116,16 @@ class Services:
         self._kept[key] = self._kept.pop(key)  # the most recently used is last
         return self._kept[key]
 
-    def policy(self, ref: ModelRef) -> TransformersPolicy:
-        """Load a policy with weights of its own. It is not kept."""
-        self.make_room()
-        return self._load_policy(ref)
-
     def policy_to_train(self, ref: ModelRef) -> TransformersPolicy:
         """Load a policy with weights of its own. Raises DataError if it could not be saved after it is trained."""
         policy = self.policy(ref)
         require_savable(ref.source, policy.model, policy.tokenization.tokenizer)
         return policy
 
-    def _load_policy(self, ref: ModelRef) -> TransformersPolicy:
+    def policy(self, ref: ModelRef) -> TransformersPolicy:
+        """Load a policy with weights of its own. It is not kept."""
+        self.make_room()
+        r = self.runtime
         policy = TransformersPolicy.load(
             ref.source,
             template=Template(ref.template),
@@ -142,13 +134,7 @@ class Services:
             revision=ref.revision,
             pad_token=ref.pad_token,
             trust_remote_code=ref.trust_remote_code,
-            computation=Computation(
-                self.runtime.pass_tokens,
-                self.runtime.checkpoint_activations,
-                self.runtime.onednn,
-                self.runtime.autocast,
-                self.runtime.kernels,
-            ),
+            computation=Computation(r.pass_tokens, r.checkpoint_activations, r.onednn, r.autocast, r.kernels),
         )
         self._policies[policy] = ref.source
         return policy
@@ -157,7 +143,7 @@ class Services:
         """Return a policy that is not trained, such as the initial one or the perplexity model."""
 
         def load() -> TransformersPolicy:
-            policy = self._load_policy(ref)
+            policy = self.policy(ref)
             policy.model.requires_grad_(False)
             return policy
 
@@ -181,15 +167,11 @@ class Services:
                 found.append((f"{kind} {ref.source}", _bytes(kept.reward)))
             elif kind == "sampler":
                 found.append(("sampler's copy of the policy", _bytes(kept.policy)))
-        found += [("vLLM engine", self._engine_bytes) for _ in self._engines]
+        size = self.runtime.kv_cache_mib << 20
+        if self.device == "cuda":
+            size = round(self.runtime.gpu_memory * torch.cuda.get_device_properties(0).total_memory)
+        found += [("vLLM engine", size) for _ in self._engines]
         return sorted(found, key=lambda item: -item[1])
-
-    @property
-    def _engine_bytes(self) -> int:
-        """Return the bytes of a GPU that a vLLM engine takes, or of its cache on a CPU."""
-        if self.device != "cuda":
-            return self.runtime.kv_cache_mib << 20
-        return round(self.runtime.gpu_memory * torch.cuda.get_device_properties(0).total_memory)
 
     def reward_checks(self, ref: ModelRef, pairs: Sequence[Preference]) -> tuple[Check, ...]:
         """Return the checks of a reward model at its load, and its checks on held-out pairs."""
@@ -207,29 +189,24 @@ class Services:
         *,
         kv_cache_mib: int | None = None,
     ) -> CheckedSampler:
-        """Return a sampler that holds the policy's weights.
+        """Return a sampler that holds the policy's weights, and computes in the dtype of the policy's products.
 
         ``ref`` names a folder or hub id of its architecture; ``note`` receives the differences of its log-probs from
-        the policy's at each check (sampling/sync_check.py).
-
-        One engine serves all policies that compute alike (``engine_key``), whatever they are called, however they are
-        prompted and to whatever length: two would hold two caches and pay two starts. ``kv_cache_mib`` replaces the
-        setting of the runtime for an engine that is started by this call.
-
-        An engine computes in the dtype of the policy's products, which is also the precision that its log-probs are
-        compared with.
+        the policy's at each check (sampling/sync_check.py). One engine serves all policies that compute alike
+        (``engine_key``). ``kv_cache_mib`` replaces the setting of the runtime for an engine that this call starts.
         """
         ref = replace(ref, dtype=cast(Dtype, str(policy.dtype).removeprefix("torch.")))
         key = engine_key(policy, ref, backend)
-        cache_mib = kv_cache_mib or self.runtime.kv_cache_mib
+        context = context_of(policy, ref)
         engine: Any
         if backend == "transformers":
-            engine = self._keep(("sampler", key), lambda: self._start(policy, ref, backend, cache_mib))
+            from rrhf_bench.sampling.transformers import TransformersSampler
+
+            engine = self._keep(("sampler", key), lambda: TransformersSampler(policy, max_model_len=context))
         else:
             if key not in self._engines:
-                self._engines[key] = self._start(policy, ref, backend, cache_mib)
+                self._engines[key] = self._start(policy, ref, kv_cache_mib or self.runtime.kv_cache_mib)
             engine = self._engines[key]
-        context = context_of(policy, ref)
         engine.resize(context)
         sampler = CheckedSampler(engine, ref.dtype, context, progress=progress, note=note)
         sampler.sync(policy)
@@ -252,27 +229,17 @@ class Services:
         longest = max((len(policy.tokenization.prompt_ids(prompt)) for prompt in prompts), default=0)
         length = min(context_of(policy, ref), math.ceil((longest + max_new_tokens) / LENGTH_STEP) * LENGTH_STEP)
         cache_mib = math.ceil(SEQUENCES_CACHED * cache_bytes(policy.model, length) / 2**20)
-        return self.sampler(
-            policy,
-            replace(ref, max_length=length),
-            backend,
-            progress,
-            kv_cache_mib=max(cache_mib, self.runtime.kv_cache_mib),
-        )
+        cache_mib = max(cache_mib, self.runtime.kv_cache_mib)
+        return self.sampler(policy, replace(ref, max_length=length), backend, progress, kv_cache_mib=cache_mib)
 
-    def _start(self, policy: TransformersPolicy, ref: ModelRef, backend: BackendName, kv_cache_mib: int) -> Sampler:
-        length = context_of(policy, ref)
-        if backend == "transformers":
-            from rrhf_bench.sampling.transformers import TransformersSampler
-
-            return TransformersSampler(policy, max_model_len=length)
+    def _start(self, policy: TransformersPolicy, ref: ModelRef, kv_cache_mib: int) -> Sampler:
         from rrhf_bench.sampling.vllm import VLLMSampler
 
         source, revision = architecture_of(ref.source, ref.revision)
         return VLLMSampler(
             source,
             policy.tokenization,
-            max_model_len=length,
+            max_model_len=context_of(policy, ref),
             device=self.device,
             dtype=ref.dtype,
             revision=revision,
@@ -372,27 +339,13 @@ class DistinctTexts:
 
 
 def load_reward(ref: ModelRef, device: str, batch_size: int) -> RewardModel:
+    shared: dict[str, Any] = {"revision": ref.revision, "dtype": ref.dtype, "trust_remote_code": ref.trust_remote_code}
+    shared |= {"device": device, "batch_size": batch_size}
     if ref.layout == "value-head":
         from rrhf_bench.rewards.value_head import ValueHeadReward
 
-        return ValueHeadReward.load(
-            ref.source,
-            revision=ref.revision,
-            dtype=ref.dtype,
-            device=device,
-            batch_size=batch_size,
-            trust_remote_code=ref.trust_remote_code,
-        )
+        return ValueHeadReward.load(ref.source, **shared)
     from rrhf_bench.rewards.hub import ClassifierReward
 
-    return ClassifierReward.load(
-        ref.source,
-        template=ref.template,
-        revision=ref.revision,
-        dtype=ref.dtype,
-        pad_token=ref.pad_token,
-        label=ref.label,
-        device=device,
-        batch_size=batch_size,
-        trust_remote_code=ref.trust_remote_code,
-    )
+    own: dict[str, Any] = {"template": ref.template, "pad_token": ref.pad_token, "label": ref.label}
+    return ClassifierReward.load(ref.source, **own, **shared)

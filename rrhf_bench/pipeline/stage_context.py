@@ -10,7 +10,7 @@ from typing import Any
 
 from rrhf_bench.jsonl import read_jsonl
 from rrhf_bench.pipeline.services import ModelRef, Services
-from rrhf_bench.records import Preference
+from rrhf_bench.records import Candidates, Preference
 from rrhf_bench.rewards.gold import Gold, ReviewsGold
 from rrhf_bench.sampling.backend import BackendName
 
@@ -39,6 +39,9 @@ class Job:
 
     def pairs(self, split: str) -> list[Preference]:
         return read_jsonl(self.inputs["prompts"] / f"{split}.jsonl", Preference)
+
+    def candidates(self, role: str) -> list[Candidates]:
+        return read_jsonl(self.inputs[role] / "candidates.jsonl", Candidates)
 
     def ref(self, role: str = "policy") -> ModelRef:
         return ModelRef.read(self.inputs[role])

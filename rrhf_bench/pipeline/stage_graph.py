@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -63,14 +63,12 @@ class Stage:
 
     @cached_property
     def key(self) -> str:
-        return content_key(
-            {
-                "kind": self.kind,
-                "version": VERSIONS[self.kind],
-                "settings": self.settings,
-                "inputs": {role: stage.key for role, stage in self.inputs.items()},
-            }
-        )
+        own = {"kind": self.kind, "version": VERSIONS[self.kind], "settings": self.settings}
+        return content_key({**own, "inputs": self.input_keys})
+
+    @property
+    def input_keys(self) -> dict[str, str]:
+        return {role: stage.key for role, stage in self.inputs.items()}
 
 
 @dataclass(frozen=True)
@@ -83,8 +81,18 @@ class Plan:
 
     @cached_property
     def stages(self) -> tuple[Stage, ...]:
-        """All of them, in an order in which each finds its inputs made; equal keys once."""
-        return tuple(_ordered(self.wanted))
+        """Return all stages, each key once, inputs before the stages that read them."""
+        found: dict[str, Stage] = {}
+
+        def visit(stage: Stage) -> None:
+            if stage.key not in found:
+                for needed in stage.inputs.values():
+                    visit(needed)
+                found[stage.key] = stage
+
+        for stage in self.wanted:
+            visit(stage)
+        return tuple(found.values())
 
 
 # What the tables call the replies of the data set.
@@ -92,7 +100,7 @@ PAIR_ROWS = ("chosen", "rejected")
 
 
 def make_plan(experiment: Experiment) -> Plan:
-    """Every stage of an experiment. Raises StoreError for a model folder that is not there."""
+    """Return every stage of an experiment. Raises StoreError for a model folder that is not there."""
     backend = choose_backend(experiment.sampling.backend, device=experiment.runtime.device)
     builder = _Builder(experiment, backend)
     test_scores = {
@@ -104,22 +112,6 @@ def make_plan(experiment: Experiment) -> Plan:
     return Plan(experiment, backend, tuple(builder.all(test_scores)), test_scores)
 
 
-def _ordered(stages: Iterable[Stage]) -> Iterator[Stage]:
-    """Inputs before what needs them, each key once."""
-    seen: set[str] = set()
-
-    def visit(stage: Stage) -> Iterator[Stage]:
-        if stage.key in seen:
-            return
-        for needed in stage.inputs.values():
-            yield from visit(needed)
-        seen.add(stage.key)
-        yield stage
-
-    for stage in stages:
-        yield from visit(stage)
-
-
 @dataclass(frozen=True)
 class _Builder:
     experiment: Experiment
@@ -128,8 +120,8 @@ class _Builder:
 
     def all(self, test_scores: Mapping[tuple[str, int], Mapping[str, Stage]]) -> Iterator[Stage]:
         e = self.experiment
-        yield self.train_pairs
-        yield self.test_pairs
+        yield self.pair_scores("train", e.data.train_prompts)
+        yield self.pair_scores("test", e.evaluation.pairs)
         for row in ("reply",) if e.data.rows == "texts" else PAIR_ROWS:
             yield self.evaluate_pairs(row)
         for seed in e.seeds:
@@ -150,31 +142,31 @@ class _Builder:
         if e.data.source not in WORLDS:
             del settings["toy"]
             settings["reader"] = READER
-        sizes = {"dev": e.evaluation.dev_prompts, "test": e.evaluation.pairs}
-        where = e.data.path or e.data.source
-        content = _content(e)
-        recorded = {} if content is None else {"path": settings.pop("path")}
-        settings |= {**sizes, "content": content}
-        return Stage("data", "data", settings, {}, f"from {where}", recorded=recorded)
+        content, recorded = None, {}
+        if e.data.source == "files" and e.data.path is not None:  # what decides files is their content, not their path
+            from rrhf_bench.data.rows import find_files
+
+            digest = hashlib.sha256()
+            for path in find_files(e.data.path, None):
+                digest.update(path.read_bytes())
+            content, recorded = digest.hexdigest(), {"path": settings.pop("path")}
+        settings |= {"dev": e.evaluation.dev_prompts, "test": e.evaluation.pairs, "content": content}
+        return Stage("data", "data", settings, {}, f"from {e.data.path or e.data.source}", recorded=recorded)
 
     def _model(self, name: str, settings: ModelSettings, corpus: str, start: Stage | None = None) -> Stage:
         if not settings.from_scratch:
             return Stage(name, "model", self._given(settings), {}, f"{settings.source}, as it is")
         scratch = settings.scratch
         size = f"Llama, {scratch.layers} layers of {scratch.hidden}, {scratch.epochs} epochs from "
-        slice_ = {
-            "scratch": scratch.model_dump(mode="json", exclude={"raw_epochs"}),
-            "corpus": corpus,
-            "seed": self.experiment.data.seed,
-        }
-        if settings.template != "hh":
-            slice_["template"] = settings.template
+        dump = scratch.model_dump(mode="json", exclude={"raw_epochs"})
+        slice_ = {"scratch": dump, "corpus": corpus, "seed": self.experiment.data.seed}
+        slice_ |= {} if settings.template == "hh" else {"template": settings.template}
         inputs = {"data": self.data} | ({} if start is None else {"start": start})
         return Stage(name, "model", slice_, inputs, size + ("scratch" if start is None else start.name))
 
     @cached_property
     def raw_policy(self) -> Stage:
-        """The embedded world's model before anybody instructed it; the policy goes on from it."""
+        """Return the embedded world's model before instruction, from which "toy" goes on."""
         settings = self.experiment.policy
         scratch = settings.scratch.model_copy(update={"epochs": settings.scratch.raw_epochs})
         settings = settings.model_copy(update={"source": "toy", "scratch": scratch})
@@ -182,7 +174,7 @@ class _Builder:
 
     @cached_property
     def policy(self) -> Stage:
-        """[policy], from which every row starts that names no other."""
+        """Return [policy], from which every row starts that names no other."""
         return self._policy("policy", self.experiment.policy)
 
     def _policy(self, name: str, settings: PolicySettings) -> Stage:
@@ -195,7 +187,7 @@ class _Builder:
         return self._model(name, settings, "corpus", self.raw_policy if instructed else None)
 
     def initial(self, name: str | None) -> Stage:
-        """The initial policy of that name in [policies], or [policy]."""
+        """Return the initial policy of that name in [policies], or [policy]."""
         return self.policy if name is None else self._policy(f"policy {name}", self.experiment.policies[name])
 
     def _dtype(self, name: str | None) -> str:
@@ -212,13 +204,9 @@ class _Builder:
         settings = self.experiment.reward_model
         if not settings.from_scratch:
             return Stage("reward model", "reward model", self._given(settings), {}, f"{settings.source}, as it is")
-        return Stage(
-            "reward model",
-            "reward model",
-            {"training": settings.training.model_dump(mode="json"), "seed": self.experiment.data.seed},
-            {"data": self.data, "policy": self.policy},
-            "Bradley-Terry on the labelled pairs",
-        )
+        training = {"training": settings.training.model_dump(mode="json"), "seed": self.experiment.data.seed}
+        inputs, size = {"data": self.data, "policy": self.policy}, "Bradley-Terry on the labelled pairs"
+        return Stage("reward model", "reward model", training, inputs, size)
 
     def _given(self, settings: ModelSettings | RewardModelSettings) -> dict[str, Any]:
         """Return the settings of a model that is used as it is: a folder by its content, a hub model by id, revision.
@@ -236,7 +224,7 @@ class _Builder:
 
     @cached_property
     def prompts(self) -> Stage:
-        """The prompts that fit the context of every initial policy: training, dev and test."""
+        """Return the stage of the training, dev and test prompts that fit the context of every initial policy."""
         e = self.experiment
         # A row's result reads as what it started from. What a policy is called decides nothing, nor which comes first.
         others = {
@@ -251,17 +239,15 @@ class _Builder:
             "template": e.policy.template,
             "new_tokens": max(e.sampling.max_new_tokens, e.evaluation.max_new_tokens),
         }
-        sizes = (
-            f"{e.data.train_prompts} to train on, {e.evaluation.dev_prompts} dev, {e.evaluation.prompts} to evaluate"
-        )
-        return Stage("prompts", "prompts", settings, {"data": self.data, "policy": self.policy, **others}, sizes)
+        size = f"{e.data.train_prompts} to train on, {e.evaluation.dev_prompts} dev, {e.evaluation.prompts} to evaluate"
+        return Stage("prompts", "prompts", settings, {"data": self.data, "policy": self.policy, **others}, size)
 
     def _sampler(self, strategy: Strategy) -> str:
         """Return the identity of the sampler that serves a strategy."""
         return choose_backend(self.experiment.sampling.backend, strategy, self.experiment.runtime.device).identity
 
     def sample(self, samples: Sampling, model: Stage, dtype: str, split: str, seed: int) -> Stage:
-        """Candidates of a model; those that are searched for are the same for all seeds, unless the model is not."""
+        """Return the stage of a model's candidates; seeds share the results of a search if they share the model."""
         sampling = self.experiment.sampling
         drawn = isinstance(samples, Draw)
         settings = {
@@ -272,8 +258,7 @@ class _Builder:
             "sampler": self._sampler(samples.strategy),
             "dtype": dtype,
         }
-        if drawn:
-            settings["seed"] = seed
+        settings |= {"seed": seed} if drawn else {}
         count = self.experiment.data.train_prompts
         if split == "test":
             count = settings["prompts"] = self.experiment.evaluation.prompts
@@ -288,31 +273,26 @@ class _Builder:
         )
 
     def samples(self, row: str, method: MethodSettings, split: str, seed: int) -> dict[str, Stage]:
-        """By source: the responses that a row has before it trains, the data set's own apart."""
+        """Return by source the responses that a row has before it trains, without the data set's own."""
         e, candidates = self.experiment, _candidates(method)
         found = {}
         for name in candidates.sources:
-            if name == "model":
-                if candidates.refresh:
-                    continue
+            source = e.sources.get(name)
+            if isinstance(source, FileSource):
+                if split == "train":
+                    found[name] = self._file(name, source, candidates.scored_by == "file")
+            elif source is not None:
+                of_row = e.methods.get(source.model) if source.model not in e.policies else None
+                model = self.initial(source.model) if of_row is None else self.train(source.model, of_row, seed)
+                dtype = self._dtype(source.model if of_row is None else of_row.initial)
+                found[name] = self.sample(source, model, dtype, split, seed)
+            elif name == "model" and not candidates.refresh:
                 assert not isinstance(candidates, GivenCandidates)
-                model, dtype = self.initial(method.initial), self._dtype(method.initial)
+                model = self.initial(method.initial)
                 if candidates.rounds > 1:
                     before = candidates.model_copy(update={"rounds": candidates.rounds - 1})
                     model = self.train(row, method.model_copy(update={"candidates": before}), seed)
-                found[name] = self.sample(candidates, model, dtype, split, seed)
-            elif name in e.sources:
-                source = e.sources[name]
-                if isinstance(source, FileSource):
-                    if split == "train":
-                        found[name] = self._file(name, source, candidates.scored_by == "file")
-                    continue
-                if source.model in e.policies:
-                    model, dtype = self.initial(source.model), self._dtype(source.model)
-                else:
-                    trained = e.methods[source.model]
-                    model, dtype = self.train(source.model, trained, seed), self._dtype(trained.initial)
-                found[name] = self.sample(source, model, dtype, split, seed)
+                found[name] = self.sample(candidates, model, self._dtype(method.initial), split, seed)
         return found
 
     def _file(self, name: str, source: FileSource, scored: bool) -> Stage:
@@ -322,50 +302,41 @@ class _Builder:
         return Stage(f"responses of {name}", "file", settings, inputs, f"from {source.file}", recorded=where)
 
     def scores(self, row: str, method: MethodSettings, split: str, seed: int) -> dict[str, Stage]:
-        """By source: the same with the reward model's scores."""
+        """Return the same with the reward model's scores."""
         return {name: self._scored(sample) for name, sample in self.samples(row, method, split, seed).items()}
 
     def _scored(self, sample: Stage) -> Stage:
-        return Stage(
-            f"scores of {sample.name}",
-            "score",
-            {},
-            {"candidates": sample, "prompts": self.prompts, "reward model": self.reward_model},
-            sample.size,
-            seed=sample.seed,
-        )
+        inputs = {"candidates": sample, "prompts": self.prompts, "reward model": self.reward_model}
+        return Stage(f"scores of {sample.name}", "score", {}, inputs, sample.size, seed=sample.seed)
 
     def candidates(self, row: str, method: MethodSettings, seed: int) -> dict[str, Stage]:
-        """By role in training: the scored responses that a row trains on, beside the data set's own."""
+        """Return by role in training the scored responses that a row trains on, without the data set's own."""
         scored_by = _candidates(method).scored_by
         if scored_by == "judge":
             return {"judged": self._judged(row, method, seed)}
-        if scored_by == "file":
-            return {f"scores {name}": stage for name, stage in self.samples(row, method, "train", seed).items()}
-        return {f"scores {name}": stage for name, stage in self.scores(row, method, "train", seed).items()}
+        scored = (self.samples if scored_by == "file" else self.scores)(row, method, "train", seed)
+        return {f"scores {name}": stage for name, stage in scored.items()}
 
     def _references(self, method: MethodSettings, candidates: Mapping[str, Stage]) -> dict[str, Stage]:
-        """By role in training: the log-probs of the responses that a row trains on, under its initial policy.
+        """Return by role in training the log-probs of the responses that a row trains on, under its initial policy.
 
         A stage depends on a set of responses and on the initial policy alone, so rows share it.
         """
         initial = self.initial(method.initial)
-        found = {}
-        for role, stage in {"pairs": None, **candidates}.items():
-            inputs = {"prompts": self.prompts, "policy": initial} | ({} if stage is None else {"candidates": stage})
-            whose = "the training pairs" if stage is None else stage.name.removeprefix("scores of ")
-            found[f"reference {role}"] = Stage(
-                f"log-probs of {whose} under {initial.name}",
-                "reference",
-                {"dtype": self._dtype(method.initial)},
-                inputs,
-                f"{self.experiment.data.train_prompts} pairs" if stage is None else stage.size,
-                seed=None if stage is None else stage.seed,
-            )
-        return found
+        settings, shared = {"dtype": self._dtype(method.initial)}, {"prompts": self.prompts, "policy": initial}
+
+        def stage(whose: str, inputs: Mapping[str, Stage], size: str, seed: int | None) -> Stage:
+            name = f"log-probs of {whose} under {initial.name}"
+            return Stage(name, "reference", settings, {**shared, **inputs}, size, seed=seed)
+
+        pairs = stage("the training pairs", {}, f"{self.experiment.data.train_prompts} pairs", None)
+        return {"reference pairs": pairs} | {
+            f"reference {role}": stage(own.name.removeprefix("scores of "), {"candidates": own}, own.size, own.seed)
+            for role, own in candidates.items()
+        }
 
     def _judged(self, row: str, method: MethodSettings, seed: int) -> Stage:
-        """Whole groups at once: a judge reads all responses to a prompt beside each other."""
+        """Return the stage that rates whole groups: a judge reads all responses to a prompt together."""
         judge = self.experiment.judge
         assert judge is not None
         samples = self.samples(row, method, "train", seed)
@@ -376,17 +347,9 @@ class _Builder:
         name = f"ratings of the candidates of {self._whose(row, method)}, seed {seed}"
         return Stage(name, "judge", settings, inputs, size, row, seed, recorded)
 
-    def _pairs(self, split: str, count: int) -> Stage:
+    def pair_scores(self, split: str, count: int) -> Stage:
         inputs = {"prompts": self.prompts, "reward model": self.reward_model}
         return Stage(f"scores of {split} pairs", "score pairs", {"split": split}, inputs, f"{count} pairs")
-
-    @cached_property
-    def train_pairs(self) -> Stage:
-        return self._pairs("train", self.experiment.data.train_prompts)
-
-    @cached_property
-    def test_pairs(self) -> Stage:
-        return self._pairs("test", self.experiment.evaluation.pairs)
 
     def pool(self, seed: int) -> Stage:
         """Return the stage of the pool that best-of-n is estimated from: samples of the initial policy.
@@ -394,44 +357,24 @@ class _Builder:
         The pool has the evaluation's prompts, temperature and top-k. Its n = 1 point is then the policy whose replies
         are evaluated beside it.
         """
-        e = self.experiment
-        settings = {
-            "n": e.evaluation.pool_samples,
-            "temperature": e.evaluation.temperature,
-            "top_p": 1.0,
-            "top_k": e.evaluation.top_k,
-            "max_new_tokens": e.evaluation.max_new_tokens,
-            "stop": list(e.sampling.stop),
-            "split": "pool",
-            "prompts": e.evaluation.pool_prompts,
-            "seed": seed,
-            "sampler": self.backend.identity,
-            "dtype": e.policy.dtype,
-        }
-        size = f"{e.evaluation.pool_prompts} prompts x {e.evaluation.pool_samples}"
+        n, prompts = self.experiment.evaluation.pool_samples, self.experiment.evaluation.pool_prompts
+        settings = self._decoding(None) | {"n": n, "top_p": 1.0, "split": "pool", "prompts": prompts, "seed": seed}
+        del settings["decoding"]
+        size = f"{prompts} prompts x {n}"
         inputs = {"prompts": self.prompts, "policy": self.policy}
         return self._scored(Stage(f"best-of-n pool, seed {seed}", "sample", settings, inputs, size, seed=seed))
 
     def _decoding(self, initial: str | None) -> dict[str, Any]:
         e = self.experiment
-        return {
-            "decoding": list(e.evaluation.decoding),
-            "temperature": e.evaluation.temperature,
-            "top_k": e.evaluation.top_k,
-            "max_new_tokens": e.evaluation.max_new_tokens,
-            "stop": list(e.sampling.stop),
-            "sampler": self.backend.identity,
-            "dtype": self._dtype(initial),
-        }
+        own = e.evaluation.model_dump(mode="json", include={"decoding", "temperature", "top_k", "max_new_tokens"})
+        stop = list(e.sampling.stop)
+        return {**own, "stop": stop, "sampler": self.backend.identity, "dtype": self._dtype(initial)}
 
     def train(self, row: str, method: MethodSettings, seed: int) -> Stage:
-        """The row trained; of one with several rounds, its last. Made once: what rows are made of may share it."""
+        """Return the stage that trains a row; if the row has several rounds, the last of them."""
         made = (row, _rounds(method), seed)
-        if made not in self.trained:
-            self.trained[made] = self._train(row, method, seed)
-        return self.trained[made]
-
-    def _train(self, row: str, method: MethodSettings, seed: int) -> Stage:
+        if made in self.trained:
+            return self.trained[made]
         e = self.experiment
         initial = self.initial(method.initial)
         inputs = {"prompts": self.prompts, "policy": initial, "reward model": self.reward_model}
@@ -439,14 +382,13 @@ class _Builder:
         responses: Mapping[str, Stage] = {}
         if candidates is not None:
             responses = self.candidates(row, method, seed)
-            inputs |= {"pair scores": self.train_pairs, **responses}
+            inputs |= {"pair scores": self.pair_scores("train", e.data.train_prompts), **responses}
         if "reference" in method.requires and "sampler" not in method.needs:
             inputs |= self._references(method, responses)
+        # The inputs hold the initial policy, and the samples of the model of the round before.
+        unread: Any = {"initial": True, "candidates": {"rounds"}}
         settings = {
-            # The inputs hold the initial policy, and the samples of the model of the round before.
-            "method": method.model_dump(
-                mode="json", exclude={"initial": True, "candidates": {"rounds"}}, exclude_none=True
-            ),
+            "method": method.model_dump(mode="json", exclude=unread, exclude_none=True),
             "seed": seed,
             "curve_points": e.evaluation.curve_points,
             "evaluation": self._decoding(method.initial),
@@ -457,28 +399,18 @@ class _Builder:
                 "stop": list(e.sampling.training_stop),
                 "sampler": self._sampler("sample" if candidates is None else candidates.strategy),
             }
-        return Stage(
-            f"train {self._whose(row, method)}, seed {seed}",
-            "train",
-            settings,
-            inputs,
-            method.budget(e.data.train_prompts, e.responses(method)),
-            row,
-            seed,
-        )
+        size = method.budget(e.data.train_prompts, e.responses(method))
+        name = f"train {self._whose(row, method)}, seed {seed}"
+        self.trained[made] = Stage(name, "train", settings, inputs, size, row, seed)
+        return self.trained[made]
 
     def _whose(self, row: str, method: MethodSettings) -> str:
-        """A row, or a round of it before its last, for people."""
+        """Return the name of a row, or of a round of it before its last."""
         last = _rounds(method) == _rounds(self.experiment.methods[row])
         return row if last else f"round {_rounds(method)} of {row}"
 
     def evaluate(self, row: str, method: MethodSettings | None, seed: int, initial: str | None = None) -> Stage:
-        inputs = {
-            "prompts": self.prompts,
-            "policy": self.initial(initial),
-            "reward model": self.reward_model,
-            "perplexity model": self.perplexity_model,
-        }
+        inputs = self._judging(self.initial(initial))
         prompts = self.experiment.evaluation.prompts
         settings: dict[str, Any] = {"seed": seed, "prompts": prompts, "evaluation": self._decoding(initial)}
         if method is not None and method.family == "inference":
@@ -490,15 +422,14 @@ class _Builder:
         return Stage(f"evaluate {row}, seed {seed}", "evaluate", settings, inputs, size, row, seed)
 
     def evaluate_pairs(self, row: str) -> Stage:
-        inputs = {
-            "prompts": self.prompts,
-            "policy": self.policy,  # whose tokens lengths are counted in
-            "reward model": self.reward_model,
-            "perplexity model": self.perplexity_model,
-        }
+        """Return the stage that judges replies of the data set; their lengths are in tokens of [policy]."""
         count = self.experiment.evaluation.prompts
-        size = f"{count} replies of the data set"
-        return Stage(f"evaluate {row} replies", "evaluate pairs", {"reply": row, "prompts": count}, inputs, size, row)
+        settings, size = {"reply": row, "prompts": count}, f"{count} replies of the data set"
+        return Stage(f"evaluate {row} replies", "evaluate pairs", settings, self._judging(self.policy), size, row)
+
+    def _judging(self, policy: Stage) -> dict[str, Stage]:
+        judges = {"reward model": self.reward_model, "perplexity model": self.perplexity_model}
+        return {"prompts": self.prompts, "policy": policy, **judges}
 
 
 def _read_alike(one: PolicySettings, other: PolicySettings) -> bool:
@@ -541,15 +472,3 @@ def _how(samples: Sampling) -> str:
         return f"beam search, beams={samples.beams}"
     sizes = f"beams={samples.beams}, groups={samples.groups}, penalty={samples.diversity_penalty}"
     return f"diverse beam search, {sizes}"
-
-
-def _content(experiment: Experiment) -> str | None:
-    """What decides files on disk: their contents, not their path."""
-    if experiment.data.source != "files" or experiment.data.path is None:
-        return None
-    from rrhf_bench.data.rows import find_files
-
-    digest = hashlib.sha256()
-    for path in find_files(experiment.data.path, None):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()

@@ -8,7 +8,6 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from rrhf_bench import registry
@@ -32,11 +31,6 @@ from rrhf_bench.training.online import OnlineExamples
 Row = tuple[Prompt, Response]
 
 
-def score_candidates(reward: RewardModel, candidates: Sequence[Candidates]) -> list[Candidates]:
-    """Return the candidates with every response's score, a score that is not finite included."""
-    return _with_scores(candidates, reward.score(*_prompts_and_texts(candidates)))
-
-
 def score_shared_candidates(
     reward: DistinctTexts, candidates: Sequence[Candidates], where: str, progress: Progress | None = None
 ) -> list[Candidates]:
@@ -44,17 +38,9 @@ def score_shared_candidates(
 
     Raises DataError if a score is not finite; ``where`` names the reward model in the message.
     """
-    prompts, texts = _prompts_and_texts(candidates)
-    return _with_scores(candidates, require_finite(reward.score(prompts, texts, progress), prompts, where))
-
-
-def _prompts_and_texts(candidates: Sequence[Candidates]) -> tuple[list[Prompt], list[str]]:
-    rows = [(group.prompt, response.text) for group in candidates for response in group.responses]
-    return [prompt for prompt, _ in rows], [text for _, text in rows]
-
-
-def _with_scores(candidates: Sequence[Candidates], scores: NDArray[np.float64]) -> list[Candidates]:
-    score = iter(scores.tolist())
+    prompts = [group.prompt for group in candidates for _ in group.responses]
+    texts = [response.text for group in candidates for response in group.responses]
+    score = iter(require_finite(reward.score(prompts, texts, progress), prompts, where).tolist())
     return [
         replace(group, responses=tuple(replace(response, score=next(score)) for response in group.responses))
         for group in candidates
@@ -137,23 +123,11 @@ def evaluate(
         if comparable and not (spec.greedy or spec.truncated):
             assert initial is not None
             kls = log_ratios(policy, initial, replies, spec.temperature, judges.batch)
-        for (prompt, reply), verdict, kl in zip(
-            replies, judges.verdicts(replies, f"{row}, {decoding} replies"), kls, strict=True
-        ):
+        verdicts = judges.verdicts(replies, f"{row}, {decoding} replies")
+        for (prompt, reply), verdict, kl in zip(replies, verdicts, kls, strict=True):
             assert reply.token_ids is not None
-            records.append(
-                Evaluated(
-                    method=row,
-                    seed=seed,
-                    decoding=decoding,
-                    prompt=prompt,
-                    response=reply.text,
-                    finish=reply.finish,
-                    tokens=len(reply.token_ids),
-                    kl=kl,
-                    **verdict,
-                )
-            )
+            tokens = len(reply.token_ids)
+            records.append(Evaluated(row, seed, decoding, prompt, reply.text, reply.finish, tokens, kl=kl, **verdict))
     return records
 
 
@@ -162,18 +136,12 @@ def evaluate_given(row: str, replies: Sequence[Row], judges: Judges, policy: Tra
 
     Raises Diverged if the reward of a reply is not finite.
     """
+    tokens = [len(policy.tokenization.response_ids(reply.text, ended=True)) for _, reply in replies]
     return [
-        Evaluated(
-            method=row,
-            seed=0,
-            decoding="given",
-            prompt=prompt,
-            response=reply.text,
-            finish=reply.finish,
-            tokens=len(policy.tokenization.response_ids(reply.text, ended=True)),
-            **verdict,
+        Evaluated(row, 0, "given", prompt, reply.text, reply.finish, count, **verdict)
+        for (prompt, reply), count, verdict in zip(
+            replies, tokens, judges.verdicts(replies, f"{row} replies"), strict=True
         )
-        for (prompt, reply), verdict in zip(replies, judges.verdicts(replies, f"{row} replies"), strict=True)
     ]
 
 

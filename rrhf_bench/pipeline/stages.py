@@ -34,7 +34,7 @@ from rrhf_bench.pipeline.services import ModelRef, context_of
 from rrhf_bench.pipeline.stage_context import Job
 from rrhf_bench.policy.policy import Policy, TransformersPolicy
 from rrhf_bench.records import Candidates, CurvePoint, Decoding, Preference, Prompt, Response
-from rrhf_bench.rewards.gold import Gold, ReviewsGold
+from rrhf_bench.rewards.gold import ReviewsGold
 from rrhf_bench.rewards.pair_losses import OBJECTIVES
 from rrhf_bench.rewards.reward import require_finite
 from rrhf_bench.rewards.train_head import train_head
@@ -42,7 +42,7 @@ from rrhf_bench.sampling.backend import BackendName, choose_backend
 from rrhf_bench.sampling.sampler import Sampler, SamplingSpec
 from rrhf_bench.seeding import derive_seed
 from rrhf_bench.settings.candidates import STRATEGY_KEYS
-from rrhf_bench.settings.experiment import JudgeTable, ScratchSettings
+from rrhf_bench.settings.experiment import WORLDS, JudgeTable, ScratchSettings
 from rrhf_bench.settings.methods import MethodSettings, candidates_of
 from rrhf_bench.settings.reward import RewardTrainingSettings
 from rrhf_bench.training.method import Progress, TrainContext, TrainInputs
@@ -50,32 +50,27 @@ from rrhf_bench.training.reference import ReferenceLogprobs, compute_reference
 
 
 def data(job: Job) -> None:
-    """Pairs in three disjoint parts, and corpora for models trained from scratch."""
+    """Write pairs in three disjoint parts, and corpora for models trained from scratch."""
     s = job.settings
-    train: Sequence[Preference]
-    dev: Sequence[Preference]
-    test: Sequence[Preference]
-    if s["source"] == "toy":
-        world = build_world(seed=s["seed"], dev=s["dev"], test=s["test"], **s["toy"])
-        train, dev, test = world.preferences, world.dev, world.test
-        corpora = {
-            "raw_corpus": world.raw_corpus,
-            "corpus": world.corpus,
-            "perplexity_corpus": world.perplexity_corpus,
-        }
-        about: dict[str, Any] = {"identity": f"toy, seed {s['seed']}", "gold": "toy", "counts": {}}
-    elif s["source"] == "toy-reviews":
-        sizes = {name: size for name, size in s["toy"].items() if name != "raw_corpus"}
-        reviews = build_reviews(seed=s["seed"], dev=s["dev"], test=s["test"], **sizes)
-        train, dev, test = reviews.preferences, reviews.dev, reviews.test
-        corpora = {"corpus": reviews.corpus, "perplexity_corpus": reviews.perplexity_corpus}
-        about = {"identity": f"toy-reviews, seed {s['seed']}", "gold": "toy-reviews", "counts": {}}
+    parts: Parts
+    if s["source"] in WORLDS:
+        sizes = {**s["toy"], "seed": s["seed"], "dev": s["dev"], "test": s["test"]}
+        world: Any
+        if s["source"] == "toy":
+            world = build_world(**sizes)
+            corpora = {"raw_corpus": world.raw_corpus}
+        else:
+            world = build_reviews(**{name: size for name, size in sizes.items() if name != "raw_corpus"})
+            corpora = {}
+        parts = world.preferences, world.dev, world.test
+        corpora |= {"corpus": world.corpus, "perplexity_corpus": world.perplexity_corpus}
+        about: dict[str, Any] = {"identity": f"{s['source']}, seed {s['seed']}", "gold": s["source"], "counts": {}}
     else:
-        identity, read, places, split_counts, (train, dev, test) = _read(s)
+        identity, read, places, split_counts, parts = _read(s)
         job.write_json("places.json", places)
         # Every other prompt's chosen transcript, so that the judge of fluency has read nothing that the policy has.
-        first = [derive_seed(s["seed"], "corpus half", pair.prompt.id) % 2 == 0 for pair in train]
-        texts = [(pair.prompt.text + pair.chosen, half) for pair, half in zip(train, first, strict=True)]
+        first = [derive_seed(s["seed"], "corpus half", pair.prompt.id) % 2 == 0 for pair in parts[0]]
+        texts = [(pair.prompt.text + pair.chosen, half) for pair, half in zip(parts[0], first, strict=True)]
         corpora = {
             "corpus": tuple(text for text, half in texts if half),
             "perplexity_corpus": tuple(text for text, half in texts if not half),
@@ -86,7 +81,7 @@ def data(job: Job) -> None:
             "faulty_rows": s["faulty_rows"],
             "counts": {**read, **{f"split_{name}": count for name, count in split_counts.items()}},
         }
-    for name, pairs in {"train": train, "dev": dev, "test": test}.items():
+    for name, pairs in zip(("train", "dev", "test"), parts, strict=True):
         write_jsonl(job.out / f"{name}.jsonl", pairs)
     for name, texts_of in corpora.items():
         write_jsonl(job.out / f"{name}.jsonl", ({"text": text} for text in texts_of))
@@ -99,21 +94,18 @@ Parts = tuple[Sequence[Preference], Sequence[Preference], Sequence[Preference]]
 def _read(s: Mapping[str, Any]) -> tuple[str, Mapping[str, int], Mapping[str, str], Mapping[str, int], Parts]:
     """Return (identity, counts of reading, the row of each prompt by its id, counts of splitting, (train, dev, test))
     of files or a hub set."""
-    where: dict[str, Any] = {
-        "split": s["split"] if s["source"] != "files" else None,
-        "revision": s.get("revision"),
-        "data_dir": s.get("subset"),
-    }
+    split_name = s["split"] if s["source"] != "files" else None
+    where: dict[str, Any] = {"split": split_name, "revision": s.get("revision"), "data_dir": s.get("subset")}
     sizes = {"dev": s["dev"], "test": s["test"], "seed": s["seed"]}
     if s["rows"] == "texts":
         words: dict[str, Any] = {name: s[name] for name in ("prompt_words", "reply_words")}
         texts = load_texts(s["source"], s.get("path"), **where, **words)
         parts = split_texts(texts.texts, train=None, **sizes)
-        single = [
+        train, dev, test = (
             [Preference(text.prompt, text.reply, None, text.ended, text.cluster) for text in part]
             for part in (parts.train, parts.dev, parts.test)
-        ]
-        return texts.identity, texts.counts, {}, parts.counts, (single[0], single[1], single[2])
+        )
+        return texts.identity, texts.counts, {}, parts.counts, (train, dev, test)
     faults: dict[str, Any] = {"diverging": s["diverging"], "faulty_rows": s["faulty_rows"]}
     loaded = load_preferences(s["source"], s.get("path"), **where, **faults)
     split = split_preferences(loaded.preferences, train=None, **sizes)
@@ -122,7 +114,7 @@ def _read(s: Mapping[str, Any]) -> tuple[str, Mapping[str, int], Mapping[str, st
 
 
 def model(job: Job) -> None:
-    """A language model: trained from scratch on a corpus, or a reference to one that is given."""
+    """Write a language model that is trained from scratch on a corpus, or a reference to one that is given."""
     s = job.settings
     if "scratch" not in s:
         _given(s).write(job.out)
@@ -146,7 +138,7 @@ def model(job: Job) -> None:
 
 
 def reward_model(job: Job) -> None:
-    """A reward model: trained on the labelled pairs from the initial policy, or a reference to one that is given."""
+    """Write a reward model that is trained on the labelled pairs, or a reference to one that is given."""
     s = job.settings
     if "training" not in s:
         _given(s).write(job.out)
@@ -177,8 +169,7 @@ def reward_model(job: Job) -> None:
     )
     write_jsonl(job.out / "metrics.jsonl", log)
     job.write_json("counts.json", {"pairs": len(pairs), **result.counts})
-    labels = OBJECTIVES[settings.objective].labels
-    label = None if labels is None else labels[1]
+    label = (OBJECTIVES[settings.objective].labels or (None, None))[1]
     ModelRef("model", template=policy.template, label=label, trust_remote_code=policy.trust_remote_code).write(job.out)
 
 
@@ -186,19 +177,14 @@ def _given(settings: Mapping[str, Any]) -> ModelRef:
     """Return the reference of a model that is used as it is, with the commit of a hub model."""
     only_in_keys = {"identity", "base", "reader"}
     ref = ModelRef(**{name: value for name, value in settings.items() if name not in only_in_keys})
-    return replace(ref, revision=_commit(ref))
-
-
-def _commit(ref: ModelRef) -> str | None:
-    """The commit that a hub id resolves to now, so that the artifact names it."""
     if Path(ref.source).is_dir():
-        return ref.revision
+        return ref
     try:
         from transformers import AutoConfig
 
         trusted = ref.trust_remote_code
         config = AutoConfig.from_pretrained(ref.source, revision=ref.revision, trust_remote_code=trusted)
-        return getattr(config, "_commit_hash", ref.revision)
+        return replace(ref, revision=getattr(config, "_commit_hash", ref.revision))
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise StageError(f"{ref.source}: neither a folder nor to be had from the hub ({reason})") from error
@@ -212,7 +198,7 @@ def prompts(job: Job) -> None:
     s = job.settings
     refs = [job.ref(role) for role in job.inputs if role == "policy" or role.startswith("policy ")]
     policies = [job.services.fixed_policy(ref) for ref in refs]
-    context = min(context_of(policy, ref) for policy, ref in zip(policies, refs, strict=True))
+    context = min(map(context_of, policies, refs))
     about = job.read_json("data", "about.json")
     counts = dict(about["counts"])
     rows = job.inputs["data"] / "places.json"  # absent in the embedded worlds
@@ -237,9 +223,8 @@ def prompts(job: Job) -> None:
         if size is not None and len(kept) < size:
             of_template = f" and {refused} that the chat template refuses" if refused else ""
             raise DataError(
-                f"not enough prompts to train on: found {len(kept)} that leave room for a reply, and "
-                f"{fitted['long_prompt']} that do not{of_template}; expected {size}; lower data.train_prompts or give "
-                "more data"
+                f"data.train_prompts: found {len(kept)} that leave room for a reply, and {fitted['long_prompt']} that "
+                f"do not{of_template}; expected {size}; lower data.train_prompts or give more data"
             )
         kept = kept[:size]
         counts[f"{split}_long_prompt"] = fitted["long_prompt"]
@@ -255,7 +240,7 @@ def prompts(job: Job) -> None:
 
 
 def sample(job: Job) -> None:
-    """n responses of a model to the prompts of a split."""
+    """Write n responses of a model to the prompts of a split."""
     s = job.settings
     strategy = s.get("strategy", "sample")
     pairs = job.pairs("train") if s["split"] == "train" else job.pairs("test")[: s["prompts"]]
@@ -275,8 +260,10 @@ def sample(job: Job) -> None:
 def sampler_of(
     job: Job, policy: TransformersPolicy, backend: BackendName, progress: Callable[[int, int], None] | None = None
 ) -> Sampler:
-    """A sampler that holds a policy of this stage. How far its log-probs were from the policy's, whenever that was
-    checked, is kept beside the artifact, in its timing.json."""
+    """Return a sampler that holds a policy of this stage.
+
+    The differences of its log-probs from the policy's at each check go to the artifact's timing.json.
+    """
     return job.services.sampler(policy, job.ref(), backend, progress, job.seconds.setdefault("sampler", []).append)
 
 
@@ -285,7 +272,7 @@ CANDIDATES = "candidates"
 
 
 def file(job: Job) -> None:
-    """The responses that a file has for the training prompts, with its scores where these are used."""
+    """Write the responses that a file has for the training prompts, with its scores if these are used."""
     s = job.settings
     loaded = load_candidates(s["path"], scored=s["scored"])
     wanted = {pair.prompt for pair in job.pairs("train")}
@@ -305,26 +292,20 @@ def file(job: Job) -> None:
 
 def score(job: Job) -> None:
     """Write the candidates with their scores, and their gold rewards if there is a gold reward."""
-    candidates = read_jsonl(job.inputs["candidates"] / "candidates.jsonl", Candidates)
-    ref = job.ref("reward model")
+    ref, candidates = job.ref("reward model"), job.candidates("candidates")
     scored = stage_helpers.score_shared_candidates(job.services.reward(ref), candidates, ref.source, job.progress)
     write_jsonl(job.out / "candidates.jsonl", scored)
-    if job.gold is not None:
-        write_jsonl(job.out / "golds.jsonl", (_gold_line(job.gold, row) for row in scored))
-
-
-def _gold_line(gold: Gold, row: Candidates) -> dict[str, Any]:
-    """The gold reward of every response of a group, and what it was given for."""
-    prompts, texts = [row.prompt] * len(row.responses), [response.text for response in row.responses]
-    return {"golds": gold.score(prompts, texts).tolist(), "features": gold.features(prompts, texts)}
+    if (gold := job.gold) is not None:
+        rows = [([row.prompt] * len(row.responses), [response.text for response in row.responses]) for row in scored]
+        lines = ({"golds": gold.score(*row).tolist(), "features": gold.features(*row)} for row in rows)
+        write_jsonl(job.out / "golds.jsonl", lines)
 
 
 def judge(job: Job) -> None:
     """Write the rated training candidates of a row, and their ratings on all four axes."""
     s = job.settings
-    sampled = _sampled(job, "candidates ")
     pairs = pair_candidates(job.pairs("train"))
-    groups = assemble(s["sources"], sampled, pairs)
+    groups = assemble(s["sources"], _sampled(job, "candidates "), pairs)
     if not groups:
         raise DataError(f"none of {len(pairs)} prompts has a response from {', '.join(s['sources'])}; add a source")
     # Not in the artifact: a stage that fails leaves none, and the verdicts must outlive it.
@@ -352,8 +333,10 @@ CHECKED_PAIRS = 200  # enough to see a setting of the input that orders one pair
 
 
 def own_replies(job: Job, split: str) -> list[Candidates]:
-    """The data set's own replies to the prompts of a split. Of the embedded reviews' two completions, one is also the
-    "reply": the data set's own, whatever its sentiment."""
+    """Return the data set's own replies to the prompts of a split.
+
+    Of the embedded reviews' two completions, one is also the "reply": the data set's own, whatever its sentiment.
+    """
     pairs = job.pairs(split)
     groups = pair_candidates(pairs)
     if not isinstance(job.gold, ReviewsGold):
@@ -367,16 +350,13 @@ def own_replies(job: Job, split: str) -> list[Candidates]:
 def reference(job: Job) -> None:
     """Write the token log-probs of training responses under the initial policy."""
     policy = job.services.fixed_policy(job.ref())
-    folder = job.inputs.get("candidates")
-    groups = (
-        pair_candidates(job.pairs("train")) if folder is None else read_jsonl(folder / "candidates.jsonl", Candidates)
-    )
+    groups = job.candidates("candidates") if "candidates" in job.inputs else pair_candidates(job.pairs("train"))
     length, batch = context_of(policy, job.ref()), job.services.runtime.score_batch
     compute_reference(policy, groups, max_length=length, batch=batch, progress=job.progress).write(job.out)
 
 
 def train(job: Job) -> None:
-    """A policy trained by one method, its metrics, and its reward on the dev prompts along the way."""
+    """Write a policy trained by one method, its metrics, and its rewards on the dev prompts while it trains."""
     s = job.settings
     settings = _method(s["method"])
     reward = job.services.reward(job.ref("reward model"))  # first, or it could be dropped to make room for the policy
@@ -384,34 +364,36 @@ def train(job: Job) -> None:
     unadapted = stage_helpers.adapt(policy, settings, s["seed"])
     inputs = train_inputs(job, settings)
     events = Events(job.events)
-    curve = _Curve(job, policy, events)
-    record = _Record(curve, events)
+    record = _Record(job, policy, events)
     reads_reference = {"reference", "sampler"} <= settings.needs
     candidates = candidates_of(settings)
     backend = choose_backend(job.backend, "sample" if candidates is None else candidates.strategy).name
     assert job.scratch is not None
+    sampling = s.get("sampling", s["evaluation"])
     context = TrainContext(
         seed=s["seed"],
         sampler=sampler_of(job, policy, backend) if "sampler" in settings.needs else None,
         reward=reward if "reward" in settings.needs else None,
         reference=(unadapted or job.services.fixed_policy(job.ref())) if reads_reference else None,
-        watch=curve.watch,
+        watch=record.watch,
         log=record.add,
         keep=record.made.extend,
         took=record.parts.append,
         checkpoints=FileCheckpoints(job.scratch, job.services.runtime.checkpoint_seconds, record),
-        max_new_tokens=s.get("sampling", s["evaluation"])["max_new_tokens"],
-        stop=tuple(s.get("sampling", s["evaluation"])["stop"]),
+        max_new_tokens=sampling["max_new_tokens"],
+        stop=tuple(sampling["stop"]),
     )
     trainer = stage_helpers.trainer(settings, context_of(policy, job.ref()))
     with closing(events):
         result = trainer.fit(policy, inputs, context)
-    job.seconds.update(train=curve.trained, curve=curve.seconds)
-    job.seconds.update(layout=policy.layout, onednn_layers=policy.onednn_layers, parts=_mean_of(record.parts))
+    job.seconds.update(train=record.trained, curve=record.seconds)
+    parts, names = record.parts, record.parts[0] if record.parts else ()
+    means = {name: sum(line[name] for line in parts) / len(parts) for name in names}  # seconds of an iteration
+    job.seconds.update(layout=policy.layout, onednn_layers=policy.onednn_layers, parts=means)
     policy.save(job.out / "model")
     ModelRef(**{**job.ref().__dict__, "source": "model", "revision": None}).write(job.out)
     write_jsonl(job.out / "metrics.jsonl", record.log)
-    write_jsonl(job.out / "curve.jsonl", curve.points)
+    write_jsonl(job.out / "curve.jsonl", record.points)
     if record.made:
         write_jsonl(job.out / "candidates.jsonl", record.made)
     about = {"steps": result.steps, "sampled_tokens": result.sampled_tokens, "counts": dict(result.counts)}
@@ -420,41 +402,8 @@ def train(job: Job) -> None:
     job.write_json("about.json", about)
 
 
-class _Record:
-    """What is noted of a training run."""
-
-    def __init__(self, curve: _Curve, events: Events) -> None:
-        self.curve = curve
-        self.events = events
-        self.log: list[Mapping[str, float]] = []
-        self.parts: list[Mapping[str, float]] = []  # seconds of each iteration
-        self.made: list[Candidates] = []  # while training
-
-    def add(self, metrics: Mapping[str, float]) -> None:
-        """Record the metrics of one step."""
-        self.log.append(metrics)
-        self.events.add(int(metrics["step"]), {name: value for name, value in metrics.items() if name != "step"})
-
-    def state(self) -> dict[str, Any]:
-        made = [to_json(group) for group in self.made]
-        return {"log": self.log, "parts": self.parts, "made": made, "curve": self.curve.state()}
-
-    def load(self, state: Mapping[str, Any]) -> None:
-        self.log.clear()
-        for metrics in state["log"]:
-            self.add(metrics)
-        self.parts[:] = state["parts"]
-        self.made[:] = [from_json(Candidates, group, "checkpoint") for group in state["made"]]
-        self.curve.load(state["curve"])
-
-
-def _mean_of(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Seconds of an iteration by part, over all iterations."""
-    return {name: sum(line[name] for line in parts) / len(parts) for name in (parts[0] if parts else {})}
-
-
 def train_inputs(job: Job, settings: MethodSettings) -> TrainInputs:
-    """The training pairs and, for a method that uses them, the scored candidates of its sources."""
+    """Return the training pairs and, for a method that uses them, the scored candidates of its sources."""
     pairs = job.pairs("train")
     tables = [ReferenceLogprobs.read(folder) for role, folder in job.inputs.items() if role.startswith("reference ")]
     reference = reduce(operator.or_, tables) if tables else None
@@ -462,90 +411,94 @@ def train_inputs(job: Job, settings: MethodSettings) -> TrainInputs:
     if candidates is None:
         return TrainInputs(pairs, reference=reference)
     if "judged" in job.inputs:
-        return TrainInputs(pairs, read_jsonl(job.inputs["judged"] / "candidates.jsonl", Candidates), reference)
-    scored_pairs = read_jsonl(job.inputs["pair scores"] / "candidates.jsonl", Candidates)
-    return TrainInputs(pairs, assemble(candidates.sources, _sampled(job, "scores "), scored_pairs), reference)
+        return TrainInputs(pairs, job.candidates("judged"), reference)
+    scored = assemble(candidates.sources, _sampled(job, "scores "), job.candidates("pair scores"))
+    return TrainInputs(pairs, scored, reference)
 
 
 def _sampled(job: Job, role: str) -> dict[str, list[Candidates]]:
     """Return by source the candidates of the inputs whose role is ``role`` and the name of a source."""
-    return {
-        name.removeprefix(role): read_jsonl(folder / "candidates.jsonl", Candidates)
-        for name, folder in job.inputs.items()
-        if name.startswith(role)
-    }
+    return {name.removeprefix(role): job.candidates(name) for name in job.inputs if name.startswith(role)}
 
 
-class _Curve:
-    """Watches a training run: at fixed fractions of its budget, the policy's reward on the dev prompts."""
+class _Record:
+    """The notes of a training run: its log, what it made, and its rewards on the dev prompts at fixed fractions."""
 
     def __init__(self, job: Job, policy: TransformersPolicy, events: Events) -> None:
         self.job = job
         self.policy = policy
         self.events = events
+        self.log: list[Mapping[str, float]] = []
+        self.parts: list[Mapping[str, float]] = []  # seconds of each iteration
+        self.made: list[Candidates] = []  # while training
         self.points: list[CurvePoint] = []
         self.seconds: list[tuple[float, float]] = []  # (fraction, training seconds so far)
         self._before = 0.0  # training seconds of what was resumed
-        self._watching = 0.0  # seconds spent looking, which are not the method's
+        self._watching = 0.0  # seconds of evaluation, which are not the method's
         self._due = 0
         self._started = time.monotonic()
 
     @property
     def trained(self) -> float:
-        """Seconds that the method has trained so far."""
+        """Return the seconds that the method has trained so far."""
         return self._before + time.monotonic() - self._started - self._watching
 
-    def state(self) -> dict[str, Any]:
-        points = [to_json(point) for point in self.points]
-        return {"points": points, "seconds": self.seconds, "due": self._due, "trained": self.trained}
+    def add(self, metrics: Mapping[str, float]) -> None:
+        """Record the metrics of one step."""
+        self.log.append(metrics)
+        self.events.add(int(metrics["step"]), {name: value for name, value in metrics.items() if name != "step"})
 
-    def load(self, state: Mapping[str, Any]) -> None:
-        self.points.clear()
-        for point in state["points"]:
-            self._add(from_json(CurvePoint, point, "checkpoint"))
-        self.seconds[:] = [(fraction, seconds) for fraction, seconds in state["seconds"]]
-        self._due, self._before = state["due"], state["trained"]
-
-    def _add(self, point: CurvePoint) -> None:
+    def add_point(self, point: CurvePoint) -> None:
+        """Record the rewards on the dev prompts under one decoding."""
         self.points.append(point)
         means = {"reward": sum(point.rewards) / len(point.rewards)}
         if point.golds is not None:
             means["gold"] = sum(point.golds) / len(point.golds)
         self.events.add(point.step, {f"dev/{name}/{point.decoding}": mean for name, mean in means.items()})
 
+    def state(self) -> dict[str, Any]:
+        points, made = to_json(self.points), to_json(self.made)
+        curve = {"points": points, "seconds": self.seconds, "due": self._due, "trained": self.trained}
+        return {"log": self.log, "parts": self.parts, "made": made, "curve": curve}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        curve = state["curve"]
+        self.log.clear()
+        for metrics in state["log"]:
+            self.add(metrics)
+        self.points.clear()
+        for point in curve["points"]:
+            self.add_point(from_json(CurvePoint, point, "checkpoint"))
+        self.parts[:] = state["parts"]
+        self.made[:] = [from_json(Candidates, group, "checkpoint") for group in state["made"]]
+        self.seconds[:] = [(fraction, seconds) for fraction, seconds in curve["seconds"]]
+        self._due, self._before = curve["due"], curve["trained"]
+
     def watch(self, progress: Progress, policy: Policy) -> None:
         """Add a point to the curve if one is due. Raises Diverged if the reward of a reply is not finite."""
-        job, points = self.job, self.job.settings["curve_points"]
+        job, s = self.job, self.job.settings
         job.progress(round(1000 * progress.fraction), 1000)
-        if progress.fraction * points < self._due - 1e-9:
+        passed = progress.fraction * s["curve_points"]
+        if passed < self._due - 1e-9:
             return
-        self._due = int(progress.fraction * points + 1e-9) + 1
+        self._due = int(passed + 1e-9) + 1
         began = time.monotonic()
         self.seconds.append((progress.fraction, self.trained))
         prompts = [pair.prompt for pair in job.pairs("dev")]
         sampler = sampler_of(job, self.policy, job.backend)
         reward, gold = job.services.reward(job.ref("reward model")), job.gold
-        for decoding, spec in decodings(job.settings["evaluation"], job.settings["seed"], "curve").items():
+        for decoding, spec in decodings(s["evaluation"], s["seed"], "curve").items():
             texts = [row.responses[0].text for row in sampler.sample(prompts, spec)]
             place = f"step {progress.step}, {decoding} replies to the dev prompts"
-            rewards = require_finite(reward.score(prompts, texts), prompts, place, texts)
-            self._add(
-                CurvePoint(
-                    method=job.row or "",
-                    seed=job.settings["seed"],
-                    decoding=decoding,
-                    fraction=progress.fraction,
-                    step=progress.step,
-                    sampled_tokens=progress.sampled_tokens,
-                    rewards=tuple(rewards.tolist()),
-                    golds=None if gold is None else tuple(gold.score(prompts, texts).tolist()),
-                )
-            )
+            rewards = tuple(require_finite(reward.score(prompts, texts), prompts, place, texts).tolist())
+            golds = None if gold is None else tuple(gold.score(prompts, texts).tolist())
+            where = (progress.fraction, progress.step, progress.sampled_tokens)
+            self.add_point(CurvePoint(job.row or "", s["seed"], decoding, *where, rewards, golds))
         self._watching += time.monotonic() - began
 
 
 def decodings(evaluation: Mapping[str, Any], seed: int, purpose: str) -> dict[Decoding, SamplingSpec]:
-    """The arena's ways to decode: one reply a prompt."""
+    """Return the arena's ways to decode: one reply a prompt."""
     return {
         decoding: SamplingSpec(
             n=1,
@@ -561,32 +514,29 @@ def decodings(evaluation: Mapping[str, Any], seed: int, purpose: str) -> dict[De
 
 
 def evaluate(job: Job) -> None:
-    """The evaluation prompts, every decoding, judged; and the policy's own ranking of held-out pairs."""
+    """Write judged replies to the evaluation prompts in every decoding, and log-probs of the held-out pairs."""
     s = job.settings
     initial = job.services.fixed_policy(job.ref())
     judges = _judges(job)  # before the policy, or they could be dropped to make room for it
     policy = job.services.policy(job.ref("trained")) if "trained" in job.inputs else initial
     sampler: Sampler = sampler_of(job, policy, job.backend)
     specs = decodings(s["evaluation"], s["seed"], "evaluate")
-    if "method" in s:
+    test, row, seed = job.pairs("test"), job.row or "", s["seed"]
+    pairs = [pair for pair in test if pair.rejected is not None]
+    reference: TransformersPolicy | None = initial
+    if "method" in s:  # best-of-n: its distribution has no log-probs to compare with anything
         sampler = registry.build(_method(s["method"])).wrap(sampler, judges.reward)
         specs = {decoding: spec for decoding, spec in specs.items() if not spec.greedy}
-    test = job.pairs("test")
+        reference, pairs = None, []
     prompts = [pair.prompt for pair in test[: s["prompts"]]]
-    pairs = [pair for pair in test if pair.rejected is not None]
-    # Best-of-n's distribution has no log-probs to compare with the initial policy's.
-    reference = None if "method" in s else initial
-    records = stage_helpers.evaluate(job.row or "", s["seed"], sampler, prompts, judges, specs, policy, reference)
+    records = stage_helpers.evaluate(row, seed, sampler, prompts, judges, specs, policy, reference)
     write_jsonl(job.out / "evaluated.jsonl", records)
-    batch = job.services.runtime.score_batch
-    scored = (
-        [] if "method" in s else stage_helpers.score_pairs_by_likelihood(job.row or "", s["seed"], policy, pairs, batch)
-    )
+    scored = stage_helpers.score_pairs_by_likelihood(row, seed, policy, pairs, judges.batch)
     write_jsonl(job.out / "pairs.jsonl", scored)
 
 
 def evaluate_pairs(job: Job) -> None:
-    """The data set's chosen or rejected replies to the evaluation prompts, judged like everybody's."""
+    """Write the data set's chosen or rejected replies to the evaluation prompts with the verdicts of the judges."""
     reply = job.settings["reply"]
     pairs = job.pairs("test")[: job.settings["prompts"]]
     rows = [(c.prompt, r) for c in pair_candidates(pairs) for r in c.responses if r.source == reply]
@@ -607,18 +557,8 @@ def _method(settings: Mapping[str, Any]) -> MethodSettings:
     return registry.settings_class(settings["kind"]).model_validate(settings)
 
 
+_BODIES = (data, model, reward_model, prompts, sample, file, score, judge, score_pairs, reference, train, evaluate)
+# By kind of stage: the name of the function in words.
 BODIES: dict[str, Callable[[Job], None]] = {
-    "data": data,
-    "model": model,
-    "reward model": reward_model,
-    "prompts": prompts,
-    "sample": sample,
-    "file": file,
-    "score": score,
-    "judge": judge,
-    "score pairs": score_pairs,
-    "reference": reference,
-    "train": train,
-    "evaluate": evaluate,
-    "evaluate pairs": evaluate_pairs,
+    body.__name__.replace("_", " "): body for body in (*_BODIES, evaluate_pairs)
 }

@@ -67,18 +67,18 @@ class Store:
 
         Raises StoreError if the manifest cannot be read.
         """
-        return self._manifest(key) is not None and self.damage(key, "sizes") is None
+        return self.manifest(key) is not None and self.damage(key, "sizes") is None
 
     def is_intact(self, key: str) -> bool:
         """Return True if the artifact is complete and unchanged."""
-        return self._manifest(key) is not None and self.damage(key) is None
+        return self.manifest(key) is not None and self.damage(key) is None
 
     def damage(self, key: str, depth: Depth = "contents") -> str | None:
         """Return one line about a change in a complete artifact, or None if there is no change or no artifact.
 
         Small files are compared by content, large ones by size and, if they are newer than the manifest, by content.
         """
-        manifest = self._manifest(key)
+        manifest = self.manifest(key)
         return None if manifest is None else next(self._faults(key, manifest, depth), None)
 
     def require(self, key: str, name: str) -> Path:
@@ -86,7 +86,7 @@ class Store:
         damage = self.damage(key)
         if damage is not None:
             raise StoreError(f"{name}: {damage}; run the experiment again, which makes it again")
-        if not self.has(key):
+        if self.manifest(key) is None:
             raise StoreError(f"{name} is not complete in {self.root}; run the experiment again")
         return self.folder(key)
 
@@ -163,15 +163,13 @@ class Store:
         if not self.root.is_dir():
             return
         leftovers = [(m[1], path) for path in self.root.iterdir() if (m := _LEFTOVER.fullmatch(path.name))]
-        finished = [path for path in (self.root / SCRATCH).glob("*") if self._complete(path.name)]
-        for key, path in [*leftovers, *((path.name, path) for path in finished)]:
+        scratch = ((path.name, path) for path in (self.root / SCRATCH).glob("*"))
+        finished = [(key, path) for key, path in scratch if (self.root / key / MANIFEST).is_file()]
+        for key, path in (*leftovers, *finished):
             with suppress(LockHeld), self.exclusive_lock(key, patience=0.0):
                 shutil.rmtree(path, ignore_errors=True)
 
-    def _complete(self, name: str) -> bool:
-        return (self.root / name / MANIFEST).is_file()
-
-    def _manifest(self, key: str) -> dict[str, Any] | None:
+    def manifest(self, key: str) -> dict[str, Any] | None:
         """Return the manifest, None if there is none, or an empty one if it is no JSON object."""
         path = self.folder(key) / MANIFEST
         try:
@@ -206,8 +204,10 @@ class Store:
             size, sha256 = expected.pop(name)
             status = file.stat()
             if name == TIMING:
-                if not _is_unchanged_json(file):
-                    yield f"{file} has changed since it was written"
+                with suppress(ValueError):
+                    if is_unchanged(json.loads(file.read_text(encoding="utf-8"))):
+                        continue
+                yield f"{file} has changed since it was written"
             elif status.st_size != size:
                 yield f"{file} has {status.st_size} bytes and was written with {size}"
             elif depth != "sizes":
@@ -237,13 +237,6 @@ def _checksums(folder: Path) -> dict[str, dict[str, Any] | None]:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _is_unchanged_json(path: Path) -> bool:
-    try:
-        return is_unchanged(json.loads(path.read_text(encoding="utf-8")))
-    except ValueError:
-        return False
 
 
 def _sync(path: Path) -> None:
