@@ -161,14 +161,13 @@ def _hub_rows(
     source: str, config: str | None, data_dir: str | None, split: str, revision: str | None, digest: Any
 ) -> tuple[Iterator[Row], str | None]:
     """Return (rows, their commit or None). Offline the commit is read from the cached data set."""
-    import httpx
     from datasets import load_dataset
     from huggingface_hub import HfApi
 
     name = source.removeprefix("hub:")
     commit: str | None = None
     # Offline, or not there: load_dataset then finds it in the cache, or says why not.
-    with suppress(OSError, ValueError, httpx.HTTPError):
+    with suppress(*hub_errors()):
         commit = HfApi().dataset_info(name, revision=revision).sha
     try:
         table = load_dataset(name, config, data_dir=data_dir, split=split, revision=commit or revision)
@@ -185,6 +184,14 @@ def _hub_rows(
             yield f"{name} ({split}) row {index}", row
 
     return rows(), commit
+
+
+def hub_errors() -> tuple[type[Exception], ...]:
+    """Return the exceptions of a call to the hub without a network, or for a repository or file that is not there."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    # Its bases are OSError and the error of the HTTP library of that version, which a lost connection raises bare.
+    return (ValueError, *HfHubHTTPError.__bases__)
 
 
 def _one_line(error: BaseException) -> str:

@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from rrhf_bench.data.rows import hub_errors
 from rrhf_bench.errors import DataError
 from rrhf_bench.policy.loading import load_faults, load_reason, load_tokenizer
 from rrhf_bench.rewards.checks import CheckedModel, verify
@@ -152,12 +153,11 @@ def _fetch(source: str, revision: str | None) -> tuple[Path, str | None]:
     """Return (folder, commit) of a hub id or a folder."""
     if Path(source).is_dir():
         return Path(source), None
-    import httpx
     from huggingface_hub import snapshot_download
 
     try:
         folder = Path(snapshot_download(source, revision=revision, allow_patterns=[*WEIGHTS, *TOKENIZER, "*.json"]))
-    except (OSError, ValueError, httpx.HTTPError) as error:
+    except hub_errors() as error:
         raise DataError(f"{source}: is no folder and cannot be fetched from the hub ({load_reason(error)})") from error
     return folder, folder.name  # the cache names a snapshot's folder by its commit
 
