@@ -190,7 +190,7 @@ def test_a_judge_that_answers_prose_is_one_line_that_shows_it(serve, store, judg
     assert "\n" not in message
     for part in (
         "ratings: judge http://127.0.0.1:", "for any of 4 prompts (12 not_ratings)",
-        "'As a language model I like them all.'", "set structured to what the server knows (now 'none')",
+        "'As a language model I like them all.'", "structured (now 'none')",
         str(store.root / JOURNALS),
     ):  # fmt: skip
         assert part in message

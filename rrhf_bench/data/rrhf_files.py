@@ -132,7 +132,7 @@ def write_rrhf(path: str | Path, candidates: Iterable[Candidates]) -> int:
                 values = [getattr(response, name) for response in item.responses]
                 if any(value != default for value in values):
                     row[key] = values
-            assert None not in row.get("scores", ()), "candidates written before all were scored"
+            assert None not in row.get("scores", ()), "candidates written before they were scored"
             yield row
 
     return write_jsonl(Path(path), rows())

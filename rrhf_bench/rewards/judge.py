@@ -264,7 +264,7 @@ class EndpointJudge:
         if failure is not None:
             raise StageError(
                 f"{failure}; {done} of {len(missing)} prompts were judged and are kept in {self.journal}: repeat the "
-                "command to go on"
+                "command to go on from there"
             )
 
     def _verdict(self, key: str, group: Candidates, stop: threading.Event) -> Verdict | None:
