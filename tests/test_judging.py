@@ -129,9 +129,7 @@ def test_an_unreachable_judge_leaves_what_it_said_and_a_second_run_asks_for_the_
     (journal,) = (store.root / JOURNALS).glob("*.jsonl")
     assert "\n" not in message
     assert message.startswith(f"ratings: judge {server.url} (model 'm'): unreachable, 3 tries in 0 s (HTTP 503);")
-    assert message.endswith(
-        f"3 of 4 prompts were judged and are kept in {journal}: repeat the command to go on from there"
-    )
+    assert f"3 of 4 prompts were judged and are kept in {journal}" in message
     assert set(store.root.iterdir()) - before == {journal.parent}  # the stage itself left nothing
     assert len(journal.read_text().splitlines()) == 3
 
