@@ -622,7 +622,8 @@ AB: dict[str, Any] = {"higher": "a", "lower": "b"}
         ("difference", {"margin": -0.1, **AB}, "greater than or equal to 0"),
         ("correlation", {"margin": 1.0, "over": ["a", "b", "c"]}, "less than 1"),
         ("correlation", {"margin": 0.5, "over": ["a", "b"]}, "at least 3"),
-        ("difference", {"margin": 0.0, "higher": [], "lower": ["b"]}, "at least 1"),
+        ("difference", {"margin": 0.0, "higher": [], "lower": ["b"]}, "expected a row, a list of rows or a number"),
+        ("difference", {"margin": 0.0, "higher": True, "lower": ["b"]}, "expected a row, a list of rows or a number"),
     ],
 )
 def test_a_faulty_claim(kind: str, table: dict[str, Any], fault: str) -> None:
@@ -660,6 +661,8 @@ says = "Training helps."
     path.write_text(text)
     claims = load_experiment(path).claims
     assert claims["difference"] == DifferenceSettings(margin=0.05, higher="rrhf", lower=("ppo", "best_of_n"))
+    (tmp_path / "resolved.toml").write_text(load_experiment(path).to_toml())
+    assert load_experiment(tmp_path / "resolved.toml").claims == claims
     assert claims["mine"].sentence == "Training helps."
     path.write_text(text.replace('"base"', '"bass"'))
     with pytest.raises(ConfigError, match=r"claims\.mine: found the row 'bass'.*did you mean 'base'"):

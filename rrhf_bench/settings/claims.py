@@ -6,16 +6,30 @@ over-optimisation.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Literal, Self, TypeVar
 
-from pydantic import Field, model_validator
+from pydantic import Field, PlainSerializer, PlainValidator, model_validator
 
 from rrhf_bench.settings.base import Settings
 
 Margin = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
-Rows = Annotated[tuple[str, ...], Field(strict=False, min_length=1)]
-Number = Annotated[float, Field(allow_inf_nan=False)]
+
+
+def _side(value: object) -> str | float | tuple[str, ...]:
+    """Return one side of a difference. pydantic would name a fault of each type of a union."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        return float(value)
+    if isinstance(value, list | tuple) and value and all(isinstance(row, str) for row in value):
+        return tuple(value)
+    raise ValueError(f"found {repr(value)[:60]}; expected a row, a list of rows or a number")
+
+
+# Serialised as it is: the serialiser of a union would warn of a list that it made of a tuple itself.
+Side = Annotated[str | float | tuple[str, ...], PlainValidator(_side), PlainSerializer(lambda side: side)]
 
 MEASURES: Mapping[str, str] = {
     "reward": "proxy reward",
@@ -67,8 +81,8 @@ class DifferenceSettings(ClaimSettings):
 
     kind: Literal["difference"] = "difference"
     # A row, a number such as 0.5 for chance, or several rows, for which the best one on the dev prompts stands.
-    higher: str | Number | Rows
-    lower: str | Number | Rows
+    higher: Side
+    lower: Side
     measure: Measure = "reward"
     test: Literal["superiority", "non-inferiority"] = "superiority"
 
