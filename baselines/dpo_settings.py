@@ -18,7 +18,7 @@ class DPOSettings(OfflineSettings):
     variant: Literal["dpo", "robust", "ipo"] = "dpo"
     beta: Annotated[float, Field(gt=0.0)] = 0.1  # of IPO: tau
     label_smoothing: Annotated[float, Field(ge=0.0, lt=0.5)] = 0.0  # the assumed share of pairs with swapped labels
-    # Of each response's log-prob. "none" is the sum, as in the DPO paper; IPO's authors divide by the tokens.
+    # "none" sums a response's log-probs, as the DPO paper does; "response" divides by its tokens, as IPO's authors do.
     length_norm: Literal["none", "response"] = "none"
 
     @model_validator(mode="after")

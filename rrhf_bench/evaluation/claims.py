@@ -115,7 +115,7 @@ class Evidence(Protocol):
         """The best score among a row's candidates, drawn on the evaluation prompts."""
 
     def accuracy(self, row: str) -> Grid | str:
-        """Of p_i on held-out pairs: 1 right, 0.5 tied, 0 wrong."""
+        """Return the order of p_i on held-out pairs: 1 right, 0.5 tied, 0 wrong."""
 
     def dev_reward(self, row: str, decoding: Decoding) -> float | str:
         """The mean proxy reward on the dev prompts at the end of training."""
@@ -147,7 +147,7 @@ class ClaimResult:
 
     @property
     def outcome(self) -> str:
-        """What came out, in one form whatever the verdict."""
+        """Return the result in one form, whatever the verdict."""
         if self.estimate is None:
             return f"Not tested: {self.reason}."
         value, sizes = f"{self.estimate.value:g}", [f"{self.estimate.n} {self.counted}"]

@@ -1,4 +1,4 @@
-"""What the body of a stage is given."""
+"""Define the context that the body of a stage receives."""
 
 from __future__ import annotations
 

@@ -95,7 +95,7 @@ class Plan:
         return tuple(found.values())
 
 
-# What the tables call the replies of the data set.
+# The rows of the tables that hold the data set's own replies.
 PAIR_ROWS = ("chosen", "rejected")
 
 
@@ -433,7 +433,7 @@ class _Builder:
 
 
 def _read_alike(one: PolicySettings, other: PolicySettings) -> bool:
-    """Whether two policies surely have one tokenizer and one context: the embedded world's own."""
+    """Return True if two policies surely share one tokenizer and one context, those of the embedded world."""
     if one.source not in TOY_MODELS or other.source not in TOY_MODELS:
         return False
     sizes = [(policy.scratch.vocabulary, policy.scratch.context) for policy in (one, other)]
@@ -463,7 +463,7 @@ def _rounds(method: MethodSettings) -> int:
 
 
 def _how(samples: Sampling) -> str:
-    """How samples come about, for people."""
+    """Return how samples are made, in words."""
     if isinstance(samples, Draw):
         top_p = f", top-p={samples.top_p}" if samples.top_p != 1.0 else ""
         top_k = f", top-k={samples.top_k}" if samples.top_k else ""

@@ -24,7 +24,7 @@ SMALL_BYTES = 1 << 24  # smaller files are compared by content, larger ones by s
 SCRATCH = ".scratch"
 
 Depth = Literal["sizes", "contents", "all"]
-"""What of an artifact's files is compared: sizes; contents of small files and of those modified since; all contents."""
+"""The depth of a comparison: sizes; contents of small files and of those modified since; all contents."""
 
 
 def canonical(value: Any, *, finite: bool = True) -> str:

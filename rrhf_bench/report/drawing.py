@@ -1,4 +1,4 @@
-"""How the figures of a report look: style, colours, panels, legends. A method has one colour in all of them.
+"""Draw the parts that all figures of a report share: style, colours, panels, legends. A method has one colour in all of them.
 
 The registry gives the colour of a method. Further colours are Okabe and Ito's, then Tol's, which people with any of the
 common colour-blindnesses can tell apart.
@@ -24,7 +24,7 @@ from rrhf_bench.report.view import GIVEN, View
 
 GREY = "#6b6b6b"
 LIGHT = "#d9d9d9"
-# Of rows that are not the first of their kind, in turn.
+# Rows that are not the first of their kind take these colours in turn.
 FREE_COLOURS = (
     "#E69F00", "#56B4E9", "#882255", "#999933", "#332288", "#44AA99", "#AA4499", "#661100", "#DDCC77", "#202020",
     *(method.colour for method in METHODS.values()),

@@ -1,4 +1,4 @@
-"""What went wrong on the way to a run's numbers: what was dropped or cut, rows that failed or collapsed."""
+"""Report the losses behind a run's numbers: responses that were dropped or cut, rows that failed or collapsed."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def count_losses(view: View) -> str:
 
 
 def _label(what: str) -> bool:
-    """Whether a count is of texts with a label, none of which is lost."""
+    """Return True if a count is of texts with a label, none of which is lost."""
     return what.startswith("label_")
 
 

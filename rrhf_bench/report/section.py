@@ -1,4 +1,4 @@
-"""What a report takes from other rooms: sections of tables, figures and sentences, each made from a view of the run."""
+"""Define the sections that other rooms add to a report: tables, figures and sentences, made from a view of the run."""
 
 from __future__ import annotations
 

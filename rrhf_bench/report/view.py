@@ -140,7 +140,7 @@ class View:
         return dict(found)
 
     def failed_words(self, row: str) -> str:
-        """Of a row that could not finish: which stage of which seed, where and why."""
+        """Return the seed, stage, place and reason of each failure of a row."""
         return "; ".join(f"seed {seed} ({reason})" for seed, reason in self.failures[row].items())
 
     def absent(self, row: str) -> Missing:
@@ -359,7 +359,7 @@ class View:
         return difference_between(self, a, self, b, decoding, measure, self.pooled(decoding, measure))
 
     def once(self, key: tuple[str, ...], make: Callable[[], Found]) -> Found:
-        """What ``make`` gives, made the first time it is asked for under ``key``."""
+        """Return the value of ``make``, computed once for each ``key``."""
         if key not in self._found:
             self._found[key] = make()
         return self._found[key]

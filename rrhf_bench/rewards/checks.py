@@ -75,8 +75,10 @@ class Check:
 
 
 class CheckedModel(ABC):
-    """What both layouts of a reward model share. ``truncated`` counts the texts cut so far; ``checks`` is what
-    ``verify`` found."""
+    """The base of both layouts of a reward model: encoding, scoring and checks of the input.
+
+    ``truncated`` counts the texts cut so far; ``checks`` holds the results of ``verify``.
+    """
 
     checks: tuple[Check, ...]
     label: str | None = None

@@ -1,4 +1,4 @@
-"""What all tables of an experiment file share. Free of torch: `plan` validates every key without importing it."""
+"""Define the base class of all tables of an experiment file. Free of torch, so that `plan` answers at once."""
 
 from __future__ import annotations
 

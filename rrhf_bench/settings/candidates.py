@@ -1,4 +1,4 @@
-"""Where a row's training candidates come from: tables of candidate settings, and the recipes of the RRHF paper.
+"""Define the tables that say where a row's training candidates come from, and the recipes of the RRHF paper.
 
 One table holds the keys that its ``strategy`` reads and no others, so a key that changes nothing is an unknown key.
 """
@@ -238,7 +238,7 @@ def _tag(table: Any) -> str:
     return GIVEN if isinstance(sources, list | tuple) and "model" not in sources else strategy_of(table)
 
 
-# The candidates of a row, which the sources and then the strategy decide the keys of.
+# The candidates of a row. Its sources, and then its strategy, decide which keys the table has.
 Candidates = Annotated[
     Annotated[GivenCandidates, Tag(GIVEN)]
     | Annotated[DrawnCandidates, Tag("sample")]

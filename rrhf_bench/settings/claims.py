@@ -202,7 +202,7 @@ CLAIMS: dict[str, type[ClaimSettings]] = {
     "correlation": CorrelationSettings,
     "compound": CompoundSettings,
 }
-# How a claim of an earlier kind is written: shown where one is refused.
+# The present form of a claim of an earlier kind, shown when one is refused.
 EARLIER_KINDS: Mapping[str, str] = {
     "ordered": 'kind = "difference"',
     "rrhf_reaches_ppo": 'kind = "difference", test = "non-inferiority", higher, lower',

@@ -232,7 +232,7 @@ Source = Annotated[
 
 
 class JudgeTable(Settings):
-    """Who rates the candidates of rows with scored_by = "judge"."""
+    """The judge that rates the candidates of rows with scored_by = "judge"."""
 
     source: Literal["toy", "endpoint"] = "toy"  # the embedded world's own; an OpenAI-compatible server
     endpoint: JudgeSettings | None = None
@@ -245,7 +245,7 @@ class JudgeTable(Settings):
 
 
 class SamplingSettings(Settings):
-    """What all samples share, whichever model and method they serve."""
+    """Settings of all samples, whichever model and method they serve."""
 
     backend: Literal["vllm", "transformers"] = "vllm"
     max_new_tokens: Positive = 64

@@ -1,4 +1,4 @@
-"""What the settings of all methods share."""
+"""Define the settings that all methods share."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class MethodSettings(Settings):
 
     @property
     def needs(self) -> frozenset[Requirement]:
-        """What this row requires: its kind's requirements, and those of sampling while it trains."""
+        """Return the requirements of the row: those of its kind, and those of sampling while it trains."""
         candidates = candidates_of(self)
         online: tuple[Requirement, ...] = ()
         if candidates is not None and candidates.refresh:

@@ -215,7 +215,7 @@ def _tables(found: Any, where: str, example: str, faults: list[str]) -> dict[str
 
 
 def _nameable(where: str, name: str, faults: list[str]) -> bool:
-    """Whether a table's name can be one of a row: it stands in tables, figures, logs and names of files."""
+    """Return True if a table's name can be one of a row: it stands in tables, figures, logs and names of files."""
     if not re.fullmatch(NAME, name):
         faults.append(f"{where}.{name}: a name is letters, digits, - and _, at most 100; choose another")
         return False
@@ -241,7 +241,7 @@ def _source(table: Any, shared: Mapping[str, Any] | None) -> Any:
 
 
 def _default(kind: str, table: Any, shared: Mapping[str, Any] | None, faults: list[str]) -> bool:
-    """Whether what rows of a kind start from can be used; the faults of one that cannot."""
+    """Return True if the defaults of a kind can be used; add the faults of those that cannot."""
     before = len(faults)
     where = f"defaults.{kind}"
     if (fault := _unknown_kind(kind)) is not None:

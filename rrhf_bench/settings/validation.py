@@ -1,4 +1,4 @@
-"""What several keys of an experiment together may not say: one line a fault."""
+"""Validate keys of an experiment against each other, one line a fault."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a method is: a loss over examples that the one loop minimises, a trainer with its own loop, or no training."""
+"""Define the interfaces of a method: a loss over examples, a trainer with a loop of its own, or no training."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from rrhf_bench.training.reference import ReferenceLogprobs
 
 @dataclass(frozen=True)
 class TrainInputs:
-    """What the stages before training made. Empty where a method does not require it."""
+    """The products of the stages before training. A field is empty if the method does not require it."""
 
     preferences: Sequence[Preference] = ()  # of the training prompts
     candidates: Sequence[Candidates] = ()  # scored, one for each training prompt; what is sampled in training is absent
@@ -134,7 +134,7 @@ class LossMethod(Protocol):
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a training run stands. ``fraction`` is of its own budget, in [0, 1]."""
+    """The progress of a training run. ``fraction`` is of its own budget, in [0, 1]."""
 
     fraction: float
     step: int  # optimiser steps done
@@ -142,20 +142,22 @@ class Progress:
 
 
 class Checkpoints(Protocol):
-    """Where a run writes down what it consists of, and finds it when it starts again after it was killed."""
+    """The store of a run's resumable state, which a run that was killed reads when it starts again."""
 
     def last(self) -> Mapping[str, Any] | None:
-        """What was written down last, or None; whatever was told to the context after that has then been forgotten."""
+        """Return the last state, or None. The context then holds nothing that was logged after that state."""
         ...
 
     def offer(self, state: Mapping[str, Any]) -> None:
-        """A moment from which the run could go on, between two steps: tensors, and what JSON knows. Read at once or
-        not at all: the tensors are those that train."""
+        """Offer a resumable state (tensors and JSON values) between two steps.
+
+        Implementations must copy it before they return, because the tensors keep training.
+        """
         ...
 
 
 class NoCheckpoints:
-    """Runs that start anew."""
+    """Checkpoints of a run that keeps none."""
 
     def last(self) -> None:
         return None

@@ -35,7 +35,7 @@ Row = TypeVar("Row", Example, Candidates)
 
 
 class Supply(Protocol):
-    """Where the examples of each optimiser step come from: those of an epoch over and over, or new ones.
+    """The source of each optimiser step's examples: those of an epoch over and over, or new ones.
 
     Iterated once, in step with the training: examples may be made from the policy's weights when they are asked for.
     """
@@ -52,7 +52,7 @@ class Supply(Protocol):
 
     @property
     def counts(self) -> Mapping[str, int]:
-        """What was dropped, cut or tied so far."""
+        """Return the counts of responses that were dropped, cut or tied so far."""
         ...
 
     def state(self) -> Mapping[str, Any] | None:
@@ -240,7 +240,7 @@ def tally(examples: Sequence[Example], tokenization: Tokenization, max_length: i
 
 
 def step_count(rows: int, settings: OfflineSettings) -> int:
-    """How many batches there are of that many rows, over all epochs."""
+    """Return the number of batches of that many rows, over all epochs."""
     return settings.epochs * math.ceil(rows / settings.batch_prompts)
 
 

@@ -32,7 +32,7 @@ from rrhf_bench.training.rollouts import Clock, Critic, Rollouts, RolloutSampler
 
 @dataclass(frozen=True)
 class Advantages:
-    """What the updates of an iteration read beyond the rollouts; (N, T) tensors are 0 beyond each reply's end."""
+    """The advantages of an iteration's rollouts; (N, T) tensors are 0 beyond each reply's end."""
 
     advantage_NT: Tensor
     return_NT: Tensor | None = None  # targets of the critic
@@ -80,7 +80,7 @@ class OnPolicyMethod(Protocol):
 
 @dataclass
 class _State:
-    """What changes while a run trains, the policy's weights apart."""
+    """The state of a run, without the policy's weights."""
 
     _COUNTS: ClassVar = ("iteration", "step", "sampled_tokens", "missing_ends")
 
@@ -217,7 +217,7 @@ class OnPolicyTrainer:
                     f"of {settings.steps}; lower lr ({settings.lr}), or train in float32",
                     rollouts.evidence(rows),
                 )
-        # Of the first minibatch, before any step: 1 and 0 to rounding, or old and new log-probs disagree.
+        # The ratios are those before any step: 1 and 0 to rounding, unless old and new log-probs disagree.
         first = {name: value for name, value in steps[0].items() if name.startswith("val/")}
         means = {name: sum(s[name] for s in steps) / len(steps) for name in steps[0] if name not in first}
         return {**means, **first, "lr": lr}
