@@ -144,12 +144,14 @@ def train(
     *,
     method: Annotated[str, typer.Option(help=f"one of {', '.join(METHODS)}")],
     model: Annotated[str, typer.Option(help="hub id or folder of the initial policy")],
-    data: Annotated[Path, typer.Option(help="scored candidates (rrhf), pairs (sft) or prompts (ppo), as JSONL")],
+    data: Annotated[Path, typer.Option(help="scored candidates, pairs or prompts, as the method requires, as JSONL")],
     out: Annotated[Path, typer.Option(help="the folder to write the trained policy to")],
     override: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="a setting of the method, such as lr=1e-5")
     ] = None,
-    reward_model: Annotated[str | None, typer.Option(help="for ppo: hub id or folder of a reward model")] = None,
+    reward_model: Annotated[
+        str | None, typer.Option(help="hub id or folder, for a method that scores its own samples")
+    ] = None,
     max_new_tokens: MaxNewTokens = 64,
     cut: Annotated[bool, typer.Option("--cut/--no-cut", help="cut replies at a fake turn")] = True,
     seed: Seed = 0,

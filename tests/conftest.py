@@ -83,6 +83,17 @@ def policy(llama_folder):
     return TransformersPolicy.load(llama_folder(0), template=Template())
 
 
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[..., Path]:
+    """Write an experiment file and return its path."""
+
+    def write(text: str, name: str = "x.toml") -> Path:
+        (tmp_path / name).write_text(text)
+        return tmp_path / name
+
+    return write
+
+
 @pytest.fixture(params=["off", "on"])
 def onednn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Run a test with float32 products by PyTorch's default and by oneDNN, whatever the processor.

@@ -24,15 +24,6 @@ ROOT = Path(__file__).parents[1]
 Write = Callable[..., Path]
 
 
-@pytest.fixture
-def write(tmp_path: Path) -> Write:
-    def write(text: str, name: str = "x.toml") -> Path:
-        (tmp_path / name).write_text(text)
-        return tmp_path / name
-
-    return write
-
-
 def faults(path: Path, *overrides: str) -> dict[str, str]:
     """The key path of each line of the error, with the rest of the line."""
     with pytest.raises(ConfigError) as caught:

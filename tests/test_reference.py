@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from rrhf_bench.pipeline.stage_graph import make_plan
 from rrhf_bench.policy.policy import TransformersPolicy
 from rrhf_bench.records import Candidates, Response
+from rrhf_bench.registry import Method
+from rrhf_bench.settings.reading import load_experiment
 from rrhf_bench.training.method import Example, LossOutput, MethodBatch, TrainInputs
 from rrhf_bench.training.offline import OfflineTrainer
 from rrhf_bench.training.reference import ReferenceLogprobs, compute_reference
@@ -70,6 +76,34 @@ class Seen:
 
 class Referring(RRHFSettings):
     requires = RRHFSettings.requires | {"reference"}
+    kind: str = "tests.test_reference:METHOD"  # type: ignore[assignment]
+
+
+METHOD = Method("tests.test_reference:Referring", "tests.test_reference:Seen", "referring", "#000000", "offline")
+
+
+@pytest.mark.parametrize(
+    ("candidates", "roles"),
+    [
+        ({"sources": ["model"]}, {"reference scores model"}),
+        ({"sources": ["model", "chosen"]}, {"reference scores model", "reference pairs"}),
+        ({"sources": ["chosen", "rejected"]}, {"reference pairs"}),
+        ({"scored_by": "judge"}, {"reference judged"}),
+        ({"refresh": 4}, set()),  # its reference is a model: it samples while it trains
+    ],
+)
+def test_a_row_has_the_log_probs_of_what_it_trains_on(
+    write: Callable[..., Path], candidates: dict[str, Any], roles: set[str]
+) -> None:
+    table = ", ".join(f"{key} = {json.dumps(value)}" for key, value in candidates.items())
+    judge = '[judge]\nsource = "toy"\n' if "scored_by" in candidates else ""
+    row = f'kind = "tests.test_reference:METHOD"\ncandidates = {{ {table} }}\n'
+    text = f"{judge}[methods.a]\n{row}[methods.b]\nlr = 0.01\n{row}"
+    plan = make_plan(load_experiment(write(text)))
+    a, b = ({role: s for role, s in stage.inputs.items() if role.startswith("reference ")} for stage in plan.stages
+            if stage.kind == "train")  # fmt: skip
+    assert set(a) == set(b) == roles
+    assert {role: stage.key for role, stage in a.items()} == {role: stage.key for role, stage in b.items()}
 
 
 def test_a_loss_finds_the_reference_of_its_rows_in_its_batch(policy: TransformersPolicy, tmp_path: Path) -> None:

@@ -22,15 +22,6 @@ RAW = '[policies.raw]\nsource = "toy-raw"\n'
 Write = Callable[..., Path]
 
 
-@pytest.fixture
-def write(tmp_path: Path) -> Write:
-    def write(text: str, name: str = "x.toml") -> Path:
-        (tmp_path / name).write_text(text)
-        return tmp_path / name
-
-    return write
-
-
 def test_planning_does_not_import_torch() -> None:
     program = (
         "import sys\n"

@@ -9,7 +9,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from rrhf_bench.errors import StoreError
 from rrhf_bench.pipeline.judging import JOURNALS
 from rrhf_bench.pipeline.locks import LockHeld, holder
 from rrhf_bench.pipeline.run_folder import read_run
@@ -93,7 +95,7 @@ def damages(runs: Path) -> Mapping[str, str]:
     store = Store(runs / "store")
     found = {}
     for path in sorted(store.root.glob("*")):
-        manifest = store.manifest(path.name) or {}
+        manifest = _manifest(store, path.name)
         key = manifest.get("key")
         if key is not None and (damage := store.damage(key, "all")) is not None:
             found[manifest.get("name", path.name)] = damage
@@ -113,7 +115,7 @@ def _items(store: Store, users: Mapping[str, Mapping[str, str]]) -> Iterator[Ite
     for path in sorted(store.root.glob("*")):
         used = tuple(users.get(path.name, ()))
         if _ARTIFACT.fullmatch(path.name):
-            manifest = store.manifest(path.name) or {}
+            manifest = _manifest(store, path.name)
             kind = manifest.get("kind", "unknown") if manifest else LEFT_OVER
             yield Item(path, path.name, kind, manifest.get("name", ""), _bytes(path), used)
         elif (found := _TEMPORARY.fullmatch(path.name)) and holder(store.lock_path(found[1])) is None:
@@ -121,6 +123,13 @@ def _items(store: Store, users: Mapping[str, Mapping[str, str]]) -> Iterator[Ite
     for path in sorted((store.root / SCRATCH).glob("*")):
         wanted = users.get(path.name, {})
         yield Item(path, path.name, UNFINISHED, next(iter(wanted.values()), ""), _bytes(path), tuple(wanted))
+
+
+def _manifest(store: Store, name: str) -> dict[str, Any]:
+    """Return the manifest of an artifact, or an empty one if it cannot be read: the others are listed all the same."""
+    with suppress(StoreError):
+        return store.manifest(name) or {}
+    return {}
 
 
 def _bytes(folder: Path) -> int:

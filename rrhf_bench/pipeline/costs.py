@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rrhf_bench.pipeline.results import Cost, Row
-from rrhf_bench.pipeline.stage_graph import PAIR_ROWS
+from rrhf_bench.pipeline.stage_graph import OWN_REPLIES
 
 Stages = Mapping[str, Mapping[str, Any]]  # run.json: by key, the kind, settings and inputs of each stage
 
@@ -46,7 +46,7 @@ def needed_stages(stages: Stages, trained: str, given: Collection[str]) -> list[
         if "judged" in own:
             found[own["judged"]] = None
             inputs = stages[own["judged"]]["inputs"]
-        elif {*PAIR_ROWS, "reply"} & {*stages[key]["settings"]["method"].get("candidates", {}).get("sources", ())}:
+        elif OWN_REPLIES & {*stages[key]["settings"]["method"].get("candidates", {}).get("sources", ())}:
             found[own["pair scores"]] = None
         found.update({key: None for role, key in own.items() if role.startswith("reference ")})
         for source, candidates in sampled_inputs(inputs):

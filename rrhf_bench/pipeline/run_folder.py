@@ -19,7 +19,7 @@ from rrhf_bench.pipeline.candidates import assemble
 from rrhf_bench.pipeline.costs import StageCost, needed_stages, row_costs, sampled_inputs, total
 from rrhf_bench.pipeline.locks import exclusive_lock
 from rrhf_bench.pipeline.results import STAGE_PEAK, WARNINGS, Cost, Row, RunRecords, Timing
-from rrhf_bench.pipeline.stage_graph import PAIR_ROWS, Plan, Stage
+from rrhf_bench.pipeline.stage_graph import OWN_REPLIES, PAIR_ROWS, Plan, Stage
 from rrhf_bench.pipeline.store import (
     TIMING,
     Store,
@@ -324,7 +324,7 @@ def _test_candidates(run: _Run, experiment: Experiment) -> dict[Row, tuple[Candi
         settings = candidates_of(experiment.methods[entry["row"]])
         assert settings is not None
         sampled = {name: run.scored(key) for name, key in entry["sources"].items()}
-        if set(settings.sources) <= {*sampled, *PAIR_ROWS, "reply"}:
+        if set(settings.sources) <= {*sampled, *OWN_REPLIES}:
             groups[entry["row"], entry["seed"]] = tuple(assemble(settings.sources, sampled, pairs))
     return groups
 

@@ -97,6 +97,7 @@ class Plan:
 
 # The rows of the tables that hold the data set's own replies.
 PAIR_ROWS = ("chosen", "rejected")
+OWN_REPLIES = frozenset({*PAIR_ROWS, "reply"})
 
 
 def make_plan(experiment: Experiment) -> Plan:
@@ -329,11 +330,16 @@ class _Builder:
             name = f"log-probs of {whose} under {initial.name}"
             return Stage(name, "reference", settings, {**shared, **inputs}, size, seed=seed)
 
-        pairs = stage("the training pairs", {}, f"{self.experiment.data.train_prompts} pairs", None)
-        return {"reference pairs": pairs} | {
+        found = {
             f"reference {role}": stage(own.name.removeprefix("scores of "), {"candidates": own}, own.size, own.seed)
             for role, own in candidates.items()
         }
+        trained_on = candidates_of(method)
+        # The data set's own replies are no candidates of a stage, unless a judge has rated them with the others.
+        if trained_on is None or ("judged" not in candidates and not OWN_REPLIES.isdisjoint(trained_on.sources)):
+            size = f"{self.experiment.data.train_prompts} pairs"
+            found["reference pairs"] = stage("the training pairs", {}, size, None)
+        return found
 
     def _judged(self, row: str, method: MethodSettings, seed: int) -> Stage:
         """Return the stage that rates whole groups: a judge reads all responses to a prompt together."""

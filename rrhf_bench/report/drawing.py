@@ -1,4 +1,6 @@
-"""Draw the parts that all figures of a report share: style, colours, panels, legends. A method has one colour in all of them.
+"""Draw the parts that all figures of a report share: style, colours, panels, legends.
+
+A method has one colour in all figures.
 
 The registry gives the colour of a method. Further colours are Okabe and Ito's, then Tol's, which people with any of the
 common colour-blindnesses can tell apart.

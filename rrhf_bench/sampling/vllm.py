@@ -19,7 +19,7 @@ from rrhf_bench.errors import StageError
 from rrhf_bench.policy.loading import load_reason
 from rrhf_bench.policy.policy import Policy
 from rrhf_bench.policy.tokenization import Tokenization
-from rrhf_bench.records import Candidates, Prompt
+from rrhf_bench.records import Candidates, Prompt, Response
 from rrhf_bench.sampling.backend import choose_backend
 from rrhf_bench.sampling.sampler import SamplingSpec, fitting_ids, to_response
 
@@ -165,11 +165,13 @@ class VLLMSampler:
         eager = nullcontext() if torch.cuda.is_available() else torch.compiler.set_stance("force_eager")
         with _untouched_random_state(), eager:
             replies = [output.outputs[0] for output in self._generate(requests, params)]
-        responses = iter(
-            to_response(self.tokenization, spec, r.token_ids, r.logprobs.logprobs if spec.logprobs else None)
-            for r in replies
-        )
+        responses = (self._response(reply, spec) for reply in replies)
         return [Candidates(prompt, tuple(islice(responses, spec.n))) for prompt in prompts]
+
+    def _response(self, reply: Any, spec: SamplingSpec) -> Response:
+        logprobs = reply.logprobs.logprobs if spec.logprobs else None
+        assert logprobs is None or len(logprobs) == len(reply.token_ids), "expected the sampled token's log-prob alone"
+        return to_response(self.tokenization, spec, reply.token_ids, logprobs)
 
     def _generate(self, requests: list[dict[str, list[int]]], params: list[Any]) -> list[Any]:
         """Return the outputs; slices for progress change no result, because each request has its own seed."""

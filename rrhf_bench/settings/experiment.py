@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -348,13 +349,10 @@ class Experiment(Settings):
 
 
 def _exists(path: str, how: Callable[[Path], bool] = Path.exists) -> bool:
-    """Return whether a path exists, by ``how`` unless it has a pattern.
-
-    pathlib raises NotImplementedError for a pattern that it cannot expand; such a path does not exist here.
-    """
+    """Return True if a path exists, by ``how`` unless it has a pattern, which is expanded as data files are."""
     try:
-        if how is Path.exists and any(mark in path for mark in "*?["):
-            return any(Path().glob(path)) if not Path(path).is_absolute() else any(Path("/").glob(path[1:]))
+        if how is Path.exists and glob.has_magic(path):
+            return any(glob.iglob(path, recursive=True))
         return path != "" and how(Path(path))
-    except (OSError, ValueError, NotImplementedError):  # too long a name, one that may not be seen, no pattern
+    except (OSError, ValueError):  # too long a name, or one that may not be seen
         return False

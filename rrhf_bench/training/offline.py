@@ -185,7 +185,8 @@ class OfflineTrainer:
 
 def fed_tokens(policy: Policy, example: Example, max_length: int | None) -> int:
     """Tokens that the policy is fed for one example."""
-    return policy.fed_tokens(MethodBatch.of([example], policy.tokenization, max_length).responses)
+    rows = [(example.prompt, response) for response in example.responses]
+    return policy.fed_tokens(policy.tokenization.batch(rows, max_length))
 
 
 def with_reference(examples: Sequence[Example], reference: ReferenceLogprobs) -> list[Example]:
