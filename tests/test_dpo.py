@@ -16,7 +16,7 @@ from rrhf_bench.pipeline import stage_helpers
 from rrhf_bench.policy.policy import TransformersPolicy
 from rrhf_bench.records import Preference
 from rrhf_bench.training.method import MethodBatch, TrainInputs
-from rrhf_bench.training.reference import compute_reference
+from rrhf_bench.training.reference import response_logprobs
 from tests.test_training import CANDIDATES, PAIRS, PROMPTS, context
 
 # Summed log-probs of a pair: chosen -12 against -13 in the reference, rejected -10 against -9. D = 1 - (-1) = 2.
@@ -79,7 +79,7 @@ def test_it_learns_to_prefer_the_chosen_replies(policy: TransformersPolicy, tmp_
     policy.pass_tokens = 80
     log: list[Any] = []
     settings = DPOSettings(epochs=6, batch_prompts=4, lr=3e-3)
-    reference = compute_reference(policy, CANDIDATES, max_length=512)
+    reference = response_logprobs(policy, CANDIDATES, max_length=512)
     inputs = TrainInputs(PAIRS, reference=reference)
     stage_helpers.trainer(settings, 512).fit(policy, inputs, context(tmp_path, log=log.append))
     assert log[0]["loss"] == pytest.approx(0.693147, abs=1e-4)

@@ -18,7 +18,7 @@ from rrhf_bench.registry import Method
 from rrhf_bench.settings.reading import load_experiment
 from rrhf_bench.training.method import Example, LossOutput, MethodBatch, TrainInputs
 from rrhf_bench.training.offline import OfflineTrainer
-from rrhf_bench.training.reference import ReferenceLogprobs, compute_reference
+from rrhf_bench.training.reference import ResponseLogprobs, response_logprobs
 from rrhf_bench.training.rrhf_settings import RRHFSettings
 from tests.test_training import CANDIDATES, PROMPTS, context
 
@@ -34,9 +34,9 @@ def by_hand(policy: TransformersPolicy, group: Candidates, response: Response) -
 
 def test_each_response_has_the_log_probs_of_the_slow_definition(policy: TransformersPolicy, tmp_path: Path) -> None:
     silent = Candidates(PROMPTS[0], (Response("", "model", "length"), Response("", "model", "eos")))
-    made = compute_reference(policy, [*CANDIDATES, silent], max_length=512, batch=5)
+    made = response_logprobs(policy, [*CANDIDATES, silent], max_length=512, batch=5)
     made.write(tmp_path)
-    table = ReferenceLogprobs.read(tmp_path)
+    table = ResponseLogprobs.read(tmp_path)
     for group in CANDIDATES:
         for response in group.responses:
             found = table.of(group.prompt, response)
@@ -51,13 +51,13 @@ def test_each_response_has_the_log_probs_of_the_slow_definition(policy: Transfor
 
 def test_a_response_that_ended_is_another_than_one_that_was_cut(policy: TransformersPolicy) -> None:
     cut, ended = Response(" It is", "model", "length"), Response(" It is", "model", "eos")
-    table = compute_reference(policy, [Candidates(PROMPTS[0], (cut, ended))], max_length=512)
+    table = response_logprobs(policy, [Candidates(PROMPTS[0], (cut, ended))], max_length=512)
     assert len(table.of(PROMPTS[0], ended)) == len(table.of(PROMPTS[0], cut)) + 1
 
 
 def test_an_empty_table_can_be_kept(policy: TransformersPolicy, tmp_path: Path) -> None:
-    compute_reference(policy, [], max_length=512).write(tmp_path)
-    assert ReferenceLogprobs.read(tmp_path)._rows == {}
+    response_logprobs(policy, [], max_length=512).write(tmp_path)
+    assert ResponseLogprobs.read(tmp_path)._rows == {}
 
 
 class Seen:
@@ -109,7 +109,7 @@ def test_a_row_has_the_log_probs_of_what_it_trains_on(
 def test_a_loss_finds_the_reference_of_its_rows_in_its_batch(policy: TransformersPolicy, tmp_path: Path) -> None:
     """Before any step the policy is the reference, so both log-probs are equal to rounding; a cut response too."""
     policy.pass_tokens = 60  # several passes a step
-    inputs = TrainInputs(candidates=CANDIDATES, reference=compute_reference(policy, CANDIDATES, max_length=512))
+    inputs = TrainInputs(candidates=CANDIDATES, reference=response_logprobs(policy, CANDIDATES, max_length=512))
     cut_at = max(len(policy.tokenization.prompt_ids(prompt)) for prompt in PROMPTS) + 4
     for max_length in (512, cut_at):
         seen = Seen()

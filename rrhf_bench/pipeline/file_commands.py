@@ -30,7 +30,7 @@ from rrhf_bench.sampling.sampler import SamplingSpec
 from rrhf_bench.settings.experiment import RuntimeSettings
 from rrhf_bench.settings.methods import MethodSettings
 from rrhf_bench.training.method import TrainContext, TrainInputs, TrainResult
-from rrhf_bench.training.reference import compute_reference
+from rrhf_bench.training.reference import response_logprobs
 
 Report = Callable[[int, int], None]
 
@@ -106,7 +106,7 @@ class PlainSteps:
         reads_reference = {"reference", "sampler"} <= needs
         if "reference" in method.requires and not reads_reference:
             groups = [*pair_candidates(inputs.preferences), *inputs.candidates]
-            inputs = replace(inputs, reference=compute_reference(policy, groups, max_length=context))
+            inputs = replace(inputs, reference=response_logprobs(policy, groups, max_length=context))
         unadapted = stage_helpers.adapt(policy, method, seed)
         log: list[Mapping[str, float]] = []
         with replace_path(out) as folder:

@@ -46,7 +46,7 @@ from rrhf_bench.settings.experiment import WORLDS, JudgeTable, ScratchSettings
 from rrhf_bench.settings.methods import MethodSettings, candidates_of
 from rrhf_bench.settings.reward import RewardTrainingSettings
 from rrhf_bench.training.method import Progress, TrainContext, TrainInputs
-from rrhf_bench.training.reference import ReferenceLogprobs, compute_reference
+from rrhf_bench.training.reference import ResponseLogprobs, response_logprobs
 
 
 def data(job: Job) -> None:
@@ -352,7 +352,7 @@ def reference(job: Job) -> None:
     policy = job.services.fixed_policy(job.ref())
     groups = job.candidates("candidates") if "candidates" in job.inputs else pair_candidates(job.pairs("train"))
     length, batch = context_of(policy, job.ref()), job.services.runtime.score_batch
-    compute_reference(policy, groups, max_length=length, batch=batch, progress=job.progress).write(job.out)
+    response_logprobs(policy, groups, max_length=length, batch=batch, progress=job.progress).write(job.out)
 
 
 def train(job: Job) -> None:
@@ -405,7 +405,7 @@ def train(job: Job) -> None:
 def train_inputs(job: Job, settings: MethodSettings) -> TrainInputs:
     """Return the training pairs and, for a method that uses them, the scored candidates of its sources."""
     pairs = job.pairs("train")
-    tables = [ReferenceLogprobs.read(folder) for role, folder in job.inputs.items() if role.startswith("reference ")]
+    tables = [ResponseLogprobs.read(folder) for role, folder in job.inputs.items() if role.startswith("reference ")]
     reference = reduce(operator.or_, tables) if tables else None
     candidates = candidates_of(settings)
     if candidates is None:

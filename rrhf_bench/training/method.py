@@ -18,7 +18,7 @@ from rrhf_bench.policy.tokenization import Tokenization
 from rrhf_bench.records import Candidates, Preference, Prompt, Response
 from rrhf_bench.rewards.reward import RewardModel
 from rrhf_bench.sampling.sampler import Sampler
-from rrhf_bench.training.reference import ReferenceLogprobs
+from rrhf_bench.training.reference import ResponseLogprobs
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class TrainInputs:
 
     preferences: Sequence[Preference] = ()  # of the training prompts
     candidates: Sequence[Candidates] = ()  # scored, one for each training prompt; what is sampled in training is absent
-    reference: ReferenceLogprobs | None = None  # of every response above, for a method that requires it
+    reference: ResponseLogprobs | None = None  # of every response above, for a method that requires it
 
     @property
     def prompts(self) -> list[Prompt]:

@@ -28,7 +28,7 @@ from rrhf_bench.training.method import (
     TrainResult,
 )
 from rrhf_bench.training.optimiser import AdamW, learning_rate
-from rrhf_bench.training.reference import ReferenceLogprobs
+from rrhf_bench.training.reference import ResponseLogprobs
 
 T = TypeVar("T")
 Row = TypeVar("Row", Example, Candidates)
@@ -189,7 +189,7 @@ def fed_tokens(policy: Policy, example: Example, max_length: int | None) -> int:
     return policy.fed_tokens(policy.tokenization.batch(rows, max_length))
 
 
-def with_reference(examples: Sequence[Example], reference: ReferenceLogprobs) -> list[Example]:
+def with_reference(examples: Sequence[Example], reference: ResponseLogprobs) -> list[Example]:
     """Return the examples with the reference log-probs of their responses."""
     return [replace(e, reference=tuple(reference.of(e.prompt, r) for r in e.responses)) for e in examples]
 

@@ -21,14 +21,14 @@ from rrhf_bench.errors import Diverged
 from rrhf_bench.jsonl import from_json, to_json
 from rrhf_bench.policy.logprobs import kl_k1
 from rrhf_bench.policy.policy import Policy
-from rrhf_bench.records import Candidates, Prompt, Response
+from rrhf_bench.records import Candidates
 from rrhf_bench.rewards.reward import require_finite
 from rrhf_bench.sampling.sampler import SamplingSpec
 from rrhf_bench.settings.candidates import SampledCandidates
 from rrhf_bench.settings.methods import OfflineSettings, candidates_of
 from rrhf_bench.training.method import Example, LossMethod, TrainContext, TrainInputs
 from rrhf_bench.training.offline import batches, fitting, step_count, tally, with_reference, with_tokens
-from rrhf_bench.training.reference import compute_reference
+from rrhf_bench.training.reference import ResponseLogprobs, response_logprobs
 from rrhf_bench.training.rollouts import RolloutSampler, sample_metrics, sampled_tokens
 
 
@@ -123,21 +123,25 @@ class OnlineExamples:
         self.sampled_tokens += sampled_tokens(drawn)
         best = float(np.mean([max(row.scores) for row in drawn]))  # the mean of each prompt's best sample
         metrics = {**sample_metrics(drawn), "reward/max": best}
-        if self.candidates.reward_kl:
-            log_ratio = self._log_ratios(groups)
+        reference = None
+        if "reference" in self.settings.needs:
+            assert self.context.reference is not None
+            reference = self._logprobs(self.context.reference, groups)
+        if reference is not None and self.candidates.reward_kl:
+            log_ratios = _log_ratios(groups, self._logprobs(self.policy, groups), reference)
             # The mean is over the samples alone, which are the policy's own. It is no KL: they are drawn at another
             # temperature, truncated or searched for.
-            samples = [_key(row.prompt, reply) for row in drawn for reply in row.responses]
-            ratios = [log_ratio[key] for key in samples if key in log_ratio]
+            replies = [reply for group in groups for reply in group.responses]
+            ratios = [
+                x for reply, x in zip(replies, log_ratios, strict=True) if reply.source == self.sampler.spec.source
+            ]
             if ratios:
                 metrics["objective/log_ratio"] = float(np.mean(ratios))
-            groups = _shaped(groups, log_ratio, self.candidates.reward_kl)
+            groups = _shaped(groups, log_ratios, self.candidates.reward_kl)
             _check_finite(groups, f"{place}, less reward_kl x log-ratio")
         examples = self._examples([group for group in groups if group.responses])
-        if "reference" in self.settings.requires:
-            assert self.context.reference is not None
-            length = self.settings.max_length or sys.maxsize
-            examples = with_reference(examples, compute_reference(self.context.reference, groups, max_length=length))
+        if reference is not None and "reference" in self.settings.requires:
+            examples = with_reference(examples, reference)
         counts = tally(examples, self.policy.tokenization, self.settings.max_length)
         self.counts.update({"refreshes": 1, "groups": len(groups), "responses_empty": empty, **counts})
         self.context.log({"step": done, "refresh": number + 1, "sampled_tokens": self.sampled_tokens, **metrics})
@@ -168,39 +172,26 @@ class OnlineExamples:
         assert len(examples) == len(judged), "online candidates are for methods with one example a group"
         return examples[len(judged) - len(groups) :]
 
-    @torch.no_grad()
-    def _log_ratios(self, groups: Sequence[Candidates]) -> dict[_Key, float]:
-        """Return log pi(y | x) - log ref(y | x) of every response in nats, over the tokens that it is trained on.
-
-        Equal responses share one value. Computed in two batches, they would differ by rounding and be ranked.
-        """
-        settings, reference = self.settings, self.context.reference
-        assert reference is not None
-        rows = {_key(group.prompt, reply): (group.prompt, reply) for group in groups for reply in group.responses}
-        values: list[float] = []
-        size = settings.batch_prompts * max(1, *(len(group.responses) for group in groups))
-        for start in range(0, len(rows), size):
-            batch = self.policy.tokenization.batch(list(rows.values())[start : start + size], settings.max_length)
-            logp_BT = self.policy.token_logprobs(batch)
-            values += kl_k1(logp_BT, reference.token_logprobs(batch).to(logp_BT.device)).sum(-1).tolist()
-        return dict(zip(rows, values, strict=True))
+    def _logprobs(self, policy: Policy, groups: Sequence[Candidates]) -> ResponseLogprobs:
+        batch = self.settings.batch_prompts * max(1, *(len(group.responses) for group in groups))
+        return response_logprobs(policy, groups, max_length=self.settings.max_length or sys.maxsize, batch=batch)
 
 
-_Key = tuple[Prompt, str, bool]
+def _log_ratios(groups: Sequence[Candidates], policy: ResponseLogprobs, reference: ResponseLogprobs) -> list[float]:
+    """Return log pi(y | x) - log ref(y | x) of every response in nats, over the tokens that it is trained on."""
+    rows = [(group.prompt, reply) for group in groups for reply in group.responses]
+    pairs = [(torch.as_tensor(policy.of(*row)), torch.as_tensor(reference.of(*row))) for row in rows]
+    return [kl_k1(logp_T, ref_logp_T).sum().item() for logp_T, ref_logp_T in pairs]
 
 
-def _key(prompt: Prompt, reply: Response) -> _Key:
-    """What decides the tokens that a response is trained on."""
-    return prompt, reply.text, reply.ended
-
-
-def _shaped(groups: Sequence[Candidates], log_ratio: dict[_Key, float], coefficient: float) -> list[Candidates]:
-    """The groups with score - coefficient * log-ratio for scores."""
+def _shaped(groups: Sequence[Candidates], log_ratios: Sequence[float], coefficient: float) -> list[Candidates]:
+    """Return the groups with score - coefficient * log-ratio for scores; the log-ratios are in the order of replies."""
+    ratio = iter(log_ratios)
     return [
         Candidates(
             group.prompt,
             tuple(
-                replace(reply, score=score - coefficient * log_ratio[_key(group.prompt, reply)])
+                replace(reply, score=score - coefficient * next(ratio))
                 for reply, score in zip(group.responses, group.scores, strict=True)
             ),
         )

@@ -21,7 +21,7 @@ from rrhf_bench.records import Candidates, Prompt, Response
 Key = tuple[str, str]  # of a prompt, and of what decides a response's tokens
 
 
-class ReferenceLogprobs:
+class ResponseLogprobs:
     """The (T,) float32 token log-probs of responses in nats, by prompt and response."""
 
     def __init__(self, rows: Mapping[Key, NDArray[np.float32]]) -> None:
@@ -31,8 +31,8 @@ class ReferenceLogprobs:
         """Return the log-probs of a response's tokens. Raises KeyError if they were not computed."""
         return self._rows[_key(prompt, response)]
 
-    def __or__(self, other: ReferenceLogprobs) -> ReferenceLogprobs:
-        return ReferenceLogprobs({**self._rows, **other._rows})
+    def __or__(self, other: ResponseLogprobs) -> ResponseLogprobs:
+        return ResponseLogprobs({**self._rows, **other._rows})
 
     def write(self, folder: Path) -> None:
         """Write ``reference.npy``, the log-probs of all responses one behind the other, and ``reference.json``, which
@@ -43,7 +43,7 @@ class ReferenceLogprobs:
         (folder / "reference.json").write_text(json.dumps(lines), encoding="utf-8")
 
     @classmethod
-    def read(cls, folder: Path) -> ReferenceLogprobs:
+    def read(cls, folder: Path) -> ResponseLogprobs:
         """Return what ``write`` has written into a folder."""
         lines = json.loads((folder / "reference.json").read_text(encoding="utf-8"))
         ends = np.cumsum([length for _, _, length in lines], dtype=np.int64)[:-1]
@@ -52,18 +52,19 @@ class ReferenceLogprobs:
 
 
 @torch.no_grad()
-def compute_reference(
+def response_logprobs(
     policy: Policy,
     groups: Iterable[Candidates],
     *,
     max_length: int,
     batch: int = 64,
     progress: Callable[[int, int], None] = lambda done, of: None,
-) -> ReferenceLogprobs:
-    """Return the log-probs of every response that has tokens, under a policy that is at its initial weights.
+) -> ResponseLogprobs:
+    """Return the log-probs of every response that has tokens under the present weights of a policy.
 
-    Responses are cut where prompt and response exceed ``max_length`` tokens; prompts that leave no room are left out,
-    as they are in training. ``batch`` is the number of responses in a pass.
+    Equal responses share one value: computed in two batches, they would differ by rounding and be ranked. Responses are
+    cut where prompt and response exceed ``max_length`` tokens; prompts that leave no room are left out, as they are in
+    training. ``batch`` is the number of responses in a pass.
     """
     tokenization = policy.tokenization
     rows = {
@@ -81,7 +82,7 @@ def compute_reference(
         for key, logp_T, length in zip(part, logp_BT, responses.lengths, strict=True):
             found[key] = logp_T[:length].numpy().astype(np.float32)
         progress(start + len(part), len(keys))
-    return ReferenceLogprobs(found)
+    return ResponseLogprobs(found)
 
 
 def _key(prompt: Prompt, response: Response) -> Key:
