@@ -7,11 +7,13 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from rrhf_bench.errors import ConfigError
+from rrhf_bench.registry import METHODS
 from rrhf_bench.settings.reading import load_experiment
 
 ROOT = Path(__file__).parents[1]
@@ -85,7 +87,13 @@ def test_the_pages_own_experiment_plans(folder: Path) -> None:
     assert "log-probs of the training pairs under policy" in stages
 
 
-@pytest.mark.parametrize("kind", ["nowhere:DPO", "rrhf_bench.registry:NOTHING", "rrhf_bench.registry:METHODS"])
+BROKEN = replace(METHODS["sft"], settings="nowhere:Settings")  # a method whose settings are not where it says
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["nowhere:DPO", "rrhf_bench.registry:NOTHING", "rrhf_bench.registry:METHODS", "tests.test_add_a_method:BROKEN"],
+)
 def test_an_address_without_a_method_is_refused(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "x.toml"
     path.write_text(f'[methods.mine]\nkind = "{kind}"\n')

@@ -13,7 +13,7 @@ from typing import Annotated, Any, get_args, get_origin
 from pydantic import BaseModel, Tag, TypeAdapter, ValidationError
 
 from rrhf_bench.errors import SIGNED_URL, ConfigError, nearest, visible
-from rrhf_bench.registry import METHODS, find, settings_class
+from rrhf_bench.registry import METHODS, settings_class
 from rrhf_bench.settings.candidates import (
     CANDIDATE_KEYS,
     GIVEN,
@@ -257,11 +257,13 @@ def _unknown_kind(kind: Any) -> str | None:
     """Return the fault of a ``kind`` that names no method, or None."""
     if isinstance(kind, str):
         try:
-            find(kind)
+            settings_class(kind)
             return None
         except LookupError as error:
             if ":" in kind:
                 return f"found {kind!r}, which {error}"
+        except (ImportError, AttributeError, TypeError, ValueError) as error:
+            return f"found {kind!r}, whose settings cannot be imported ({error}); mend the address or the module"
     return f"found {kind!r}; allowed are {', '.join(METHODS)}{nearest(str(kind), METHODS)}, or package.module:OBJECT"
 
 
