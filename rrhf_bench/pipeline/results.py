@@ -12,6 +12,7 @@ from rrhf_bench.settings.experiment import Experiment
 
 Row = tuple[str, int]  # (row of the tables: a method's name, "base", "chosen" or "rejected"; seed)
 STAGE_PEAK = "stage_peak_mib"  # in timing.json
+TUNED = "tuned.json"  # of a tune stage: its trials and the one that was picked
 WARNINGS = "warnings.json"  # of an artifact: notes for the reader of the report
 
 
@@ -40,6 +41,15 @@ class Cost:
 
 
 @dataclass(frozen=True)
+class Trial:
+    """Hold one tuning trial of a row: the settings that it changes, and its reward on the dev prompts at its end."""
+
+    changed: Mapping[str, Any]
+    reward: float | None  # None: it could not finish
+    picked: bool
+
+
+@dataclass(frozen=True)
 class RunRecords:
     """The records of a run. All sequences are in a fixed order: rows as in the experiment file, then seeds."""
 
@@ -63,4 +73,5 @@ class RunRecords:
     environment: Mapping[str, str]  # versions, device
     costs: Mapping[Row, Cost] = field(default_factory=dict)  # of the rows that train
     failures: Mapping[Row, str] = field(default_factory=dict)  # rows without records: the stage that failed, and why
+    tuned: Mapping[str, tuple[Trial, ...]] = field(default_factory=dict)  # by row; the experiment holds what was picked
     clusters: Mapping[str, str] = field(default_factory=dict)  # prompt id -> cluster, of the prompts that have one

@@ -18,7 +18,7 @@ from rrhf_bench.jsonl import read_jsonl, read_objects, write_jsonl
 from rrhf_bench.pipeline.candidates import assemble
 from rrhf_bench.pipeline.costs import StageCost, needed_stages, row_costs, sampled_inputs, total
 from rrhf_bench.pipeline.locks import exclusive_lock
-from rrhf_bench.pipeline.results import STAGE_PEAK, WARNINGS, Cost, Row, RunRecords, Timing
+from rrhf_bench.pipeline.results import STAGE_PEAK, TUNED, WARNINGS, Cost, Row, RunRecords, Timing, Trial
 from rrhf_bench.pipeline.stage_graph import OWN_REPLIES, PAIR_ROWS, Plan, Stage
 from rrhf_bench.pipeline.store import (
     TIMING,
@@ -173,6 +173,7 @@ def load_run(folder: Path, store: Store | None = None) -> RunRecords:
     evaluated: list[Evaluated] = []
     pairs: list[PairScored] = []
     trained: dict[Row, str] = {}
+    tuned: dict[str, Any] = {}
     for stage in evaluations:
         row, seed = stage["row"], stage["seed"] if stage["seed"] is not None else experiment.seeds[0]
         records = run.records(stage["key"], "evaluated.jsonl", Evaluated)
@@ -181,7 +182,16 @@ def load_run(folder: Path, store: Store | None = None) -> RunRecords:
             scored = run.records(stage["key"], "pairs.jsonl", PairScored)
             pairs += [replace(record, method=row, seed=seed) for record in scored]
         if "trained" in stage["inputs"]:
-            trained[row, seed] = stage["inputs"]["trained"]
+            key = stage["inputs"]["trained"]
+            if run.stage(key)["kind"] == "tune":
+                tuned[row] = picked = run.read(key, TUNED)
+                key = run.stage(key)["inputs"][picked["role"]]
+            trained[row, seed] = key
+    methods = {
+        name: method.changed(tuned[name]["picked"]) if name in tuned else method
+        for name, method in experiment.methods.items()
+    }
+    experiment = experiment.model_copy(update={"methods": methods})
     costs, before = _costs(run, experiment, trained)
     first = run.stage(evaluations[0]["key"])
     about = run.read(first["inputs"]["prompts"], "about.json")
@@ -228,6 +238,10 @@ def load_run(folder: Path, store: Store | None = None) -> RunRecords:
         costs=costs,
         notes=(*run.json["notes"], *run.warnings),
         failures=failures,
+        tuned={
+            row: tuple(map(Trial, found["trials"], found["rewards"], (t == found["picked"] for t in found["trials"])))
+            for row, found in tuned.items()
+        },
         command=run.json["command"],
         environment=_read_json(folder / "environment.json"),
         clusters={

@@ -21,7 +21,7 @@ from rrhf_bench.report.findings import findings, standing
 from rrhf_bench.report.frontier import no_frontier
 from rrhf_bench.report.health import append_loss_footnotes
 from rrhf_bench.report.ranking import ranking_parts, win_rates_tables
-from rrhf_bench.report.rows import rows_table
+from rrhf_bench.report.rows import rows_table, tuning_table
 from rrhf_bench.report.section import Part, Section
 from rrhf_bench.report.table import DECODING_WORDS, Table, fenced, markdown, number, to_csv, to_markdown, write_table
 from rrhf_bench.report.tables import (
@@ -127,6 +127,7 @@ def _tables(
 ) -> list[Table]:
     own = (
         rows_table(view),
+        tuning_table(view),
         main_table(view),
         claims_table(claims, view.records.arena),
         differences_table(view),

@@ -320,7 +320,7 @@ def _cost(view: View, row: str, name: str) -> float | None:
 
 def _spread(points: Mapping[str, tuple[float, Estimate]]) -> dict[str, tuple[float, Estimate]]:
     """Return points of equal x side by side, the highest first, within a quarter of a unit."""
-    spread = {}
+    spread: dict[str, tuple[float, Estimate]] = {}
     for x in {x for x, _ in points.values()}:
         names = sorted((name for name in points if points[name][0] == x), key=lambda name: -points[name][1].value)
         places = np.linspace(-0.25, 0.25, len(names)) if len(names) > 1 else [0.0]

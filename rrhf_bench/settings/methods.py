@@ -47,6 +47,10 @@ class MethodSettings(Settings):
             online = ("sampler", "reward", "reference") if candidates.reward_kl else ("sampler", "reward")
         return self.requires.union(online)
 
+    def changed(self, values: Mapping[str, Any]) -> Self:
+        """Return the settings with other values of some keys. Raises ValidationError for values that are refused."""
+        return type(self).model_validate({**self.model_dump(mode="json", exclude_none=True), **values})
+
     def models_in_memory(self) -> tuple[str, ...]:
         """The full-size models resident while this method trains (2304.05302 Figure 1 counts them)."""
         raise AssertionError("every method states its models")
