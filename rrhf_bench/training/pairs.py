@@ -1,0 +1,49 @@
+"""What losses of a chosen and a rejected reply share: their examples, the scores of both sides, their metrics.
+
+Letters: B pairs, R = 2 B responses, T response tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from torch import Tensor
+
+from rrhf_bench.errors import DataError
+from rrhf_bench.policy.logprobs import sequence_score
+from rrhf_bench.records import Response
+from rrhf_bench.training.method import Example, MethodBatch, TrainInputs
+
+
+def pair_examples(inputs: TrainInputs, kind: str) -> Sequence[Example]:
+    """Return one example for each pair: the chosen reply, then the rejected one.
+
+    Raises DataError, with the method's ``kind``, if a prompt has no pair.
+    """
+    pairs = [(pair.prompt, pair.chosen, pair.rejected) for pair in inputs.preferences]
+    if not pairs or any(rejected is None for _, _, rejected in pairs):
+        raise DataError(f"{kind}: found prompts without a pair; expected a chosen and a rejected reply to each")
+    return [
+        Example(prompt, (Response(chosen, "chosen"), Response(rejected, "rejected")))
+        for prompt, chosen, rejected in pairs
+        if rejected is not None
+    ]
+
+
+def score_sides(logp_RT: Tensor, batch: MethodBatch, length_norm: Literal["none", "response"]) -> tuple[Tensor, Tensor]:
+    """Return the (B,) scores of the chosen and of the rejected replies: summed log-probs, or their means."""
+    mask_RT = batch.responses.mask_BT.to(logp_RT.device)
+    chosen_B, rejected_B = batch.grouped(sequence_score(logp_RT, mask_RT, length_norm=length_norm)).unbind(1)
+    return chosen_B, rejected_B
+
+
+def reward_metrics(chosen_B: Tensor, rejected_B: Tensor) -> dict[str, float]:
+    """Return the metrics of what a loss regards as the reward of each side."""
+    chosen_B, rejected_B = chosen_B.detach(), rejected_B.detach()
+    return {
+        "rewards/chosen": chosen_B.mean().item(),
+        "rewards/rejected": rejected_B.mean().item(),
+        "rewards/margins": (chosen_B - rejected_B).mean().item(),
+        "rewards/accuracies": (chosen_B > rejected_B).float().mean().item(),
+    }
