@@ -1,6 +1,6 @@
-"""What losses of a chosen and a rejected reply share: their examples, the scores of both sides, their metrics.
+"""What losses of pairs share: examples of a chosen and a rejected reply, the scores of both sides, metrics.
 
-Letters: B pairs, R = 2 B responses, T response tokens.
+Letters: B prompts, R responses (2 B of B pairs), G candidates of a prompt, T response tokens.
 """
 
 from __future__ import annotations
@@ -47,3 +47,13 @@ def reward_metrics(chosen_B: Tensor, rejected_B: Tensor) -> dict[str, float]:
         "rewards/margins": (chosen_B - rejected_B).mean().item(),
         "rewards/accuracies": (chosen_B > rejected_B).float().mean().item(),
     }
+
+
+def order_accuracy(score_BG: Tensor, reward_BG: Tensor) -> float:
+    """Return the share of a batch's pairs with different rewards that the scores order as the rewards do.
+
+    A candidate whose reward is NaN is absent. Without such a pair the share is 0.
+    """
+    pair_BGG = reward_BG[:, :, None] < reward_BG[:, None, :]
+    ordered_BGG = score_BG[:, :, None] < score_BG[:, None, :]
+    return (ordered_BGG & pair_BGG).sum().item() / max(1, int(pair_BGG.sum()))
