@@ -46,6 +46,11 @@ METHODS: Mapping[str, Method] = {
     "ppo": Method("baselines.ppo_settings:PPOSettings", "baselines.ppo:PPO", "PPO", "#D55E00", "online"),
     "vcb": Method("baselines.vcb_settings:VCBSettings", "baselines.vcb:VCB", "VCB", "#332288", "offline", "s"),
     "kto": Method("baselines.kto_settings:KTOSettings", "baselines.kto:KTO", "KTO", "#DDCC77", "offline", "^"),
+    "simpo": Method(
+        "baselines.simpo_settings:SimPOSettings",
+        "baselines.simpo:SimPO",
+        "SimPO", "#CC6677", "offline", "v",
+    ),
 }  # fmt: skip
 
 
