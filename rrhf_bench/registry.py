@@ -51,6 +51,7 @@ METHODS: Mapping[str, Method] = {
         "baselines.simpo:SimPO",
         "SimPO", "#CC6677", "offline", "v",
     ),
+    "orpo": Method("baselines.orpo_settings:ORPOSettings", "baselines.orpo:ORPO", "ORPO", "#882255", "offline", "<"),
 }  # fmt: skip
 
 
