@@ -52,6 +52,11 @@ METHODS: Mapping[str, Method] = {
         "SimPO", "#CC6677", "offline", "v",
     ),
     "orpo": Method("baselines.orpo_settings:ORPOSettings", "baselines.orpo:ORPO", "ORPO", "#882255", "offline", "<"),
+    "slic_hf": Method(
+        "baselines.slic_hf_settings:SLiCHFSettings",
+        "baselines.slic_hf:SLiCHF",
+        "SLiC-HF", "#117733", "offline", ">",
+    ),
 }  # fmt: skip
 
 
