@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 
 from baselines.vcb_settings import VCBSettings
-from rrhf_bench.errors import DataError
 from rrhf_bench.policy.logprobs import sequence_score
 from rrhf_bench.training.method import Example, LossOutput, MethodBatch, TrainInputs
-from rrhf_bench.training.pairs import order_accuracy
+from rrhf_bench.training.pairs import order_accuracy, scored_groups
 
 
 def vcb_loss(logratio_BG: Tensor, reward_BG: Tensor, spread_B: Tensor, *, gamma: float) -> Tensor:
@@ -56,20 +55,6 @@ def reward_spread(reward_BG: Tensor, *, correction: int, floor: float) -> Tensor
     mean_B1 = (torch.where(present_BG, reward_BG, 0.0).sum(-1) / count_B)[:, None]
     square_B = torch.where(present_BG, (reward_BG - mean_B1) ** 2, 0.0).sum(-1)
     return (square_B / (count_B - correction).clamp(min=1)).sqrt().clamp(min=floor)
-
-
-def scored_groups(inputs: TrainInputs, kind: str) -> Sequence[Example]:
-    """Return one example for each prompt with its scored candidates.
-
-    Raises DataError, with the method's ``kind``, if no prompt has two candidates with different scores.
-    """
-    examples = [Example(row.prompt, row.responses, row.scores) for row in inputs.candidates]
-    if not any(len(set(example.rewards)) > 1 for example in examples):
-        raise DataError(
-            f"{kind}: none of {len(examples)} prompts has two candidates with different scores; it needs two scored "
-            "responses to a prompt; raise candidates.n or check the reward model"
-        )
-    return examples
 
 
 class VCB:

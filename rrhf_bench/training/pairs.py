@@ -1,4 +1,4 @@
-"""What losses of pairs share: examples of a chosen and a rejected reply, the scores of both sides, metrics.
+"""What losses of pairs share: examples of two replies or of scored groups, the scores of both sides, metrics.
 
 Letters: B prompts, R responses (2 B of B pairs), G candidates of a prompt, T response tokens.
 """
@@ -29,6 +29,20 @@ def pair_examples(inputs: TrainInputs, kind: str) -> Sequence[Example]:
         for prompt, chosen, rejected in pairs
         if rejected is not None
     ]
+
+
+def scored_groups(inputs: TrainInputs, kind: str) -> Sequence[Example]:
+    """Return one example for each prompt with its scored candidates.
+
+    Raises DataError, with the method's ``kind``, if no prompt has two candidates with different scores.
+    """
+    examples = [Example(row.prompt, row.responses, row.scores) for row in inputs.candidates]
+    if not any(len(set(example.rewards)) > 1 for example in examples):
+        raise DataError(
+            f"{kind}: none of {len(examples)} prompts has two candidates with different scores; it needs two scored "
+            "responses to a prompt; raise candidates.n or check the reward model"
+        )
+    return examples
 
 
 def score_sides(logp_RT: Tensor, batch: MethodBatch, length_norm: Literal["none", "response"]) -> tuple[Tensor, Tensor]:
