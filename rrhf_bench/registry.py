@@ -44,6 +44,19 @@ METHODS: Mapping[str, Method] = {
     "dpo": Method("baselines.dpo_settings:DPOSettings", "baselines.dpo:DPO", "DPO", "#E69F00", "offline"),
     "rloo": Method("baselines.rloo_settings:RLOOSettings", "baselines.rloo:RLOO", "RLOO", "#56B4E9", "online"),
     "ppo": Method("baselines.ppo_settings:PPOSettings", "baselines.ppo:PPO", "PPO", "#D55E00", "online"),
+    "vcb": Method("baselines.vcb_settings:VCBSettings", "baselines.vcb:VCB", "VCB", "#332288", "offline", "s"),
+    "kto": Method("baselines.kto_settings:KTOSettings", "baselines.kto:KTO", "KTO", "#DDCC77", "offline", "^"),
+    "simpo": Method(
+        "baselines.simpo_settings:SimPOSettings",
+        "baselines.simpo:SimPO",
+        "SimPO", "#CC6677", "offline", "v",
+    ),
+    "orpo": Method("baselines.orpo_settings:ORPOSettings", "baselines.orpo:ORPO", "ORPO", "#882255", "offline", "<"),
+    "slic_hf": Method(
+        "baselines.slic_hf_settings:SLiCHFSettings",
+        "baselines.slic_hf:SLiCHF",
+        "SLiC-HF", "#117733", "offline", ">",
+    ),
 }  # fmt: skip
 
 
