@@ -8,14 +8,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
-import torch
 from torch import Tensor
 
 from baselines.advantages import group_advantages
 from baselines.rloo_settings import RLOOSettings
-from rrhf_bench.policy.logprobs import kl_k1
 from rrhf_bench.policy.policy import Policy
-from rrhf_bench.training.on_policy import Advantages, Minibatch, penalise_missing_ends
+from rrhf_bench.training.on_policy import Advantages, Minibatch, reply_rewards
 from rrhf_bench.training.rollouts import Rollouts
 
 
@@ -40,14 +38,8 @@ class RLOO:
 
     def advantages(self, rollouts: Rollouts, kl_coefficient: float) -> Advantages:
         """Return leave-one-out advantages, the same at every token of a reply."""
-        s, logp_NT = self.settings, rollouts.logp_NT
-        score_N = penalise_missing_ends(
-            rollouts.score_N, rollouts.ended_N, mode=s.missing_eos, penalty=s.missing_eos_penalty
-        )
-        log_ratio_N = kl_k1(logp_NT, rollouts.ref_logp_NT).sum(-1)
-        reward_N = torch.as_tensor(score_N, dtype=logp_NT.dtype, device=logp_NT.device) - kl_coefficient * log_ratio_N
+        reward_N, metrics = reply_rewards(rollouts, self.settings, kl_coefficient)
         advantage_N = group_advantages(rollouts.grouped(reward_N), baseline="leave-one-out").flatten()
-        metrics = {"objective/scores": float(score_N.mean()), "objective/rlhf_reward": reward_N.mean().item()}
         return Advantages(advantage_N[:, None] * rollouts.mask_NT, metrics=metrics)
 
     def loss(self, logp_BT: Tensor, value_BT: Tensor | None, batch: Minibatch) -> tuple[Tensor, Mapping[str, float]]:

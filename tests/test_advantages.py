@@ -17,6 +17,9 @@ def test_the_baselines_are_those_of_the_papers() -> None:
     # GRPO: 1.5 / 1.29109 = 1.16181, 0.5 / 1.29109 = 0.38727.
     grpo = group_advantages(SCORES, baseline="mean", scale="std")
     torch.testing.assert_close(grpo, torch.tensor([[1.16181, -0.38727, 0.38727, -1.16181]]), rtol=0, atol=1e-5)
+    # Population std sqrt(5/4) = 1.11803, without an epsilon: 1.5 / 1.11803 = 1.34164, 0.5 / 1.11803 = 0.44721.
+    population = group_advantages(SCORES, baseline="mean", scale="std", ddof=0, epsilon=0.0)
+    torch.testing.assert_close(population, torch.tensor([[1.34164, -0.44721, 0.44721, -1.34164]]), rtol=0, atol=1e-5)
     assert torch.equal(group_advantages(SCORES, baseline="none"), SCORES)
 
 
