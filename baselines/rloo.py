@@ -6,14 +6,13 @@ Letters: P prompts, G replies to each, N = P G rollouts, B rows of one pass, T r
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
 from baselines.advantages import group_advantages
 from baselines.rloo_settings import RLOOSettings
-from rrhf_bench.policy.policy import Policy
-from rrhf_bench.training.on_policy import Advantages, Minibatch, reply_rewards
+from rrhf_bench.training.on_policy import Advantages, Minibatch, OnPolicyMethod, reply_rewards
 from rrhf_bench.training.rollouts import Rollouts
 
 
@@ -25,16 +24,13 @@ def rloo_loss(logp_BT: Tensor, advantage_B: Tensor, mask_BT: Tensor) -> Tensor:
     return -(advantage_B * logp_BT.masked_fill(~mask_BT, 0.0).sum(-1)).mean()
 
 
-class RLOO:
-    """RLOO as an OnPolicyMethod. A reply's reward is its score less kl_coefficient * log-ratio to the reference."""
+class RLOO(OnPolicyMethod):
+    """RLOO on whole replies. A reply's reward is its score less kl_coefficient * log-ratio to the reference."""
 
     mean_over: ClassVar[Literal["tokens", "responses"]] = "responses"
 
     def __init__(self, settings: RLOOSettings) -> None:
         self.settings = settings
-
-    def critic(self, policy: Policy) -> None:
-        """Return None: the baseline is the group's."""
 
     def advantages(self, rollouts: Rollouts, kl_coefficient: float) -> Advantages:
         """Return leave-one-out advantages, the same at every token of a reply."""
@@ -46,10 +42,3 @@ class RLOO:
         """Return the loss of a pass, a mean over its responses."""
         loss = rloo_loss(logp_BT, batch.advantage_BT[:, 0], batch.mask_BT)
         return loss, {"loss/policy_avg": loss.item()}
-
-    def state(self) -> dict[str, Any]:
-        """Return nothing: an iteration depends on no earlier one."""
-        return {}
-
-    def load(self, state: Mapping[str, Any]) -> None:
-        """Go on from nothing."""

@@ -9,6 +9,7 @@ Letters: N rollouts of an iteration, B rows of one pass, T response tokens.
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, Protocol
@@ -55,30 +56,32 @@ class Minibatch:
 
 
 class OnPolicyMethod(Protocol):
-    """Advantages and a loss for the one on-policy loop."""
+    """Advantages and a loss for the one on-policy loop.
+
+    A class that names this one as its base has no critic and no state unless it defines them.
+    """
 
     # The unit over which ``loss`` is a mean. The loop weights the passes of a minibatch by it.
     mean_over: ClassVar[Literal["tokens", "responses"]]
 
     def critic(self, policy: Policy) -> Critic | None:
         """Return a critic for this policy, or None if the method has none."""
-        ...
+        return None
 
+    @abstractmethod
     def advantages(self, rollouts: Rollouts, kl_coefficient: float) -> Advantages:
         """Return the advantages of an iteration's rollouts, with metrics of theirs."""
-        ...
 
+    @abstractmethod
     def loss(self, logp_BT: Tensor, value_BT: Tensor | None, batch: Minibatch) -> tuple[Tensor, Mapping[str, float]]:
         """Return the loss of a pass, a mean over its tokens or responses, and metrics that are such means."""
-        ...
 
     def state(self) -> Mapping[str, Any]:
         """Return JSON values that the method has gathered in earlier iterations."""
-        ...
+        return {}
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Go on from such values."""
-        ...
 
 
 @dataclass
