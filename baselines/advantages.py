@@ -34,4 +34,7 @@ def group_advantages(
         advantage_PG = advantage_PG * (replies / (replies - 1))
     if scale == "none":
         return advantage_PG
-    return advantage_PG / (score_PG.std(1, correction=ddof, keepdim=True) + epsilon)
+    # The mean of equal scores may round to another number, over a standard deviation as small.
+    equal_P1 = (score_PG == score_PG[:, :1]).all(1, keepdim=True)
+    advantage_PG = advantage_PG / (score_PG.std(1, correction=ddof, keepdim=True) + epsilon)
+    return advantage_PG.masked_fill(equal_P1, 0.0)

@@ -29,6 +29,10 @@ def test_a_constant_changes_nothing_and_equal_scores_teach_nothing() -> None:
             moved = group_advantages(SCORES + 3.0, baseline=baseline, scale=scale)
             torch.testing.assert_close(moved, group_advantages(SCORES, baseline=baseline, scale=scale))
             assert torch.equal(group_advantages(torch.ones(2, 3), baseline=baseline, scale=scale), torch.zeros(2, 3))
+    for score in (0.1, 0.7, 1.3):  # a mean of 3 or 5 of them may be off by a rounding
+        for replies in (3, 5):
+            scores = torch.full((1, replies), score)
+            assert not group_advantages(scores, baseline="mean", scale="std", epsilon=0.0).any()
 
 
 def test_one_reply_has_no_others() -> None:
