@@ -18,7 +18,7 @@ from rrhf_bench.data.dialogue import Template
 from rrhf_bench.errors import DataError, Diverged, StageError
 from rrhf_bench.evaluation.metrics import candidate_statistics
 from rrhf_bench.policy.batching import ResponseBatch
-from rrhf_bench.policy.logprobs import kl_k1, kl_k3, sequence_score
+from rrhf_bench.policy.logprobs import kl_k1, kl_k2, kl_k3, sequence_score
 from rrhf_bench.policy.policy import TransformersPolicy
 from rrhf_bench.policy.tokenization import Tokenization
 from rrhf_bench.records import Candidates, Preference, Prompt, Response
@@ -138,6 +138,7 @@ def test_kl_estimators_by_hand_and_in_expectation():
     for estimator in (kl_k1, kl_k3):
         assert (p * estimator(p.log(), q.log())).sum().item() == pytest.approx(0.223144, abs=1e-6)
     assert (kl_k3(p.log(), q.log()) >= 0).all()
+    assert kl_k2(torch.tensor(-1.0), torch.tensor(-3.0)).item() == 2.0  # (-1 + 3)^2 / 2
 
 
 def test_sft_loss_by_hand():

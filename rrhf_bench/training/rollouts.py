@@ -77,6 +77,7 @@ class Rollouts:
     groups: tuple[Candidates, ...]  # P prompts with n replies each, scored by the reward model
     pairs: tuple[tuple[Ids, Ids], ...]  # N (prompt ids, sampled ids)
     temperature: float  # of the samples and of every log-prob
+    max_new_tokens: int  # the length cap of a reply
     score_N: NDArray[np.float64]  # raw scores of the reward model
     ended_N: NDArray[np.bool_]  # False if the length cap cut the reply
     mask_NT: Tensor  # bool
@@ -175,8 +176,8 @@ class RolloutSampler:
             **_sampler_difference(replies, logp_NT),
         }
         return Rollouts(
-            tuple(groups), pairs, self.spec.temperature, score_N, ended_N, mask_NT, logp_NT, ref_logp_NT, value_NT,
-            metrics,
+            tuple(groups), pairs, self.spec.temperature, self.spec.max_new_tokens, score_N, ended_N, mask_NT, logp_NT,
+            ref_logp_NT, value_NT, metrics,
         )  # fmt: skip
 
     @torch.no_grad()
