@@ -6,10 +6,10 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from rrhf_bench.settings.methods import OfflineSettings, Requirement
+from rrhf_bench.settings.methods import PairSettings, Requirement
 
 
-class KTOSettings(OfflineSettings):
+class KTOSettings(PairSettings):
     """A loss of labelled replies; a data set's pair gives one reply of each label.
 
     ``baseline`` says whose replies are paired with a prompt for the reference point: those of the prompt after it, as

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
-from rrhf_bench.settings.methods import OfflineSettings, Requirement
+from rrhf_bench.settings.methods import PairSettings
 
 
-class ORPOSettings(OfflineSettings):
+class ORPOSettings(PairSettings):
     """SFT on the chosen reply and an odds ratio against the rejected one, without a reference."""
-
-    requires: ClassVar[frozenset[Requirement]] = frozenset({"pairs"})
 
     kind: Literal["orpo"] = "orpo"
     odds_weight: Annotated[float, Field(ge=0.0)] = 0.1  # lambda

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
-from rrhf_bench.settings.methods import OfflineSettings, Requirement
+from rrhf_bench.settings.methods import PairSettings
 
 
-class SimPOSettings(OfflineSettings):
+class SimPOSettings(PairSettings):
     """A loss of pairs without a reference. The defaults of beta and gamma are those of the paper's appendix."""
-
-    requires: ClassVar[frozenset[Requirement]] = frozenset({"pairs"})
 
     kind: Literal["simpo"] = "simpo"
     beta: Annotated[float, Field(gt=0.0)] = 2.5

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
-from rrhf_bench.settings.methods import OfflineSettings, Requirement
+from rrhf_bench.settings.methods import PairSettings
 
 
-class SLiCHFSettings(OfflineSettings):
+class SLiCHFSettings(PairSettings):
     """A hinge on the log-probs of a pair, without a reference. The paper's regularisation weight could not be read:
     0.1 is that of the HALOs library."""
-
-    requires: ClassVar[frozenset[Requirement]] = frozenset({"pairs"})
 
     kind: Literal["slic_hf"] = "slic_hf"
     delta: Annotated[float, Field(ge=0.0)] = 1.0  # the margin, in nats

@@ -28,6 +28,7 @@ ROOMS = {
     "report": ("report",),
     "replication": ("replication",),
     "command line": ("terminal", "cli", "cli_files", "cli_options"),
+    "tests": ("testing",),
 }
 ORDER = list(ROOMS)
 

@@ -111,6 +111,7 @@ class FixedExamples:
         self.counts = {
             "examples": len(examples),
             "prompts_too_long": len(made) - len(examples),
+            **({"prompts_without_example": len(groups) - len(made)} if len(made) < len(groups) else {}),
             "responses_empty": empty,
             **tally(examples, policy.tokenization, settings.max_length),
         }

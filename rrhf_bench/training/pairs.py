@@ -12,15 +12,24 @@ from torch import Tensor
 
 from rrhf_bench.errors import DataError
 from rrhf_bench.policy.logprobs import sequence_score
-from rrhf_bench.records import Response
+from rrhf_bench.records import Candidates, Response
 from rrhf_bench.training.method import Example, MethodBatch, TrainInputs
 
 
 def pair_examples(inputs: TrainInputs, kind: str) -> Sequence[Example]:
     """Return one example for each pair: the chosen reply, then the rejected one.
 
-    Raises DataError, with the method's ``kind``, if a prompt has no pair.
+    The pairs are of the candidates, if there are any: the best and the worst one of each prompt whose scores differ.
+    Raises DataError, with the method's ``kind``, if a prompt has no pair, or no prompt has two different scores.
     """
+    if inputs.candidates:
+        found = [_best_and_worst(row) for row in inputs.candidates if len(set(row.scores)) > 1]
+        if not found:
+            raise DataError(
+                f"{kind}: none of {len(inputs.candidates)} prompts has two candidates with different scores; expected "
+                "a better and a worse one; raise candidates.n or check the reward model"
+            )
+        return found
     pairs = [(pair.prompt, pair.chosen, pair.rejected) for pair in inputs.preferences]
     if not pairs or any(rejected is None for _, _, rejected in pairs):
         raise DataError(f"{kind}: found prompts without a pair; expected a chosen and a rejected reply to each")
@@ -29,6 +38,12 @@ def pair_examples(inputs: TrainInputs, kind: str) -> Sequence[Example]:
         for prompt, chosen, rejected in pairs
         if rejected is not None
     ]
+
+
+def _best_and_worst(row: Candidates) -> Example:
+    """Return the example of the first best and the last worst candidate."""
+    ordered = sorted(row.responses, key=lambda response: -(response.score or 0.0))  # stable
+    return Example(row.prompt, (ordered[0], ordered[-1]))
 
 
 def scored_groups(inputs: TrainInputs, kind: str) -> Sequence[Example]:
