@@ -57,6 +57,7 @@ METHODS: Mapping[str, Method] = {
         "baselines.slic_hf:SLiCHF",
         "SLiC-HF", "#117733", "offline", ">",
     ),
+    "pro": Method("baselines.pro_settings:PROSettings", "baselines.pro:PRO", "PRO", "#999933", "offline", "p"),
 }  # fmt: skip
 
 
