@@ -58,6 +58,7 @@ METHODS: Mapping[str, Method] = {
         "SLiC-HF", "#117733", "offline", ">",
     ),
     "pro": Method("baselines.pro_settings:PROSettings", "baselines.pro:PRO", "PRO", "#999933", "offline", "p"),
+    "raft": Method("baselines.raft_settings:RAFTSettings", "baselines.raft:RAFT", "RAFT", "#44AA99", "offline", "h"),
 }  # fmt: skip
 
 
