@@ -60,6 +60,11 @@ METHODS: Mapping[str, Method] = {
     "pro": Method("baselines.pro_settings:PROSettings", "baselines.pro:PRO", "PRO", "#999933", "offline", "p"),
     "raft": Method("baselines.raft_settings:RAFTSettings", "baselines.raft:RAFT", "RAFT", "#44AA99", "offline", "h"),
     "ulma": Method("baselines.ulma_settings:ULMASettings", "baselines.ulma:ULMA", "ULMA", "#AA4499", "offline", "d"),
+    "rebel": Method(
+        "baselines.rebel_settings:REBELSettings",
+        "baselines.rebel:REBEL",
+        "REBEL", "#6699CC", "offline", "P",
+    ),
 }  # fmt: skip
 
 
