@@ -65,6 +65,11 @@ METHODS: Mapping[str, Method] = {
         "baselines.rebel:REBEL",
         "REBEL", "#6699CC", "offline", "P",
     ),
+    "bonbon": Method(
+        "baselines.bonbon_settings:BoNBoNSettings",
+        "baselines.bonbon:BoNBoN",
+        "BoNBoN", "#661100", "offline", "X",
+    ),
 }  # fmt: skip
 
 
