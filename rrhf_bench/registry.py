@@ -58,6 +58,19 @@ METHODS: Mapping[str, Method] = {
         "baselines.slic_hf:SLiCHF",
         "SLiC-HF", "#117733", "offline", ">",
     ),
+    "pro": Method("baselines.pro_settings:PROSettings", "baselines.pro:PRO", "PRO", "#999933", "offline", "p"),
+    "raft": Method("baselines.raft_settings:RAFTSettings", "baselines.raft:RAFT", "RAFT", "#44AA99", "offline", "h"),
+    "ulma": Method("baselines.ulma_settings:ULMASettings", "baselines.ulma:ULMA", "ULMA", "#AA4499", "offline", "d"),
+    "rebel": Method(
+        "baselines.rebel_settings:REBELSettings",
+        "baselines.rebel:REBEL",
+        "REBEL", "#6699CC", "offline", "P",
+    ),
+    "bonbon": Method(
+        "baselines.bonbon_settings:BoNBoNSettings",
+        "baselines.bonbon:BoNBoN",
+        "BoNBoN", "#661100", "offline", "X",
+    ),
 }  # fmt: skip
 
 

@@ -115,6 +115,8 @@ class FixedExamples:
             "responses_empty": empty,
             **tally(examples, policy.tokenization, settings.max_length),
         }
+        if groups and len(made) < len(groups):
+            self.counts["groups_unused"] = len(groups) - len(made)  # that the method can learn nothing from
         self._batches = batches(examples, settings, context.seed)
 
     def state(self) -> dict[str, Any]:
