@@ -44,6 +44,11 @@ METHODS: Mapping[str, Method] = {
     "dpo": Method("baselines.dpo_settings:DPOSettings", "baselines.dpo:DPO", "DPO", "#E69F00", "offline"),
     "rloo": Method("baselines.rloo_settings:RLOOSettings", "baselines.rloo:RLOO", "RLOO", "#56B4E9", "online"),
     "grpo": Method("baselines.grpo_settings:GRPOSettings", "baselines.grpo:GRPO", "GRPO", "#882255", "online", "P"),
+    "reinforce": Method(
+        "baselines.reinforce_settings:ReinforceSettings",
+        "baselines.reinforce:Reinforce",
+        "REINFORCE", "#AA4499", "online", "X",
+    ),
     "ppo": Method("baselines.ppo_settings:PPOSettings", "baselines.ppo:PPO", "PPO", "#D55E00", "online"),
 }  # fmt: skip
 
