@@ -49,6 +49,11 @@ METHODS: Mapping[str, Method] = {
         "baselines.reinforce:Reinforce",
         "REINFORCE", "#AA4499", "online", "X",
     ),
+    "remax": Method(
+        "baselines.remax_settings:ReMaxSettings",
+        "baselines.remax:ReMax",
+        "ReMax", "#44AA99", "online", "v",
+    ),
     "ppo": Method("baselines.ppo_settings:PPOSettings", "baselines.ppo:PPO", "PPO", "#D55E00", "online"),
 }  # fmt: skip
 
