@@ -44,6 +44,16 @@ METHODS: Mapping[str, Method] = {
     "dpo": Method("baselines.dpo_settings:DPOSettings", "baselines.dpo:DPO", "DPO", "#E69F00", "offline"),
     "rloo": Method("baselines.rloo_settings:RLOOSettings", "baselines.rloo:RLOO", "RLOO", "#56B4E9", "online"),
     "grpo": Method("baselines.grpo_settings:GRPOSettings", "baselines.grpo:GRPO", "GRPO", "#882255", "online", "P"),
+    "reinforce": Method(
+        "baselines.reinforce_settings:ReinforceSettings",
+        "baselines.reinforce:Reinforce",
+        "REINFORCE", "#AA4499", "online", "X",
+    ),
+    "remax": Method(
+        "baselines.remax_settings:ReMaxSettings",
+        "baselines.remax:ReMax",
+        "ReMax", "#44AA99", "online", "v",
+    ),
     "ppo": Method("baselines.ppo_settings:PPOSettings", "baselines.ppo:PPO", "PPO", "#D55E00", "online"),
     "vcb": Method("baselines.vcb_settings:VCBSettings", "baselines.vcb:VCB", "VCB", "#332288", "offline", "s"),
     "kto": Method("baselines.kto_settings:KTOSettings", "baselines.kto:KTO", "KTO", "#DDCC77", "offline", "^"),

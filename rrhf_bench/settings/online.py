@@ -20,6 +20,7 @@ class OnPolicySettings(OptimiserSettings):
     """Iterations of rollouts and of updates on them, and the weight of the KL to the initial policy."""
 
     requires: ClassVar[frozenset[Requirement]] = frozenset({"sampler", "reward", "reference"})
+    greedy: ClassVar[bool] = False  # True: each prompt also gets a greedy reply, which is scored and not trained on
 
     schedule: Schedule = "constant"
     warmup: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
@@ -70,7 +71,8 @@ class OnPolicySettings(OptimiserSettings):
         return ("policy", *(() if self.lora else ("reference",)), "reward model")
 
     def budget(self, prompts: int, responses: int) -> str:
+        greedy = f" and {self.rollouts // self.replies} greedy replies" if self.greedy else ""
         return (
-            f"{self.iterations} iterations of {self.rollouts} rollouts, {self.update_epochs} passes in minibatches of "
-            f"{self.minibatch} = {self.steps} steps"
+            f"{self.iterations} iterations of {self.rollouts} rollouts{greedy}, {self.update_epochs} passes in "
+            f"minibatches of {self.minibatch} = {self.steps} steps"
         )

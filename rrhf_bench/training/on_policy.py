@@ -174,7 +174,7 @@ class OnPolicyTrainer:
             stop=context.stop,
             logprobs=True,
         )
-        return RolloutSampler(policy, context, spec, clock)
+        return RolloutSampler(policy, context, spec, clock, greedy=self.settings.greedy)
 
     def roll_out(self, sampler: RolloutSampler, inputs: TrainInputs, state: _State) -> Rollouts:
         """Return the rollouts of the next iteration, and count them in ``state``."""
@@ -182,7 +182,7 @@ class OnPolicyTrainer:
         seed = sampler.context.seed
         prompts = cycle_prompts(inputs.prompts, state.iteration * count, count, seed, self.name)
         rollouts = sampler.draw(state.iteration, prompts, state.critic, self._place(state))
-        state.sampled_tokens += sampled_tokens(rollouts.groups)
+        state.sampled_tokens += sampled_tokens(rollouts.groups) + sampled_tokens(rollouts.greedy)
         state.missing_ends += int((~rollouts.ended_N).sum())
         return rollouts
 
@@ -304,6 +304,19 @@ def reply_rewards(
     log_ratio_N = kl_k1(logp_NT, rollouts.ref_logp_NT).sum(-1)
     reward_N = torch.as_tensor(score_N, dtype=logp_NT.dtype, device=logp_NT.device) - kl_coefficient * log_ratio_N
     return reward_N, {"objective/scores": float(score_N.mean()), "objective/rlhf_reward": reward_N.mean().item()}
+
+
+def greedy_rewards(rollouts: Rollouts, settings: OnPolicySettings) -> Tensor:
+    """Return the (N,) scores of the greedy reply to each rollout's prompt, corrected for a missing end."""
+    replies = [group.responses[0] for group in rollouts.greedy]
+    score_P = penalise_missing_ends(
+        np.array([reply.score for reply in replies], np.float64),
+        np.array([reply.ended for reply in replies]),
+        mode=settings.missing_eos,
+        penalty=settings.missing_eos_penalty,
+    )
+    score_N = np.repeat(score_P, len(rollouts.pairs) // len(replies))
+    return torch.as_tensor(score_N, dtype=rollouts.logp_NT.dtype, device=rollouts.logp_NT.device)
 
 
 def penalise_missing_ends(

@@ -85,6 +85,7 @@ class Rollouts:
     ref_logp_NT: Tensor  # under the initial policy
     value_NT: Tensor | None  # the critic's
     metrics: Mapping[str, float]
+    greedy: tuple[Candidates, ...] = ()  # the P prompts with one greedy reply each, scored, for a method that has them
 
     def batch(self, rows: Sequence[int]) -> ResponseBatch:
         """Return some of the rollouts as a batch."""
@@ -108,14 +109,24 @@ class Rollouts:
 class RolloutSampler:
     """Samples from the policy's present weights, and scores what it has sampled.
 
-    ``spec`` says how; its purpose names the random choices of this sampler.
+    ``spec`` says how; its purpose names the random choices of this sampler. With ``greedy``, ``draw`` adds a greedy
+    reply to each prompt.
     """
 
-    def __init__(self, policy: Policy, context: TrainContext, spec: SamplingSpec, clock: Clock | None = None) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        context: TrainContext,
+        spec: SamplingSpec,
+        clock: Clock | None = None,
+        *,
+        greedy: bool = False,
+    ) -> None:
         self.policy = policy
         self.context = context
         self.spec = spec
         self.clock = clock or Clock()
+        self.greedy = greedy
 
     def sample(self, number: int, prompts: Sequence[Prompt], place: str) -> list[Candidates]:
         """Return ``spec.n`` scored replies to each prompt. ``number`` counts the calls of the run and enters the seeds.
@@ -142,6 +153,16 @@ class RolloutSampler:
         with self.clock("score"):
             return self._scored([found[at] for at in range(len(prompts))], place)
 
+    def _greedy(self, prompts: Sequence[Prompt], place: str) -> list[Candidates]:
+        """Return a scored greedy reply to each prompt, of the weights that were synced last."""
+        assert self.context.sampler is not None
+        distinct = list(dict.fromkeys(prompts))
+        with self.clock("sample"):
+            spec = replace(self.spec, n=1, temperature=0.0, logprobs=False)
+            sampled = dict(zip(distinct, self.context.sampler.sample(distinct, spec), strict=True))
+        with self.clock("score"):
+            return self._scored([sampled[prompt] for prompt in prompts], place)
+
     def _scored(self, groups: Sequence[Candidates], place: str) -> list[Candidates]:
         assert self.context.reward is not None
         prompts = [group.prompt for group in groups for _ in group.responses]
@@ -158,6 +179,7 @@ class RolloutSampler:
         ``critic`` adds its values, computed in the same pass. Raises Diverged if a score is not finite.
         """
         groups = self.sample(number, prompts, place)
+        greedy = self._greedy(prompts, place) if self.greedy else []
         replies = [reply for group in groups for reply in group.responses]
         pairs = tuple(
             (self.policy.tokenization.prompt_ids(group.prompt), _sampled_ids(group.prompt, reply, place))
@@ -177,7 +199,7 @@ class RolloutSampler:
         }
         return Rollouts(
             tuple(groups), pairs, self.spec.temperature, self.spec.max_new_tokens, score_N, ended_N, mask_NT, logp_NT,
-            ref_logp_NT, value_NT, metrics,
+            ref_logp_NT, value_NT, metrics, tuple(greedy),
         )  # fmt: skip
 
     @torch.no_grad()
