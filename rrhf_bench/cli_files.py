@@ -36,12 +36,14 @@ from rrhf_bench.registry import METHODS
 from rrhf_bench.sampling.backend import BackendName
 from rrhf_bench.settings.candidates import Strategy
 from rrhf_bench.settings.experiment import Dtype, RuntimeSettings
-from rrhf_bench.settings.reading import parse_method
+from rrhf_bench.settings.reading import parse_method, parse_reward_training
 from rrhf_bench.terminal import Screen, TerminalReporter, print_json, table_of
 
 if TYPE_CHECKING:
     from rrhf_bench.pipeline.file_commands import PlainSteps
     from rrhf_bench.records import Evaluated
+
+REWARD_MODEL = "reward-model"  # what `train` makes beside policies
 
 
 def sample(
@@ -142,7 +144,7 @@ def score(
 
 def train(
     *,
-    method: Annotated[str, typer.Option(help=f"one of {', '.join(METHODS)}")],
+    method: Annotated[str, typer.Option(help=f"one of {', '.join(METHODS)}, or {REWARD_MODEL} from pairs")],
     model: Annotated[str, typer.Option(help="hub id or folder of the initial policy")],
     data: Annotated[Path, typer.Option(help="scored candidates, pairs or prompts, as the method requires, as JSONL")],
     out: Annotated[Path, typer.Option(help="the folder to write the trained policy to")],
@@ -160,7 +162,10 @@ def train(
     backend: Backend = "vllm",
     options: StepOptions,
 ) -> None:
-    """Train a policy by one method and write it as a transformers folder."""
+    """Train a policy by one method, or a reward model on pairs, and write it as a transformers folder."""
+    if method == REWARD_MODEL:
+        _train_reward_model(model, data, out, override or [], reward_model, seed, own, reward, options)
+        return
     settings = parse_method(method, override or [])
     if settings.family == "inference":
         raise ConfigError(f"--method {method}: trains nothing; use `sample` and `score`")
@@ -172,6 +177,36 @@ def train(
         result = steps.train(settings, ref, data, out, seed=seed, reward=judge, **lengths)
     summary = {"steps": result.steps, "counts": dict(result.counts), "out": str(out)}
     _done(options, f"{result.steps} optimiser steps ({_words(result.counts)}): {out}", summary)
+
+
+def _train_reward_model(
+    model: str,
+    data: Path,
+    out: Path,
+    override: list[str],
+    reward_model: str | None,
+    seed: int,
+    own: PolicyOptions,
+    reward: RewardOptions,
+    options: StepOptions,
+) -> None:
+    settings = parse_reward_training(override)
+    from rrhf_bench.pipeline.file_commands import model_ref
+    from rrhf_bench.pipeline.preference_models import train_from_file
+
+    if reward_model is not None:
+        raise ConfigError(f"--reward-model: found {reward_model!r}; --method {REWARD_MODEL} starts from --model alone")
+    reward.ref(None)  # raises for an option of a reward model, which nothing would read
+    if own.dtype not in (None, "float32"):
+        raise ConfigError(f"--dtype: found {own.dtype!r}; a reward model is trained in float32; leave the option out")
+    ref = model_ref(model, **asdict(own))
+    with _steps(options, "training a reward model") as steps:
+        result = train_from_file(steps, ref, data, settings, out, seed=seed)
+    last = f", accuracy {result.accuracy_curve[-1][1]:.3f} over the last steps" if result.accuracy_curve else ""
+    words = f"{result.steps} optimiser steps, loss {result.loss:.3f}{last} ({_words(result.counts)}): {out}"
+    curve = [{"step": step, "accuracy": accuracy} for step, accuracy in result.accuracy_curve]
+    about = {"steps": result.steps, "loss": result.loss, "curve": curve}
+    _done(options, words, {**about, "counts": dict(result.counts), "out": str(out)})
 
 
 def evaluate(
