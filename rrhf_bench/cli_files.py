@@ -12,9 +12,6 @@ import typer
 
 from rrhf_bench.cli_options import (
     Backend,
-    Chat,
-    Label,
-    Layout,
     MaxNewTokens,
     Out,
     Policy,
@@ -22,12 +19,11 @@ from rrhf_bench.cli_options import (
     Prompts,
     RewardModel,
     RewardOptions,
+    ScorerOptions,
     Seed,
     StepOptions,
     WeightOptions,
     refuse_unread,
-    reward_dtype,
-    reward_template,
 )
 from rrhf_bench.data.dialogue import TemplateKind
 from rrhf_bench.errors import ConfigError
@@ -35,7 +31,7 @@ from rrhf_bench.records import STOP_STRINGS
 from rrhf_bench.registry import METHODS
 from rrhf_bench.sampling.backend import BackendName
 from rrhf_bench.settings.candidates import Strategy
-from rrhf_bench.settings.experiment import Dtype, RuntimeSettings
+from rrhf_bench.settings.experiment import RuntimeSettings
 from rrhf_bench.settings.reading import parse_method, parse_reward_training
 from rrhf_bench.terminal import Screen, TerminalReporter, print_json, table_of
 
@@ -121,25 +117,53 @@ def score(
     reward_model: RewardModel,
     candidates: Annotated[Path, typer.Option(help='JSONL of {"query", "responses"}')],
     out: Out,
-    layout: Layout = None,
-    label: Label = None,
-    template: Annotated[Chat | None, reward_template("--template", "--reward-template")] = None,
-    dtype: Annotated[Dtype | None, reward_dtype("--dtype", "--reward-dtype")] = None,
-    pad_token: Annotated[
-        str | None,
-        typer.Option(
-            "--pad-token", "--reward-pad-token", help="for a tokenizer without a pad token: which of its tokens pads"
-        ),
-    ] = None,
+    own: ScorerOptions,
     options: StepOptions,
 ) -> None:
     """Score responses with a reward model and write them as {"query", "responses", "scores"}."""
     from rrhf_bench.pipeline.file_commands import model_ref
 
-    ref = model_ref(reward_model, template=template, dtype=dtype, pad_token=pad_token, layout=layout, label=label)
+    ref = model_ref(reward_model, **asdict(own))
     with _steps(options, "scoring") as steps:
         counts = steps.score(ref, candidates, out)
     _done(options, f"{_words(counts)}: {out}", {"counts": counts, "out": str(out)})
+
+
+def score_pairs(
+    *,
+    reward_model: RewardModel,
+    data: Annotated[Path, typer.Option(help='pairs: {"prompt", "chosen", "rejected"}')],
+    out: Annotated[Path, typer.Option(help="the folder to write tables, figure and scored pairs to")],
+    own: ScorerOptions,
+    options: StepOptions,
+) -> None:
+    """Judge a reward model on labelled pairs: accuracy, by difference of length, and calibration."""
+    from rrhf_bench.data.rrhf_files import write_rrhf
+    from rrhf_bench.pipeline.file_commands import model_ref
+    from rrhf_bench.pipeline.store import replace_path
+    from rrhf_bench.report import preference_models
+    from rrhf_bench.report.drawing import styled
+    from rrhf_bench.report.figures import write_figures
+    from rrhf_bench.report.table import write_table
+
+    ref = model_ref(reward_model, **asdict(own))
+    with _steps(options, "scoring") as steps, replace_path(out) as folder:
+        groups, clusters, counts = steps.score_pairs(ref, data)
+        judged = [preference_models.judged_pairs(Path(reward_model).name, {0: groups}, clusters)]
+        folder.mkdir()
+        (folder / "tables").mkdir()
+        write_rrhf(folder / "scored.jsonl", groups)
+        for table in preference_models.tables(judged, f"of one file, {data.name}"):
+            write_table(table, folder / "tables")
+        with styled():
+            figure = preference_models.pairs_figure(judged)
+        write_figures([figure], folder)
+    accuracy = judged[0].mean(judged[0].right_SP, "accuracy")
+    error = preference_models.calibration_error(judged[0])
+    words = f"accuracy {accuracy.value:.3f} [{accuracy.low:.3f}, {accuracy.high:.3f}], calibration error {error:.3f}"
+    found = {"value": accuracy.value, "low": accuracy.low, "high": accuracy.high, "n": accuracy.n}
+    about = {"accuracy": found, "calibration_error": error, "counts": counts, "out": str(out)}
+    _done(options, f"{words} ({_words(counts)}): {out}", about)
 
 
 def train(

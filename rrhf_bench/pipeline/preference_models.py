@@ -20,6 +20,7 @@ from rrhf_bench.data.prompts import fit_context
 from rrhf_bench.jsonl import read_jsonl, write_jsonl
 from rrhf_bench.pipeline import stage_helpers
 from rrhf_bench.pipeline.file_commands import PlainSteps
+from rrhf_bench.pipeline.results import FILTER
 from rrhf_bench.pipeline.services import ModelRef, Services, load_reward
 from rrhf_bench.pipeline.stage_context import Job
 from rrhf_bench.pipeline.store import replace_path
@@ -31,8 +32,6 @@ from rrhf_bench.rewards.perplexity_filter import filter_pairs
 from rrhf_bench.rewards.train_head import Log, RewardTraining, count_steps, train_head
 from rrhf_bench.seeding import generator
 from rrhf_bench.settings.reward import EnsembleSettings, PerplexityFilterSettings, RewardTrainingSettings
-
-FILTER = "filter.json"
 
 
 def train_reward_model(
