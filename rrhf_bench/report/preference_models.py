@@ -106,14 +106,19 @@ def models_table(models: Sequence[JudgedPairs], arena: str) -> Table:
     best = {model.name: _best_of_n(model) for model in models}
     n = next((n for n, _ in best.values() if n), 0)
     several = len(models) > 1
-    columns = [Column("reward model"), Column("trained on", 0), Column("accuracy", 3, True)]
+    trained = [Column("trained on", 0)] if any(model.trained_on for model in models) else []
+    columns = [Column("reward model"), *trained, Column("accuracy", 3, True)]
     columns += [Column(f"less {models[0].name}", 3, True), Column("p", 3, decides=0.05)] if several else []
     columns += [Column("log loss", 3), Column("calibration error", 3)]
     columns += [Column(f"gold of best of {n}", 3, True)] if n else []
     columns += [Column(f"gold less {models[0].name}", 3, True)] if n and several else []
     rows = []
     for model in models:
-        cells = [Cell.of(model.name), _count(model.trained_on), Cell.of(model.mean(model.right_SP, "accuracy"))]
+        cells = [
+            Cell.of(model.name),
+            *(_count(model.trained_on) for _ in trained),
+            Cell.of(model.mean(model.right_SP, "accuracy")),
+        ]
         if several:
             less = _difference(model, models[0], model.right_SP, models[0].right_SP, model.clusters_P)
             cells += [Cell.of(less), Cell.of(less if isinstance(less, Missing) else float(less.p or 0.0))]
