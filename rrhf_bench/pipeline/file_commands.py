@@ -79,6 +79,22 @@ class PlainSteps:
             write_rrhf(path, scored)
         return {**read.counts, **refused, **count_candidates(scored), "truncated": model.truncated}
 
+    def score_pairs(self, reward: ModelRef, data: Path) -> tuple[list[Candidates], list[str], dict[str, int]]:
+        """Return (the scored replies of each pair of a file, the cluster of each pair, counts). Ties are left out."""
+        read = load_pairs(data, faulty_rows=self.faulty_rows, margins_and_ties=True)
+        decided = [pair for pair in read.preferences if not pair.tie]
+        if not decided:
+            raise DataError(
+                f"{data}: found {len(read.preferences)} ties and no other pair; expected pairs with a label"
+            )
+        model = self._reward(reward)
+        pairs, refused = fit_context(
+            decided, model.prompt_length, sys.maxsize, faulty_rows=self.faulty_rows, places=read.places
+        )
+        scored = stage_helpers.score_shared_candidates(model, pair_candidates(pairs), reward.source, self.progress)
+        counts = {**read.counts, "refused_by_template": refused["refused_by_template"], "truncated": model.truncated}
+        return scored, [pair.cluster or pair.prompt.id for pair in pairs], counts
+
     def train(
         self,
         method: MethodSettings,

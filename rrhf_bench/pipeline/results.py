@@ -13,6 +13,7 @@ from rrhf_bench.settings.experiment import Experiment
 Row = tuple[str, int]  # (row of the tables: a method's name, "base", "chosen" or "rejected"; seed)
 STAGE_PEAK = "stage_peak_mib"  # in timing.json
 TUNED = "tuned.json"  # of a tune stage: its trials and the one that was picked
+FILTER = "filter.json"  # of an artifact of filtered pairs: what they were before and after
 WARNINGS = "warnings.json"  # of an artifact: notes for the reader of the report
 
 
@@ -50,6 +51,18 @@ class Trial:
 
 
 @dataclass(frozen=True)
+class JudgedReward:
+    """Hold what one of [reward_models] says of one training seed: held-out pairs and samples of [policy], scored."""
+
+    name: str
+    seed: int
+    pairs: tuple[Candidates, ...]
+    pool: tuple[PoolScored, ...]
+    trained_on: int | None = None  # pairs; None: it was not trained here
+    filtered: Mapping[str, Any] | None = None  # the training pairs before and after the filter
+
+
+@dataclass(frozen=True)
 class RunRecords:
     """The records of a run. All sequences are in a fixed order: rows as in the experiment file, then seeds."""
 
@@ -75,3 +88,4 @@ class RunRecords:
     failures: Mapping[Row, str] = field(default_factory=dict)  # rows without records: the stage that failed, and why
     tuned: Mapping[str, tuple[Trial, ...]] = field(default_factory=dict)  # by row; the experiment holds what was picked
     clusters: Mapping[str, str] = field(default_factory=dict)  # prompt id -> cluster, of the prompts that have one
+    reward_models: tuple[JudgedReward, ...] = ()  # by name as in the experiment file, then by seed

@@ -18,7 +18,18 @@ from rrhf_bench.jsonl import read_jsonl, read_objects, write_jsonl
 from rrhf_bench.pipeline.candidates import assemble
 from rrhf_bench.pipeline.costs import StageCost, needed_stages, row_costs, sampled_inputs, total
 from rrhf_bench.pipeline.locks import exclusive_lock
-from rrhf_bench.pipeline.results import STAGE_PEAK, TUNED, WARNINGS, Cost, Row, RunRecords, Timing, Trial
+from rrhf_bench.pipeline.results import (
+    FILTER,
+    STAGE_PEAK,
+    TUNED,
+    WARNINGS,
+    Cost,
+    JudgedReward,
+    Row,
+    RunRecords,
+    Timing,
+    Trial,
+)
 from rrhf_bench.pipeline.stage_graph import OWN_REPLIES, PAIR_ROWS, Plan, Stage
 from rrhf_bench.pipeline.store import (
     TIMING,
@@ -90,6 +101,10 @@ def _run_json(plan: Plan, command: str) -> dict[str, Any]:
         own = {"name": stage.name, "kind": stage.kind, "row": stage.row, "seed": stage.seed}
         return {**own, "inputs": stage.input_keys}
 
+    rewards = [
+        {"name": name, "seed": seed, **{role: stage.key for role, stage in stages.items()}}
+        for (name, seed), stages in plan.reward_models.items()
+    ]
     return {
         "command": command,
         "notes": [plan.backend.note] if plan.backend.note else [],
@@ -98,6 +113,7 @@ def _run_json(plan: Plan, command: str) -> dict[str, Any]:
             {"row": row, "seed": seed, "sources": {name: stage.key for name, stage in sources.items()}}
             for (row, seed), sources in plan.test_scores.items()
         ],
+        **({"reward models": rewards} if rewards else {}),
         "stages": {stage.key: {**words(stage), "settings": stage.settings} for stage in plan.stages},
     }
 
@@ -250,6 +266,7 @@ def load_run(folder: Path, store: Store | None = None) -> RunRecords:
             for pair in run.records(first["inputs"]["prompts"], f"{split}.jsonl", Preference)
             if pair.cluster is not None
         },
+        reward_models=tuple(_judged_reward(run, entry) for entry in run.json.get("reward models", ())),
     )
 
 
@@ -347,14 +364,35 @@ def _pools(run: _Run) -> dict[int, tuple[PoolScored, ...]]:
     pools = {}
     for stage in run.wanted("score"):
         if run.stage(stage["inputs"]["candidates"])["settings"]["split"] == "pool":
-            rows = run.scored(stage["key"])
-            path = run.artifact(stage["key"]) / "golds.jsonl"
-            golds = [tuple(line["golds"]) for line in _lines(path)] if path.exists() else [None] * len(rows)
-            pools[stage["seed"]] = tuple(
-                PoolScored(row.prompt, row.scores, gold, tuple(r.text for r in row.responses))
-                for row, gold in zip(rows, golds, strict=True)
-            )
+            pools[stage["seed"]] = _pool(run, stage["key"])
     return pools
+
+
+def _pool(run: _Run, key: str) -> tuple[PoolScored, ...]:
+    rows = run.scored(key)
+    path = run.artifact(key) / "golds.jsonl"
+    golds = [tuple(line["golds"]) for line in _lines(path)] if path.exists() else [None] * len(rows)
+    return tuple(
+        PoolScored(row.prompt, row.scores, gold, tuple(r.text for r in row.responses))
+        for row, gold in zip(rows, golds, strict=True)
+    )
+
+
+def _judged_reward(run: _Run, entry: Mapping[str, Any]) -> JudgedReward:
+    """Return what the artifacts hold of one of [reward_models] and one seed."""
+    inputs = run.stage(entry["model"])["inputs"]
+    key = inputs.get("member 0", entry["model"])  # members read the same pairs
+    counts = run.artifact(key) / "counts.json"
+    data = inputs.get("data")
+    filtered = run.read(data, FILTER) if data is not None and run.stage(data)["kind"] == "filter" else None
+    return JudgedReward(
+        entry["name"],
+        entry["seed"],
+        tuple(run.scored(entry["pairs"])),
+        _pool(run, entry["pool"]),
+        _read_json(counts)["pairs"] if counts.is_file() else None,
+        filtered,
+    )
 
 
 def _costs(

@@ -26,7 +26,7 @@ from rrhf_bench.data.toy.scratch import train_language_model
 from rrhf_bench.data.toy.world import build_world
 from rrhf_bench.errors import DataError, StageError
 from rrhf_bench.jsonl import from_json, read_jsonl, read_objects, to_json, write_jsonl
-from rrhf_bench.pipeline import stage_helpers
+from rrhf_bench.pipeline import preference_models, stage_helpers
 from rrhf_bench.pipeline.candidates import assemble, pair_candidates
 from rrhf_bench.pipeline.checkpoints import FileCheckpoints
 from rrhf_bench.pipeline.events import Events
@@ -37,9 +37,8 @@ from rrhf_bench.pipeline.stage_context import Job
 from rrhf_bench.policy.policy import Policy, TransformersPolicy
 from rrhf_bench.records import Candidates, CurvePoint, Decoding, Preference, Prompt, Response
 from rrhf_bench.rewards.gold import ReviewsGold
-from rrhf_bench.rewards.pair_losses import OBJECTIVES
 from rrhf_bench.rewards.reward import require_finite
-from rrhf_bench.rewards.train_head import train_head
+from rrhf_bench.rewards.train_head import count_steps
 from rrhf_bench.sampling.backend import BackendName, choose_backend
 from rrhf_bench.sampling.sampler import Sampler, SamplingSpec
 from rrhf_bench.seeding import derive_seed
@@ -109,6 +108,7 @@ def _read(s: Mapping[str, Any]) -> tuple[str, Mapping[str, int], Mapping[str, st
         )
         return texts.identity, texts.counts, {}, parts.counts, (train, dev, test)
     faults: dict[str, Any] = {"diverging": s["diverging"], "faulty_rows": s["faulty_rows"]}
+    faults["margins_and_ties"] = s.get("margins_and_ties", False)
     loaded = load_preferences(s["source"], s.get("path"), **where, **faults)
     split = split_preferences(loaded.preferences, train=None, **sizes)
     places = {prompt.id: place for prompt, place in loaded.places.items()}
@@ -149,30 +149,20 @@ def reward_model(job: Job) -> None:
     log: list[Mapping[str, float]] = []
     pairs = read_jsonl(job.inputs["data"] / "train.jsonl", Preference)
     settings = RewardTrainingSettings.model_validate(s["training"])
-    steps_in_all = settings.epochs * -(-len(pairs) // settings.batch_pairs)
+    steps_in_all = count_steps(pairs, settings)
 
     def note(metrics: Mapping[str, float]) -> None:
         log.append(metrics)
         job.progress(len(log), steps_in_all)
 
     job.services.make_room()
-    result = train_head(
-        policy.source,
-        pairs,
-        settings,
-        job.out / "model",
-        seed=s["seed"],
-        template=policy.template,
-        pad_token=policy.pad_token,
-        revision=policy.revision,
-        device=job.services.device,
-        log=note,
-        trust_remote_code=policy.trust_remote_code,
+    folder = job.out / "model"
+    result = preference_models.train_reward_model(
+        job.services, policy, pairs, settings, folder, seed=s["seed"], log=note
     )
     write_jsonl(job.out / "metrics.jsonl", log)
     job.write_json("counts.json", {"pairs": len(pairs), **result.counts})
-    label = (OBJECTIVES[settings.objective].labels or (None, None))[1]
-    ModelRef("model", template=policy.template, label=label, trust_remote_code=policy.trust_remote_code).write(job.out)
+    preference_models.trained_ref(policy, settings).write(job.out)
 
 
 def _given(settings: Mapping[str, Any]) -> ModelRef:
@@ -211,7 +201,7 @@ def prompts(job: Job) -> None:
         return max(len(policy.tokenization.prompt_ids(prompt)) for policy in policies)
 
     for split, size in {"train": s["train_prompts"], "dev": None, "test": None}.items():
-        pairs = read_jsonl(job.inputs["data"] / f"{split}.jsonl", Preference)
+        pairs = [p for p in read_jsonl(job.inputs["data"] / f"{split}.jsonl", Preference) if not p.tie]
         distinct = list({pair.prompt: pair for pair in reversed(pairs)}.values())[::-1]  # the first of each prompt
         kept, fitted = fit_context(
             distinct,
@@ -605,5 +595,7 @@ _BODIES = (
 )
 # By kind of stage: the name of the function in words.
 BODIES: dict[str, Callable[[Job], None]] = {
-    body.__name__.replace("_", " "): body for body in (*_BODIES, tune, evaluate_pairs)
+    **{body.__name__.replace("_", " "): body for body in (*_BODIES, evaluate_pairs)},
+    "filter": preference_models.filter_stage,
+    "ensemble": preference_models.ensemble_stage,
 }

@@ -68,8 +68,8 @@ def _borne(name: str) -> str:
 
 ModelName = Annotated[str, AfterValidator(_looked_up)]
 
-# Whether code that comes with a model may run. Said of a model only where it may: false is no part of any key.
-Trust = Annotated[bool, Field(exclude_if=lambda trusted: not trusted)]
+# A switch that is no part of any key while it is off, such as whether code that comes with a model may run.
+Switch = Annotated[bool, Field(exclude_if=lambda trusted: not trusted)]
 
 
 class ToySettings(Settings):
@@ -96,6 +96,8 @@ class DataSettings(Settings):
     diverging: Literal["drop", "common-prefix"] = "drop"  # pairs that part before the last turn
     faulty_rows: Literal["error", "drop"] = "error"  # no pair, or refused by a chat template
     long_prompts: Literal["error", "drop"] = "drop"  # prompts that leave no room for a reply in the context
+    # Read the columns "margin" and "tie" of pairs, for reward models; policies train on pairs that are no tie.
+    margins_and_ties: Switch = False
 
     @model_validator(mode="after")
     def _readable(self) -> Self:
@@ -137,7 +139,7 @@ class ModelSettings(Settings):
     dtype: Dtype = "float32"
     pad_token: str | None = None
     max_length: Annotated[int, Field(ge=16)] | None = None  # prompt + reply tokens; none: the model's own context
-    trust_remote_code: Trust = False  # run code that comes with the model; read it first
+    trust_remote_code: Switch = False  # run code that comes with the model; read it first
     scratch: ScratchSettings = ScratchSettings()
 
     @property
@@ -168,7 +170,7 @@ class RewardModelSettings(Settings):
     dtype: Dtype = "float32"
     pad_token: str | None = None
     label: str | None = None  # of a classifier of several labels: the score is this one's softmax probability
-    trust_remote_code: Trust = False  # run code that comes with the model; read it first
+    trust_remote_code: Switch = False  # run code that comes with the model; read it first
     training: RewardTrainingSettings = RewardTrainingSettings()
 
     @property
@@ -317,6 +319,10 @@ class Experiment(Settings):
     policy: PolicySettings = PolicySettings()
     policies: Mapping[str, PolicySettings] = Field(default_factory=dict)
     reward_model: RewardModelSettings = RewardModelSettings()
+    # Further reward models, which are only compared: on held-out pairs and on samples of [policy].
+    reward_models: Annotated[Mapping[str, RewardModelSettings], Field(exclude_if=lambda models: not models)] = Field(
+        default_factory=dict
+    )
     perplexity_model: ModelSettings = ModelSettings()
     judge: JudgeTable | None = None
     sampling: SamplingSettings = SamplingSettings()

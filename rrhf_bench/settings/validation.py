@@ -129,14 +129,22 @@ def _model_faults(experiment: Experiment, unread: Collection[str]) -> Iterator[s
                 f"{key}.scratch: found hidden = {model.scratch.hidden} in {model.scratch.heads} heads; expected heads "
                 "of 32, 64, 96 or 128, which the samplers know"
             )
-    if experiment.reward_model.source == "toy" and not world:
-        yield 'reward_model.source: "toy" needs data.source = "toy"; use "scratch", a hub id or a folder'
+    rewards = {"reward_model": experiment.reward_model}
+    rewards |= {f"reward_models.{name}": model for name, model in experiment.reward_models.items()}
+    for key, reward in rewards.items():
+        if reward.source == "toy" and not world:
+            yield f'{key}.source: "toy" needs data.source = "toy"; use "scratch", a hub id or a folder'
+        if experiment.data.rows == "texts" and experiment.data.source not in WORLDS and reward.from_scratch:
+            yield f"{key}.source: texts have no pairs to train a reward model on; name a folder or a hub id"
+        if reward.from_scratch and reward.layout != "classifier":
+            yield f'{key}.layout: a reward model trained here is a "classifier"'
+    for name in experiment.reward_models:
+        if not re.fullmatch(NAME, name):
+            yield f"reward_models.{name}: a name is letters, digits, - and _; choose another"
+    if experiment.data.margins_and_ties and (world or experiment.data.rows == "texts"):
+        yield "data.margins_and_ties: has no effect; only pairs of files and of the hub have such columns; remove it"
     if experiment.data.rows == "texts" and experiment.data.source in WORLDS:
         yield 'data.rows: found "texts"; the embedded worlds have pairs; remove the key'
-    elif experiment.data.rows == "texts" and experiment.reward_model.from_scratch:
-        yield "reward_model.source: texts have no pairs to train a reward model on; name a folder or a hub id"
-    if experiment.reward_model.from_scratch and experiment.reward_model.layout != "classifier":
-        yield 'reward_model.layout: a reward model trained here is a "classifier"'
     if experiment.judge is not None and experiment.judge.source == "toy" and experiment.data.source != "toy":
         yield 'judge.source: "toy" judges the embedded dialogues, data.source = "toy"; use "endpoint"'
     if experiment.policy.trained_by is not None:
