@@ -37,6 +37,8 @@ class Cost:
     seconds: float
     shared_seconds: float  # of these, in stages that other rows need as well
     sampled_tokens: int
+    sampled_replies: int
+    reward_calls: int  # replies that the reward model scored for training
     steps: int  # of the optimiser
     train_peak_mib: float | None  # of its own last train stage; None when it was not measured
 

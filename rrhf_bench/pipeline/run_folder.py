@@ -409,13 +409,18 @@ def _costs(
 
 
 def _stage_cost(run: _Run, key: str) -> StageCost:
-    """Return the seconds, sampled tokens and optimiser steps of one stage that a method needs."""
+    """Return what one stage costs that a method needs."""
     timing, kind = run.read(key, TIMING), run.stage(key)["kind"]
     if kind == "train":
         about = run.read(key, "about.json")
-        return StageCost(timing["train"], about["sampled_tokens"], about["steps"])
-    responses = (r for group in run.scored(key) for r in group.responses) if kind == "sample" else ()
-    return StageCost(timing["seconds"], sum(len(r.token_ids or ()) for r in responses))
+        replies = about["sampled_replies"]
+        return StageCost(timing["train"], about["sampled_tokens"], replies, replies, about["steps"])
+    if kind not in ("sample", "score", "score pairs"):
+        return StageCost(timing["seconds"])
+    responses = [response for group in run.scored(key) for response in group.responses]
+    if kind == "sample":
+        return StageCost(timing["seconds"], sum(len(r.token_ids or ()) for r in responses), len(responses))
+    return StageCost(timing["seconds"], reward_calls=len(responses))
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

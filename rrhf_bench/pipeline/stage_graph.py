@@ -37,7 +37,7 @@ VERSIONS = {
     "judge": 1,
     "score pairs": 1,
     "reference": 1,
-    "train": 9,
+    "train": 10,
     "tune": 1,
     "evaluate": 4,
     "evaluate pairs": 1,

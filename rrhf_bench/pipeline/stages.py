@@ -10,7 +10,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import cache, reduce
 from pathlib import Path
 from typing import Any
@@ -390,7 +390,7 @@ def train(job: Job) -> None:
     write_jsonl(job.out / "curve.jsonl", record.points)
     if record.made:
         write_jsonl(job.out / "candidates.jsonl", record.made)
-    about = {"steps": result.steps, "sampled_tokens": result.sampled_tokens, "counts": dict(result.counts)}
+    about: dict[str, Any] = asdict(result)
     if policy.layout_reason is not None:
         about["padded"] = policy.layout_reason
     job.write_json("about.json", about)

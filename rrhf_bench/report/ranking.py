@@ -28,6 +28,7 @@ from rrhf_bench.report.drawing import (
 from rrhf_bench.report.section import Part, Sentence
 from rrhf_bench.report.table import DECODING_WORDS, Cell, Column, Missing, Table
 from rrhf_bench.report.view import BASE, MEASURE_WORDS, Found, Measure, View
+from rrhf_bench.settings.methods import candidates_of
 
 LEAST_KINDS = 5  # of trained methods from one initial policy, from which the report ranks them
 
@@ -127,6 +128,9 @@ def ranking_table(view: View, rows: Sequence[str]) -> Table:
         *(Column(MEASURE_WORDS[measure], 2, interval=True) for measure in reversed(view.measures)),
         Column("KL", 2),
         Column("length", 1),
+        Column("sampled replies", 0),
+        Column("reward calls", 0),
+        Column("labelled prompts", 0),
         Column("models", 0),
     )
     lines = []
@@ -147,6 +151,8 @@ def ranking_table(view: View, rows: Sequence[str]) -> Table:
                     *(Cell.of(view.mean(row, decoding, m)) for m in reversed(view.measures)),
                     Cell.of(view.mean(row, "sample", "kl")),
                     Cell.of(view.mean(row, decoding, "tokens")),
+                    *(_spent(view, row, name) for name in ("sampled_replies", "reward_calls")),
+                    Cell(_labelled(view, row)),
                     Cell(len(settings.models_in_memory()) if settings else 1),
                 )
             )
@@ -160,9 +166,28 @@ def ranking_table(view: View, rows: Sequence[str]) -> Table:
         f"Rank by {MEASURE_WORDS[measure]}: from 1 + the number of rows that are higher, to the number of rows less "
         "those that are lower. Two rows differ if their paired difference has a p below 0.05 after Holm's adjustment "
         f"over all pairs of rows of the decoding; its test covers {levels}. Rows with overlapping ranges are tied.",
-        "KL: to the initial policy, nats a sampled reply. Models: resident while the method trains, by its settings.",
+        "KL: to the initial policy, nats a sampled reply. Sampled replies, reward calls: for training, mean over "
+        "seeds, tuning trials apart. Labelled prompts: of the data set, whose replies the row trains on. Models: "
+        "resident while the method trains, by its settings.",
     )
     return Table("ranking", "The methods, ranked", columns, tuple(lines), notes, view.records.arena, group=0)
+
+
+def _spent(view: View, row: str, name: str) -> Cell:
+    """Return the mean over seeds of a cost that training causes: none for what trains nothing."""
+    if row not in view.trained:
+        return Cell(0)
+    found = _cost(view, row, name)
+    return Cell.of(Missing("no cost of this row was recorded") if found is None else found)
+
+
+def _labelled(view: View, row: str) -> int:
+    """Return the number of prompts of which a row trains on the data set's own replies."""
+    if row not in view.trained or view.method(row).family != "offline":
+        return 0
+    candidates = candidates_of(view.methods[row])
+    own = candidates is None or not {"chosen", "rejected", "reply"}.isdisjoint(candidates.sources)
+    return view.experiment.data.train_prompts if own else 0
 
 
 def win_rate(view: View, a: str, b: str, decoding: Decoding, measure: Measure) -> Found:
@@ -267,6 +292,7 @@ COSTS: Mapping[str, str] = {
     "models": "models in memory",
     "train_peak_mib": "peak memory (MiB)",
     "sampled_tokens": "sampled tokens",
+    "reward_calls": "reward calls",
     "seconds": "seconds",
 }
 
@@ -274,7 +300,7 @@ COSTS: Mapping[str, str] = {
 def cost_figure(view: View, rows: Sequence[str], measure: Measure) -> Made:
     """Return reward against each cost, with the rows that no other row beats in both."""
     decoding = view.decodings[0]
-    figure, axes = new_panels(2, math.ceil(len(COSTS) / 2), height=5.6)
+    figure, axes = new_panels(math.ceil(len(COSTS) / 2), 2, height=2.8 * math.ceil(len(COSTS) / 2))
     for ax, (cost, words) in zip(axes.flat, COSTS.items(), strict=False):
         points = {}
         for row in rows:

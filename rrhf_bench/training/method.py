@@ -189,6 +189,7 @@ class TrainContext:
 class TrainResult:
     steps: int
     sampled_tokens: int
+    sampled_replies: int = 0  # while training; each was scored once
     counts: Mapping[str, int] = field(default_factory=dict)  # dropped, truncated, tied: for the table's footnote
 
 

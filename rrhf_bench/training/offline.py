@@ -55,6 +55,11 @@ class Supply(Protocol):
         ...
 
     @property
+    def sampled_replies(self) -> int:
+        """Replies sampled and scored so far."""
+        ...
+
+    @property
     def counts(self) -> Mapping[str, int]:
         """Return the counts of responses that were dropped, cut or tied so far."""
         ...
@@ -79,7 +84,7 @@ class FixedExamples:
     Raises DataError where no candidate has a token to train on, or no prompt leaves room for one.
     """
 
-    sampled_tokens = 0
+    sampled_tokens = sampled_replies = 0
 
     def __init__(
         self,
@@ -177,7 +182,7 @@ class OfflineTrainer:
                 state = {"step": step + 1, "supply": examples, "optimiser": optimiser.state()}
                 context.checkpoints.offer(state)
         optimiser.close()
-        return TrainResult(total, supply.sampled_tokens, dict(supply.counts))
+        return TrainResult(total, supply.sampled_tokens, supply.sampled_replies, dict(supply.counts))
 
     def accumulate(self, policy: Policy, batch: Sequence[Example]) -> tuple[dict[str, float], float]:
         """Gradients of the summed loss over the batch, in passes of the policy's pass_tokens, whole prompts each; the
