@@ -6,10 +6,10 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from rrhf_bench.settings.methods import OfflineSettings, Requirement
+from rrhf_bench.settings.methods import PairSettings, Requirement
 
 
-class ULMASettings(OfflineSettings):
+class ULMASettings(PairSettings):
     """A loss of labelled replies; a data set's pair gives one reply of each label."""
 
     requires: ClassVar[frozenset[Requirement]] = frozenset({"pairs", "reference"})
