@@ -83,6 +83,37 @@ def grpo_loss(
     return GRPOLoss(policy + kl_coefficient * penalty, policy.detach(), penalty.detach(), clip_fraction)
 
 
+def weighted_loss(
+    logp_BT: Tensor,
+    batch: Minibatch,
+    *,
+    clip_low: float,
+    clip_high: float,
+    kl_penalty: str,
+    ratio: Literal["token", "sequence"] = "token",
+) -> tuple[Tensor, dict[str, float]]:
+    """Return ``grpo_loss`` of a pass with its metrics. The KL is in the loss if ``kl_penalty`` names it so."""
+    assert batch.weight_BT is not None
+    found = grpo_loss(
+        logp_BT,
+        batch.old_logp_BT,
+        batch.ref_logp_BT,
+        batch.advantage_BT,
+        batch.weight_BT,
+        batch.mask_BT,
+        clip_low=clip_low,
+        clip_high=clip_high,
+        kl_coefficient=batch.kl_coefficient if kl_penalty.startswith("loss") else 0.0,
+        ratio=ratio,
+        kl="k2" if kl_penalty == "loss-k2" else "k3",
+    )
+    return found.loss, {
+        "loss/policy_avg": found.policy.item(),
+        "loss/kl_avg": found.kl.item(),
+        "policy/clipfrac_avg": found.clip_fraction.item(),
+    }
+
+
 def overlong_penalty(length_N: Tensor, *, cap: int, tokens: int) -> Tensor:
     """Return DAPO's soft penalty (2503.14476 Eq. 13): it grows from 0 to 1 over the last ``tokens`` before the cap."""
     return ((length_N - (cap - tokens)) / tokens).clamp(0.0, 1.0)
@@ -127,23 +158,7 @@ class GRPO(OnPolicyMethod):
 
     def loss(self, logp_BT: Tensor, value_BT: Tensor | None, batch: Minibatch) -> tuple[Tensor, Mapping[str, float]]:
         """Return the loss of a pass, a mean over its replies."""
-        assert batch.weight_BT is not None
         s = self.settings
-        found = grpo_loss(
-            logp_BT,
-            batch.old_logp_BT,
-            batch.ref_logp_BT,
-            batch.advantage_BT,
-            batch.weight_BT,
-            batch.mask_BT,
-            clip_low=s.clip_low,
-            clip_high=s.clip_high,
-            kl_coefficient=0.0 if s.kl_penalty == "reward" else batch.kl_coefficient,
-            ratio=s.ratio,
-            kl="k2" if s.kl_penalty == "loss-k2" else "k3",
+        return weighted_loss(
+            logp_BT, batch, clip_low=s.clip_low, clip_high=s.clip_high, kl_penalty=s.kl_penalty, ratio=s.ratio
         )
-        return found.loss, {
-            "loss/policy_avg": found.policy.item(),
-            "loss/kl_avg": found.kl.item(),
-            "policy/clipfrac_avg": found.clip_fraction.item(),
-        }

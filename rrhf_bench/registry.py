@@ -54,6 +54,11 @@ METHODS: Mapping[str, Method] = {
         "baselines.remax:ReMax",
         "ReMax", "#44AA99", "online", "v",
     ),
+    "reinforce_pp": Method(
+        "baselines.reinforce_pp_settings:ReinforcePPSettings",
+        "baselines.reinforce_pp:ReinforcePP",
+        "REINFORCE++-baseline", "#661100", "online", "p",
+    ),
     "ppo": Method("baselines.ppo_settings:PPOSettings", "baselines.ppo:PPO", "PPO", "#D55E00", "online"),
     "vcb": Method("baselines.vcb_settings:VCBSettings", "baselines.vcb:VCB", "VCB", "#332288", "offline", "s"),
     "kto": Method("baselines.kto_settings:KTOSettings", "baselines.kto:KTO", "KTO", "#DDCC77", "offline", "^"),

@@ -21,6 +21,7 @@ class OnPolicySettings(OptimiserSettings):
 
     requires: ClassVar[frozenset[Requirement]] = frozenset({"sampler", "reward", "reference"})
     greedy: ClassVar[bool] = False  # True: each prompt also gets a greedy reply, which is scored and not trained on
+    whole_groups: ClassVar[bool] = False  # True: the loss sees all replies to a prompt together, in order
 
     schedule: Schedule = "constant"
     warmup: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
@@ -47,6 +48,8 @@ class OnPolicySettings(OptimiserSettings):
             faults.append(f"minibatch: found {self.minibatch}; expected at most rollouts ({self.rollouts})")
         if self.rollouts % self.replies:
             faults.append(f"rollouts: found {self.rollouts}; expected a multiple of replies ({self.replies})")
+        if self.whole_groups and self.minibatch % self.replies:
+            faults.append(f"minibatch: found {self.minibatch}; expected a multiple of replies ({self.replies})")
         if self.kl == "adaptive" and (self.kl_target is None or self.kl_horizon is None):
             faults.append(
                 'kl: "adaptive" needs kl_target (nats a response) and kl_horizon (rollouts); set them (1909.08593 '
@@ -61,6 +64,11 @@ class OnPolicySettings(OptimiserSettings):
         if faults:
             raise ValueError("; ".join(faults))
         return self
+
+    @property
+    def reference_replies(self) -> int:
+        """Return how many of the replies to a prompt, the last ones, the initial policy samples."""
+        return 0
 
     @property
     def steps(self) -> int:

@@ -167,7 +167,7 @@ class OnPolicyTrainer:
     def sampler(self, policy: Policy, context: TrainContext, clock: Clock | None = None) -> RolloutSampler:
         """Return the sampler of the run's rollouts."""
         spec = SamplingSpec(
-            n=self.settings.replies,
+            n=self.settings.replies - self.settings.reference_replies,
             temperature=self.settings.temperature,
             max_new_tokens=context.max_new_tokens,
             seed=context.seed,
@@ -175,7 +175,14 @@ class OnPolicyTrainer:
             stop=context.stop,
             logprobs=True,
         )
-        return RolloutSampler(policy, context, spec, clock, greedy=self.settings.greedy)
+        return RolloutSampler(
+            policy,
+            context,
+            spec,
+            clock,
+            greedy=self.settings.greedy,
+            reference_replies=self.settings.reference_replies,
+        )
 
     def roll_out(self, sampler: RolloutSampler, inputs: TrainInputs, state: _State) -> Rollouts:
         """Return the rollouts of the next iteration, and count them in ``state``."""
@@ -197,10 +204,17 @@ class OnPolicyTrainer:
 
     def _minibatches(self, seed: int, iteration: int) -> Iterator[list[int]]:
         """Yield the rows of each optimiser step: every rollout once an epoch, in an order fixed by the seed."""
-        for epoch in range(self.settings.update_epochs):
-            order = generator(seed, self.name, "minibatches", iteration, epoch).permutation(self.settings.rollouts)
-            for start in range(0, len(order), self.settings.minibatch):
-                yield order[start : start + self.settings.minibatch].tolist()
+        settings, unit = self.settings, self._unit
+        for epoch in range(settings.update_epochs):
+            order = generator(seed, self.name, "minibatches", iteration, epoch).permutation(settings.rollouts // unit)
+            rows = [int(number) * unit + i for number in order for i in range(unit)]
+            for start in range(0, len(rows), settings.minibatch):
+                yield rows[start : start + settings.minibatch]
+
+    @property
+    def _unit(self) -> int:
+        """Return how many rollouts in a row stay together."""
+        return self.settings.replies if self.settings.whole_groups else 1
 
     def _update(
         self, policy: Policy, rollouts: Rollouts, advantages: Advantages, seed: int, state: _State
@@ -243,7 +257,7 @@ class OnPolicyTrainer:
         whole, all_tokens = (sum(values[row] for row in rows) for values in (size, tokens))
         total: dict[str, float] = {}
         ratio, deviation = 0.0, 0.0
-        for part in rollouts.passes(policy, rows):
+        for part in rollouts.passes(policy, rows, self._unit):
             batch = rollouts.batch(part)
             value_BT = None
             if state.critic is None:

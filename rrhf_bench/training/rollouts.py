@@ -95,9 +95,9 @@ class Rollouts:
         """Return the (P, n) values of the rollouts by prompt."""
         return value_N.reshape(len(self.groups), -1)
 
-    def passes(self, policy: Policy, rows: Sequence[int]) -> list[list[int]]:
-        """Return some rows in passes of the policy's ``pass_tokens``."""
-        return _passes(policy, self.pairs, rows)
+    def passes(self, policy: Policy, rows: Sequence[int], together: int = 1) -> list[list[int]]:
+        """Return some rows in passes of the policy's ``pass_tokens``; ``together`` rows in a row share a pass."""
+        return _passes(policy, self.pairs, rows, together)
 
     def evidence(self, rows: Sequence[int]) -> list[Mapping[str, Any]]:
         """Return some of the replies as JSON objects, for an error."""
@@ -110,7 +110,7 @@ class RolloutSampler:
     """Samples from the policy's present weights, and scores what it has sampled.
 
     ``spec`` says how; its purpose names the random choices of this sampler. With ``greedy``, ``draw`` adds a greedy
-    reply to each prompt.
+    reply to each prompt. It adds ``reference_replies`` samples of the reference to each group, behind the policy's own.
     """
 
     def __init__(
@@ -121,21 +121,28 @@ class RolloutSampler:
         clock: Clock | None = None,
         *,
         greedy: bool = False,
+        reference_replies: int = 0,
     ) -> None:
         self.policy = policy
         self.context = context
         self.spec = spec
         self.clock = clock or Clock()
         self.greedy = greedy
+        self.reference_replies = reference_replies
 
     def sample(self, number: int, prompts: Sequence[Prompt], place: str) -> list[Candidates]:
         """Return ``spec.n`` scored replies to each prompt. ``number`` counts the calls of the run and enters the seeds.
 
         Raises Diverged, with ``place`` in its message, if a score is not finite.
         """
+        return self._sampled(self.policy, self.spec, number, prompts, place)
+
+    def _sampled(
+        self, policy: Policy, of_all: SamplingSpec, number: int, prompts: Sequence[Prompt], place: str
+    ) -> list[Candidates]:
         assert self.context.sampler is not None
         with self.clock("sync"):
-            self.context.sampler.sync(self.policy)
+            self.context.sampler.sync(policy)
         # A prompt that comes twice in one call needs a second purpose: its seeds would be the same, and so its replies.
         seen: Counter[Prompt] = Counter()
         turns: list[list[int]] = []  # places of the prompts that come for the first time, the second time, ...
@@ -146,7 +153,7 @@ class RolloutSampler:
             seen[prompt] += 1
         found: dict[int, Candidates] = {}
         for turn, places in enumerate(turns):
-            spec = replace(self.spec, purpose=f"{self.spec.purpose}/{number}" + (f"/{turn}" if turn else ""))
+            spec = replace(of_all, purpose=f"{of_all.purpose}/{number}" + (f"/{turn}" if turn else ""))
             with self.clock("sample"):
                 sampled = self.context.sampler.sample([prompts[at] for at in places], spec)
             found |= zip(places, sampled, strict=True)
@@ -163,6 +170,15 @@ class RolloutSampler:
         with self.clock("score"):
             return self._scored([sampled[prompt] for prompt in prompts], place)
 
+    def _with_reference_replies(
+        self, groups: Sequence[Candidates], number: int, prompts: Sequence[Prompt], place: str
+    ) -> list[Candidates]:
+        reference, purpose = self.context.reference, f"{self.spec.purpose}-reference"
+        assert reference is not None
+        spec = replace(self.spec, n=self.reference_replies, logprobs=False, purpose=purpose)
+        sampled = self._sampled(reference, spec, number, prompts, place)
+        return [replace(g, responses=g.responses + r.responses) for g, r in zip(groups, sampled, strict=True)]
+
     def _scored(self, groups: Sequence[Candidates], place: str) -> list[Candidates]:
         assert self.context.reward is not None
         prompts = [group.prompt for group in groups for _ in group.responses]
@@ -178,8 +194,10 @@ class RolloutSampler:
 
         ``critic`` adds its values, computed in the same pass. Raises Diverged if a score is not finite.
         """
-        groups = self.sample(number, prompts, place)
+        own = groups = self.sample(number, prompts, place)
         greedy = self._greedy(prompts, place) if self.greedy else []
+        if self.reference_replies:
+            groups = self._with_reference_replies(own, number, prompts, place)
         replies = [reply for group in groups for reply in group.responses]
         pairs = tuple(
             (self.policy.tokenization.prompt_ids(group.prompt), _sampled_ids(group.prompt, reply, place))
@@ -191,11 +209,13 @@ class RolloutSampler:
         mask_NT = ResponseBatch.of_pairs(pairs).mask_BT.to(logp_NT.device)
         score_N = np.array([reply.score for reply in replies], np.float64)
         ended_N = np.array([reply.ended for reply in replies])
+        size = self.spec.n + self.reference_replies
+        rows = [row for row in range(len(replies)) if row % size < self.spec.n]  # the policy's own
         metrics = {
-            **sample_metrics(groups),
-            "objective/kl": kl_k1(logp_NT, ref_logp_NT).sum(-1).mean().item(),
-            "policy/entropy_estimate": -masked_mean(logp_NT, mask_NT).item(),
-            **_sampler_difference(replies, logp_NT),
+            **sample_metrics(own),
+            "objective/kl": kl_k1(logp_NT[rows], ref_logp_NT[rows]).sum(-1).mean().item(),
+            "policy/entropy_estimate": -masked_mean(logp_NT[rows], mask_NT[rows]).item(),
+            **_sampler_difference([replies[row] for row in rows], logp_NT[rows]),
         }
         return Rollouts(
             tuple(groups), pairs, self.spec.temperature, self.spec.max_new_tokens, score_N, ended_N, mask_NT, logp_NT,
@@ -267,9 +287,12 @@ def _sampler_difference(responses: Sequence[Response], logp_NT: Tensor) -> dict[
     }
 
 
-def _passes(policy: Policy, pairs: Sequence[tuple[Ids, Ids]], rows: Sequence[int]) -> list[list[int]]:
-    sizes = [policy.fed_tokens(ResponseBatch.of_pairs([pairs[row]])) for row in rows]
-    return [[rows[i] for i in run] for run in within(sizes, policy.pass_tokens)]
+def _passes(
+    policy: Policy, pairs: Sequence[tuple[Ids, Ids]], rows: Sequence[int], together: int = 1
+) -> list[list[int]]:
+    units = [rows[start : start + together] for start in range(0, len(rows), together)]
+    sizes = [policy.fed_tokens(ResponseBatch.of_pairs([pairs[row] for row in unit])) for unit in units]
+    return [[row for i in run for row in units[i]] for run in within(sizes, policy.pass_tokens)]
 
 
 def _stack(rows: Sequence[Tensor]) -> Tensor:
