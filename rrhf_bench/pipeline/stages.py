@@ -358,7 +358,8 @@ def train(job: Job) -> None:
     unadapted = stage_helpers.adapt(policy, settings, s["seed"])
     inputs = train_inputs(job, settings)
     events = Events(job.events)
-    record = _Record(job, policy, events)
+    cue = settings.cue or job.ref().cue
+    record = _Record(job, policy.with_cue(cue), events)
     reads_reference = {"reference", "sampler"} <= settings.needs
     candidates = candidates_of(settings)
     backend = choose_backend(job.backend, "sample" if candidates is None else candidates.strategy).name
@@ -385,7 +386,7 @@ def train(job: Job) -> None:
     means = {name: sum(line[name] for line in parts) / len(parts) for name in names}  # seconds of an iteration
     job.seconds.update(layout=policy.layout, onednn_layers=policy.onednn_layers, parts=means)
     policy.save(job.out / "model")
-    ModelRef(**{**job.ref().__dict__, "source": "model", "revision": None}).write(job.out)
+    ModelRef(**{**job.ref().__dict__, "source": "model", "revision": None, "cue": cue}).write(job.out)
     write_jsonl(job.out / "metrics.jsonl", record.log)
     write_jsonl(job.out / "curve.jsonl", record.points)
     if record.made:

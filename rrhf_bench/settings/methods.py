@@ -52,6 +52,14 @@ class MethodSettings(Settings):
         """Return the settings with other values of some keys. Raises ValidationError for values that are refused."""
         return type(self).model_validate({**self.model_dump(mode="json", exclude_none=True), **values})
 
+    @property
+    def cue(self) -> str:
+        """Text that stands behind every prompt of the trained policy, wherever it is sampled or its replies are scored.
+
+        The training itself sees no cue: such a method puts it into the prompts of its examples.
+        """
+        return ""
+
     def models_in_memory(self) -> tuple[str, ...]:
         """The full-size models resident while this method trains (2304.05302 Figure 1 counts them)."""
         raise AssertionError("every method states its models")

@@ -28,6 +28,7 @@ class TrainInputs:
     preferences: Sequence[Preference] = ()  # of the training prompts
     candidates: Sequence[Candidates] = ()  # scored, one for each training prompt; what is sampled in training is absent
     reference: ResponseLogprobs | None = None  # of every response above, for a method that requires it
+    tokenization: Tokenization | None = None  # of the policy, for a method that puts text into its prompts
 
     @property
     def prompts(self) -> list[Prompt]:

@@ -101,7 +101,7 @@ class FixedExamples:
                 f"candidates: none of {empty} responses has a token to train on, each was cut before any text; "
                 "sample longer ones, or look at the policy that they come from"
             )
-        made = method.examples(replace(inputs, candidates=groups))
+        made = method.examples(replace(inputs, candidates=groups, tokenization=policy.tokenization))
         examples = fitting(made, policy.tokenization, settings.max_length)
         if "reference" in settings.requires:
             assert inputs.reference is not None
