@@ -59,6 +59,11 @@ METHODS: Mapping[str, Method] = {
         "baselines.reinforce_pp:ReinforcePP",
         "REINFORCE++-baseline", "#661100", "online", "p",
     ),
+    "online_dpo": Method(
+        "baselines.online_dpo_settings:OnlineDPOSettings",
+        "baselines.online_dpo:OnlineDPO",
+        "online DPO", "#999933", "online", "h",
+    ),
     "ppo": Method("baselines.ppo_settings:PPOSettings", "baselines.ppo:PPO", "PPO", "#D55E00", "online"),
 }  # fmt: skip
 
