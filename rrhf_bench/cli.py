@@ -106,9 +106,10 @@ def run(file: ExperimentFile, override: Overrides = None, runs: Runs = Path("run
 def _write_report(records: Any, folder: Path) -> Path:
     from rrhf_bench.replication.sections import SECTIONS
     from rrhf_bench.report.page import write_report
+    from rrhf_bench.report.preference_models import SECTION
 
     with disk_errors(folder):
-        return write_report(records, folder / "report", SECTIONS)
+        return write_report(records, folder / "report", (SECTION, *SECTIONS))
 
 
 @app.command()
@@ -358,7 +359,7 @@ def doctor(
         raise BenchError("a check failed; see the lines marked FAILED")
 
 
-for command in (cli_files.sample, cli_files.score, cli_files.train, cli_files.evaluate):
+for command in (cli_files.sample, cli_files.score, cli_files.score_pairs, cli_files.train, cli_files.evaluate):
     app.command()(with_option_groups(command))
 
 

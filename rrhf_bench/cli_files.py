@@ -12,9 +12,6 @@ import typer
 
 from rrhf_bench.cli_options import (
     Backend,
-    Chat,
-    Label,
-    Layout,
     MaxNewTokens,
     Out,
     Policy,
@@ -22,12 +19,11 @@ from rrhf_bench.cli_options import (
     Prompts,
     RewardModel,
     RewardOptions,
+    ScorerOptions,
     Seed,
     StepOptions,
     WeightOptions,
     refuse_unread,
-    reward_dtype,
-    reward_template,
 )
 from rrhf_bench.data.dialogue import TemplateKind
 from rrhf_bench.errors import ConfigError
@@ -35,13 +31,15 @@ from rrhf_bench.records import STOP_STRINGS
 from rrhf_bench.registry import METHODS
 from rrhf_bench.sampling.backend import BackendName
 from rrhf_bench.settings.candidates import Strategy
-from rrhf_bench.settings.experiment import Dtype, RuntimeSettings
-from rrhf_bench.settings.reading import parse_method
+from rrhf_bench.settings.experiment import RuntimeSettings
+from rrhf_bench.settings.reading import parse_method, parse_reward_training
 from rrhf_bench.terminal import Screen, TerminalReporter, print_json, table_of
 
 if TYPE_CHECKING:
     from rrhf_bench.pipeline.file_commands import PlainSteps
     from rrhf_bench.records import Evaluated
+
+REWARD_MODEL = "reward-model"  # what `train` makes beside policies
 
 
 def sample(
@@ -119,30 +117,58 @@ def score(
     reward_model: RewardModel,
     candidates: Annotated[Path, typer.Option(help='JSONL of {"query", "responses"}')],
     out: Out,
-    layout: Layout = None,
-    label: Label = None,
-    template: Annotated[Chat | None, reward_template("--template", "--reward-template")] = None,
-    dtype: Annotated[Dtype | None, reward_dtype("--dtype", "--reward-dtype")] = None,
-    pad_token: Annotated[
-        str | None,
-        typer.Option(
-            "--pad-token", "--reward-pad-token", help="for a tokenizer without a pad token: which of its tokens pads"
-        ),
-    ] = None,
+    own: ScorerOptions,
     options: StepOptions,
 ) -> None:
     """Score responses with a reward model and write them as {"query", "responses", "scores"}."""
     from rrhf_bench.pipeline.file_commands import model_ref
 
-    ref = model_ref(reward_model, template=template, dtype=dtype, pad_token=pad_token, layout=layout, label=label)
+    ref = model_ref(reward_model, **asdict(own))
     with _steps(options, "scoring") as steps:
         counts = steps.score(ref, candidates, out)
     _done(options, f"{_words(counts)}: {out}", {"counts": counts, "out": str(out)})
 
 
+def score_pairs(
+    *,
+    reward_model: RewardModel,
+    data: Annotated[Path, typer.Option(help='pairs: {"prompt", "chosen", "rejected"}')],
+    out: Annotated[Path, typer.Option(help="the folder to write tables, figure and scored pairs to")],
+    own: ScorerOptions,
+    options: StepOptions,
+) -> None:
+    """Judge a reward model on labelled pairs: accuracy, by difference of length, and calibration."""
+    from rrhf_bench.data.rrhf_files import write_rrhf
+    from rrhf_bench.pipeline.file_commands import model_ref
+    from rrhf_bench.pipeline.store import replace_path
+    from rrhf_bench.report import preference_models
+    from rrhf_bench.report.drawing import styled
+    from rrhf_bench.report.figures import write_figures
+    from rrhf_bench.report.table import write_table
+
+    ref = model_ref(reward_model, **asdict(own))
+    with _steps(options, "scoring") as steps, replace_path(out) as folder:
+        groups, clusters, counts = steps.score_pairs(ref, data)
+        judged = [preference_models.judged_pairs(Path(reward_model).name, {0: groups}, clusters)]
+        folder.mkdir()
+        (folder / "tables").mkdir()
+        write_rrhf(folder / "scored.jsonl", groups)
+        for table in preference_models.tables(judged, f"of one file, {data.name}"):
+            write_table(table, folder / "tables")
+        with styled():
+            figure = preference_models.pairs_figure(judged)
+        write_figures([figure], folder)
+    accuracy = judged[0].mean(judged[0].right_SP, "accuracy")
+    error = preference_models.calibration_error(judged[0])
+    words = f"accuracy {accuracy.value:.3f} [{accuracy.low:.3f}, {accuracy.high:.3f}], calibration error {error:.3f}"
+    found = {"value": accuracy.value, "low": accuracy.low, "high": accuracy.high, "n": accuracy.n}
+    about = {"accuracy": found, "calibration_error": error, "counts": counts, "out": str(out)}
+    _done(options, f"{words} ({_words(counts)}): {out}", about)
+
+
 def train(
     *,
-    method: Annotated[str, typer.Option(help=f"one of {', '.join(METHODS)}")],
+    method: Annotated[str, typer.Option(help=f"one of {', '.join(METHODS)}, or {REWARD_MODEL} from pairs")],
     model: Annotated[str, typer.Option(help="hub id or folder of the initial policy")],
     data: Annotated[Path, typer.Option(help="scored candidates, pairs or prompts, as the method requires, as JSONL")],
     out: Annotated[Path, typer.Option(help="the folder to write the trained policy to")],
@@ -160,7 +186,10 @@ def train(
     backend: Backend = "vllm",
     options: StepOptions,
 ) -> None:
-    """Train a policy by one method and write it as a transformers folder."""
+    """Train a policy by one method, or a reward model on pairs, and write it as a transformers folder."""
+    if method == REWARD_MODEL:
+        _train_reward_model(model, data, out, override or [], reward_model, seed, own, reward, options)
+        return
     settings = parse_method(method, override or [])
     if settings.family == "inference":
         raise ConfigError(f"--method {method}: trains nothing; use `sample` and `score`")
@@ -172,6 +201,36 @@ def train(
         result = steps.train(settings, ref, data, out, seed=seed, reward=judge, **lengths)
     summary = {"steps": result.steps, "counts": dict(result.counts), "out": str(out)}
     _done(options, f"{result.steps} optimiser steps ({_words(result.counts)}): {out}", summary)
+
+
+def _train_reward_model(
+    model: str,
+    data: Path,
+    out: Path,
+    override: list[str],
+    reward_model: str | None,
+    seed: int,
+    own: PolicyOptions,
+    reward: RewardOptions,
+    options: StepOptions,
+) -> None:
+    settings = parse_reward_training(override)
+    from rrhf_bench.pipeline.file_commands import model_ref
+    from rrhf_bench.pipeline.preference_models import train_from_file
+
+    if reward_model is not None:
+        raise ConfigError(f"--reward-model: found {reward_model!r}; --method {REWARD_MODEL} starts from --model alone")
+    reward.ref(None)  # raises for an option of a reward model, which nothing would read
+    if own.dtype not in (None, "float32"):
+        raise ConfigError(f"--dtype: found {own.dtype!r}; a reward model is trained in float32; leave the option out")
+    ref = model_ref(model, **asdict(own))
+    with _steps(options, "training a reward model") as steps:
+        result = train_from_file(steps, ref, data, settings, out, seed=seed)
+    last = f", accuracy {result.accuracy_curve[-1][1]:.3f} over the last steps" if result.accuracy_curve else ""
+    words = f"{result.steps} optimiser steps, loss {result.loss:.3f}{last} ({_words(result.counts)}): {out}"
+    curve = [{"step": step, "accuracy": accuracy} for step, accuracy in result.accuracy_curve]
+    about = {"steps": result.steps, "loss": result.loss, "curve": curve}
+    _done(options, words, {**about, "counts": dict(result.counts), "out": str(out)})
 
 
 def evaluate(

@@ -94,6 +94,22 @@ class RewardOptions:
 
 
 @dataclass(frozen=True)
+class ScorerOptions:
+    """Options of the reward model of a command that has no other model, by both names."""
+
+    layout: Layout = None
+    label: Label = None
+    template: Annotated[Chat | None, reward_template("--template", "--reward-template")] = None
+    dtype: Annotated[Dtype | None, reward_dtype("--dtype", "--reward-dtype")] = None
+    pad_token: Annotated[
+        str | None,
+        typer.Option(
+            "--pad-token", "--reward-pad-token", help="for a tokenizer without a pad token: which of its tokens pads"
+        ),
+    ] = None
+
+
+@dataclass(frozen=True)
 class StepOptions:
     """Options of a command on plain files."""
 

@@ -77,7 +77,8 @@ class Preference:
     """A labelled pair of replies to one prompt, or the single reply of a data set to it (``rejected`` is then None).
 
     ``cluster`` names what several prompts have in common, such as their topic. Prompts of one cluster are not
-    independent, and the intervals take that into account. None: the prompt is a cluster of its own.
+    independent, and the intervals take that into account. None: the prompt is a cluster of its own. ``margin`` says how
+    strong the preference is and ``tie`` that there is none; only the training of a reward model reads them.
     """
 
     prompt: Prompt
@@ -85,6 +86,8 @@ class Preference:
     rejected: str | None = None
     ended: bool = True  # False if the single reply was cut, so that it has no end to learn
     cluster: str | None = None
+    margin: float | None = None
+    tie: bool | None = None  # None: the data do not say
 
 
 @dataclass(frozen=True, slots=True)

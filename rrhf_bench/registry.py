@@ -65,6 +65,32 @@ METHODS: Mapping[str, Method] = {
         "online DPO", "#999933", "online", "h",
     ),
     "ppo": Method("baselines.ppo_settings:PPOSettings", "baselines.ppo:PPO", "PPO", "#D55E00", "online"),
+    "vcb": Method("baselines.vcb_settings:VCBSettings", "baselines.vcb:VCB", "VCB", "#332288", "offline", "s"),
+    "kto": Method("baselines.kto_settings:KTOSettings", "baselines.kto:KTO", "KTO", "#DDCC77", "offline", "^"),
+    "simpo": Method(
+        "baselines.simpo_settings:SimPOSettings",
+        "baselines.simpo:SimPO",
+        "SimPO", "#CC6677", "offline", "v",
+    ),
+    "orpo": Method("baselines.orpo_settings:ORPOSettings", "baselines.orpo:ORPO", "ORPO", "#882255", "offline", "<"),
+    "slic_hf": Method(
+        "baselines.slic_hf_settings:SLiCHFSettings",
+        "baselines.slic_hf:SLiCHF",
+        "SLiC-HF", "#117733", "offline", ">",
+    ),
+    "pro": Method("baselines.pro_settings:PROSettings", "baselines.pro:PRO", "PRO", "#999933", "offline", "p"),
+    "raft": Method("baselines.raft_settings:RAFTSettings", "baselines.raft:RAFT", "RAFT", "#44AA99", "offline", "h"),
+    "ulma": Method("baselines.ulma_settings:ULMASettings", "baselines.ulma:ULMA", "ULMA", "#AA4499", "offline", "d"),
+    "rebel": Method(
+        "baselines.rebel_settings:REBELSettings",
+        "baselines.rebel:REBEL",
+        "REBEL", "#6699CC", "offline", "P",
+    ),
+    "bonbon": Method(
+        "baselines.bonbon_settings:BoNBoNSettings",
+        "baselines.bonbon:BoNBoN",
+        "BoNBoN", "#661100", "offline", "X",
+    ),
 }  # fmt: skip
 
 

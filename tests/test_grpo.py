@@ -19,9 +19,10 @@ from baselines.advantages import group_advantages
 from baselines.grpo import GRPO, grpo_loss, overlong_penalty, token_weights
 from baselines.grpo_settings import GRPOSettings
 from rrhf_bench.errors import StageError
+from rrhf_bench.testing import Run
 from rrhf_bench.training.on_policy import Advantages, OnPolicyTrainer
 from rrhf_bench.training.rollouts import Rollouts
-from tests.test_ppo import INPUTS, Run
+from tests.test_ppo import INPUTS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -174,6 +174,40 @@ def test_micro_batches_of_one_give_the_gradient_of_the_whole(policy, method, set
         assert ((gradient - gradients[0][1]).norm() / gradient.norm()).item() < 1e-5
 
 
+class Spread:
+    """A loss of all prompts together: the variance of their first replies' log-probs."""
+
+    def examples(self, inputs):
+        return SFT(SFTSettings()).examples(inputs)
+
+    def loss(self, logp_RT, batch):
+        return LossOutput(logp_RT.sum(-1).var(correction=0), float(batch.prompts))
+
+
+class Whole(SFTSettings):
+    requires = SFTSettings.requires | {"whole step"}
+
+
+def test_a_loss_of_the_whole_step_does_not_depend_on_its_passes(policy):
+    """Without the requirement, passes of one prompt would have no variance at all."""
+    gradients = []
+    for tokens in (1, 60, 4096):
+        policy.pass_tokens = tokens
+        trainer = OfflineTrainer(Spread(), Whole())
+        metrics, weight = trainer.accumulate(policy, trainer.method.examples(TrainInputs(PAIRS)))
+        gradients.append((metrics["loss"], torch.cat([p.grad.flatten() / weight for p in policy.parameters()])))
+        for parameter in policy.parameters():
+            parameter.grad = None
+    for loss, gradient in gradients[:2]:
+        assert loss == pytest.approx(gradients[2][0], rel=1e-4)
+        assert ((gradient - gradients[2][1]).norm() / gradient.norm()).item() < 1e-4
+    policy.pass_tokens = 60
+    trainer = OfflineTrainer(Spread(), SFTSettings())
+    assert trainer.accumulate(policy, trainer.method.examples(TrainInputs(PAIRS)))[0]["loss"] != pytest.approx(
+        gradients[2][0], rel=1e-2
+    )
+
+
 def test_rrhf_trains_towards_the_better_replies(policy, tmp_path):
     log: list = []
     settings = RRHFSettings(epochs=6, lr=3e-3, batch_prompts=4)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
 from typing import Any, Literal
@@ -32,6 +32,7 @@ from rrhf_bench.data.rows import (
     usable_rows,
 )
 from rrhf_bench.errors import DataError
+from rrhf_bench.jsonl import excerpt, finite_number
 from rrhf_bench.records import Preference, Prompt
 
 Diverging = Literal["drop", "common-prefix"]  # what happens to a pair of dialogues that differ before the last turn
@@ -70,6 +71,7 @@ def load_preferences(
     data_dir: str | None = None,
     diverging: Diverging = "drop",
     faulty_rows: FaultyRows = "error",
+    margins_and_ties: bool = False,
 ) -> PreferenceData:
     """Return preference pairs of files or of a hub data set, which is read through ``datasets``.
 
@@ -81,7 +83,9 @@ def load_preferences(
     Rows are ``{"prompt", "chosen", "rejected"}`` (Dahoas/rm-static) or two whole dialogues ``{"chosen", "rejected"}``
     (Anthropic/hh-rlhf). Each field is text or a list of messages ``{"role", "content"}``. Whole dialogues in messages
     may stand beside their own prompt (UltraFeedback). A row may name the ``cluster`` of its prompt (text or a whole
-    number: its topic, document or user); prompts of one cluster are not independent. Other fields are not read.
+    number: its topic, document or user); prompts of one cluster are not independent. With ``margins_and_ties`` a row
+    may say how much better its chosen reply is (``margin``, a number of at least 0) and that neither is better
+    (``tie``, true); ties are then counted. Other fields are not read.
 
     Counts: ``rows``, ``kept``, those of ``DROPPED``; of all rows ``diverging`` (dialogues that part before the last
     turn); of the rows kept ``duplicate_prompt``, ``prompt_rewritten`` (a bare question became a transcript, or line
@@ -97,7 +101,7 @@ def load_preferences(
     places: dict[Prompt, str] = {}
     kept: list[Preference] = []
     for where, (preference, notes) in usable_rows(
-        rows.rows, lambda row, where: _read_row(row, where, diverging), faulty_rows, counts
+        rows.rows, lambda row, where: _read_row(row, where, diverging, margins_and_ties), faulty_rows, counts
     ):
         counts.update(notes)
         if preference is not None:
@@ -109,9 +113,11 @@ def load_preferences(
     return PreferenceData(tuple(kept), dict(counts), rows.identity(), rows.commit, places)
 
 
-def load_pairs(path: str | Path, *, faulty_rows: FaultyRows = "error") -> PreferenceData:
+def load_pairs(
+    path: str | Path, *, faulty_rows: FaultyRows = "error", margins_and_ties: bool = False
+) -> PreferenceData:
     """Return the pairs of one's own file, by the default rules of ``load_preferences``."""
-    return load_preferences("files", path, faulty_rows=faulty_rows)
+    return load_preferences("files", path, faulty_rows=faulty_rows, margins_and_ties=margins_and_ties)
 
 
 def holds_pairs(path: str | Path) -> bool:
@@ -119,7 +125,9 @@ def holds_pairs(path: str | Path) -> bool:
     return "chosen" in next((row for _, row in file_rows(find_files(path))), {})
 
 
-def _read_row(row: Mapping[str, Any], where: str, diverging: Diverging) -> tuple[Preference | None, list[str]]:
+def _read_row(
+    row: Mapping[str, Any], where: str, diverging: Diverging, margins_and_ties: bool
+) -> tuple[Preference | None, list[str]]:
     """Return (the pair, or None if a rule drops the row; the counts that the row adds to)."""
     replies = {name: text_or_messages(row, name, where) for name in ("chosen", "rejected")}
     notes: list[str] = []
@@ -143,9 +151,26 @@ def _read_row(row: Mapping[str, Any], where: str, diverging: Diverging) -> tuple
     preference = Preference(prompt, as_reply(chosen), as_reply(rejected), cluster=cluster_field(row, where))
     if preference.chosen == preference.rejected:
         return None, [*notes, "identical_replies"]
+    if margins_and_ties:
+        preference = replace(preference, **_strength(row, where))
+        notes += ["ties"] if preference.tie else []
     if (preference.chosen, preference.rejected) != (chosen, rejected):
         changed.append("separator_added")
     return preference, notes + changed
+
+
+def _strength(row: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Return the margin and the tie of a row. Raises DataError for a value that is neither missing nor usable."""
+    margin, tie = row.get("margin"), row.get("tie")
+    if margin is not None and ((number := finite_number(margin)) is None or number < 0):
+        raise DataError(f"{where}: margin: found {excerpt(margin)}; expected a finite number of at least 0, or none")
+    if tie is not None and not isinstance(tie, bool):
+        raise DataError(f"{where}: tie: found {excerpt(tie)}; expected true or false, or none")
+    if tie and margin:
+        raise DataError(
+            f"{where}: margin: found {excerpt(margin)} of a tie; expected 0 or none, or a row that is no tie"
+        )
+    return {"margin": None if margin is None else float(margin), "tie": tie or None}
 
 
 def _reply(said: str | Sequence[Mapping[str, Any]], prompt: Prompt, where: str) -> str:

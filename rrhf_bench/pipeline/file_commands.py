@@ -28,7 +28,7 @@ from rrhf_bench.rewards.gold import Gold
 from rrhf_bench.sampling.backend import BackendName
 from rrhf_bench.sampling.sampler import SamplingSpec
 from rrhf_bench.settings.experiment import RuntimeSettings
-from rrhf_bench.settings.methods import MethodSettings
+from rrhf_bench.settings.methods import MethodSettings, candidates_of
 from rrhf_bench.training.method import TrainContext, TrainInputs, TrainResult
 from rrhf_bench.training.reference import response_logprobs
 
@@ -78,6 +78,22 @@ class PlainSteps:
             scored = stage_helpers.score_shared_candidates(model, groups, reward.source, self.progress)
             write_rrhf(path, scored)
         return {**read.counts, **refused, **count_candidates(scored), "truncated": model.truncated}
+
+    def score_pairs(self, reward: ModelRef, data: Path) -> tuple[list[Candidates], list[str], dict[str, int]]:
+        """Return (the scored replies of each pair of a file, the cluster of each pair, counts). Ties are left out."""
+        read = load_pairs(data, faulty_rows=self.faulty_rows, margins_and_ties=True)
+        decided = [pair for pair in read.preferences if not pair.tie]
+        if not decided:
+            raise DataError(
+                f"{data}: found {len(read.preferences)} ties and no other pair; expected pairs with a label"
+            )
+        model = self._reward(reward)
+        pairs, refused = fit_context(
+            decided, model.prompt_length, sys.maxsize, faulty_rows=self.faulty_rows, places=read.places
+        )
+        scored = stage_helpers.score_shared_candidates(model, pair_candidates(pairs), reward.source, self.progress)
+        counts = {**read.counts, "refused_by_template": refused["refused_by_template"], "truncated": model.truncated}
+        return scored, [pair.cluster or pair.prompt.id for pair in pairs], counts
 
     def train(
         self,
@@ -255,7 +271,7 @@ def read_prompts(path: Path, *, verbatim: bool = False, faulty_rows: FaultyRows 
 
 def _train_rows(method: MethodSettings, data: Path, faulty_rows: FaultyRows) -> Questions:
     """Return scored candidates, pairs or prompts alone, as the method requires."""
-    if "candidates" in method.requires:
+    if candidates_of(method) is not None:
         scored = load_candidates(data, faulty_rows=faulty_rows)
         return Questions([], scored.candidates, scored.counts, scored.places)
     read = read_prompts(data, faulty_rows=faulty_rows)

@@ -12,6 +12,8 @@ from rrhf_bench.settings.experiment import Experiment
 
 Row = tuple[str, int]  # (row of the tables: a method's name, "base", "chosen" or "rejected"; seed)
 STAGE_PEAK = "stage_peak_mib"  # in timing.json
+TUNED = "tuned.json"  # of a tune stage: its trials and the one that was picked
+FILTER = "filter.json"  # of an artifact of filtered pairs: what they were before and after
 WARNINGS = "warnings.json"  # of an artifact: notes for the reader of the report
 
 
@@ -35,8 +37,31 @@ class Cost:
     seconds: float
     shared_seconds: float  # of these, in stages that other rows need as well
     sampled_tokens: int
+    sampled_replies: int
+    reward_calls: int  # replies that the reward model scored for training
     steps: int  # of the optimiser
     train_peak_mib: float | None  # of its own last train stage; None when it was not measured
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Hold one tuning trial of a row: the settings that it changes, and its reward on the dev prompts at its end."""
+
+    changed: Mapping[str, Any]
+    reward: float | None  # None: it could not finish
+    picked: bool
+
+
+@dataclass(frozen=True)
+class JudgedReward:
+    """Hold what one of [reward_models] says of one training seed: held-out pairs and samples of [policy], scored."""
+
+    name: str
+    seed: int
+    pairs: tuple[Candidates, ...]
+    pool: tuple[PoolScored, ...]
+    trained_on: int | None = None  # pairs; None: it was not trained here
+    filtered: Mapping[str, Any] | None = None  # the training pairs before and after the filter
 
 
 @dataclass(frozen=True)
@@ -63,4 +88,6 @@ class RunRecords:
     environment: Mapping[str, str]  # versions, device
     costs: Mapping[Row, Cost] = field(default_factory=dict)  # of the rows that train
     failures: Mapping[Row, str] = field(default_factory=dict)  # rows without records: the stage that failed, and why
+    tuned: Mapping[str, tuple[Trial, ...]] = field(default_factory=dict)  # by row; the experiment holds what was picked
     clusters: Mapping[str, str] = field(default_factory=dict)  # prompt id -> cluster, of the prompts that have one
+    reward_models: tuple[JudgedReward, ...] = ()  # by name as in the experiment file, then by seed

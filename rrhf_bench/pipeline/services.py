@@ -22,6 +22,7 @@ from rrhf_bench.jsonl import from_json
 from rrhf_bench.policy.loading import architecture_of, require_savable
 from rrhf_bench.policy.policy import Computation, TransformersPolicy
 from rrhf_bench.records import Preference, Prompt
+from rrhf_bench.rewards import ensemble
 from rrhf_bench.rewards.checks import Check, check_pairs
 from rrhf_bench.rewards.reward import RewardModel
 from rrhf_bench.sampling.backend import BackendName
@@ -49,6 +50,7 @@ class ModelRef:
     layout: Literal["classifier", "value-head"] = "classifier"  # of a reward model
     label: str | None = None  # of a classifier of several labels, whose probability is the score
     trust_remote_code: bool = False
+    cue: str = ""  # text behind every prompt, with which a policy was trained
 
     @classmethod
     def read(cls, artifact: Path) -> ModelRef:
@@ -128,7 +130,7 @@ class Services:
         r = self.runtime
         policy = TransformersPolicy.load(
             ref.source,
-            template=Template(ref.template),
+            template=Template(ref.template, ref.cue),
             device=self.device,
             dtype=getattr(torch, ref.dtype),
             revision=ref.revision,
@@ -176,7 +178,7 @@ class Services:
     def reward_checks(self, ref: ModelRef, pairs: Sequence[Preference]) -> tuple[Check, ...]:
         """Return the checks of a reward model at its load, and its checks on held-out pairs."""
         model = self.reward(ref)
-        checked: Any = model.reward
+        checked: Any = getattr(model.reward, "members", (model.reward,))[0]
         return (*model.checks, *check_pairs(checked, pairs))
 
     def sampler(
@@ -252,6 +254,8 @@ class Services:
 
 def _bytes(holder: object) -> int:
     """Return the bytes of the parameters, and of their gradients, of the modules that an object has as attributes."""
+    if isinstance(holder, ensemble.EnsembleReward):
+        return sum(map(_bytes, holder.members))
     modules = [value for value in vars(holder).values() if isinstance(value, torch.nn.Module)]
     tensors = {id(p): p for module in modules for p in module.parameters()}.values()
     return sum(p.nbytes + (p.grad.nbytes if p.grad is not None else 0) for p in tensors)
@@ -348,4 +352,8 @@ def load_reward(ref: ModelRef, device: str, batch_size: int) -> RewardModel:
     from rrhf_bench.rewards.hub import ClassifierReward
 
     own: dict[str, Any] = {"template": ref.template, "pad_token": ref.pad_token, "label": ref.label}
+    if (Path(ref.source) / ensemble.FILE).is_file():
+        return ensemble.EnsembleReward.load(
+            Path(ref.source), lambda member: ClassifierReward.load(member, **own, **shared)
+        )
     return ClassifierReward.load(ref.source, **own, **shared)

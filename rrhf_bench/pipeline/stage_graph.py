@@ -37,9 +37,12 @@ VERSIONS = {
     "judge": 1,
     "score pairs": 1,
     "reference": 1,
-    "train": 9,
+    "train": 10,
+    "tune": 1,
     "evaluate": 4,
     "evaluate pairs": 1,
+    "filter": 1,
+    "ensemble": 1,
 }
 
 # The version of the rules by which files and hub sets are read. The embedded worlds do not depend on them.
@@ -59,6 +62,7 @@ class Stage:
     size: str  # in words
     row: str | None = None
     seed: int | None = None
+    trial: int = 0  # of tuning, from 1
     recorded: Mapping[str, Any] = field(default_factory=dict)  # settings that decide nothing: where a file lies
 
     @cached_property
@@ -78,6 +82,8 @@ class Plan:
     wanted: tuple[Stage, ...]  # what the report reads, row by row; two rows of equal settings share a key
     # By row and seed: scored samples of each of its sources on the evaluation prompts.
     test_scores: Mapping[tuple[str, int], Mapping[str, Stage]] = field(default_factory=dict)
+    # By name and seed of [reward_models]: its "model", and the scores of held-out "pairs" and of the "pool".
+    reward_models: Mapping[tuple[str, int], Mapping[str, Stage]] = field(default_factory=dict)
 
     @cached_property
     def stages(self) -> tuple[Stage, ...]:
@@ -90,7 +96,7 @@ class Plan:
                     visit(needed)
                 found[stage.key] = stage
 
-        for stage in self.wanted:
+        for stage in (*self.wanted, *(stage for own in self.reward_models.values() for stage in own.values())):
             visit(stage)
         return tuple(found.values())
 
@@ -110,7 +116,7 @@ def make_plan(experiment: Experiment) -> Plan:
         for row, method in experiment.methods.items()
         if (candidates := candidates_of(method)) is not None and candidates.scored_by == "reward model"
     }
-    return Plan(experiment, backend, tuple(builder.all(test_scores)), test_scores)
+    return Plan(experiment, backend, tuple(builder.all(test_scores)), test_scores, builder.reward_models())
 
 
 @dataclass(frozen=True)
@@ -202,12 +208,38 @@ class _Builder:
 
     @cached_property
     def reward_model(self) -> Stage:
-        settings = self.experiment.reward_model
+        return self._reward_model("reward model", self.experiment.reward_model, self.experiment.data.seed)
+
+    def _reward_model(self, name: str, settings: RewardModelSettings, seed: int) -> Stage:
         if not settings.from_scratch:
-            return Stage("reward model", "reward model", self._given(settings), {}, f"{settings.source}, as it is")
-        training = {"training": settings.training.model_dump(mode="json"), "seed": self.experiment.data.seed}
-        inputs, size = {"data": self.data, "policy": self.policy}, "Bradley-Terry on the labelled pairs"
-        return Stage("reward model", "reward model", training, inputs, size)
+            return Stage(name, "reward model", self._given(settings), {}, f"{settings.source}, as it is")
+        training, data = settings.training, self.data
+        if training.filter is not None:
+            filter_ = training.filter.model_dump(mode="json", exclude_none=True)
+            own = {"filter": filter_, "seed": seed if training.filter.keep == "random" else 0}
+            size = f"{training.filter.keep}, by perplexity"
+            data = Stage(f"pairs of {name}", "filter", own, {"data": data, "policy": self.policy}, size)
+        dump = training.model_dump(mode="json", exclude={"filter", "ensemble"})
+        inputs, size = {"data": data, "policy": self.policy}, "Bradley-Terry on the labelled pairs"
+        if training.ensemble is None:
+            return Stage(name, "reward model", {"training": dump, "seed": seed}, inputs, size)
+        members = {
+            f"member {i}": Stage(f"{name}, member {i}", "reward model", {"training": dump, "seed": own}, inputs, size)
+            for i, own in enumerate(training.ensemble.seeds(seed))
+        }
+        together = {"ensemble": training.ensemble.model_dump(mode="json")}
+        return Stage(name, "ensemble", together, {"data": data, **members}, training.ensemble.combine)
+
+    def reward_models(self) -> dict[tuple[str, int], dict[str, Stage]]:
+        """Return the stages of [reward_models]. A model that is trained here has one of each seed."""
+        found = {}
+        for name, settings in self.experiment.reward_models.items():
+            for seed in self.experiment.seeds if settings.from_scratch else self.experiment.seeds[:1]:
+                model = self._reward_model(f"reward model {name}, seed {seed}", settings, seed)
+                pairs = self.pair_scores("test", self.experiment.evaluation.pairs, model)
+                pool = self._scored(self.pool(seed).inputs["candidates"], model)
+                found[name, seed] = {"model": model, "pairs": pairs, "pool": pool}
+        return found
 
     def _given(self, settings: ModelSettings | RewardModelSettings) -> dict[str, Any]:
         """Return the settings of a model that is used as it is: a folder by its content, a hub model by id, revision.
@@ -306,9 +338,10 @@ class _Builder:
         """Return the same with the reward model's scores."""
         return {name: self._scored(sample) for name, sample in self.samples(row, method, split, seed).items()}
 
-    def _scored(self, sample: Stage) -> Stage:
-        inputs = {"candidates": sample, "prompts": self.prompts, "reward model": self.reward_model}
-        return Stage(f"scores of {sample.name}", "score", {}, inputs, sample.size, seed=sample.seed)
+    def _scored(self, sample: Stage, reward: Stage | None = None) -> Stage:
+        inputs = {"candidates": sample, "prompts": self.prompts, "reward model": reward or self.reward_model}
+        by = f" by {reward.name}" if reward else ""
+        return Stage(f"scores of {sample.name}{by}", "score", {}, inputs, sample.size, seed=sample.seed)
 
     def candidates(self, row: str, method: MethodSettings, seed: int) -> dict[str, Stage]:
         """Return by role in training the scored responses that a row trains on, without the data set's own."""
@@ -351,11 +384,12 @@ class _Builder:
         size = f"{self.experiment.data.train_prompts} prompts x {self.experiment.responses(method)}"
         recorded = {"judge": judge.model_dump(mode="json")}  # where it listens may change from run to run
         name = f"ratings of the candidates of {self._whose(row, method)}, seed {seed}"
-        return Stage(name, "judge", settings, inputs, size, row, seed, recorded)
+        return Stage(name, "judge", settings, inputs, size, row, seed, recorded=recorded)
 
-    def pair_scores(self, split: str, count: int) -> Stage:
-        inputs = {"prompts": self.prompts, "reward model": self.reward_model}
-        return Stage(f"scores of {split} pairs", "score pairs", {"split": split}, inputs, f"{count} pairs")
+    def pair_scores(self, split: str, count: int, reward: Stage | None = None) -> Stage:
+        inputs = {"prompts": self.prompts, "reward model": reward or self.reward_model}
+        by = f" by {reward.name}" if reward else ""
+        return Stage(f"scores of {split} pairs{by}", "score pairs", {"split": split}, inputs, f"{count} pairs")
 
     def pool(self, seed: int) -> Stage:
         """Return the stage of the pool that best-of-n is estimated from: samples of the initial policy.
@@ -377,10 +411,34 @@ class _Builder:
         return {**own, "stop": stop, "sampler": self.backend.identity, "dtype": self._dtype(initial)}
 
     def train(self, row: str, method: MethodSettings, seed: int) -> Stage:
-        """Return the stage that trains a row; if the row has several rounds, the last of them."""
+        """Return the stage whose model is a row's: of several rounds the last; of a tuned row the best trial.
+
+        Seeds after the first train with the settings of the best trial.
+        """
         made = (row, _rounds(method), seed)
-        if made in self.trained:
-            return self.trained[made]
+        if made not in self.trained:
+            tuned = self._tuned(row, method) if row in self.experiment.tune else None
+            if tuned is None:
+                self.trained[made] = self._train(row, method, seed)
+            elif seed == self.experiment.seeds[0]:
+                self.trained[made] = tuned
+            else:
+                self.trained[made] = self._train(row, method, seed, tuned=tuned)
+        return self.trained[made]
+
+    def _tuned(self, row: str, method: MethodSettings) -> Stage:
+        """Return the stage that picks the best of a row's trials by their reward on the dev prompts."""
+        e = self.experiment
+        trials, seed = e.trials(row), e.seeds[0]
+        trained = {
+            f"trial {i}": self._train(row, method.changed(values), seed, trial=i) for i, values in enumerate(trials, 1)
+        }
+        settings = {"trials": trials, "decoding": e.evaluation.decoding[0]}
+        return Stage(f"tune {row}, seed {seed}", "tune", settings, trained, f"{len(trials)} trials", row, seed)
+
+    def _train(
+        self, row: str, method: MethodSettings, seed: int, *, trial: int = 0, tuned: Stage | None = None
+    ) -> Stage:
         e = self.experiment
         initial = self.initial(method.initial)
         inputs = {"prompts": self.prompts, "policy": initial, "reward model": self.reward_model}
@@ -391,6 +449,7 @@ class _Builder:
             inputs |= {"pair scores": self.pair_scores("train", e.data.train_prompts), **responses}
         if "reference" in method.requires and "sampler" not in method.needs:
             inputs |= self._references(method, responses)
+        inputs |= {} if tuned is None else {"tuned": tuned}
         # The inputs hold the initial policy, and the samples of the model of the round before.
         unread: Any = {"initial": True, "candidates": {"rounds"}}
         settings = {
@@ -406,9 +465,8 @@ class _Builder:
                 "sampler": self._sampler("sample" if candidates is None else candidates.strategy),
             }
         size = method.budget(e.data.train_prompts, e.responses(method))
-        name = f"train {self._whose(row, method)}, seed {seed}"
-        self.trained[made] = Stage(name, "train", settings, inputs, size, row, seed)
-        return self.trained[made]
+        whose = self._whose(row, method) + (f", trial {trial}" if trial else "")
+        return Stage(f"train {whose}, seed {seed}", "train", settings, inputs, size, row, seed, trial)
 
     def _whose(self, row: str, method: MethodSettings) -> str:
         """Return the name of a row, or of a round of it before its last."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import operator
+import os
+import shutil
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import cache, reduce
 from pathlib import Path
 from typing import Any
@@ -24,20 +26,19 @@ from rrhf_bench.data.toy.scratch import train_language_model
 from rrhf_bench.data.toy.world import build_world
 from rrhf_bench.errors import DataError, StageError
 from rrhf_bench.jsonl import from_json, read_jsonl, read_objects, to_json, write_jsonl
-from rrhf_bench.pipeline import stage_helpers
+from rrhf_bench.pipeline import preference_models, stage_helpers
 from rrhf_bench.pipeline.candidates import assemble, pair_candidates
 from rrhf_bench.pipeline.checkpoints import FileCheckpoints
 from rrhf_bench.pipeline.events import Events
 from rrhf_bench.pipeline.judging import JOURNALS, judge_candidates
-from rrhf_bench.pipeline.results import WARNINGS
+from rrhf_bench.pipeline.results import TUNED, WARNINGS
 from rrhf_bench.pipeline.services import ModelRef, context_of
 from rrhf_bench.pipeline.stage_context import Job
 from rrhf_bench.policy.policy import Policy, TransformersPolicy
 from rrhf_bench.records import Candidates, CurvePoint, Decoding, Preference, Prompt, Response
 from rrhf_bench.rewards.gold import ReviewsGold
-from rrhf_bench.rewards.pair_losses import OBJECTIVES
 from rrhf_bench.rewards.reward import require_finite
-from rrhf_bench.rewards.train_head import train_head
+from rrhf_bench.rewards.train_head import count_steps
 from rrhf_bench.sampling.backend import BackendName, choose_backend
 from rrhf_bench.sampling.sampler import Sampler, SamplingSpec
 from rrhf_bench.seeding import derive_seed
@@ -107,6 +108,7 @@ def _read(s: Mapping[str, Any]) -> tuple[str, Mapping[str, int], Mapping[str, st
         )
         return texts.identity, texts.counts, {}, parts.counts, (train, dev, test)
     faults: dict[str, Any] = {"diverging": s["diverging"], "faulty_rows": s["faulty_rows"]}
+    faults["margins_and_ties"] = s.get("margins_and_ties", False)
     loaded = load_preferences(s["source"], s.get("path"), **where, **faults)
     split = split_preferences(loaded.preferences, train=None, **sizes)
     places = {prompt.id: place for prompt, place in loaded.places.items()}
@@ -147,30 +149,20 @@ def reward_model(job: Job) -> None:
     log: list[Mapping[str, float]] = []
     pairs = read_jsonl(job.inputs["data"] / "train.jsonl", Preference)
     settings = RewardTrainingSettings.model_validate(s["training"])
-    steps_in_all = settings.epochs * -(-len(pairs) // settings.batch_pairs)
+    steps_in_all = count_steps(pairs, settings)
 
     def note(metrics: Mapping[str, float]) -> None:
         log.append(metrics)
         job.progress(len(log), steps_in_all)
 
     job.services.make_room()
-    result = train_head(
-        policy.source,
-        pairs,
-        settings,
-        job.out / "model",
-        seed=s["seed"],
-        template=policy.template,
-        pad_token=policy.pad_token,
-        revision=policy.revision,
-        device=job.services.device,
-        log=note,
-        trust_remote_code=policy.trust_remote_code,
+    folder = job.out / "model"
+    result = preference_models.train_reward_model(
+        job.services, policy, pairs, settings, folder, seed=s["seed"], log=note
     )
     write_jsonl(job.out / "metrics.jsonl", log)
     job.write_json("counts.json", {"pairs": len(pairs), **result.counts})
-    label = (OBJECTIVES[settings.objective].labels or (None, None))[1]
-    ModelRef("model", template=policy.template, label=label, trust_remote_code=policy.trust_remote_code).write(job.out)
+    preference_models.trained_ref(policy, settings).write(job.out)
 
 
 def _given(settings: Mapping[str, Any]) -> ModelRef:
@@ -209,7 +201,7 @@ def prompts(job: Job) -> None:
         return max(len(policy.tokenization.prompt_ids(prompt)) for policy in policies)
 
     for split, size in {"train": s["train_prompts"], "dev": None, "test": None}.items():
-        pairs = read_jsonl(job.inputs["data"] / f"{split}.jsonl", Preference)
+        pairs = [p for p in read_jsonl(job.inputs["data"] / f"{split}.jsonl", Preference) if not p.tie]
         distinct = list({pair.prompt: pair for pair in reversed(pairs)}.values())[::-1]  # the first of each prompt
         kept, fitted = fit_context(
             distinct,
@@ -359,12 +351,15 @@ def train(job: Job) -> None:
     """Write a policy trained by one method, its metrics, and its rewards on the dev prompts while it trains."""
     s = job.settings
     settings = _method(s["method"])
+    if "tuned" in job.inputs:
+        settings = settings.changed(job.read_json("tuned", TUNED)["picked"])
     reward = job.services.reward(job.ref("reward model"))  # first, or it could be dropped to make room for the policy
     policy = job.services.policy_to_train(job.ref())
     unadapted = stage_helpers.adapt(policy, settings, s["seed"])
     inputs = train_inputs(job, settings)
     events = Events(job.events)
-    record = _Record(job, policy, events)
+    cue = settings.cue or job.ref().cue
+    record = _Record(job, policy.with_cue(cue), events)
     reads_reference = {"reference", "sampler"} <= settings.needs
     candidates = candidates_of(settings)
     backend = choose_backend(job.backend, "sample" if candidates is None else candidates.strategy).name
@@ -391,15 +386,42 @@ def train(job: Job) -> None:
     means = {name: sum(line[name] for line in parts) / len(parts) for name in names}  # seconds of an iteration
     job.seconds.update(layout=policy.layout, onednn_layers=policy.onednn_layers, parts=means)
     policy.save(job.out / "model")
-    ModelRef(**{**job.ref().__dict__, "source": "model", "revision": None}).write(job.out)
+    ModelRef(**{**job.ref().__dict__, "source": "model", "revision": None, "cue": cue}).write(job.out)
     write_jsonl(job.out / "metrics.jsonl", record.log)
     write_jsonl(job.out / "curve.jsonl", record.points)
     if record.made:
         write_jsonl(job.out / "candidates.jsonl", record.made)
-    about = {"steps": result.steps, "sampled_tokens": result.sampled_tokens, "counts": dict(result.counts)}
+    about: dict[str, Any] = asdict(result)
     if policy.layout_reason is not None:
         about["padded"] = policy.layout_reason
     job.write_json("about.json", about)
+
+
+def tune(job: Job) -> None:
+    """Write the policy of the trial with the highest mean reward on the dev prompts at its end; of equals, the first.
+
+    ``tuned.json`` holds the settings and the reward of every trial, null for a trial that could not finish.
+    """
+    trials, decoding = job.settings["trials"], job.settings["decoding"]
+    rewards: dict[str, float] = {}
+    for role in job.inputs:
+        points = read_jsonl(job.inputs[role] / "curve.jsonl", CurvePoint)
+        last = [point.rewards for point in points if point.decoding == decoding][-1]
+        rewards[role] = sum(last) / len(last)
+    roles = [f"trial {i}" for i in range(1, len(trials) + 1)]
+    best = max((role for role in roles if role in rewards), key=lambda role: rewards[role])
+    shutil.copytree(job.inputs[best] / "model", job.out / "model", copy_function=_link)
+    replace(job.ref(best), source="model").write(job.out)
+    picked = trials[roles.index(best)]
+    job.write_json(TUNED, {"role": best, "picked": picked, "trials": trials, "rewards": [*map(rewards.get, roles)]})
+
+
+def _link(source: str, target: str) -> None:
+    """Link a file, or copy it if the file system has no links: artifacts do not change once they are made."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 def train_inputs(job: Job, settings: MethodSettings) -> TrainInputs:
@@ -557,8 +579,24 @@ def _method(settings: Mapping[str, Any]) -> MethodSettings:
     return registry.settings_class(settings["kind"]).model_validate(settings)
 
 
-_BODIES = (data, model, reward_model, prompts, sample, file, score, judge, score_pairs, reference, train, evaluate)
+_BODIES = (
+    data,
+    model,
+    reward_model,
+    prompts,
+    sample,
+    file,
+    score,
+    judge,
+    score_pairs,
+    reference,
+    train,
+    tune,
+    evaluate,
+)
 # By kind of stage: the name of the function in words.
 BODIES: dict[str, Callable[[Job], None]] = {
-    body.__name__.replace("_", " "): body for body in (*_BODIES, evaluate_pairs)
+    **{body.__name__.replace("_", " "): body for body in (*_BODIES, evaluate_pairs)},
+    "filter": preference_models.filter_stage,
+    "ensemble": preference_models.ensemble_stage,
 }

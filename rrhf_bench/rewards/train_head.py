@@ -1,6 +1,6 @@
 """Train a reward model on pairs of replies: a linear head on the initial policy's body.
 
-Shape letters: B pairs, N rows (chosen and rejected of a batch), L tokens padded, K outputs of the head.
+Shape letters: B pairs, N rows (the texts of a batch), L tokens padded, K outputs of the head.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ import torch
 from rrhf_bench.data.dialogue import TemplateKind
 from rrhf_bench.errors import DataError, StageError
 from rrhf_bench.policy.loading import load_faults, load_tokenizer
-from rrhf_bench.records import Preference
+from rrhf_bench.records import Preference, Prompt
 from rrhf_bench.rewards.checks import record_of
 from rrhf_bench.rewards.hub import ClassifierReward, pad, pooled_logits
 from rrhf_bench.rewards.input_contract import RewardContract, length_limit
-from rrhf_bench.rewards.pair_losses import OBJECTIVES
+from rrhf_bench.rewards.pair_losses import OBJECTIVES, prompt_weights
 from rrhf_bench.schedule import batch_order, lr_factor
 from rrhf_bench.seeding import generator, torch_seed
 from rrhf_bench.settings.reward import RewardTrainingSettings
@@ -38,7 +38,9 @@ class RewardTraining:
     steps: int
     loss: float  # mean over the last tenth of the steps
     accuracy_curve: tuple[tuple[int, float], ...]  # (steps done, accuracy of the pairs since the point before)
-    counts: Mapping[str, int]  # pairs, truncated (texts cut on the left)
+    counts: Mapping[
+        str, int
+    ]  # pairs, truncated (texts cut on the left); ties, ties_dropped and margins if there are any
 
 
 def train_head(
@@ -65,6 +67,7 @@ def train_head(
     """
     objective = OBJECTIVES[settings.objective]
     labels = objective.labels
+    preferences, counts = usable_pairs(preferences, settings)
     if not preferences:
         raise DataError("reward model: found no pairs to train on; expected at least one")
     where = str(initial)
@@ -91,27 +94,34 @@ def train_head(
     truncated = sum(cut for pair in encoded for _, cut in pair)
 
     optimiser = torch.optim.AdamW(model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
-    total = settings.epochs * math.ceil(len(pairs) / settings.batch_pairs)
+    groups, size = _groups(preferences, settings)
+    total = count_steps(preferences, settings)
     warmup = math.ceil(settings.warmup * total)
     losses: list[float] = []
-    right = np.zeros(total)  # pairs ranked right at each step
+    right = np.zeros(total)  # decided pairs ranked right at each step
     sizes = np.zeros(total)
-    lengths = [max(map(len, pair)) for pair in pairs]
+    lengths = [max(len(ids) for i in group for ids in pairs[i]) for group in groups]
     batches = (
         batch
         for epoch in range(settings.epochs)
-        for batch in batch_order(lengths, settings.batch_pairs, generator(seed, "reward model", epoch))
+        for batch in batch_order(lengths, size, generator(seed, "reward model", epoch))
     )
     for step, batch in enumerate(batches):
         lr = settings.lr * lr_factor(step, total, warmup=warmup, schedule="linear")
         for group in optimiser.param_groups:
             group["lr"] = lr
-        rows = [pairs[i][0] for i in batch] + [pairs[i][1] for i in batch]
-        ids_NL, mask_NL = pad(rows, tokenizer.pad_token_id, device)
-        logit_NK = pooled_logits(model, ids_NL, mask_NL, [len(row) - 1 for row in rows])
+        chosen = [i for g in batch for i in groups[g]]
+        rows = [pairs[i][0] for i in chosen] + [pairs[i][1] for i in chosen]
+        texts = rows if settings.batch_prompts is None else list(map(list, dict.fromkeys(map(tuple, rows))))
+        ids_NL, mask_NL = pad(texts, tokenizer.pad_token_id, device)
+        logit_NK = pooled_logits(model, ids_NL, mask_NL, [len(row) - 1 for row in texts])
         score_N = logit_NK[:, 0] if labels is None else logit_NK[:, 1] - logit_NK[:, 0]
+        if texts is not rows:  # each reply was read once, however many pairs it is in
+            place = {tuple(text): n for n, text in enumerate(texts)}
+            score_N = score_N[[place[tuple(row)] for row in rows]]
         chosen_B, rejected_B = score_N.chunk(2)
-        value = objective.loss(chosen_B, rejected_B)
+        batch_pairs = [preferences[i] for i in chosen]
+        value = objective.loss(chosen_B, rejected_B, **_options(batch_pairs, settings, score_N))
         if not torch.isfinite(value):
             raise StageError(f"reward model: the loss at step {step + 1} of {total} is {value.item()}; lower its lr")
         optimiser.zero_grad()
@@ -119,11 +129,12 @@ def train_head(
         optimiser.step()
 
         margin_B = (chosen_B - rejected_B).detach()
-        sizes[step] = len(batch)
-        right[step] = ((margin_B > 0).double() + 0.5 * (margin_B == 0)).sum().item()
+        decided_B = torch.tensor([not pair.tie for pair in batch_pairs], device=margin_B.device)
+        sizes[step] = decided_B.sum().item()
+        right[step] = (decided_B * ((margin_B > 0).double() + 0.5 * (margin_B == 0))).sum().item()
         losses.append(value.item())
         if log is not None:
-            line = {"loss": losses[-1], "rewards/accuracies": right[step] / sizes[step], "lr": lr}
+            line = {"loss": losses[-1], "rewards/accuracies": right[step] / max(1.0, sizes[step]), "lr": lr}
             log({"step": step + 1, **line, "rewards/margins": margin_B.mean().item()})
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -135,9 +146,55 @@ def train_head(
     curve = tuple(
         (end, float(right[start:end].sum() / sizes[start:end].sum()))
         for start, end in zip([0, *ends], ends, strict=False)
+        if sizes[start:end].any()
     )
     last = losses[-max(1, total // 10) :]
-    return RewardTraining(total, sum(last) / len(last), curve, {"pairs": len(pairs), "truncated": truncated})
+    return RewardTraining(total, sum(last) / len(last), curve, {**counts, "truncated": truncated})
+
+
+def usable_pairs(
+    preferences: Sequence[Preference], settings: RewardTrainingSettings
+) -> tuple[Sequence[Preference], dict[str, int]]:
+    """Return (the pairs that training reads, counts). A classifier has no ties; ``ties = "drop"`` leaves them out."""
+    drops = settings.ties == "drop" or settings.objective == "classification"
+    used = [pair for pair in preferences if not (drops and pair.tie)]
+    ties = sum(pair.tie is True for pair in preferences)
+    margins = sum(pair.margin is not None for pair in used) if settings.margin_scale else 0
+    found = {"ties_dropped" if drops else "ties": ties, "margins": margins}
+    return used, {"pairs": len(used), **{name: count for name, count in found.items() if count}}
+
+
+def count_steps(preferences: Sequence[Preference], settings: RewardTrainingSettings) -> int:
+    """Return the optimiser steps of a training run."""
+    groups, size = _groups(usable_pairs(preferences, settings)[0], settings)
+    return settings.epochs * math.ceil(len(groups) / size)
+
+
+def _groups(preferences: Sequence[Preference], settings: RewardTrainingSettings) -> tuple[list[list[int]], int]:
+    """Return (indices of the pairs that stay in one batch, how many such groups a batch has)."""
+    if settings.batch_prompts is None:
+        return [[i] for i in range(len(preferences))], settings.batch_pairs
+    groups: dict[Prompt, list[int]] = {}
+    for i, pair in enumerate(preferences):
+        groups.setdefault(pair.prompt, []).append(i)
+    return list(groups.values()), settings.batch_prompts
+
+
+def _options(pairs: Sequence[Preference], settings: RewardTrainingSettings, like: torch.Tensor) -> dict[str, Any]:
+    """Return the keyword arguments of the loss of a batch; none for plain pairs under the default settings."""
+    if settings.objective == "classification":
+        return {}
+    options: dict[str, Any] = {"centring": settings.centring} if settings.centring else {}
+    if settings.margin_scale and any(pair.margin for pair in pairs):
+        options["margin_B"] = like.new_tensor([settings.margin_scale * (pair.margin or 0.0) for pair in pairs])
+    if any(pair.tie for pair in pairs):
+        options["tie_B"] = torch.tensor([pair.tie is True for pair in pairs], device=like.device)
+    if settings.ties == "rao-kupper":
+        options["tie_threshold"] = settings.tie_threshold
+    if settings.batch_prompts is not None:
+        number = {prompt: n for n, prompt in enumerate(dict.fromkeys(pair.prompt for pair in pairs))}
+        options["weight_B"] = prompt_weights(torch.tensor([number[p.prompt] for p in pairs])).to(like)
+    return options
 
 
 def _model(where: str, revision: str | None, labels: tuple[str, str] | None, trust_remote_code: bool) -> Any:

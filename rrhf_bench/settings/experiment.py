@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import re
 from collections.abc import Callable, Mapping
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -67,8 +68,8 @@ def _borne(name: str) -> str:
 
 ModelName = Annotated[str, AfterValidator(_looked_up)]
 
-# Whether code that comes with a model may run. Said of a model only where it may: false is no part of any key.
-Trust = Annotated[bool, Field(exclude_if=lambda trusted: not trusted)]
+# A switch that is no part of any key while it is off, such as whether code that comes with a model may run.
+Switch = Annotated[bool, Field(exclude_if=lambda trusted: not trusted)]
 
 
 class ToySettings(Settings):
@@ -95,6 +96,8 @@ class DataSettings(Settings):
     diverging: Literal["drop", "common-prefix"] = "drop"  # pairs that part before the last turn
     faulty_rows: Literal["error", "drop"] = "error"  # no pair, or refused by a chat template
     long_prompts: Literal["error", "drop"] = "drop"  # prompts that leave no room for a reply in the context
+    # Read the columns "margin" and "tie" of pairs, for reward models; policies train on pairs that are no tie.
+    margins_and_ties: Switch = False
 
     @model_validator(mode="after")
     def _readable(self) -> Self:
@@ -136,7 +139,7 @@ class ModelSettings(Settings):
     dtype: Dtype = "float32"
     pad_token: str | None = None
     max_length: Annotated[int, Field(ge=16)] | None = None  # prompt + reply tokens; none: the model's own context
-    trust_remote_code: Trust = False  # run code that comes with the model; read it first
+    trust_remote_code: Switch = False  # run code that comes with the model; read it first
     scratch: ScratchSettings = ScratchSettings()
 
     @property
@@ -167,7 +170,7 @@ class RewardModelSettings(Settings):
     dtype: Dtype = "float32"
     pad_token: str | None = None
     label: str | None = None  # of a classifier of several labels: the score is this one's softmax probability
-    trust_remote_code: Trust = False  # run code that comes with the model; read it first
+    trust_remote_code: Switch = False  # run code that comes with the model; read it first
     training: RewardTrainingSettings = RewardTrainingSettings()
 
     @property
@@ -304,6 +307,9 @@ class RuntimeSettings(Settings):
     workers: Positive | None = None  # processes that share the stages; none: one on a GPU, one a core (at most 4) else
 
 
+Grid = Annotated[tuple[float | int | str | bool, ...], Field(strict=False, min_length=1)]
+
+
 class Experiment(Settings):
     """One experiment, complete: every default filled in, every method's inheritance resolved."""
 
@@ -313,12 +319,19 @@ class Experiment(Settings):
     policy: PolicySettings = PolicySettings()
     policies: Mapping[str, PolicySettings] = Field(default_factory=dict)
     reward_model: RewardModelSettings = RewardModelSettings()
+    # Further reward models, which are only compared: on held-out pairs and on samples of [policy].
+    reward_models: Annotated[Mapping[str, RewardModelSettings], Field(exclude_if=lambda models: not models)] = Field(
+        default_factory=dict
+    )
     perplexity_model: ModelSettings = ModelSettings()
     judge: JudgeTable | None = None
     sampling: SamplingSettings = SamplingSettings()
     candidates: CandidateDefaults = DrawnCandidates()  # of every row and source that does not say otherwise
     sources: Mapping[str, Source] = Field(default_factory=dict)
     methods: Mapping[str, SerializeAsAny[MethodSettings]] = Field(default_factory=dict)
+    # By row: the values of its settings that are tried with the first seed. The trial with the highest reward on the
+    # dev prompts, under the first decoding, is the row; the other seeds train with its settings.
+    tune: Mapping[str, Mapping[str, Grid]] = Field(default_factory=dict)
     evaluation: EvaluationSettings = EvaluationSettings()
     claims: Mapping[str, SerializeAsAny[ClaimSettings]] = Field(default_factory=dict)
     report: ReportSettings = ReportSettings()
@@ -327,6 +340,11 @@ class Experiment(Settings):
     def initial(self, method: MethodSettings | None) -> PolicySettings:
         """The policy that a row starts from."""
         return self.policy if method is None or method.initial is None else self.policies[method.initial]
+
+    def trials(self, row: str) -> list[dict[str, Any]]:
+        """Return the settings that each tuning trial of a row changes; none if the row is not tuned."""
+        grid = self.tune.get(row, {})
+        return [dict(zip(grid, values, strict=True)) for values in product(*grid.values())] if grid else []
 
     def responses(self, method: MethodSettings) -> int:
         """Return k of a row, the responses a prompt; 0 if it trains on no candidates.

@@ -26,6 +26,7 @@ from rrhf_bench.settings.candidates import (
 from rrhf_bench.settings.claims import CLAIMS, EARLIER_KINDS, ClaimSettings
 from rrhf_bench.settings.experiment import FILE, NAME, Experiment, ModelSource, SamplingSettings
 from rrhf_bench.settings.methods import MethodSettings
+from rrhf_bench.settings.reward import RewardTrainingSettings
 from rrhf_bench.settings.validation import contradictions
 
 DEEPEST = 16  # tables and lists inside each other; an experiment has four
@@ -56,6 +57,18 @@ def parse_method(kind: str, assignments: Sequence[str]) -> MethodSettings:
     if faults or method is None:
         raise ConfigError("\n".join(map(visible, faults)))
     return method
+
+
+def parse_reward_training(assignments: Sequence[str]) -> RewardTrainingSettings:
+    """How a reward model is trained, from ``key=value`` words alone. Raises ConfigError."""
+    table: dict[str, Any] = {"method": {}}
+    faults = [fault for word in assignments if (fault := _override(table, f"method.{word}"))]
+    if not faults:
+        try:
+            return RewardTrainingSettings.model_validate(table["method"])
+        except ValidationError as error:
+            faults += _faults(error, RewardTrainingSettings, "method")
+    raise ConfigError("\n".join(map(visible, faults)))
 
 
 def _read(path: Path, seen: tuple[str, ...]) -> dict[str, Any]:
@@ -297,7 +310,8 @@ def _method(where: str, table: Any, shared: Mapping[str, Any] | None, faults: li
         return None
     settings = settings_class(kind)
     candidates = table.get("candidates", {})
-    if "candidates" in settings.requires and isinstance(candidates, dict):
+    reads = "candidates" in settings.requires or ("candidates" in table and "candidates" in settings.model_fields)
+    if reads and isinstance(candidates, dict):
         merged = {} if shared is None else merge(shared, candidates, row=True)
         table = {**table, "candidates": merged}
     try:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterator
 
+from pydantic import ValidationError
+
 from rrhf_bench.errors import nearest
 from rrhf_bench.settings.experiment import (
     NAME,
@@ -49,6 +51,7 @@ def contradictions(experiment: Experiment, unread: Collection[str]) -> Iterator[
             )
         yield from (f"methods.{name}.candidates{fault}" for fault in _candidate_faults(experiment, method, unread))
     yield from _circles(experiment)
+    yield from _tuning_faults(experiment, unread)
     for name, claim in experiment.claims.items():
         for row in claim.rows():
             if row not in (*rows, *unread):
@@ -68,6 +71,36 @@ def contradictions(experiment: Experiment, unread: Collection[str]) -> Iterator[
             yield f"report.primary: found {pair[0]!r} on both sides; a row cannot be compared with itself"
         elif pair in named[:i] or pair[::-1] in named[:i]:
             yield f"report.primary: found {list(pair)} twice; a comparison may stand once only"
+
+
+def _tuning_faults(experiment: Experiment, unread: Collection[str]) -> Iterator[str]:
+    """Yield what is wrong with [tune]: rows that cannot be tuned, refused values, unequal numbers of trials."""
+    trained = _that_train(experiment)
+    for row, grid in experiment.tune.items():
+        if row not in trained:
+            if row not in unread:
+                allowed = ", ".join(trained)
+                yield f"tune.{row}: found no such row that trains; allowed are {allowed}{nearest(row, trained)}"
+            continue
+        method = experiment.methods[row]
+        candidates = candidates_of(method)
+        if candidates is not None and candidates.rounds > 1:
+            yield f"tune.{row}: the row has {candidates.rounds} rounds; only rows of one round are tuned; remove it"
+        keys = [key for key in type(method).model_fields if key not in ("kind", "initial", "candidates", "lora")]
+        for key in grid:
+            if key not in keys:
+                yield f"tune.{row}.{key}: unknown key; allowed are {', '.join(keys)}{nearest(key, keys)}"
+        if set(grid) <= set(keys):
+            for values in experiment.trials(row):
+                try:
+                    method.changed(values)
+                except ValidationError as error:
+                    words = "; ".join(str(fault["msg"]) for fault in error.errors())
+                    yield f"tune.{row}: found {values}; {words}"
+    counts = {row: len(experiment.trials(row)) for row in experiment.tune}
+    if len(set(counts.values())) > 1:
+        found = ", ".join(f"{row} {count}" for row, count in counts.items())
+        yield f"tune: found different numbers of trials ({found}); expected the same for each row, for equal footing"
 
 
 def _runtime_faults(experiment: Experiment) -> Iterator[str]:
@@ -96,14 +129,22 @@ def _model_faults(experiment: Experiment, unread: Collection[str]) -> Iterator[s
                 f"{key}.scratch: found hidden = {model.scratch.hidden} in {model.scratch.heads} heads; expected heads "
                 "of 32, 64, 96 or 128, which the samplers know"
             )
-    if experiment.reward_model.source == "toy" and not world:
-        yield 'reward_model.source: "toy" needs data.source = "toy"; use "scratch", a hub id or a folder'
+    rewards = {"reward_model": experiment.reward_model}
+    rewards |= {f"reward_models.{name}": model for name, model in experiment.reward_models.items()}
+    for key, reward in rewards.items():
+        if reward.source == "toy" and not world:
+            yield f'{key}.source: "toy" needs data.source = "toy"; use "scratch", a hub id or a folder'
+        if experiment.data.rows == "texts" and experiment.data.source not in WORLDS and reward.from_scratch:
+            yield f"{key}.source: texts have no pairs to train a reward model on; name a folder or a hub id"
+        if reward.from_scratch and reward.layout != "classifier":
+            yield f'{key}.layout: a reward model trained here is a "classifier"'
+    for name in experiment.reward_models:
+        if not re.fullmatch(NAME, name):
+            yield f"reward_models.{name}: a name is letters, digits, - and _; choose another"
+    if experiment.data.margins_and_ties and (world or experiment.data.rows == "texts"):
+        yield "data.margins_and_ties: has no effect; only pairs of files and of the hub have such columns; remove it"
     if experiment.data.rows == "texts" and experiment.data.source in WORLDS:
         yield 'data.rows: found "texts"; the embedded worlds have pairs; remove the key'
-    elif experiment.data.rows == "texts" and experiment.reward_model.from_scratch:
-        yield "reward_model.source: texts have no pairs to train a reward model on; name a folder or a hub id"
-    if experiment.reward_model.from_scratch and experiment.reward_model.layout != "classifier":
-        yield 'reward_model.layout: a reward model trained here is a "classifier"'
     if experiment.judge is not None and experiment.judge.source == "toy" and experiment.data.source != "toy":
         yield 'judge.source: "toy" judges the embedded dialogues, data.source = "toy"; use "endpoint"'
     if experiment.policy.trained_by is not None:

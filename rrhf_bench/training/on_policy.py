@@ -88,7 +88,7 @@ class OnPolicyMethod(Protocol):
 class _State:
     """The state of a run, without the policy's weights."""
 
-    _COUNTS: ClassVar = ("iteration", "step", "sampled_tokens", "missing_ends")
+    _COUNTS: ClassVar = ("iteration", "step", "sampled_tokens", "sampled_replies", "missing_ends")
 
     critic: Critic | None
     optimiser: AdamW
@@ -96,6 +96,7 @@ class _State:
     iteration: int = 0  # finished ones; names every random choice
     step: int = 0  # optimiser steps done
     sampled_tokens: int = 0
+    sampled_replies: int = 0
     missing_ends: int = 0  # rollouts that the length cap cut
 
     def state(self) -> dict[str, Any]:
@@ -161,7 +162,7 @@ class OnPolicyTrainer:
             context.checkpoints.offer({**state.state(), "method": self.method.state()})
         state.optimiser.close()
         counts = {"rollouts": settings.iterations * settings.rollouts, "rollouts_without_end": state.missing_ends}
-        return TrainResult(state.step, state.sampled_tokens, counts)
+        return TrainResult(state.step, state.sampled_tokens, state.sampled_replies, counts)
 
     def sampler(self, policy: Policy, context: TrainContext, clock: Clock | None = None) -> RolloutSampler:
         """Return the sampler of the run's rollouts."""
@@ -190,6 +191,7 @@ class OnPolicyTrainer:
         prompts = cycle_prompts(inputs.prompts, state.iteration * count, count, seed, self.name)
         rollouts = sampler.draw(state.iteration, prompts, state.critic, self._place(state))
         state.sampled_tokens += sampled_tokens(rollouts.groups) + sampled_tokens(rollouts.greedy)
+        state.sampled_replies += len(rollouts.pairs) + len(rollouts.greedy)
         state.missing_ends += int((~rollouts.ended_N).sum())
         return rollouts
 

@@ -1,0 +1,319 @@
+"""Reward models trained by a user: margins, ties, all pairs of a prompt in a batch, ensembles, the filter."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file
+
+from rrhf_bench import cli as program
+from rrhf_bench.data.preferences import load_pairs
+from rrhf_bench.errors import ConfigError, DataError
+from rrhf_bench.pipeline.services import ModelRef, load_reward
+from rrhf_bench.pipeline.stage_graph import make_plan
+from rrhf_bench.records import Preference, Prompt
+from rrhf_bench.rewards import ensemble
+from rrhf_bench.rewards.perplexity_filter import filter_pairs, typical_pairs
+from rrhf_bench.rewards.train_head import count_steps, train_head
+from rrhf_bench.seeding import generator
+from rrhf_bench.settings.reading import load_experiment
+from rrhf_bench.settings.reward import EnsembleSettings, PerplexityFilterSettings, RewardTrainingSettings
+
+SMOKE = Path(__file__).parents[1] / "experiments" / "smoke.toml"
+Folder = Callable[[int], Path]
+Cli = Callable[..., tuple[int, str]]
+
+
+def pairs(n: int, *, of_prompt: int = 1, **options: Any) -> list[Preference]:
+    return [
+        Preference(
+            Prompt(f"\n\nHuman: Question {i // of_prompt}?\n\nAssistant:"),
+            f" The flour {i % of_prompt}. I hope this helps!",
+            f" The water {i % of_prompt}. I am sad!",
+            **options,
+        )
+        for i in range(n)
+    ]
+
+
+@pytest.fixture
+def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
+    def run(*words: object) -> tuple[int, str]:
+        monkeypatch.setenv("COLUMNS", "200")
+        monkeypatch.setattr(sys, "argv", ["rrhf-bench", *map(str, words)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            program.main()
+        shown = capsys.readouterr()
+        return int(ended.value.code or 0), shown.out if not ended.value.code else shown.err
+
+    return run
+
+
+def write_pairs(path: Path, *rows: dict[str, Any]) -> Path:
+    whole = {"prompt": "Why?", "chosen": "So.", "rejected": "No."}
+    path.write_text("".join(json.dumps({**whole, **row}) + "\n" for row in rows))
+    return path
+
+
+# Training
+
+
+def weights(folder: Path) -> dict[str, np.ndarray]:
+    return {name: value.numpy() for name, value in load_file(folder / "model.safetensors").items()}
+
+
+def test_prompts_with_one_pair_make_the_same_batches_as_pairs(llama_folder: Folder, tmp_path: Path) -> None:
+    by_pairs = RewardTrainingSettings(batch_pairs=4)
+    by_prompts = RewardTrainingSettings(batch_prompts=4)
+    data = pairs(16)
+    for name, settings in (("pairs", by_pairs), ("prompts", by_prompts)):
+        assert train_head(llama_folder(0), data, settings, tmp_path / name, seed=0).steps == 4
+    one, other = weights(tmp_path / "pairs"), weights(tmp_path / "prompts")
+    for name in one:
+        np.testing.assert_allclose(other[name], one[name], atol=2e-4)
+    assert count_steps(pairs(16, of_prompt=4), by_prompts) == 1  # all pairs of a prompt are in one batch
+    assert count_steps(pairs(16, of_prompt=4), by_pairs) == 4
+
+
+def test_margins_push_apart_ties_pull_together_and_centring_holds_the_mean(
+    llama_folder: Folder, tmp_path: Path
+) -> None:
+    def gap(name: str, data: list[Preference], **options: Any) -> tuple[float, dict[str, int]]:
+        settings = RewardTrainingSettings(batch_pairs=8, epochs=10, lr=1e-2, **options)
+        lines: list[dict[str, float]] = []
+        counts = train_head(
+            llama_folder(0), data, settings, tmp_path / name, seed=0, log=lambda line: lines.append(dict(line))
+        ).counts
+        return lines[-1]["rewards/margins"], dict(counts)
+
+    plain, counts = gap("plain", pairs(16))
+    assert counts == {"pairs": 16, "truncated": 0}
+    wide, counts = gap("margin", pairs(16, margin=3.0))
+    assert counts == {"pairs": 16, "truncated": 0, "margins": 16}
+    assert wide > plain + 0.5
+    assert gap("ignored", pairs(16, margin=3.0), margin_scale=0.0) == (plain, {"pairs": 16, "truncated": 0})
+    tied = [*pairs(8), *pairs(8, tie=True)]
+    half, counts = gap("half", tied)
+    assert counts == {"pairs": 16, "truncated": 0, "ties": 8}
+    assert half < plain - 0.5
+    assert gap("rao-kupper", tied, ties="rao-kupper")[0] < plain - 0.5
+    dropped, counts = gap("drop", tied, ties="drop")
+    assert counts == {"pairs": 8, "truncated": 0, "ties_dropped": 8}
+    assert dropped > half
+    with pytest.raises(DataError, match="found no pairs"):
+        gap("nothing", pairs(4, tie=True), ties="drop")
+
+
+@pytest.mark.parametrize(
+    ("key", "settings"),
+    [
+        ("centring", {"objective": "classification", "centring": 0.1}),
+        ("batch_prompts", {"objective": "classification", "batch_prompts": 2}),
+        ("tie_threshold", {"tie_threshold": 1.0}),
+        ("batch_pairs", {"batch_pairs": 4, "batch_prompts": 2}),
+        ("filter.quantile", {"filter": {}}),
+        ("ensemble.members", {"ensemble": {"members": 1}}),
+    ],
+)
+def test_a_key_that_does_nothing_is_refused(key: str, settings: dict[str, Any]) -> None:
+    from rrhf_bench.settings.reading import parse_reward_training
+
+    words = [f"{name}={json.dumps(value)}" for name, value in settings.items() if not isinstance(value, dict)]
+    words += [
+        f"{name}.{k}={v}" for name, value in settings.items() if isinstance(value, dict) for k, v in value.items()
+    ]
+    if not words:
+        words = ["filter={}"]
+    with pytest.raises(ConfigError, match=f"^method.{key}: "):
+        parse_reward_training(words)
+
+
+# Data
+
+
+def test_margins_and_ties_are_read_where_they_are_asked_for(tmp_path: Path) -> None:
+    file = write_pairs(tmp_path / "p.jsonl", {"margin": 1}, {"tie": True}, {"tie": False, "margin": None})
+    read = load_pairs(file, margins_and_ties=True)
+    assert [(p.margin, p.tie) for p in read.preferences] == [(1.0, None), (None, True), (None, None)]
+    assert read.counts["ties"] == 1
+    assert [(p.margin, p.tie) for p in load_pairs(file).preferences] == [(None, None)] * 3
+
+
+@pytest.mark.parametrize(
+    "row",
+    [*({"margin": value} for value in (float("nan"), float("inf"), -1, "1")), {"tie": 1}, {"tie": True, "margin": 2}],
+)
+def test_a_faulty_margin_is_one_line(row: dict[str, Any], llama_folder: Folder, tmp_path: Path, cli: Cli) -> None:
+    file = write_pairs(tmp_path / "p.jsonl", {}, row)
+    words = ("--model", llama_folder(0), "--data", file, "--out", tmp_path / "rm", "--device", "cpu")
+    code, shown = cli("train", "--method", "reward-model", *words)
+    assert code == 2
+    assert shown.count("\n") == 1
+    assert f"{file}:2: {min(row)}: found" in shown
+    assert not (tmp_path / "rm").exists()
+
+
+def test_other_faults_of_the_command(llama_folder: Folder, tmp_path: Path, cli: Cli) -> None:
+    data = write_pairs(tmp_path / "p.jsonl", {}, {"prompt": "Who?"})
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "Why?"}\n')
+    words = (
+        "train",
+        "--method",
+        "reward-model",
+        "--model",
+        llama_folder(0),
+        "--out",
+        tmp_path / "rm",
+        "--device",
+        "cpu",
+    )
+    for where, extra in (
+        ("chosen", ("--data", prompts)),
+        ("--dtype", ("--data", data, "--dtype", "bfloat16")),
+        ("--reward-model", ("--data", data, "--reward-model", llama_folder(0))),
+        ("method.lrs", ("--data", data, "--set", "lrs=1")),
+        ("filter: found no pair", ("--data", data, "--set", "filter.quantile=0.001")),
+    ):
+        code, shown = cli(*words, *extra)
+        assert code == 2
+        assert where in shown
+        assert not (tmp_path / "rm").exists()
+
+
+# The filter
+
+
+def test_filter_by_hand() -> None:
+    # Mean negative log-likelihoods; the median of the eight is 2.25, and log 2 = 0.693.
+    nll_P2 = np.array([[1.0, 1.2], [1.0, 2.0], [2.5, 2.6], [3.0, 4.0]])
+    keep = {name: typical_pairs(nll_P2, PerplexityFilterSettings(**s)).tolist() for name, s in {
+        "quantile": {"quantile": 0.5}, "ratio": {"ratio": 2.0}, "both": {"quantile": 0.5, "ratio": 2.0},
+    }.items()}  # fmt: skip
+    assert keep == {
+        "quantile": [True, True, False, False],
+        "ratio": [True, False, True, False],
+        "both": [True, False, False, False],
+    }
+    # A broken copy that looks at one side, at the mean or at the wrong sign of the gap keeps others.
+    assert (nll_P2[:, 0] <= 2.25).tolist() == keep["quantile"]  # so this side alone decides nothing here:
+    assert typical_pairs(nll_P2[:, ::-1], PerplexityFilterSettings(ratio=2.0)).tolist() == keep["ratio"]
+    lopsided = np.array([[1.0, 9.0], [9.0, 1.0], [1.0, 1.0], [2.0, 2.0]])
+    assert typical_pairs(lopsided, PerplexityFilterSettings(quantile=0.7)).tolist() == [False, False, True, True]
+    assert typical_pairs(lopsided, PerplexityFilterSettings(ratio=1e3)).tolist() == [False, False, True, True]
+
+
+def test_a_random_subset_has_the_size_of_the_filtered_one() -> None:
+    rng = np.random.default_rng(0)
+    nll_P2, data = rng.gamma(2.0, size=(200, 2)), pairs(200)
+    kept, about = filter_pairs(data, nll_P2, PerplexityFilterSettings(quantile=0.6), generator(0))
+    drawn = [
+        filter_pairs(data, nll_P2, PerplexityFilterSettings(quantile=0.6, keep="random"), generator(seed))
+        for seed in (0, 0, 1)
+    ]
+    assert len(kept) == about["after"]["pairs"] == drawn[0][1]["after"]["pairs"] < 120
+    assert about["before"] == drawn[0][1]["before"]
+    assert about["after"]["chosen_perplexity"] < about["before"]["chosen_perplexity"]
+    assert drawn[0][0] == drawn[1][0] != drawn[2][0]
+    assert drawn[0][0] == [pair for pair in data if pair in drawn[0][0]]  # in their order
+    with pytest.raises(DataError, match="found no pair of 200"):
+        filter_pairs(data, nll_P2, PerplexityFilterSettings(quantile=1e-6), generator(0))
+
+
+# Ensembles
+
+
+def test_combine_by_hand() -> None:
+    # Two members on three texts: means 2, 0, 1; minima 1, -1, 1; population variances 1, 1, 0.
+    score_MN = np.array([[1.0, 1.0, 1.0], [3.0, -1.0, 1.0]])
+    found = {
+        how: ensemble.combine(score_MN, EnsembleSettings(combine=how, weight=0.5)).tolist()
+        for how in ("mean", "minimum", "uncertainty")
+    }
+    assert found == {"mean": [2, 0, 1], "minimum": [1, -1, 1], "uncertainty": [1.5, -0.5, 1]}
+    assert (score_MN.mean(axis=0) - 0.5 * score_MN.var(axis=0, ddof=1)).tolist() != found["uncertainty"]
+
+
+def test_train_an_ensemble_and_score_with_it(llama_folder: Folder, tmp_path: Path, cli: Cli) -> None:
+    data, out = tmp_path / "p.jsonl", tmp_path / "rm"
+    write_pairs(data, *({"prompt": f"{p.prompt.text}", "chosen": p.chosen, "rejected": p.rejected} for p in pairs(24)))
+    words = ("--model", llama_folder(0), "--data", data, "--out", out, "--device", "cpu", "--json")
+    settings = ("--set", "ensemble.members=2", "--set", "ensemble.combine=minimum", "--set", "batch_pairs=8")
+    code, shown = cli("train", "--method", "reward-model", *words, *settings, "--set", "filter.quantile=0.9")
+    assert code == 0
+    counts = json.loads(shown)["counts"]
+    assert counts["pairs"] + counts["filtered_out"] == 24
+    assert json.loads((out / "filter.json").read_text())["after"]["pairs"] == counts["pairs"] < 24
+
+    candidates, scored = tmp_path / "c.jsonl", tmp_path / "s.jsonl"
+    candidates.write_text(json.dumps({"query": "Why?", "responses": [" I hope this helps!", " I am sad!"]}) + "\n")
+    assert cli("score", "--reward-model", out, "--candidates", candidates, "--out", scored, "--device", "cpu")[0] == 0
+    found = json.loads(scored.read_text())["scores"]
+    prompt = Prompt("\n\nHuman: Why?\n\nAssistant:")
+    about = json.loads((out / "ensemble.json").read_text())
+    by_hand = []
+    for i in range(2):
+        member = load_reward(ModelRef(str(out / f"member_{i}")), "cpu", 8)
+        score = member.score([prompt, prompt], [" I hope this helps!", " I am sad!"])
+        by_hand.append((score - about["mean"][i]) / about["std"][i])
+    np.testing.assert_allclose(found, np.min(by_hand, axis=0), rtol=1e-4)
+    assert not np.allclose(by_hand[0], by_hand[1])
+
+    (out / "ensemble.json").write_text(json.dumps({**about, "std": [1.0]}))
+    with pytest.raises(DataError, match=r"ensemble\.json: is not the file of an ensemble"):
+        load_reward(ModelRef(str(out)), "cpu", 8)
+
+
+# Stages
+
+
+def test_stages_of_further_reward_models() -> None:
+    toy = 'reward_models.{}={{source="toy", training={}}}'.format
+    overrides = (
+        "seeds=[0, 1]",
+        toy("plain", "{}"),
+        toy("three", '{ensemble={members=3, combine="minimum"}}'),
+        toy("filtered", "{filter={quantile=0.5}}"),
+        toy("random", '{filter={quantile=0.5, keep="random"}}'),
+    )
+    plan = make_plan(load_experiment(SMOKE, overrides))
+    found = plan.reward_models
+    before = {stage.name: stage.key for stage in make_plan(load_experiment(SMOKE, overrides[:1])).stages}
+    after = {stage.name: stage.key for stage in plan.stages}
+    assert found["plain", 0]["model"].key == before["reward model"]
+    assert {name: after.get(name, before[name]) for name in before} == before  # the stages of the rows are as they were
+    assert found["three", 0]["model"].inputs["member 0"].key == before["reward model"]
+    members = [
+        stage.key for seed in (0, 1) for role, stage in found["three", seed]["model"].inputs.items() if role != "data"
+    ]
+    assert len(set(members)) == 6
+    pairs_of = {key: own["model"].inputs["data"].key for key, own in found.items()}
+    assert pairs_of["filtered", 0] == pairs_of["filtered", 1]
+    assert pairs_of["random", 0] != pairs_of["random", 1]
+    assert found["filtered", 0]["pool"].inputs["candidates"].key == found["plain", 0]["pool"].inputs["candidates"].key
+
+
+def test_default_training_keys_are_what_they_were() -> None:
+    assert set(RewardTrainingSettings().model_dump(mode="json")) == {
+        "objective", "lr", "epochs", "batch_pairs", "warmup", "weight_decay", "max_length",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ('reward_models.a={source="toy", layout="value-head"}', "reward_models.a.layout"),
+        ('reward_models."a b"={source="toy"}', "reward_models"),
+        ("data.margins_and_ties=true", "data.margins_and_ties"),
+    ],
+)
+def test_contradictions(override: str, key: str) -> None:
+    with pytest.raises(ConfigError, match=key):
+        load_experiment(SMOKE, [override])
