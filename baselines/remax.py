@@ -30,7 +30,7 @@ def remax_advantages(
     """Return (N, T) weights of the log-probs: gamma^(T - t + 1) * score gap - kl_coefficient * log-ratio.
 
     ``score_gap_N`` is the score less that of the greedy reply. The log-ratio to the reference is that of the whole
-    reply (``sum``, 2310.10505 Eq. 6 with the KL in the reward), from token t on, or of token t alone (the code).
+    reply (``sum``, as in 2310.10505 with the KL in the reward), from token t on, or of token t alone (the code).
     """
     if score_clip is not None:
         score_gap_N = score_gap_N.clamp(-score_clip, score_clip)
