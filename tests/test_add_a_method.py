@@ -78,6 +78,20 @@ def test_the_pages_methods_run_to_their_report(folder: Path) -> None:
     assert "#56b4e9" in figures.lower()
 
 
+def test_the_pages_method_conforms_and_a_broken_one_does_not(folder: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)]), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "my_methods/test_dpo.py"]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    source = folder / "my_methods" / "dpo.py"
+    whole = source.read_text(encoding="utf-8")
+    source.write_text(whole.replace("(chosen_B - ref_chosen_B)", "(ref_chosen_B - chosen_B)"), encoding="utf-8")
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    source.write_text(whole, encoding="utf-8")
+    assert done.returncode == 1
+    assert "fails prefers_the_better_reply" in done.stdout
+
+
 def test_the_pages_own_experiment_plans(folder: Path) -> None:
     (folder / "experiments").symlink_to(ROOT / "experiments")
     done = run(folder, "plan", "my_experiment.toml", "--json")
