@@ -15,9 +15,8 @@ import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 from unittest.mock import patch
 
 import numpy as np
@@ -49,12 +48,12 @@ KEEPING_ENVIRONMENT = {"MALLOC_TRIM_THRESHOLD_": "8000000000", "MALLOC_MMAP_THRE
 # --- time -----------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Side:
+class Side(Protocol):
     """One way to do the work. ``prepare`` is called before every ``run`` and is not timed."""
 
-    run: Callable[[], object]
-    prepare: Callable[[], object] = lambda: None
+    def prepare(self) -> None: ...
+
+    def run(self) -> None: ...
 
 
 class Spread(NamedTuple):

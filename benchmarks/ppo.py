@@ -21,7 +21,7 @@ import typer
 
 from baselines.ppo import PPO
 from baselines.ppo_settings import PPOSettings
-from benchmarks.measure import Side, begin, device_of, main, measure_rounds, ratios, say, spread, write_json
+from benchmarks.measure import begin, device_of, main, measure_rounds, ratios, say, spread, write_json
 from benchmarks.page import Table, show, spread_words
 from benchmarks.sampling import CONTEXT, SIZES, small_llama, world_prompts
 from rrhf_bench.data.dialogue import Template
@@ -113,7 +113,7 @@ def ppo(
             log=lambda metrics: None,
         )
         sides = {layout: Layout(layout, policy, settings, context) for layout in ("packed", "padded")}
-        measure_rounds({name: Side(side.run, side.prepare) for name, side in sides.items()}, rounds, progress=say)
+        measure_rounds(sides, rounds, progress=say)
     say()
     seconds = {
         name: {

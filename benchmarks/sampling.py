@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from benchmarks.measure import Side, begin, device_of, main, measure_rounds, ratios, say, spread, timed, write_json
+from benchmarks.measure import begin, device_of, main, measure_rounds, ratios, say, spread, timed, write_json
 from benchmarks.page import Table, show, spread_words
 from rrhf_bench.data.dialogue import Template
 from rrhf_bench.data.toy.scratch import train_language_model
@@ -151,8 +151,7 @@ def measure(
             f"{name}: {differing} of {len(replies)} replies are not those of raw vLLM with the same seeds; "
             "expected none: what writes other tokens cannot be compared by its speed"
         )
-    turns = {side: Side(of.run, of.prepare) for side, of in sides.items()}
-    seconds = measure_rounds(turns, rounds, progress=lambda words: say(f"{name}, {words}"))
+    seconds = measure_rounds(sides, rounds, progress=lambda words: say(f"{name}, {words}"))
     tokens = {side: [sum(map(len, of.ids(r))) for r in range(-rounds, 0)] for side, of in sides.items()}
     rate = {side: [n / s for n, s in zip(tokens[side], seconds[side], strict=True)] for side in sides}
     return {

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from benchmarks.measure import Side, measure_rounds, peak_above
+from benchmarks.measure import measure_rounds, peak_above
 from benchmarks.released import released
 from benchmarks.workloads import IGNORE, Group, Shape, make_model, make_tokenization, padded_rows
 from rrhf_bench.errors import StageError
@@ -102,32 +101,43 @@ class Results(NamedTuple):
     gradients: dict[str, Tensor]
 
 
-@dataclass(frozen=True)
+class Steps(NamedTuple):
+    """What all sides do: one step for each group, from the weights of a seed."""
+
+    shape: Shape
+    groups: Sequence[Group]
+    seed: int
+    dtype: torch.dtype
+    device: torch.device
+    threads: int
+
+    def model(self) -> Any:
+        return make_model(self.shape, seed=self.seed, dtype=self.dtype, device=self.device)
+
+
 class Stepper:
-    """A side at work on a model of its own: all sides of one seed start from the same weights."""
+    """A side at work on a model of its own."""
 
-    model: Any
-    forward: Forward
+    def __init__(self, side: str, steps: Steps, model: Any = None) -> None:
+        torch.set_num_threads(steps.threads)  # of this process, which may be a new one
+        self.model = steps.model() if model is None else model
+        self.groups = steps.groups
+        self.forward = SIDES[side](self.model)
 
-    @classmethod
-    def make(cls, side: str, shape: Shape, *, seed: int, dtype: torch.dtype, device: torch.device) -> Stepper:
-        model = make_model(shape, seed=seed, dtype=dtype, device=device)
-        return cls(model, SIDES[side](model))
-
-    def step(self, groups: Sequence[Group]) -> None:
-        """Forward, loss and backward for each group in turn: a step of one prompt each, gradients added up."""
-        for group in groups:
-            self.forward(group)[0].backward()
-
-    def clear(self) -> None:
+    def prepare(self) -> None:
         """Set gradients to zeros in the memory that they have, as in a batch that other steps have begun."""
         self.model.zero_grad(set_to_none=False)
 
-    def results(self, groups: Sequence[Group]) -> Results:
+    def run(self) -> None:
+        """Compute forward, loss and backward for each group in turn; gradients add up."""
+        for group in self.groups:
+            self.forward(group)[0].backward()
+
+    def results(self) -> Results:
         """Return a step's loss, scores and gradients; the gradients are not kept on the model."""
         self.model.zero_grad()
         loss, scores = 0.0, []
-        for group in groups:
+        for group in self.groups:
             total, score_K = self.forward(group)
             total.backward()
             loss += total.item()
@@ -137,19 +147,9 @@ class Stepper:
         return Results(loss, torch.cat(scores), gradients)
 
 
-Steps = tuple[Shape, Sequence[Group], int, torch.dtype, torch.device, int]  # (..., seed, dtype, device, threads)
-
-
-def _side(name: str, steps: Steps) -> Side:
-    shape, groups, seed, dtype, device, threads = steps
-    torch.set_num_threads(threads)
-    stepper = Stepper.make(name, shape, seed=seed, dtype=dtype, device=device)
-    return Side(partial(stepper.step, groups), stepper.clear)
-
-
 def time_steps(names: Sequence[str], steps: Steps, rounds: int) -> dict[str, list[float]]:
     """Return the seconds of each side's step in each round; for a process of its own."""
-    return measure_rounds({name: _side(name, steps) for name in names}, rounds)
+    return measure_rounds({name: Stepper(name, steps) for name in names}, rounds)
 
 
 class Errors(NamedTuple):
@@ -215,6 +215,6 @@ def extra_memory(side: str, steps: Steps) -> int | None:
     The step is the second of two whose gradients are added up, as in an accumulated batch: weights, gradients and what
     libraries set up once are there before it. None if the system does not say.
     """
-    own = _side(side, steps)
+    own = Stepper(side, steps)
     own.run()
-    return peak_above(own.run, steps[4])
+    return peak_above(own.run, steps.device)

@@ -39,13 +39,14 @@ from benchmarks.sides import (
     Errors,
     Results,
     Stepper,
+    Steps,
     bfloat16_bound,
     check_equal,
     extra_memory,
     sides_for,
     time_steps,
 )
-from benchmarks.workloads import Group, Workload, make_model, total_tokens
+from benchmarks.workloads import Workload, total_tokens
 from rrhf_bench.errors import ConfigError, nearest
 from rrhf_bench.policy import onednn
 
@@ -147,13 +148,10 @@ def measure(workload: Workload, record: Record, *, memory: bool) -> dict[str, An
     workload = workload.quick() if record["quick"] else workload
     groups = workload.groups(seed)
     names = sides_for(workload.dtype, device)
-    steps = (workload.shape, groups, seed, workload.dtype, device, torch.get_num_threads())
+    steps = Steps(workload.shape, groups, seed, workload.dtype, device, torch.get_num_threads())
     say(f"{workload.name}: equality")
-    found = {
-        name: Stepper.make(name, workload.shape, seed=seed, dtype=workload.dtype, device=device).results(groups)
-        for name in names
-    }
-    expected, bound = reference(workload, found, groups, seed=seed, device=device)
+    found = {name: Stepper(name, steps).results() for name in names}
+    expected, bound = reference(steps, found)
     errors = check_equal(found, expected, bound, workload.name)
     del found, expected
     say(f"{workload.name}: {rounds} rounds")
@@ -184,14 +182,11 @@ def measure(workload: Workload, record: Record, *, memory: bool) -> dict[str, An
     return {**row, "summary": summary(row)}
 
 
-def reference(
-    workload: Workload, found: Mapping[str, Results], groups: Sequence[Group], *, seed: int, device: torch.device
-) -> tuple[Results, Errors]:
+def reference(steps: Steps, found: Mapping[str, Results]) -> tuple[Results, Errors]:
     """Return the results that all sides must agree with, the released computation in float32, and the bound."""
-    if workload.dtype == torch.float32:
+    if steps.dtype == torch.float32:
         return found[RELEASED], FLOAT32
-    model = make_model(workload.shape, seed=seed, dtype=workload.dtype, device=device).float()
-    return Stepper(model, SIDES[RELEASED](model)).results(groups), bfloat16_bound(workload.shape.layers)
+    return Stepper(RELEASED, steps, steps.model().float()).results(), bfloat16_bound(steps.shape.layers)
 
 
 def summary(row: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

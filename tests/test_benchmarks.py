@@ -29,6 +29,7 @@ from benchmarks.sides import (
     Errors,
     Results,
     Stepper,
+    Steps,
     check_equal,
     errors,
     labelled_logprobs,
@@ -101,13 +102,9 @@ def test_padded_rows_by_hand():
 @pytest.mark.parametrize("name", ["15M-cut", "60M-bf16"])
 def test_sides_agree(name):
     workload = step.WORKLOADS[name].quick()
-    groups = workload.groups(0)
-    steppers = {
-        side: Stepper.make(side, workload.shape, seed=0, dtype=workload.dtype, device=CPU)
-        for side in sides_for(workload.dtype, CPU)
-    }
-    found = {side: stepper.results(groups) for side, stepper in steppers.items()}
-    expected, bound = step.reference(workload, found, groups, seed=0, device=CPU)
+    steps = Steps(workload.shape, workload.groups(0), 0, workload.dtype, CPU, torch.get_num_threads())
+    found = {side: Stepper(side, steps).results() for side in sides_for(workload.dtype, CPU)}
+    expected, bound = step.reference(steps, found)
     check_equal(found, expected, bound, name)
 
 

@@ -146,7 +146,7 @@ def test_eight_texts_are_recorded_and_replayed(trained: Path) -> None:
         ids = [*reward.tokenizer(text.prompt.text + text.response)["input_ids"], reward.tokenizer.eos_token_id]
         cut = ids if text.max_length is None else [ids[0], *ids[len(ids) - text.max_length + 1 :]]
         assert list(text.ids) == cut
-        assert (text.prompt, text.response, text.max_length) == tuple(probe)
+        assert replace(text, ids=(), score=0.0) == probe
         with torch.no_grad():
             assert text.score == pytest.approx(model(torch.tensor([cut])).logits.item(), abs=1e-5)
     assert [len(text.ids) for text in record.texts].count(16) == 1  # one is cut
@@ -155,7 +155,7 @@ def test_eight_texts_are_recorded_and_replayed(trained: Path) -> None:
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_one_against_eight_is_far_within_the_bound(trained: Path, tmp_path: Path, kind: str) -> None:
     reward = ClassifierReward.load(trained) if kind == "llama" else fresh_gpt2()
-    rows = [reward.encode(*probe) for probe in PROBES]
+    rows = [reward.encode(probe.prompt, probe.response, probe.max_length) for probe in PROBES]
     together = reward.score_batch(rows)
     alone = np.concatenate([reward.score_batch([row]) for row in rows])
     scale = max(1.0, np.abs(together).max())

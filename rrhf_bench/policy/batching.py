@@ -204,17 +204,13 @@ def _laid_out(batch: ResponseBatch, groups: Sequence[tuple[int, Sequence[int]]])
     )
 
 
-@dataclass(frozen=True)
-class PaddedLayout:
-    """Rows of prompt + response for a causal model, padded on the right to L, the longest of them."""
+def padded(
+    batch: ResponseBatch, rows: Sequence[int], pad_id: int, device: torch.device
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Return the plain layout of some rows: a model's (B, L) inputs, padded on the right, and a (B, L) mask.
 
-    input_ids_BL: Tensor
-    attention_mask_BL: Tensor
-    predict_BL: Tensor  # bool: True where the position predicts a response token
-
-
-def padded(batch: ResponseBatch, rows: Sequence[int], pad_id: int, device: torch.device) -> PaddedLayout:
-    """Return the plain layout of some rows of a batch."""
+    The mask is True where a position predicts a response token.
+    """
     ids = [batch.prompt_ids[batch.prompt_of[row]] + batch.response_ids[row][:-1] for row in rows]
     end_B = torch.tensor([len(row) for row in ids])
     start_B = end_B - torch.tensor([batch.lengths[row] for row in rows])
@@ -222,7 +218,7 @@ def padded(batch: ResponseBatch, rows: Sequence[int], pad_id: int, device: torch
     position_L = torch.arange(ids_BL.shape[1])
     real_BL = position_L < end_B[:, None]
     predict_BL = real_BL & (position_L >= start_B[:, None])
-    return PaddedLayout(ids_BL.to(device), real_BL.long().to(device), predict_BL.to(device))
+    return {"input_ids": ids_BL.to(device), "attention_mask": real_BL.long().to(device)}, predict_BL.to(device)
 
 
 def passes(batch: ResponseBatch, tokens: int) -> list[list[int]]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -61,60 +60,42 @@ def load_model(
 
     If the source is an adapter of peft, its base model is loaded and the adapter is added to the weights.
     """
-    adapter = _adapter(source, revision)
+    adapter, weights = _adapter_config(source, revision), {}
+    place = (source, revision) if adapter is None else (adapter.base_model_name_or_path, adapter.revision)
     with load_faults(source, what):
+        if adapter is not None:
+            from peft import load_peft_weights
+
+            weights = load_peft_weights(source, device="cpu", revision=revision)
+        # The number of labels of a classifier's head, which no configuration of an adapter has.
+        heads = [w.shape[0] for name, w in weights.items() if w.dim() == 2 and _brings(adapter, name)]
+        labels = {"num_labels": min(heads)} if heads and adapter.task_type == "SEQ_CLS" else {}
         model, info = model_class.from_pretrained(
-            source if adapter is None else adapter.config.base_model_name_or_path,
-            revision=revision if adapter is None else adapter.config.revision,
+            place[0],
+            revision=place[1],
             dtype=dtype,
             trust_remote_code=trust_remote_code,
             weights_only=True,
             output_loading_info=True,
-            **({} if adapter is None else adapter.labels()),
+            **labels,
         )
-        mismatched = [str(name) for name, *_ in info["mismatched_keys"]]
-        loaded = Loaded(model, sorted((*info["missing_keys"], *mismatched)), sorted(info["unexpected_keys"]))
-        return loaded if adapter is None else adapter.merge_into(loaded)
-
-
-@dataclass(frozen=True)
-class _Adapter:
-    """An adapter of peft: its configuration and its own weights by name."""
-
-    config: Any
-    weights: Mapping[str, Tensor]
-
-    def _brings(self, name: str) -> bool:
-        """Return True for the name of a weight that the adapter brings whole, such as those of a classifier's head."""
-        return not set(self.config.modules_to_save or ()).isdisjoint(name.split("."))
-
-    def labels(self) -> dict[str, int]:
-        """Return the number of labels of a classifier's head, which no configuration of an adapter has."""
-        heads = [weight.shape[0] for name, weight in self.weights.items() if weight.dim() == 2 and self._brings(name)]
-        return {"num_labels": min(heads)} if self.config.task_type == "SEQ_CLS" and heads else {}
-
-    def merge_into(self, base: Loaded) -> Loaded:
-        """Return the base model with the adapter added to its weights."""
+        untrained = sorted((*info["missing_keys"], *(str(name) for name, *_ in info["mismatched_keys"])))
+        if adapter is None:
+            return Loaded(model, untrained, sorted(info["unexpected_keys"]))
         from peft import get_peft_model, set_peft_model_state_dict
 
-        model = get_peft_model(base.model, self.config)
-        result = set_peft_model_state_dict(model, self.weights)
-        brought = [name for name in self.weights if self._brings(name)]
-        untrained = [name for name in base.untrained if not (brought and self._brings(name))]
+        adapted = get_peft_model(model, adapter)
+        result = set_peft_model_state_dict(adapted, weights)
+        if any(_brings(adapter, name) for name in weights):
+            untrained = [name for name in untrained if not _brings(adapter, name)]
         untrained += [name for name in result.missing_keys if "lora_" in name]
-        merged = model.merge_and_unload().requires_grad_(True)  # peft froze the base's weights
+        merged = adapted.merge_and_unload().requires_grad_(True)  # peft froze the base's weights
         return Loaded(merged, untrained, list(result.unexpected_keys))
 
 
-def _adapter(source: str, revision: str | None) -> _Adapter | None:
-    """Return an adapter of peft with its weights, or None if the source is a model of its own."""
-    from peft import load_peft_weights
-
-    config = _adapter_config(source, revision)
-    if config is None:
-        return None
-    with load_faults(source, "an adapter"):
-        return _Adapter(config, load_peft_weights(source, device="cpu", revision=revision))
+def _brings(adapter: Any, name: str) -> bool:
+    """Return True for the name of a weight that an adapter brings whole, such as those of a classifier's head."""
+    return not set(adapter.modules_to_save or ()).isdisjoint(name.split("."))
 
 
 def _adapter_config(source: str, revision: str | None) -> Any:

@@ -16,7 +16,7 @@ from rrhf_bench.data.dialogue import Template
 from rrhf_bench.errors import DataError, StageError, is_out_of_memory
 from rrhf_bench.policy import attention, onednn
 from rrhf_bench.policy.adapters import adapters_off, add_adapters, merge, merged_state
-from rrhf_bench.policy.batching import Pack, PaddedLayout, ResponseBatch, pack, padded, passes, places
+from rrhf_bench.policy.batching import Pack, ResponseBatch, pack, padded, passes, places
 from rrhf_bench.policy.head import token_logprobs
 from rrhf_bench.policy.loading import end_ids_of, load_causal_lm, save_causal_lm
 from rrhf_bench.policy.logprobs import gather_logprobs
@@ -142,13 +142,9 @@ class TransformersPolicy:
         from transformers.integrations.liger import apply_liger_kernel
         from transformers.utils import is_liger_kernel_available
 
-        found, remedy = 'runtime.kernels: found "liger"', "remove the key"
+        found, remedy = f'runtime.kernels: found "liger" on {self.device.type}', "remove the key"
         if self.device.type != "cuda" or not is_liger_kernel_available():
-            installed = "installed" if is_liger_kernel_available() else "not installed"
-            raise StageError(
-                f"{found}; expected a GPU and the package liger-kernel (the device is {self.device.type}, the package "
-                f"is {installed}); {remedy}"
-            )
+            raise StageError(f"{found}; expected a GPU and the package liger-kernel; {remedy}")
         group = self._trial()
         expected_BT = self.token_logprobs(group)
         # Its rotation would change every model of the process, not this one; its losses are not used here.
@@ -261,12 +257,11 @@ class TransformersPolicy:
             hidden_ND = torch.cat([self._packed(part) for part in packs])
         else:
             parts = passes(batch, self.pass_tokens)
-            layouts = [padded(batch, part, self.tokenization.pad_id, self.device) for part in parts]
-            if not self._head_is_plain:
-                return self._with_own_logits(batch, parts, layouts)
-            hidden_ND = torch.cat([self._padded(layout) for layout in layouts])
+            found = [self._padded(batch, part) for part in parts]
+            hidden_ND, logp_N = (torch.cat(values) for values in zip(*found, strict=True))
+        if self._head_is_plain:
+            logp_N = self._logprobs(hidden_ND, batch, [row for part in parts for row in part])
         order_N = places(batch, parts).to(self.device)
-        logp_N = self._logprobs(hidden_ND, batch, [row for part in parts for row in part])
         return logp_N[order_N], hidden_ND[order_N]
 
     def _packed(self, part: Pack, **extra: Any) -> Tensor:
@@ -283,37 +278,32 @@ class TransformersPolicy:
             ).last_hidden_state
         return states_1LD[0, part.predict_N.to(self.device)]
 
-    def _padded(self, layout: PaddedLayout) -> Tensor:
-        with self._checkpoints():
-            states_BLD = self._body(
-                input_ids=layout.input_ids_BL, attention_mask=layout.attention_mask_BL, use_cache=False
-            ).last_hidden_state
-        return states_BLD[layout.predict_BL]
+    def _padded(self, batch: ResponseBatch, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Return the (N, D) hidden states that predict the response tokens of some rows, and their (N,) log-probs.
 
-    def _with_own_logits(
-        self, batch: ResponseBatch, parts: Sequence[Sequence[int]], layouts: Sequence[PaddedLayout]
-    ) -> tuple[Tensor, Tensor]:
-        logp, hidden = [], []
-        for part, layout in zip(parts, layouts, strict=True):
-            output = self.model(
-                input_ids=layout.input_ids_BL,
-                attention_mask=layout.attention_mask_BL,
-                use_cache=False,
-                output_hidden_states=True,
-            )
-            token_N = _tokens(batch, part).to(self.device)
-            logp.append(gather_logprobs(output.logits[layout.predict_BL], token_N, batch.temperature))
-            hidden.append(output.hidden_states[-1][layout.predict_BL])
-        order_N = places(batch, parts).to(self.device)
-        return torch.cat(logp)[order_N], torch.cat(hidden)[order_N]
+        There are no log-probs if the head is plain: it is then applied to the states of all passes together.
+        """
+        inputs, predict_BL = padded(batch, rows, self.tokenization.pad_id, self.device)
+        with self._checkpoints():
+            if self._head_is_plain:
+                hidden_ND = self._body(**inputs, use_cache=False).last_hidden_state[predict_BL]
+                return hidden_ND, hidden_ND.new_zeros(0)
+            output = self.model(**inputs, use_cache=False, output_hidden_states=True)
+        token_N = _tokens(batch, rows).to(self.device)
+        logp_N = gather_logprobs(output.logits[predict_BL], token_N, batch.temperature)
+        return output.hidden_states[-1][predict_BL], logp_N
 
     def _logprobs(self, hidden_ND: Tensor, batch: ResponseBatch, rows: Sequence[int]) -> Tensor:
         """Return the (N,) log-probs of the tokens of some rows, row by row, from the states that predict them."""
         return token_logprobs(self._head, hidden_ND, _tokens(batch, rows).to(self.device), batch.temperature)
 
     def _by_row(self, batch: ResponseBatch, value_N: Tensor) -> Tensor:
-        """Return (N, ...) values of the response tokens as (B, T, ...), zeros beyond each row's end."""
-        return _scatter(value_N, batch.mask_BT.to(self.device))
+        """Return (N, ...) values of the response tokens as (B, T, ...), zeros beyond each row's end; differentiable."""
+        mask_BT = batch.mask_BT.to(self.device)
+        empty = value_N.new_zeros((*mask_BT.shape, *value_N.shape[1:]))
+        return empty.masked_scatter(
+            mask_BT.reshape(*mask_BT.shape, *(1,) * (value_N.dim() - 1)).expand_as(empty), value_N
+        )
 
     @contextmanager
     def _checkpoints(self) -> Iterator[None]:
@@ -406,9 +396,3 @@ def _prepare_checkpoints(model: Any) -> list[Any]:
 def _tokens(batch: ResponseBatch, rows: Sequence[int]) -> Tensor:
     """Return the (N,) response tokens of some rows, row by row."""
     return torch.tensor([token for row in rows for token in batch.response_ids[row]])
-
-
-def _scatter(value_N: Tensor, mask_BT: Tensor) -> Tensor:
-    """Return (N, ...) values at the True positions of (B, T), zeros elsewhere; differentiable."""
-    empty = value_N.new_zeros((*mask_BT.shape, *value_N.shape[1:]))
-    return empty.masked_scatter(mask_BT.reshape(*mask_BT.shape, *(1,) * (value_N.dim() - 1)).expand_as(empty), value_N)

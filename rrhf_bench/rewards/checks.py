@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -43,15 +43,10 @@ ROUNDING: dict[Dtype, float] = {"float32": 1e-4, "float16": 4e-2, "bfloat16": 2e
 MAX_P_VALUE = 0.01  # of a difference between two settings on held-out pairs that counts as real
 
 
-class Probe(NamedTuple):
-    prompt: Prompt
-    response: str
-    max_length: int | None = None
-
-
-# Lopsided on purpose. The last is always cut: a text that fills a context of thousands of tokens takes too long.
+# Lopsided on purpose, without ids and scores yet. The last is always cut: a text that fills a context of thousands of
+# tokens takes too long.
 PROBES = tuple(
-    Probe(Prompt(f"\n\nHuman: {question}\n\nAssistant:"), response, *max_length)
+    RecordedText(Prompt(f"\n\nHuman: {question}\n\nAssistant:"), response, (), 0.0, *max_length)
     for question, response, *max_length in (
         ("How do I bake bread?", " First, mix the flour, the water and the salt. Then let it rest for an hour."),
         ("What is a glacier?", ""),
@@ -146,7 +141,7 @@ class CheckedModel(ABC):
 def verify(model: CheckedModel) -> tuple[Check, ...]:
     """Return the results of all checks. Raises DataError with the repair for a fault that changes scores."""
     record = model.contract.record
-    texts: Sequence[Probe | RecordedText] = PROBES if record is None else record.texts
+    texts = PROBES if record is None else record.texts
     rows = _rows(model, texts)
     if record is not None:
         _replay_ids(model, record, rows)
@@ -175,13 +170,11 @@ def verify(model: CheckedModel) -> tuple[Check, ...]:
 
 def record_of(model: CheckedModel) -> Record:
     """Return the eight texts with the ids and scores that the model gives them now; later loads replay them."""
-    rows = _rows(model, PROBES)
-    score_N = [float(model.score_batch([row])[0]) for row in rows]
-    texts = tuple(
-        RecordedText(probe.prompt, probe.response, tuple(row), score, probe.max_length)
-        for probe, row, score in zip(PROBES, rows, score_N, strict=True)
+    texts = (
+        replace(probe, ids=tuple(row), score=float(model.score_batch([row])[0]))
+        for probe, row in zip(PROBES, _rows(model, PROBES), strict=True)
     )
-    return Record(texts, model.contract.dtype, model.label)
+    return Record(tuple(texts), model.contract.dtype, model.label)
 
 
 def bound(dtype: Dtype, score_N: NDArray[np.float64]) -> float:
@@ -189,7 +182,7 @@ def bound(dtype: Dtype, score_N: NDArray[np.float64]) -> float:
     return ROUNDING[dtype] * max(1.0, float(np.abs(score_N).max()))
 
 
-def _rows(model: CheckedModel, texts: Iterable[Probe | RecordedText]) -> list[list[int]]:
+def _rows(model: CheckedModel, texts: Iterable[RecordedText]) -> list[list[int]]:
     return [model.encode(text.prompt, text.response, text.max_length) for text in texts]
 
 
@@ -255,11 +248,10 @@ def _basis(model: CheckedModel) -> str:
 
 def _check_weights(model: CheckedModel) -> None:
     dtype = model.contract.dtype
+    bits = torch.finfo(getattr(torch, dtype)).bits
     for name, weight in model.named_weights():
-        if not weight.is_floating_point() or weight.dtype == getattr(torch, dtype):
-            continue
-        if torch.finfo(weight.dtype).bits <= torch.finfo(getattr(torch, dtype)).bits:
-            found = str(weight.dtype).removeprefix("torch.")
+        found = str(weight.dtype).removeprefix("torch.")
+        if weight.is_floating_point() and found != dtype and torch.finfo(weight.dtype).bits <= bits:
             raise DataError(
                 f"{model.where}: holds {name} in {found}, its contract says dtype {dtype}; load it in {dtype}, or set "
                 f'reward_model.dtype = "{found}"'
@@ -267,7 +259,7 @@ def _check_weights(model: CheckedModel) -> None:
 
 
 def _score_together(
-    model: CheckedModel, texts: Sequence[Probe | RecordedText], rows: Sequence[Sequence[int]]
+    model: CheckedModel, texts: Sequence[RecordedText], rows: Sequence[Sequence[int]]
 ) -> NDArray[np.float64]:
     try:
         score_N = model.score_batch(rows)
@@ -323,10 +315,10 @@ def _check_padding(model: CheckedModel, rows: Sequence[Sequence[int]]) -> Check:
     ends = [row for row in rows if row[-1] == model.eos_id and len(row) > 2]
     if not model.pools_itself:
         found = f"both are {pad}; the score is read at the length of its row, so the EOS counts"
-        if _basis(model) or not ends:
-            return Check("padding and EOS", None, found)
-        found += f"; if its class read the token before it in training, set append_eos = false in {CONTRACT_FILE}"
-        return Check("padding and EOS", False, found)
+        unsure = bool(ends) and not _basis(model)
+        if unsure:
+            found += f"; if its class read the token before it in training, set append_eos = false in {CONTRACT_FILE}"
+        return Check("padding and EOS", False if unsure else None, found)
     if model.contract.append_eos and ends:
         score_N, without_N, shorter_N = (model.score_batch([row[: len(row) - cut] for row in ends]) for cut in range(3))
         of_eos, of_token = np.abs(score_N - without_N).max(), np.abs(without_N - shorter_N).max()

@@ -22,7 +22,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import astuple, dataclass, field, fields, replace
 from itertools import combinations
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from rrhf_bench.errors import BenchError, ConfigError, DataError, StageError
 from rrhf_bench.jsonl import from_json, parse_line, read_jsonl, to_json
@@ -68,19 +68,6 @@ class JudgeResult:
     candidates: tuple[Candidates, ...]
     ratings: tuple[tuple[Ratings, ...], ...]
     counts: Mapping[str, int]
-
-
-class Judge(Protocol):
-    """Rates all responses to a prompt together."""
-
-    @property
-    def identity(self) -> str:
-        """Return what decides the ratings."""
-        ...
-
-    def judge(self, candidates: Sequence[Candidates]) -> JudgeResult:
-        """Return the candidates with scores, in their order; unrated ones are left out and counted."""
-        ...
 
 
 def judge_result(candidates: Sequence[Candidates], ratings: Sequence[tuple[Ratings, ...] | None]) -> JudgeResult:
@@ -174,16 +161,14 @@ class Verdict:
 
 
 def endpoint_identity(settings: JudgeSettings) -> str:
-    """Return model and form of the question, without the URL: a server on another port is the same judge."""
+    """Return what decides the ratings, without the URL: a server on another port is the same judge."""
     s = settings
-    return (
-        f"judge {VERSION} {s.model} {s.structured} temperature={s.temperature} max_tokens={s.max_tokens} "
-        f"attempts={s.attempts} seed={s.seed}"
-    )
+    how = f"temperature={s.temperature} max_tokens={s.max_tokens} attempts={s.attempts} seed={s.seed}"
+    return f"judge {VERSION} {s.model} {s.structured} {how}"
 
 
 class EndpointJudge:
-    """A Judge behind an OpenAI-compatible endpoint.
+    """A judge behind an OpenAI-compatible endpoint.
 
     Every verdict is appended to ``journal`` as it comes and is never requested again. ``progress`` receives (prompts
     done, prompts in all). Raises ConfigError for an unusable key, DataError for a damaged journal or no readable answer
@@ -196,6 +181,7 @@ class EndpointJudge:
         from openai import OpenAI
 
         self.settings = settings
+        self.identity = endpoint_identity(settings)
         self.journal = journal
         self.progress = progress
         self._where = f"judge {settings.base_url} (model {settings.model!r})"
@@ -204,11 +190,6 @@ class EndpointJudge:
         self._client = OpenAI(
             base_url=settings.base_url, api_key=self._key or "none", timeout=settings.timeout, max_retries=0
         )
-
-    @property
-    def identity(self) -> str:
-        """See ``endpoint_identity``."""
-        return endpoint_identity(self.settings)
 
     def judge(self, candidates: Sequence[Candidates]) -> JudgeResult:
         """Return the verdicts on ``candidates``, from the journal or else from the endpoint."""
@@ -271,7 +252,6 @@ class EndpointJudge:
         """Return the verdict on one prompt, or None if the judge was stopped meanwhile."""
         failures: Counter[str] = Counter()
         unreadable: str | None = None
-        ratings: tuple[Ratings, ...] | None = None
         for attempt in range(self.settings.attempts):
             order = presentation_order(group, self.settings.seed, attempt)
             try:
@@ -279,6 +259,8 @@ class EndpointJudge:
                 if answer is None:
                     return None
                 given = dict(zip(order, parse_answer(answer, len(order)), strict=True))
+                ratings = tuple(given[i] for i in range(len(order)))
+                return Verdict(key, group.prompt.id, ratings, dict(failures), unreadable)
             except BenchError:
                 stop.set()  # here, before this thread takes the next prompt
                 raise
@@ -287,10 +269,7 @@ class EndpointJudge:
                 unreadable = self._redacted(error.answer)
                 if error.kind == "refused":
                     break
-            else:
-                ratings = tuple(given[i] for i in range(len(order)))
-                break
-        return Verdict(key, group.prompt.id, ratings, dict(failures), unreadable)
+        return Verdict(key, group.prompt.id, None, dict(failures), unreadable)
 
     def _answer(self, group: Candidates, responses: Sequence[Response], stop: threading.Event) -> str | None:
         """Return an answer, after retries if the server fails, or None if the judge was stopped meanwhile."""

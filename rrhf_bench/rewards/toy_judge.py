@@ -14,7 +14,7 @@ from rrhf_bench.rewards.judge import HIGHEST, LOWEST, JudgeResult, Ratings, judg
 
 
 class ToyJudge:
-    """A Judge of the embedded world. Raises DataError for a prompt that is not of it."""
+    """A judge of the embedded world. Raises DataError for a prompt that is not of it."""
 
     identity = "toy-judge 1"  # the number grows with every change of a rating
 

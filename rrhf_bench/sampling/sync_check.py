@@ -76,13 +76,11 @@ def agreement(sampler: Sampler, policy: Policy, prompts: Sequence[Prompt], tempe
     rows = sampler.sample(prompts, replace(ASKED, temperature=temperature))
     replies = [(policy.tokenization.prompt_ids(row.prompt), reply) for row in rows for reply in row.responses]
     pairs = [(prompt_ids, reply.token_ids or ()) for prompt_ids, reply in replies]
+    batch = ResponseBatch.of_pairs(pairs, temperature)
     with torch.no_grad():
-        logp_BT = policy.token_logprobs(ResponseBatch.of_pairs(pairs, temperature)).cpu()
-    theirs = [reply.logprobs or () for _, reply in replies]
-    gaps = [
-        np.abs(np.array(row) - logp_T[: len(row)].double().numpy()) for row, logp_T in zip(theirs, logp_BT, strict=True)
-    ]
-    return Agreement.of(np.concatenate(gaps), temperature)
+        ours_N = policy.token_logprobs(batch).cpu()[batch.mask_BT].double().numpy()
+    theirs_N = np.concatenate([reply.logprobs or () for _, reply in replies])
+    return Agreement.of(np.abs(theirs_N - ours_N), temperature)
 
 
 def canaries(tokenization: Tokenization, context: int) -> list[Prompt]:

@@ -95,7 +95,11 @@ class VLLMSampler:
                 )
             # It asserts that no one else frees memory while it measures how much there is.
             except (RuntimeError, ValueError, OSError, AssertionError) as error:
-                raise StageError(f"{self._folder}: {self._fault(error)}") from error
+                memory = "runtime.kv_cache_mib" if "kv_cache_memory_bytes" in self._settings else "runtime.gpu_memory"
+                raise StageError(
+                    f"{self._folder}: vLLM could not start for {length} tokens of prompt and reply "
+                    f"({load_reason(error)}); lower policy.max_length, change {memory}, or {_OTHER}"
+                ) from error
         _ENGINES.append(self.llm)
         self._started_for = length
 
@@ -109,19 +113,6 @@ class VLLMSampler:
                 f"{self.identity}: computes on {found}, and the policy is on {expected}; set runtime.device to where "
                 f"both are, or {_OTHER}"
             )
-
-    def _fault(self, error: Exception) -> str:
-        """Return one line about an engine that did not start, with what to change."""
-        lines = (line.strip() for line in str(error).splitlines())
-        length = next((line for line in lines if "max seq len" in line or "max_model_len" in line), None)
-        memory = "runtime.kv_cache_mib" if "kv_cache_memory_bytes" in self._settings else "runtime.gpu_memory"
-        if length is not None:
-            return (
-                f"vLLM could not start for {self.max_model_len} tokens of prompt and reply "
-                f"({length.partition('. ')[0]}); lower policy.max_length, raise {memory}, or {_OTHER}"
-            )
-        remedy = f"change {memory}, or " if "memory" in str(error).lower() else ""
-        return f"vLLM could not start ({load_reason(error)}); {remedy}{_OTHER}"
 
     def resize(self, max_model_len: int) -> None:
         """Set the most tokens of prompt + reply. A longer engine has the folder's weights until the next sync."""
