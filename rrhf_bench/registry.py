@@ -91,6 +91,7 @@ METHODS: Mapping[str, Method] = {
         "baselines.bonbon:BoNBoN",
         "BoNBoN", "#661100", "offline", "X",
     ),
+    "coh": Method("baselines.coh_settings:CoHSettings", "baselines.coh:CoH", "CoH", "#000000", "offline", "*"),
 }  # fmt: skip
 
 

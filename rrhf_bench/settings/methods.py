@@ -13,7 +13,7 @@ from rrhf_bench.schedule import Schedule
 from rrhf_bench.settings.base import Names, Settings
 from rrhf_bench.settings.candidates import Candidates
 
-Requirement = Literal["pairs", "candidates", "reference", "whole step", "sampler", "reward"]
+Requirement = Literal["pairs", "candidates", "reference", "whole step", "half temperature", "sampler", "reward"]
 
 
 class MethodSettings(Settings):

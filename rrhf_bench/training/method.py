@@ -56,6 +56,7 @@ class MethodBatch:
     group_of: tuple[int, ...]
     reward_R: Tensor  # float64 on the CPU, NaN where there is none
     reference_RT: Tensor | None = None  # float32 on the CPU, 0 beyond each row's end
+    half_temperature_RT: Tensor | None = None  # the policy's log-probs at temperature 1/2, without gradient
 
     @classmethod
     def of(cls, examples: Sequence[Example], tokenization: Tokenization, max_length: int | None) -> MethodBatch:

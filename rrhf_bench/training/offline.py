@@ -196,6 +196,10 @@ class OfflineTrainer:
         sums: dict[str, float] = defaultdict(float)
         for run in runs:
             method_batch = MethodBatch.of(run, policy.tokenization, max_length)
+            if "half temperature" in self.settings.needs:
+                with torch.no_grad():
+                    half_RT = policy.token_logprobs(replace(method_batch.responses, temperature=0.5))
+                method_batch = replace(method_batch, half_temperature_RT=half_RT)
             output = self.method.loss(policy.token_logprobs(method_batch.responses), method_batch)
             (output.loss * output.weight).backward()
             weight += output.weight
