@@ -12,10 +12,8 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from baselines.dpo_settings import DPOSettings
-from rrhf_bench.errors import DataError
-from rrhf_bench.policy.logprobs import sequence_score
-from rrhf_bench.records import Response
 from rrhf_bench.training.method import Example, LossOutput, MethodBatch, TrainInputs
+from rrhf_bench.training.pairs import pair_examples, reward_metrics, score_sides
 
 
 def dpo_loss(
@@ -55,22 +53,14 @@ class DPO:
 
     def examples(self, inputs: TrainInputs) -> Sequence[Example]:
         """Return one example for each pair. Raises DataError if a prompt has no pair."""
-        pairs = [(pair.prompt, pair.chosen, pair.rejected) for pair in inputs.preferences]
-        if not pairs or any(rejected is None for _, _, rejected in pairs):
-            raise DataError("dpo: found prompts without a pair; expected a chosen and a rejected reply to each")
-        return [
-            Example(prompt, (Response(chosen, "chosen"), Response(rejected, "rejected")))
-            for prompt, chosen, rejected in pairs
-            if rejected is not None
-        ]
+        return pair_examples(inputs, self.settings.kind)
 
     def loss(self, logp_RT: Tensor, batch: MethodBatch) -> LossOutput:
         """Return the loss over the batch's pairs, which are its weight, with the metrics of the implicit rewards."""
         assert batch.reference_RT is not None
-        s, mask_RT = self.settings, batch.responses.mask_BT.to(logp_RT.device)
-        chosen_B, rejected_B = batch.grouped(sequence_score(logp_RT, mask_RT, length_norm=s.length_norm)).unbind(1)
-        reference_R = sequence_score(batch.reference_RT.to(logp_RT.device), mask_RT, length_norm=s.length_norm)
-        ref_chosen_B, ref_rejected_B = batch.grouped(reference_R).unbind(1)
+        s = self.settings
+        chosen_B, rejected_B = score_sides(logp_RT, batch, s.length_norm)
+        ref_chosen_B, ref_rejected_B = score_sides(batch.reference_RT.to(logp_RT.device), batch, s.length_norm)
         loss = dpo_loss(
             chosen_B,
             rejected_B,
@@ -80,13 +70,8 @@ class DPO:
             label_smoothing=s.label_smoothing,
             kind=s.variant,
         )
-        reward_chosen_B = s.beta * (chosen_B - ref_chosen_B).detach()
-        reward_rejected_B = s.beta * (rejected_B - ref_rejected_B).detach()
         metrics = {
-            "rewards/chosen": reward_chosen_B.mean().item(),
-            "rewards/rejected": reward_rejected_B.mean().item(),
-            "rewards/margins": (reward_chosen_B - reward_rejected_B).mean().item(),
-            "rewards/accuracies": (reward_chosen_B > reward_rejected_B).float().mean().item(),
+            **reward_metrics(s.beta * (chosen_B - ref_chosen_B), s.beta * (rejected_B - ref_rejected_B)),
             "logps/chosen": chosen_B.mean().item(),
             "logps/rejected": rejected_B.mean().item(),
         }

@@ -6,10 +6,10 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from rrhf_bench.settings.methods import OfflineSettings, Requirement
+from rrhf_bench.settings.methods import PairSettings, Requirement
 
 
-class DPOSettings(OfflineSettings):
+class DPOSettings(PairSettings):
     """A loss of pairs and of their log-probs under the initial policy. cDPO is ``dpo`` with ``label_smoothing``."""
 
     requires: ClassVar[frozenset[Requirement]] = frozenset({"pairs", "reference"})

@@ -7,7 +7,7 @@ at the sampling temperature. Position t holds token t: the log-prob and the rewa
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,8 +16,8 @@ from rrhf_bench.policy.logprobs import kl_k1, kl_k3, masked_mean
 from rrhf_bench.training.kl_control import AdaptiveKL, FixedKL
 
 __all__ = [
-    "AdaptiveKL", "FixedKL", "PolicyLoss", "explained_variance", "gae", "policy_loss", "shaped_reward", "value_loss",
-    "whiten",
+    "AdaptiveKL", "FixedKL", "PolicyLoss", "clipped_surrogate", "explained_variance", "gae", "policy_loss",
+    "shaped_reward", "value_loss", "whiten",
 ]  # fmt: skip
 
 
@@ -56,6 +56,20 @@ def gae(reward_BT: Tensor, value_BT: Tensor, mask_BT: Tensor, *, gamma: float, l
     return advantage_BT, advantage_BT + value_BT
 
 
+def clipped_surrogate(
+    log_ratio_BT: Tensor, advantage_BT: Tensor, *, clip_low: float, clip_high: float
+) -> tuple[Tensor, Tensor]:
+    """Return (loss_BT, clipped_BT): max(-A rho, -A clip(rho, 1 - clip_low, 1 + clip_high)), rho = exp(log-ratio).
+
+    1707.06347 Eq. 7 with the sign of a loss and a bound for each side. ``clipped_BT`` is True where the clipped branch
+    is the larger one, so that no gradient flows.
+    """
+    ratio_BT = log_ratio_BT.exp()
+    plain_BT = -advantage_BT * ratio_BT
+    clipped_BT = -advantage_BT * ratio_BT.clamp(1.0 - clip_low, 1.0 + clip_high)
+    return torch.maximum(plain_BT, clipped_BT), clipped_BT > plain_BT
+
+
 class PolicyLoss(NamedTuple):
     """The loss carries gradients, the diagnostics do not. All are means over real tokens except the last."""
 
@@ -69,25 +83,23 @@ class PolicyLoss(NamedTuple):
 def policy_loss(
     logp_BT: Tensor, old_logp_BT: Tensor, advantage_BT: Tensor, mask_BT: Tensor, *, clip: float
 ) -> PolicyLoss:
-    """Mean over real tokens of max(-A rho, -A clip(rho, 1 - clip, 1 + clip)), rho = exp(log pi - log pi_old).
+    """Return the mean of ``clipped_surrogate`` over real tokens, with log pi - log pi_old for log-ratio.
 
-    1707.06347 Eq. 7 with the sign of a loss. Gradients flow through ``logp_BT`` only as far as the caller detached
-    the others.
+    Gradients flow through ``logp_BT`` only as far as the caller detached the others.
     """
     # Masked before exp: an infinite ratio at a padded position would make its zero gradient not-a-number.
     log_ratio_BT = (logp_BT - old_logp_BT).masked_fill(~mask_BT, 0.0)
     advantage_BT = advantage_BT.masked_fill(~mask_BT, 0.0)
-    ratio_BT = log_ratio_BT.exp()
-    plain_BT = -advantage_BT * ratio_BT
-    clipped_BT = -advantage_BT * ratio_BT.clamp(1.0 - clip, 1.0 + clip)
+    loss_BT, clipped_BT = clipped_surrogate(log_ratio_BT, advantage_BT, clip_low=clip, clip_high=clip)
     with torch.no_grad():
+        ratio_BT = log_ratio_BT.exp()
         diagnostics = (
-            masked_mean((clipped_BT > plain_BT).to(ratio_BT.dtype), mask_BT),
+            masked_mean(clipped_BT.to(ratio_BT.dtype), mask_BT),
             masked_mean(kl_k3(torch.zeros_like(log_ratio_BT), log_ratio_BT), mask_BT),
             masked_mean(ratio_BT, mask_BT),
             (ratio_BT - 1.0).abs().max(),
         )
-    return PolicyLoss(masked_mean(torch.maximum(plain_BT, clipped_BT), mask_BT), *diagnostics)
+    return PolicyLoss(masked_mean(loss_BT, mask_BT), *diagnostics)
 
 
 def value_loss(value_BT: Tensor, old_value_BT: Tensor, return_BT: Tensor, mask_BT: Tensor, *, clip: float) -> Tensor:
@@ -103,14 +115,16 @@ def value_loss(value_BT: Tensor, old_value_BT: Tensor, return_BT: Tensor, mask_B
     return 0.5 * masked_mean(torch.maximum(plain_BT, clipped_BT), mask_BT)
 
 
-def whiten(value_BT: Tensor, mask_BT: Tensor, *, shift_mean: bool = True) -> Tensor:
+def whiten(value_BT: Tensor, mask_BT: Tensor, *, shift_mean: bool = True, ddof: Literal[0, 1] = 0) -> Tensor:
     """Scaled to variance 1 over the real tokens of all rows, and to mean 0 if ``shift_mean``; 0 at masked positions.
 
-    (x - mean) / sqrt(var + 1e-8), the variance without Bessel's correction (2403.17031, detail 9). Padding takes no
-    part; in trlX it does.
+    (x - mean) / sqrt(var + 1e-8), the variance without Bessel's correction (2403.17031, detail 9) unless ``ddof`` is 1.
+    Padding takes no part; in trlX it does.
     """
     mean = masked_mean(value_BT, mask_BT)
     variance = masked_mean((value_BT - mean) ** 2, mask_BT)
+    if ddof:
+        variance = variance * (mask_BT.sum() / (mask_BT.sum() - ddof))
     white_BT = (value_BT - mean) * torch.rsqrt(variance + 1e-8)
     return (white_BT if shift_mean else white_BT + mean).masked_fill(~mask_BT, 0.0)
 

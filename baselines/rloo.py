@@ -6,16 +6,13 @@ Letters: P prompts, G replies to each, N = P G rollouts, B rows of one pass, T r
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
-import torch
 from torch import Tensor
 
 from baselines.advantages import group_advantages
 from baselines.rloo_settings import RLOOSettings
-from rrhf_bench.policy.logprobs import kl_k1
-from rrhf_bench.policy.policy import Policy
-from rrhf_bench.training.on_policy import Advantages, Minibatch, penalise_missing_ends
+from rrhf_bench.training.on_policy import Advantages, Minibatch, OnPolicyMethod, reply_rewards
 from rrhf_bench.training.rollouts import Rollouts
 
 
@@ -27,37 +24,21 @@ def rloo_loss(logp_BT: Tensor, advantage_B: Tensor, mask_BT: Tensor) -> Tensor:
     return -(advantage_B * logp_BT.masked_fill(~mask_BT, 0.0).sum(-1)).mean()
 
 
-class RLOO:
-    """RLOO as an OnPolicyMethod. A reply's reward is its score less kl_coefficient * log-ratio to the reference."""
+class RLOO(OnPolicyMethod):
+    """RLOO on whole replies. A reply's reward is its score less kl_coefficient * log-ratio to the reference."""
 
     mean_over: ClassVar[Literal["tokens", "responses"]] = "responses"
 
     def __init__(self, settings: RLOOSettings) -> None:
         self.settings = settings
 
-    def critic(self, policy: Policy) -> None:
-        """Return None: the baseline is the group's."""
-
     def advantages(self, rollouts: Rollouts, kl_coefficient: float) -> Advantages:
         """Return leave-one-out advantages, the same at every token of a reply."""
-        s, logp_NT = self.settings, rollouts.logp_NT
-        score_N = penalise_missing_ends(
-            rollouts.score_N, rollouts.ended_N, mode=s.missing_eos, penalty=s.missing_eos_penalty
-        )
-        log_ratio_N = kl_k1(logp_NT, rollouts.ref_logp_NT).sum(-1)
-        reward_N = torch.as_tensor(score_N, dtype=logp_NT.dtype, device=logp_NT.device) - kl_coefficient * log_ratio_N
+        reward_N, metrics = reply_rewards(rollouts, self.settings, kl_coefficient)
         advantage_N = group_advantages(rollouts.grouped(reward_N), baseline="leave-one-out").flatten()
-        metrics = {"objective/scores": float(score_N.mean()), "objective/rlhf_reward": reward_N.mean().item()}
         return Advantages(advantage_N[:, None] * rollouts.mask_NT, metrics=metrics)
 
     def loss(self, logp_BT: Tensor, value_BT: Tensor | None, batch: Minibatch) -> tuple[Tensor, Mapping[str, float]]:
         """Return the loss of a pass, a mean over its responses."""
         loss = rloo_loss(logp_BT, batch.advantage_BT[:, 0], batch.mask_BT)
         return loss, {"loss/policy_avg": loss.item()}
-
-    def state(self) -> dict[str, Any]:
-        """Return nothing: an iteration depends on no earlier one."""
-        return {}
-
-    def load(self, state: Mapping[str, Any]) -> None:
-        """Go on from nothing."""

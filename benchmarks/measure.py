@@ -12,13 +12,13 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
+from unittest.mock import patch
 
 import numpy as np
 import psutil
@@ -66,7 +66,7 @@ class Spread(NamedTuple):
 
 
 def spread(values: Sequence[float]) -> Spread:
-    """Median and quartiles (linear interpolation). Raises ValueError for no values."""
+    """Return median and quartiles (linear interpolation). Raises ValueError for no values."""
     if not values:
         raise ValueError("no rounds were measured")
     low, high = np.quantile(values, (0.25, 0.75))
@@ -74,27 +74,29 @@ def spread(values: Sequence[float]) -> Spread:
 
 
 def ratios(numerator: Sequence[float], denominator: Sequence[float]) -> Spread:
-    """Round by round, one side over another: what slows a whole round down slows both and cancels."""
+    """Return round by round one side over another: what slows a whole round down slows both and cancels."""
     return spread([a / b for a, b in zip(numerator, denominator, strict=True)])
 
 
 def order(sides: Sequence[T], round_: int) -> list[T]:
-    """The sides in the order of a round: each begins in its turn, and every other round runs backwards, so that no side
-    always comes after the same neighbour, whose freed memory and warm caches it would inherit."""
+    """Return the sides in the order of a round: each begins in its turn, and every other round runs backwards.
+
+    No side then always comes after the same neighbour, whose freed memory and warm caches it would inherit.
+    """
     start = round_ % len(sides)
     turned = [*sides[start:], *sides[:start]]
     return turned[::-1] if round_ % 2 else turned
 
 
 def measure_rounds(
-    sides: Mapping[K, Side], rounds: int, *, warm_up: int = 1, progress: Callable[[str], None] = lambda words: None
+    sides: Mapping[K, Side], rounds: int, *, progress: Callable[[str], None] = lambda words: None
 ) -> dict[K, list[float]]:
-    """Seconds of every side, one number a round, after rounds that do not count."""
+    """Return the seconds of every side, one number a round, after a round that does not count."""
     seconds: dict[K, list[float]] = {name: [] for name in sides}
     gc.collect()
     gc.freeze()  # what is there stays: collecting what a run leaves behind is quick then
     try:
-        for round_ in range(-warm_up, rounds):
+        for round_ in range(-1, rounds):
             progress("warm-up" if round_ < 0 else f"round {round_ + 1} of {rounds}")
             for name in order(list(sides), round_):
                 sides[name].prepare()
@@ -107,7 +109,7 @@ def measure_rounds(
 
 
 def timed(run: Callable[[], object]) -> float:
-    """Seconds of one call, the garbage of earlier ones collected before it and a GPU's queue empty at both ends."""
+    """Return the seconds of one call, earlier garbage collected before it and a GPU's queue empty at both ends."""
     gc.collect()
     _synchronise()
     start = time.perf_counter()
@@ -150,7 +152,7 @@ def in_own_process(
     Raises StageError where the process dies, as it does when the machine's memory ends.
     """
     with (
-        _environment(environment),
+        patch.dict(os.environ, environment),  # while the child is started: the C library reads it before Python runs
         ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool,
     ):
         try:
@@ -162,23 +164,8 @@ def in_own_process(
             ) from error
 
 
-@contextmanager
-def _environment(values: Mapping[str, str]) -> Iterator[None]:
-    """The variables while a child is started: the C library reads them before Python runs."""
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
-
-
 def device_of(name: str) -> torch.device:
-    """The device of that name, "auto" the GPU where there is one. Raises ConfigError for a GPU that is not there."""
+    """Return the device of that name; "auto" is the GPU if there is one. Raises ConfigError for a missing GPU."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
@@ -189,9 +176,17 @@ def device_of(name: str) -> torch.device:
 # --- the record -----------------------------------------------------------------------------------------------
 
 
-def machine(device: torch.device) -> dict[str, Any]:
-    """Versions and hardware under which numbers were taken, and how busy the machine was when the run began."""
-    found: dict[str, Any] = {
+def say(words: str = "") -> None:
+    """Show on one line of the terminal what is going on; no words clear it."""
+    print(f"\r{words:<70}", end="" if words else "\r", file=sys.stderr, flush=True)
+
+
+def begin(benchmark: str, device: torch.device, threads: int | None) -> dict[str, Any]:
+    """Set the CPU's threads, and return the head of a record: the command, versions, hardware and how busy it is."""
+    if threads is not None:
+        os.environ["OMP_NUM_THREADS"] = str(threads)  # which vLLM reads
+        torch.set_num_threads(threads)
+    machine: dict[str, Any] = {
         **versions(),
         "commit": _commit(),
         "processor": _processor(),
@@ -203,8 +198,9 @@ def machine(device: torch.device) -> dict[str, Any]:
         "load_at_start": round(psutil.getloadavg()[0], 2),
     }
     if device.type == "cuda":
-        found["gpu"] = torch.cuda.get_device_name(device)
-    return found
+        machine["gpu"] = torch.cuda.get_device_name(device)
+    command = ["python", "-m", f"benchmarks.{benchmark}", *sys.argv[1:]]
+    return {"benchmark": benchmark, "command": command, "machine": machine}
 
 
 def _processor() -> str:
@@ -216,7 +212,7 @@ def _processor() -> str:
 
 
 def _commit() -> str:
-    """The commit of the tree, with a plus where files differ from it."""
+    """Return the commit of the tree, with a plus if files differ from it."""
     try:
         said = subprocess.run(
             ["git", "describe", "--always", "--exclude=*", "--dirty=+"], cwd=ROOT, capture_output=True, text=True
@@ -227,7 +223,7 @@ def _commit() -> str:
 
 
 def write_json(path: Path, record: Mapping[str, Any]) -> None:
-    """Raises StoreError where the file cannot be written."""
+    """Write a record. Raises StoreError if the file cannot be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -236,7 +232,7 @@ def write_json(path: Path, record: Mapping[str, Any]) -> None:
 
 
 def read_json(path: Path, benchmark: str) -> dict[str, Any]:
-    """The record that a benchmark wrote. Raises StoreError for a file that is none of its own."""
+    """Return the record that a benchmark wrote. Raises StoreError for a file that is none of its own."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

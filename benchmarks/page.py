@@ -1,151 +1,116 @@
-"""How a benchmark's record is shown: a table on the terminal, a Markdown page, figures. Records in, files out."""
+"""Show a benchmark's record: a table on the terminal, a Markdown page with a figure. Records in, files out."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib.style
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.console import Console
-from rich.table import Table
+from rich.table import Table as RichTable
 
 from benchmarks.measure import Spread, write_json
+from benchmarks.sides import COLOURS
 from rrhf_bench.errors import StoreError
 from rrhf_bench.report.drawing import LIGHT, STYLE, legend_above, legend_key, new_panels
 from rrhf_bench.report.table import markdown
 
 
-def spread_words(spread: Spread, digits: int) -> str:
-    """A median with its quartiles."""
-    return f"{spread.median:.{digits}f} [{spread.low:.{digits}f}, {spread.high:.{digits}f}]"
+class Table(NamedTuple):
+    """Words in rows and columns."""
+
+    columns: Sequence[str]
+    cells: Sequence[Sequence[str]]
 
 
-def make_console() -> Console:
-    """The terminal; wide enough for a table where the output is a file."""
-    return Console() if Console().is_terminal else Console(width=140)
+class Panel(NamedTuple):
+    """One quantity, on a logarithmic axis, of several sides: for each, its values over numbers or over names."""
 
-
-def rich_table(columns: Sequence[str], cells: Sequence[Sequence[str]], title: str | None = None) -> Table:
-    """For the terminal; a rule where the first cell changes."""
-    table = Table(*columns, title=title)
-    for number, row in enumerate(cells):
-        last = number + 1 == len(cells) or cells[number + 1][0] != row[0]
-        table.add_row(*row, end_section=last)
-    return table
-
-
-@dataclass(frozen=True)
-class Series:
-    """One side in one panel. A point without a value is left out; ``x`` is used by lines only."""
-
-    name: str
-    colour: str
-    values: Sequence[Spread | None]
-    x: Sequence[float] = ()
-
-
-@dataclass(frozen=True)
-class Panel:
-    """One quantity of several sides, on a logarithmic axis."""
-
-    label: str  # of the values
-    series: Sequence[Series]
+    label: str
+    sides: Mapping[str, Mapping[Any, Spread]]
     x_label: str = ""
 
 
-def dots_figure(rows: Sequence[str], panels: Sequence[Panel]) -> Figure:
-    """A row for each name, a panel for each quantity, a dot with its quartiles for each side."""
-    series = max((panel.series for panel in panels), key=len)
-    with matplotlib.style.context(["default", dict(STYLE)]):
-        height = 0.7 + len(rows) * (0.2 + 0.13 * len(series))
-        figure, axes = new_panels(1, len(panels), height=height, sharey=True)
-        for ax, panel in zip(axes[0], panels, strict=True):
-            for place, side in enumerate(panel.series):
-                offset = (place - (len(panel.series) - 1) / 2) * 0.8 / len(panel.series)
-                for row, value in enumerate(side.values):
-                    if value is not None:
-                        ax.plot([value.low, value.high], [row + offset] * 2, color=side.colour, linewidth=1.2)
-                        ax.plot(value.median, row + offset, "o", color=side.colour)
-            _log_ticks(ax, "x")
-            ax.axvline(1.0, color=LIGHT, zorder=0)
-            ax.set_xlabel(panel.label)
-            ax.grid(axis="y", visible=False)
-        axes[0][0].set_yticks(range(len(rows)), rows)
-        axes[0][0].set_ylim(len(rows) - 0.5, -0.5)
-        legend_above(figure, [legend_key(side.name, side.colour, "o") for side in series])
-        return figure
+def spread_words(spread: Sequence[float] | None, digits: int) -> str:
+    """Return a median with its quartiles in words, or a dash."""
+    if spread is None:
+        return "—"
+    median, low, high = spread
+    return f"{median:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
-def lines_figure(panels: Sequence[Panel]) -> Figure:
-    """A panel beside the other, a line with the band of its quartiles for each side."""
+def show(table: Table, title: str | None = None) -> None:
+    """Print a table with a rule where the first cell changes; wide enough if the output is a file."""
+    shown = RichTable(*table.columns, title=title)
+    for row, after in zip(table.cells, [*table.cells[1:], [""]], strict=True):
+        shown.add_row(*row, end_section=row[0] != after[0])
+    (Console() if Console().is_terminal else Console(width=140)).print(shown)
+
+
+def figure_of(panels: Sequence[Panel]) -> Figure:
+    """Return panels beside one another with median and quartiles of each side: lines over numbers, dots over names."""
     with matplotlib.style.context(["default", dict(STYLE)]):
         figure, axes = new_panels(1, len(panels), height=2.9)
         for ax, panel in zip(axes[0], panels, strict=True):
-            for side in panel.series:
-                points = [(x, value) for x, value in zip(side.x, side.values, strict=True) if value is not None]
-                x, low, middle, high = np.array([(x, v.low, v.median, v.high) for x, v in points]).T
-                ax.fill_between(x, low, high, color=side.colour, alpha=0.2, linewidth=0)
-                ax.plot(x, middle, marker="o", color=side.colour)
-            _log_ticks(ax, "x", at=sorted({x for side in panel.series for x in side.x}))
-            _log_ticks(ax, "y")
+            places = list(dict.fromkeys(x for found in panel.sides.values() for x in found))
+            named = isinstance(places[0], str)
+            for number, (side, found) in enumerate(panel.sides.items()):
+                offset = 0.8 * ((number + 0.5) / len(panel.sides) - 0.5)
+                at = [places.index(x) + offset if named else x for x in found]
+                middle, low, high = np.array(list(found.values())).T
+                bars = {"linewidth": 1.2, "marker": "o", "linestyle": "" if named else "-"}
+                ax.errorbar(at, middle, (middle - low, high - middle), color=COLOURS[side], **bars)
+            ax.set_yscale("log", base=2)
+            ax.yaxis.set_major_formatter("{x:,.10g}")
+            if named:
+                ax.axhline(1.0, color=LIGHT, zorder=0)
+                ax.set_xticks(range(len(places)), places, rotation=40, ha="right")
+            else:
+                ax.set_xscale("log", base=2)
+                ax.set_xticks(sorted(places))
+                ax.xaxis.set_major_formatter("{x:,.10g}")
             ax.set_xlabel(panel.x_label)
             ax.set_ylabel(panel.label)
-        named = {side.name: side for panel in panels for side in panel.series}
-        legend_above(figure, [legend_key(name, side.colour) for name, side in named.items()])
+        names = dict.fromkeys(side for panel in panels for side in panel.sides)
+        legend_above(figure, [legend_key(name, COLOURS[name], "o") for name in names])
         return figure
-
-
-def _log_ticks(ax: Axes, axis: str, at: Sequence[float] | None = None) -> None:
-    """Put ticks at powers of 2, or at the values given."""
-    getattr(ax, f"set_{axis}scale")("log", base=2)
-    getattr(ax, f"{axis}axis").set_major_formatter("{x:,.10g}")
-    if at is not None:
-        getattr(ax, f"set_{axis}ticks")(at)
 
 
 def write_page(
     folder: Path,
-    name: str,
     *,
     title: str,
     lead: str,
     record: Mapping[str, Any],
-    tables: Sequence[tuple[Sequence[str], Sequence[Sequence[str]]]],
+    tables: Sequence[Table],
     notes: Sequence[str],
-    figures: Mapping[str, tuple[Figure, str]],
-) -> Path:
-    """NAME.md, NAME.json (the record) and figures/*.png and *.svg in a folder that may hold the pages of other
-    benchmarks. Raises StoreError where it cannot be written."""
-    command = " ".join(record["command"])
-    lines = [f"# {title}", "", lead, "", "```sh", command, "```", ""]
+    figure: Figure,
+    caption: str,
+) -> None:
+    """Write NAME.md, NAME.json (the record) and figures/NAME.png and .svg, NAME being that of the record's benchmark.
+
+    The folder may hold the pages of other benchmarks. Raises StoreError if it cannot be written.
+    """
+    name = record["benchmark"]
+    lines = [f"# {title}", "", lead, "", "```sh", " ".join(record["command"]), "```", ""]
     for columns, cells in tables:
         lines += [_row(columns), _row(["---"] * len(columns)), *(_row(map(markdown, row)) for row in cells), ""]
-    for figure_name, (_, words) in figures.items():
-        lines += [f"![{words}](figures/{figure_name}.png)", "", f"*{words}*", ""]
+    lines += [f"![{caption}](figures/{name}.png)", "", f"*{caption}*", ""]
     lines += [*(f"- {markdown(note)}" for note in notes), "", "| machine | |", "| --- | --- |"]
     lines += [_row([key.replace("_", " "), markdown(str(value))]) for key, value in record["machine"].items()]
     try:
         (folder / "figures").mkdir(parents=True, exist_ok=True)
-        for figure_name, (figure, _) in figures.items():
-            _save(figure, folder / "figures" / figure_name)
-        page = folder / f"{name}.md"
-        page.write_text("\n".join([*lines, ""]), encoding="utf-8", newline="\n")
+        with matplotlib.style.context(["default", dict(STYLE)]):
+            figure.savefig(folder / "figures" / f"{name}.png", metadata={"Software": None})
+            figure.savefig(folder / "figures" / f"{name}.svg", metadata={"Date": None, "Creator": None})
+        (folder / f"{name}.md").write_text("\n".join([*lines, ""]), encoding="utf-8", newline="\n")
     except OSError as error:
         raise StoreError(f"{folder}: cannot be written ({error.strerror}); choose another folder") from error
     write_json(folder / f"{name}.json", record)
-    return page
 
 
 def _row(cells: Any) -> str:
     return f"| {' | '.join(cells)} |"
-
-
-def _save(figure: Figure, path: Path) -> None:
-    with matplotlib.style.context(["default", dict(STYLE)]):
-        figure.savefig(path.with_suffix(".png"), metadata={"Software": None})
-        figure.savefig(path.with_suffix(".svg"), metadata={"Date": None, "Creator": None})

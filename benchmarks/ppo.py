@@ -1,4 +1,4 @@
-"""Where the seconds of a PPO iteration go, with prompts and replies packed and with padded rows.
+"""Measure where the seconds of a PPO iteration go, with prompts and replies packed and with padded rows.
 
     python -m benchmarks.ppo --out reports/performance/ppo.json
 
@@ -10,9 +10,7 @@ both run a few iterations of which the first does not count, in turn.
 from __future__ import annotations
 
 import copy
-import os
 import statistics
-import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,7 +21,8 @@ import typer
 
 from baselines.ppo import PPO
 from baselines.ppo_settings import PPOSettings
-from benchmarks.measure import Side, Spread, machine, main, measure_rounds, ratios, spread, write_json
+from benchmarks.measure import Side, begin, device_of, main, measure_rounds, ratios, say, spread, write_json
+from benchmarks.page import Table, show, spread_words
 from benchmarks.sampling import CONTEXT, SIZES, small_llama, world_prompts
 from rrhf_bench.data.dialogue import Template
 from rrhf_bench.data.toy.world import build_world
@@ -40,7 +39,7 @@ from rrhf_bench.training.method import TrainContext, TrainInputs
 from rrhf_bench.training.on_policy import OnPolicyTrainer
 
 NAME = "ppo"
-PARTS = ("sync", "sample", "score", "logprobs", "update")
+PARTS = ("sync", "sample", "score", "logprobs", "update", "iteration")
 PAIRS = 400  # that the reward model is trained on
 
 
@@ -66,7 +65,7 @@ class Layout:
 
 
 def small_reward(folder: Path, where: Path, device: str) -> RewardModel:
-    """A reward model on the body of a policy, from some of the embedded world's pairs."""
+    """Return a reward model on the body of a policy, from some of the embedded world's pairs."""
     world = build_world(seed=0, raw_corpus=1, corpus=1, perplexity_corpus=1, preferences=PAIRS, dev=1, test=1)
     train_head(folder, world.preferences, RewardTrainingSettings(epochs=1), where, seed=0, device=device)
     return ClassifierReward.load(str(where), device=device)
@@ -85,35 +84,28 @@ def ppo(
     threads: Annotated[int | None, typer.Option(min=1, help="of the CPU; PyTorch's own number otherwise")] = None,
     out: Annotated[Path | None, typer.Option(help="where the numbers go, as JSON")] = None,
 ) -> None:
-    """Seconds of a PPO iteration by part, packed and padded."""
+    """Measure the seconds of a PPO iteration by part, packed and padded."""
     if model not in SIZES:
         raise ConfigError(f"--model: found {model!r}; allowed are {', '.join(SIZES)}")
     if choose_backend("vllm").name != "vllm":
         raise ConfigError("benchmarks.ppo: vLLM is not installed here; expected it, since it samples the rollouts")
-    if threads is not None:
-        os.environ["OMP_NUM_THREADS"] = str(threads)  # which vLLM reads
-        torch.set_num_threads(threads)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = device_of("auto")
+    record = begin(NAME, device, threads)
     settings = PPOSettings(
         iterations=iterations, rollouts=rollouts, minibatch=max(1, rollouts // 2), update_epochs=2, lr=1e-5
     )
-
-    def say(words: str) -> None:
-        print(f"\r{words:<60}", end="", flush=True)
-
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "policy"
-        say("training the small models")
-        small_llama(SIZES[model], folder)
-        policy = TransformersPolicy.load(folder, template=Template(), device=device)
+        small_llama(SIZES[model], folder, device.type)
+        policy = TransformersPolicy.load(folder, template=Template(), device=device.type)
         if policy.layout != "packed":
             raise ConfigError(
                 f"--model: {model} does not pack ({policy.layout_reason}), so there is nothing to compare"
             )
         context = TrainContext(
             seed=0,
-            sampler=VLLMSampler(folder, policy.tokenization, max_model_len=CONTEXT, device=device),
-            reward=small_reward(folder, Path(temporary) / "reward", device),
+            sampler=VLLMSampler(folder, policy.tokenization, max_model_len=CONTEXT, device=device.type),
+            reward=small_reward(folder, Path(temporary) / "reward", device.type),
             reference=None,
             max_new_tokens=max_new_tokens,
             stop=STOP_STRINGS,
@@ -122,14 +114,14 @@ def ppo(
         )
         sides = {layout: Layout(layout, policy, settings, context) for layout in ("packed", "padded")}
         measure_rounds({name: Side(side.run, side.prepare) for name, side in sides.items()}, rounds, progress=say)
+    say()
     seconds = {
-        name: {part: [_mean(round_, part) for round_ in side.rounds[1:]] for part in (*PARTS, "iteration")}
+        name: {
+            part: [statistics.fmean(took[part] for took in round_[1:]) for round_ in side.rounds[1:]] for part in PARTS
+        }
         for name, side in sides.items()
     }
-    record = {
-        "benchmark": NAME,
-        "command": ["python", "-m", "benchmarks.ppo", *sys.argv[1:]],
-        "machine": machine(torch.device(device)),
+    record |= {
         "model": {"name": model, "parameters": sum(map(torch.numel, policy.parameters()))},
         "settings": {**settings.model_dump(exclude_none=True), "rounds": rounds, "max_new_tokens": max_new_tokens},
         "seconds": {name: {part: spread(s)._asdict() for part, s in parts.items()} for name, parts in seconds.items()},
@@ -142,27 +134,18 @@ def ppo(
     }
     if out is not None:
         write_json(out, record)
-    print("\r" + table(record))
-
-
-def _mean(iterations: list[Mapping[str, float]], part: str) -> float:
-    return statistics.fmean(seconds[part] for seconds in iterations[1:])
-
-
-def table(record: Mapping[str, Any]) -> str:
-    """The medians as lines of text, in milliseconds an iteration."""
-    heads = (*PARTS, "iteration")
-    lines = [
-        f"{record['model']['name']}: {record['model']['parameters']:,} parameters, ms of an iteration of "
-        f"{record['settings']['rollouts']} rollouts",
-        f"{'':<10}" + "".join(f"{head:>11}" for head in heads) + "   share of sync",
+    cells = [
+        [
+            name,
+            *(f"{1000 * spread(parts[part]).median:,.0f}" for part in PARTS),
+            f"{ratios(parts['sync'], parts['iteration']).median:.1%}",
+        ]
+        for name, parts in seconds.items()
     ]
-    for name, parts in record["seconds"].items():
-        medians = "".join(f"{1000 * parts[part]['median']:>11,.0f}" for part in heads)
-        lines.append(f"{name:<10}{medians}   {100 * record['share_of_sync'][name]['median']:.1f}%")
-    over = {part: Spread(**ratio) for part, ratio in record["padded_over_packed"].items()}
-    said = (f"{part} {ratio.median:.2f} ({ratio.low:.2f}-{ratio.high:.2f})" for part, ratio in over.items())
-    return "\n".join([*lines, f"padded / packed: {', '.join(said)}"])
+    title = f"{model}: {record['model']['parameters']:,} parameters, ms of an iteration of {rollouts} rollouts"
+    show(Table(("layout", *PARTS, "share of sync"), cells), title)
+    over = {part: list(ratio.values()) for part, ratio in record["padded_over_packed"].items()}
+    print("padded / packed:", ", ".join(f"{part} {spread_words(ratio, 2)}" for part, ratio in over.items()))
 
 
 if __name__ == "__main__":

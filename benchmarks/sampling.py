@@ -9,19 +9,16 @@ cache is emptied before every run.
 
 from __future__ import annotations
 
-import os
-import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 
-from benchmarks.measure import Side, Spread, machine, main, measure_rounds, ratios, spread, timed, write_json
-from benchmarks.page import spread_words
+from benchmarks.measure import Side, begin, device_of, main, measure_rounds, ratios, say, spread, timed, write_json
+from benchmarks.page import Table, show, spread_words
 from rrhf_bench.data.dialogue import Template
 from rrhf_bench.data.toy.scratch import train_language_model
 from rrhf_bench.data.toy.world import build_world
@@ -46,42 +43,23 @@ SIZES = {
 TEXTS = 600  # that it is trained on
 
 
-@dataclass(frozen=True)
-class Workload:
-    """What all sides do in one row of the result."""
-
-    n: int
-    logprobs: bool = False
-
-    @property
-    def name(self) -> str:
-        return f"n={self.n}" + (" with log-probs" if self.logprobs else "")
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What is one for all rows."""
-
-    rounds: int
-    max_new_tokens: int
-    say: Callable[[str], None]
-
-
-def small_llama(settings: ScratchSettings, folder: Path) -> None:
+def small_llama(settings: ScratchSettings, folder: Path, device: str) -> None:
     """Write a Llama that has read some of the embedded world's dialogues once."""
+    say("training the small model")
     world = build_world(seed=0, raw_corpus=1, corpus=TEXTS, perplexity_corpus=1, preferences=1, dev=1, test=1)
     train_language_model(
         world.corpus,
         settings,
         seed=0,
         folder=folder,
-        device="cuda" if torch.cuda.is_available() else "cpu",
+        device=device,
         log=lambda metrics: None,
         progress=lambda done, total: None,
     )
 
 
 def world_prompts(count: int) -> list[Prompt]:
+    """Return that many different prompts of the embedded world."""
     world = build_world(seed=1, raw_corpus=1, corpus=1, perplexity_corpus=1, preferences=count, dev=1, test=1)
     return list(dict.fromkeys(pair.prompt for pair in world.preferences))[:count]
 
@@ -94,7 +72,7 @@ class Ours:
         self.runs: list[list[Candidates]] = []
 
     def prepare(self) -> None:
-        """With a tokenization that remembers no prompt: it is part of the work to encode them."""
+        """Prepare a tokenization that remembers no prompt: it is part of the work to encode them."""
         empty_cache(self.sampler)
         before = self.sampler.tokenization
         self.sampler.tokenization = Tokenization(before.tokenizer, before.template, NAME)
@@ -103,27 +81,21 @@ class Ours:
         self.runs.append(self.sampler.sample(self.prompts, self.spec))
 
     def ids(self, run: int) -> list[Ids]:
-        """The replies of a run."""
+        """Return the replies of a run."""
         return [reply.token_ids or () for row in self.runs[run] for reply in row.responses]
 
 
-class Raw:
+class Raw(Ours):
     """The engine alone: ids and parameters made beforehand, outputs left as they come."""
 
-    def __init__(self, sampler: VLLMSampler, prompts: Sequence[Prompt], spec: SamplingSpec) -> None:
-        self.sampler, self.spec = sampler, spec
-        self.places = [(prompt, index) for prompt in prompts for index in range(spec.n)]
-        self.requests: list[Any] = []
-        self.params: list[Any] = []
-        self.runs: list[list[Any]] = []
-
     def prepare(self) -> None:
-        """Requests and parameters anew: the engine may write into them."""
+        """Make requests and parameters anew: the engine may write into them."""
         from vllm import SamplingParams
 
         empty_cache(self.sampler)
+        places = [(prompt, index) for prompt in self.prompts for index in range(self.spec.n)]
         prompt_ids = self.sampler.tokenization.prompt_ids
-        self.requests = [{"prompt_token_ids": list(prompt_ids(prompt))} for prompt, _ in self.places]
+        self.requests: list[Any] = [{"prompt_token_ids": list(prompt_ids(prompt))} for prompt, _ in places]
         self.params = [
             SamplingParams(
                 temperature=self.spec.temperature,
@@ -132,14 +104,15 @@ class Raw:
                 seed=self.spec.request_seed(prompt, index),
                 logprobs=0 if self.spec.logprobs else None,
             )
-            for prompt, index in self.places
+            for prompt, index in places
         ]
 
     def run(self) -> None:
         self.runs.append(self.sampler.llm.generate(self.requests, self.params, use_tqdm=False))
 
     def ids(self, run: int) -> list[Ids]:
-        return [tuple(output.outputs[0].token_ids) for output in self.runs[run]]
+        outputs: list[Any] = self.runs[run]
+        return [tuple(output.outputs[0].token_ids) for output in outputs]
 
 
 def empty_cache(sampler: VLLMSampler) -> None:
@@ -147,18 +120,27 @@ def empty_cache(sampler: VLLMSampler) -> None:
         raise StageError("vLLM did not empty its prefix cache, so a round would profit from the one before; run again")
 
 
-def measure(sampler: VLLMSampler, prompts: Sequence[Prompt], work: Workload, plan: Plan) -> dict[str, Any]:
+def measure(
+    sampler: VLLMSampler,
+    prompts: Sequence[Prompt],
+    *,
+    n: int,
+    logprobs: bool = False,
+    max_new_tokens: int,
+    rounds: int,
+) -> dict[str, Any]:
     """Return one row of the result. Raises StageError if our tokens are not those of raw vLLM."""
+    name = f"n={n}" + (" with log-probs" if logprobs else "")
     spec = SamplingSpec(
-        n=work.n,
+        n=n,
         temperature=1.0,
-        max_new_tokens=plan.max_new_tokens,
+        max_new_tokens=max_new_tokens,
         seed=0,
         purpose="benchmark",
         stop=STOP_STRINGS,
-        logprobs=work.logprobs,
+        logprobs=logprobs,
     )
-    sides: dict[str, Any] = {"raw": Raw(sampler, prompts, spec), "ours": Ours(sampler, prompts, spec)}
+    sides = {"raw": Raw(sampler, prompts, spec), "ours": Ours(sampler, prompts, spec)}
     for side in sides.values():
         side.prepare()
         side.run()
@@ -166,42 +148,37 @@ def measure(sampler: VLLMSampler, prompts: Sequence[Prompt], work: Workload, pla
     differing = sum(a != b for a, b in zip(sides["raw"].ids(0), replies, strict=True))
     if differing:
         raise StageError(
-            f"{work.name}: {differing} of {len(replies)} replies are not those of raw vLLM with the same seeds; "
+            f"{name}: {differing} of {len(replies)} replies are not those of raw vLLM with the same seeds; "
             "expected none: what writes other tokens cannot be compared by its speed"
         )
-    turns = {name: Side(side.run, side.prepare) for name, side in sides.items()}
-    seconds = measure_rounds(turns, plan.rounds, progress=lambda words: plan.say(f"{work.name}, {words}"))
-    tokens = {name: [sum(map(len, side.ids(r))) for r in range(-plan.rounds, 0)] for name, side in sides.items()}
-    rate = {name: [n / s for n, s in zip(tokens[name], seconds[name], strict=True)] for name in sides}
+    turns = {side: Side(of.run, of.prepare) for side, of in sides.items()}
+    seconds = measure_rounds(turns, rounds, progress=lambda words: say(f"{name}, {words}"))
+    tokens = {side: [sum(map(len, of.ids(r))) for r in range(-rounds, 0)] for side, of in sides.items()}
+    rate = {side: [n / s for n, s in zip(tokens[side], seconds[side], strict=True)] for side in sides}
     return {
-        "workload": work.name,
+        "workload": name,
         "replies": len(replies),
         "share_ended": sum(ids[-1] == sampler.tokenization.eos_id for ids in replies) / len(replies),
-        "tokens": {name: spread(counts)._asdict() for name, counts in tokens.items()},
-        "tokens_per_second": {name: spread(rates)._asdict() for name, rates in rate.items()},
+        "tokens": {side: spread(counts)._asdict() for side, counts in tokens.items()},
+        "tokens_per_second": {side: spread(rates)._asdict() for side, rates in rate.items()},
         "ours_over_raw": ratios(rate["ours"], rate["raw"])._asdict(),
         "rounds": rate,
     }
 
 
 def start_engine(folder: Path, policy: TransformersPolicy, kv_cache_mib: int) -> tuple[VLLMSampler, dict[str, Any]]:
-    """A sampler, and what it takes beside sampling: seconds of import, start, and a sync of all weights."""
-    sampler: VLLMSampler | None = None
+    """Return a sampler, and what it takes beside sampling: seconds of import, start, and a sync of all weights."""
+    samplers: list[VLLMSampler] = []
 
     def start() -> None:
-        nonlocal sampler
-        sampler = VLLMSampler(
-            folder,
-            policy.tokenization,
-            max_model_len=CONTEXT,
-            device=policy.device.type,
-            kv_cache_mib=kv_cache_mib,
+        device = policy.device.type
+        samplers.append(
+            VLLMSampler(folder, policy.tokenization, max_model_len=CONTEXT, device=device, kv_cache_mib=kv_cache_mib)
         )
 
     took = {"import": timed(import_vllm), "start": timed(start)}
-    assert sampler is not None
-    syncs = spread([timed(lambda: sampler.sync(policy)) for _ in range(9)])
-    return sampler, {**took, "sync": syncs._asdict()}
+    syncs = spread([timed(lambda: samplers[0].sync(policy)) for _ in range(9)])
+    return samplers[0], {**took, "sync": syncs._asdict()}
 
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -222,49 +199,44 @@ def sampling(
     if choose_backend("vllm").name != "vllm":
         raise ConfigError("benchmarks.sampling: vLLM is not installed here; expected it, since it is what is measured")
     counts = n or [1, 4, 16]
-    plan = Plan(rounds, max_new_tokens, lambda words: print(f"\r{words:<60}", end="", flush=True))
-    if threads is not None:
-        os.environ["OMP_NUM_THREADS"] = str(threads)  # which vLLM reads
-        torch.set_num_threads(threads)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = device_of("auto")
+    record = begin(NAME, device, threads)
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(model)
+        folder = Path(temporary) if model in SIZES else Path(model)
         if model in SIZES:
-            folder = Path(temporary)
-            plan.say("training the small model")
-            small_llama(SIZES[model], folder)
-        policy = TransformersPolicy.load(folder, template=Template(), device=device)
+            small_llama(SIZES[model], folder, device.type)
+        policy = TransformersPolicy.load(folder, template=Template(), device=device.type)
         sampler, costs = start_engine(folder, policy, kv_cache_mib)
         questions = world_prompts(replies // min(counts))
-        record: dict[str, Any] = {
-            "benchmark": NAME,
-            "command": ["python", "-m", "benchmarks.sampling", *sys.argv[1:]],
-            "machine": machine(torch.device(device)),
+        record |= {
             "model": {"name": model, "parameters": sum(map(torch.numel, policy.parameters()))},
             "sampler": sampler.identity,
             "settings": {"rounds": rounds, "max_new_tokens": max_new_tokens, "kv_mib": kv_cache_mib},
             "engine_seconds": costs,
             "rows": [],
         }
-        for work in (*map(Workload, counts), Workload(counts[0], logprobs=True)):
-            record["rows"].append(measure(sampler, questions[: max(1, replies // work.n)], work, plan))
+        for count, logprobs in (*((count, False) for count in counts), (counts[0], True)):
+            prompts = questions[: max(1, replies // count)]
+            record["rows"].append(
+                measure(sampler, prompts, n=count, logprobs=logprobs, max_new_tokens=max_new_tokens, rounds=rounds)
+            )
             if out is not None:  # row by row: what a long run has measured is not lost with it
                 write_json(out, record)
-    print("\r" + table(record))
-
-
-def table(record: Mapping[str, Any]) -> str:
-    """Return the medians as lines of text, quartiles behind them."""
-    model, costs = record["model"], record["engine_seconds"]
-    lines = [
-        f"{model['name']}: {model['parameters']:,} parameters, {record['sampler']}; the engine started in "
-        f"{costs['start']:.2f} s after its import, a sync takes {1000 * costs['sync']['median']:.0f} ms",
-        f"{'':<18}{'raw vLLM':>12}{'ours':>12}   tokens/s   ours / raw",
+    say()
+    columns = ("workload", "raw vLLM, tokens/s", "ours", "ours / raw")
+    cells = [
+        [
+            row["workload"],
+            *(f"{row['tokens_per_second'][side]['median']:,.0f}" for side in ("raw", "ours")),
+            spread_words(list(row["ours_over_raw"].values()), 3),
+        ]
+        for row in record["rows"]
     ]
-    for row in record["rows"]:
-        speeds = "".join(f"{row['tokens_per_second'][name]['median']:>12,.0f}" for name in ("raw", "ours"))
-        lines.append(f"{row['workload']:<18}{speeds}{'':<14}{spread_words(Spread(**row['ours_over_raw']), 3)}")
-    return "\n".join(lines)
+    show(
+        Table(columns, cells),
+        f"{model}: {record['model']['parameters']:,} parameters, {sampler.identity}; the engine started in "
+        f"{costs['start']:.2f} s after its import, a sync takes {1000 * costs['sync']['median']:.0f} ms",
+    )
 
 
 if __name__ == "__main__":

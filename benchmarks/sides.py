@@ -11,10 +11,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.labelled import labelled
 from benchmarks.measure import Side, measure_rounds, peak_above
 from benchmarks.released import released
-from benchmarks.workloads import Group, Shape, make_model, make_tokenization
+from benchmarks.workloads import IGNORE, Group, Shape, make_model, make_tokenization, padded_rows
 from rrhf_bench.errors import StageError
 from rrhf_bench.policy.policy import Computation, TransformersPolicy
 from rrhf_bench.training.rrhf import rrhf_loss
@@ -40,15 +39,43 @@ class Ours:
         self.policy.layout = layout
 
     def __call__(self, group: Group) -> tuple[Tensor, Tensor]:
-        batch, device = group.batch, self.policy.device
-        losses = rrhf_loss(
-            self.policy.token_logprobs(batch)[None],
-            batch.mask_BT.to(device)[None],
-            torch.tensor([group.rewards], device=device),
-            variant="official",
-            padded_length_B=torch.tensor([group.padded_length], device=device),
-        )
-        return losses.total, losses.score_BG[0]
+        batch = group.batch
+        return _loss(self.policy.token_logprobs(batch), batch.mask_BT.to(self.policy.device), group)
+
+
+def _loss(logp_KL: Tensor, scored_KL: Tensor, group: Group) -> tuple[Tensor, Tensor]:
+    """Return (loss, (K,) scores) of a group by the package's own RRHF loss."""
+    losses = rrhf_loss(
+        logp_KL[None],
+        scored_KL[None],
+        torch.tensor([group.rewards], device=logp_KL.device),
+        variant="official",
+        padded_length_B=torch.tensor([group.padded_length], device=logp_KL.device),
+    )
+    return losses.total, losses.score_BG[0]
+
+
+def labelled_logprobs(hidden_KLD: Tensor, label_KL: Tensor, head: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return (K, L) log-probs of the labels in float32 or better, 0 where a position is not scored."""
+    scored_KL = label_KL != IGNORE
+    logits_NV = head(hidden_KLD[scored_KL])
+    logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
+    logp_N = logits_NV.gather(-1, label_KL[scored_KL][:, None]).squeeze(-1) - logits_NV.logsumexp(-1)
+    return logp_N.new_zeros(label_KL.shape).masked_scatter(scored_KL, logp_N)
+
+
+def labelled(model: Any) -> Forward:
+    """Return the forward pass of a careful trainer on padded rows, such as TRL's: the head on labelled positions only.
+
+    Prompts are still repeated and rows still padded.
+    """
+
+    def forward(group: Group) -> tuple[Tensor, Tensor]:
+        ids_KL, attention_KL, label_KL = padded_rows(group, model.device)
+        hidden_KLD = model.base_model(input_ids=ids_KL, attention_mask=attention_KL, use_cache=False).last_hidden_state
+        return _loss(labelled_logprobs(hidden_KLD, label_KL, model.get_output_embeddings()), label_KL != IGNORE, group)
+
+    return forward
 
 
 SIDES: Mapping[str, Callable[[Any], Forward]] = {
@@ -97,7 +124,7 @@ class Stepper:
         self.model.zero_grad(set_to_none=False)
 
     def results(self, groups: Sequence[Group]) -> Results:
-        """A step's loss, scores and gradients; the gradients are not kept on the model."""
+        """Return a step's loss, scores and gradients; the gradients are not kept on the model."""
         self.model.zero_grad()
         loss, scores = 0.0, []
         for group in groups:
@@ -135,7 +162,7 @@ class Errors(NamedTuple):
 
 
 def errors(found: Results, expected: Results) -> Errors:
-    """Raises StageError where the two have gradients of different weights."""
+    """Return the errors. Raises StageError if the two have gradients of different weights."""
     if found.gradients.keys() != expected.gradients.keys():
         names = ", ".join(sorted(found.gradients.keys() ^ expected.gradients.keys())[:4])
         raise StageError(f"gradients: only one of two sides has some for {names}")
@@ -158,7 +185,7 @@ FLOAT32 = Errors(1e-5, 1e-5, 1e-5, 1e-5)
 
 
 def bfloat16_bound(layers: int) -> Errors:
-    """How far from the same step in float32 a step in bfloat16 may be.
+    """Return how far from the same step in float32 a step in bfloat16 may be.
 
     A value is rounded to 8 bits about 12 times in each layer (two norms, seven products, rotation, attention, two sums)
     and three times around the head, and its gradient as often on the way back. Independent roundings add up like a
@@ -170,7 +197,7 @@ def bfloat16_bound(layers: int) -> Errors:
 
 
 def check_equal(found: Mapping[str, Results], expected: Results, bound: Errors, where: str) -> dict[str, Errors]:
-    """Each side's errors. Raises StageError naming the first number beyond its bound."""
+    """Return each side's errors. Raises StageError naming the first number beyond its bound."""
     compared = {name: errors(result, expected) for name, result in found.items()}
     for name, error in compared.items():
         for quantity, value, limit in zip(Errors._fields, error, bound, strict=True):

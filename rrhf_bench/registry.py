@@ -43,7 +43,54 @@ METHODS: Mapping[str, Method] = {
     ),
     "dpo": Method("baselines.dpo_settings:DPOSettings", "baselines.dpo:DPO", "DPO", "#E69F00", "offline"),
     "rloo": Method("baselines.rloo_settings:RLOOSettings", "baselines.rloo:RLOO", "RLOO", "#56B4E9", "online"),
+    "grpo": Method("baselines.grpo_settings:GRPOSettings", "baselines.grpo:GRPO", "GRPO", "#E8003D", "online", "P"),
+    "reinforce": Method(
+        "baselines.reinforce_settings:ReinforceSettings",
+        "baselines.reinforce:Reinforce",
+        "REINFORCE", "#8855FF", "online", "X",
+    ),
+    "remax": Method(
+        "baselines.remax_settings:ReMaxSettings",
+        "baselines.remax:ReMax",
+        "ReMax", "#00B400", "online", "v",
+    ),
+    "reinforce_pp": Method(
+        "baselines.reinforce_pp_settings:ReinforcePPSettings",
+        "baselines.reinforce_pp:ReinforcePP",
+        "REINFORCE++-baseline", "#444400", "online", "p",
+    ),
+    "online_dpo": Method(
+        "baselines.online_dpo_settings:OnlineDPOSettings",
+        "baselines.online_dpo:OnlineDPO",
+        "online DPO", "#2B2BFF", "online", "h",
+    ),
     "ppo": Method("baselines.ppo_settings:PPOSettings", "baselines.ppo:PPO", "PPO", "#D55E00", "online"),
+    "vcb": Method("baselines.vcb_settings:VCBSettings", "baselines.vcb:VCB", "VCB", "#332288", "offline", "s"),
+    "kto": Method("baselines.kto_settings:KTOSettings", "baselines.kto:KTO", "KTO", "#DDCC77", "offline", "^"),
+    "simpo": Method(
+        "baselines.simpo_settings:SimPOSettings",
+        "baselines.simpo:SimPO",
+        "SimPO", "#CC6677", "offline", "v",
+    ),
+    "orpo": Method("baselines.orpo_settings:ORPOSettings", "baselines.orpo:ORPO", "ORPO", "#882255", "offline", "<"),
+    "slic_hf": Method(
+        "baselines.slic_hf_settings:SLiCHFSettings",
+        "baselines.slic_hf:SLiCHF",
+        "SLiC-HF", "#117733", "offline", ">",
+    ),
+    "pro": Method("baselines.pro_settings:PROSettings", "baselines.pro:PRO", "PRO", "#999933", "offline", "p"),
+    "raft": Method("baselines.raft_settings:RAFTSettings", "baselines.raft:RAFT", "RAFT", "#44AA99", "offline", "h"),
+    "ulma": Method("baselines.ulma_settings:ULMASettings", "baselines.ulma:ULMA", "ULMA", "#AA4499", "offline", "d"),
+    "rebel": Method(
+        "baselines.rebel_settings:REBELSettings",
+        "baselines.rebel:REBEL",
+        "REBEL", "#6699CC", "offline", "P",
+    ),
+    "bonbon": Method(
+        "baselines.bonbon_settings:BoNBoNSettings",
+        "baselines.bonbon:BoNBoN",
+        "BoNBoN", "#661100", "offline", "X",
+    ),
 }  # fmt: skip
 
 

@@ -28,6 +28,7 @@ ROOMS = {
     "report": ("report",),
     "replication": ("replication",),
     "command line": ("terminal", "cli", "cli_files", "cli_options"),
+    "tests": ("testing",),
 }
 ORDER = list(ROOMS)
 
@@ -117,6 +118,7 @@ def test_the_generic_rooms_know_no_method_by_name():
 def test_the_page_names_every_room_and_file():
     page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     missing = [str(path.relative_to(ROOT)) for path in FILES.values() if path.stem != "__init__"]
+    missing = [name for name in missing if not name.endswith("_settings.py")]  # one row of the page for all
     assert not [name for name in missing if f"`{Path(name).name}`" not in page]
     positions = [page.index(f"\n| {room} |") for room in ROOMS]
     assert positions == sorted(positions)

@@ -12,7 +12,6 @@ import torch
 from typer.testing import CliRunner
 
 from benchmarks import scaling, step
-from benchmarks.labelled import labelled_logprobs
 from benchmarks.measure import (
     KEEPING_ENVIRONMENT,
     MEMORY_ENVIRONMENT,
@@ -24,7 +23,17 @@ from benchmarks.measure import (
     spread,
 )
 from benchmarks.released import released_loss
-from benchmarks.sides import FLOAT32, RELEASED, Errors, Results, Stepper, check_equal, errors, sides_for
+from benchmarks.sides import (
+    FLOAT32,
+    RELEASED,
+    Errors,
+    Results,
+    Stepper,
+    check_equal,
+    errors,
+    labelled_logprobs,
+    sides_for,
+)
 from benchmarks.workloads import IGNORE, Group, padded_rows
 from rrhf_bench.errors import ConfigError, StageError, StoreError
 from rrhf_bench.training.rrhf import rrhf_loss

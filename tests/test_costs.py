@@ -144,8 +144,9 @@ def _write(stage: Stage, artifact: Path) -> None:
         name = stage.name.removeprefix("train ").rsplit(", seed")[0]
         seconds, tokens, steps = TRAINED[name]
         timing |= {"train": seconds + 2 * (stage.seed or 0), "curve": [[0.0, 0.0], [1.0, seconds]]}
-        (artifact / "about.json").write_text(json.dumps({"sampled_tokens": tokens, "steps": steps, "counts": {}}))
-    if stage.kind in ("sample", "score", "judge"):
+        sampled = {"sampled_tokens": tokens, "sampled_replies": tokens // TOKENS}
+        (artifact / "about.json").write_text(json.dumps({**sampled, "steps": steps, "counts": {}}))
+    if stage.kind in ("sample", "score", "score pairs", "judge"):
         reply = Response(" x", "model", token_ids=(1,) * TOKENS)
         write_jsonl(artifact / "candidates.jsonl", [Candidates(Prompt("\n\nHuman: Hi\n\nAssistant:"), (reply,))])
     (artifact / TIMING).write_text(json.dumps(with_checksum(timing)))
@@ -171,7 +172,7 @@ def test_dp_is_charged_for_its_search_and_scores(made: Made) -> None:
     """Search 8, scores 4, scores of the pairs 2, training 20. Both seeds share the search, and each is charged."""
     assert made.seed("dp") == (34.0, 100, 6)
     assert made.seed("dp", 1) == (36.0, 100, 6)
-    assert made.before["dp", 0] == StageCost(14.0, 100, 0)
+    assert made.before["dp", 0] == StageCost(14.0, 100, 1, 2, 0)
 
 
 def test_rounds_are_summed(made: Made) -> None:
@@ -182,7 +183,7 @@ def test_rounds_are_summed(made: Made) -> None:
     assert made.seed("ip2") == (67.0, 200, 12)
     assert made.seed("ip3") == (101.0, 300, 18)
     assert made.seed("ip3", 1) == (107.0, 300, 18)
-    assert made.before["ip3", 0] == StageCost(79.0, 300, 12)
+    assert made.before["ip3", 0] == StageCost(79.0, 300, 3, 4, 12)
 
 
 def test_rounds_are_summed_where_no_other_row_holds_them(tmp_path: Path) -> None:
@@ -199,7 +200,7 @@ def test_a_row_is_charged_for_the_training_of_its_teacher(made: Made) -> None:
     The judge scores the data set's reply too, so the reward model's scores of the pairs are not charged.
     """
     assert made.seed("wombat") == (110.0, 1200, 22)
-    assert made.before["wombat", 0] == StageCost(95.0, 1200, 16)
+    assert made.before["wombat", 0] == StageCost(95.0, 1200, 12, 9, 16)
 
 
 def test_an_initial_policy_that_is_a_row_is_given(made: Made) -> None:

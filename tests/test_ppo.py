@@ -13,101 +13,23 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from pydantic import ValidationError
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from baselines.ppo import PPO, RewardScale
 from baselines.ppo_settings import PPOSettings
-from rrhf_bench.data.dialogue import Template
 from rrhf_bench.errors import DataError, Diverged, StageError
 from rrhf_bench.policy.batching import ResponseBatch
-from rrhf_bench.policy.policy import Policy, TransformersPolicy
-from rrhf_bench.policy.tokenization import Tokenization
+from rrhf_bench.policy.policy import Policy
 from rrhf_bench.records import Candidates, Preference, Prompt, Response
-from rrhf_bench.sampling.transformers import TransformersSampler
-from rrhf_bench.seeding import torch_seed
-from rrhf_bench.training.method import Progress, TrainContext, TrainInputs
+from rrhf_bench.testing import PROMPTS, Run, share_of_d, tiny_tokenization
+from rrhf_bench.training.method import Progress, TrainInputs
 from rrhf_bench.training.on_policy import OnPolicyTrainer
 from rrhf_bench.training.rollouts import cycle_prompts
 from tests.test_health import START
 
-PROMPTS = [
-    Prompt(f"\n\nHuman: {a} {b}\n\nAssistant:") for a in ("ab", "cd", "abcd") for b in ("dead", "bad", "add", "b")
-]
 INPUTS = TrainInputs(preferences=[Preference(prompt, " a", " b") for prompt in PROMPTS])
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def tokenization() -> Tokenization:
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    # Few tokens, so that replies end by themselves and stop strings occur.
-    trainer = trainers.BpeTrainer(vocab_size=32, special_tokens=["<eos>", "<pad>"], initial_alphabet=[])
-    bpe.train_from_iterator([prompt.text for prompt in PROMPTS], trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<eos>", pad_token="<pad>")
-    return Tokenization(tokenizer, Template(), "tiny")
-
-
-TOKENIZATION = tokenization()
-
-
-def tiny_policy(**changes: Any) -> TransformersPolicy:
-    config = LlamaConfig(
-        vocab_size=len(TOKENIZATION.tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        tie_word_embeddings=True,
-        **changes,
-    )
-    with torch_seed("tiny"):
-        return TransformersPolicy(LlamaForCausalLM(config), TOKENIZATION)
-
-
-class FunctionReward:
-    """A reward model that is a function of the reply's text."""
-
-    identity = "function"
-
-    def __init__(self, function: Callable[[str], float]) -> None:
-        self.function = function
-
-    def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> NDArray[np.float64]:
-        return np.array([self.function(response) for response in responses], np.float64)
-
-
-def share_of_d(text: str) -> float:
-    return text.count("d") / max(len(text), 1)
-
-
-class Run:
-    """A policy with everything that a trainer is lent, and what the trainer told of itself."""
-
-    def __init__(
-        self, reward: Callable[[str], float] = share_of_d, *, seed: int = 0, stop: tuple[str, ...] = ()
-    ) -> None:
-        self.policy = tiny_policy()
-        self.log: list[Mapping[str, float]] = []
-        self.watched: list[Progress] = []
-        self.context = TrainContext(
-            seed=seed,
-            sampler=TransformersSampler(self.policy, max_model_len=128),
-            reward=FunctionReward(reward),
-            reference=self.policy.frozen_copy(),
-            max_new_tokens=8,
-            stop=stop,
-            watch=lambda progress, policy: self.watched.append(progress),
-            log=self.log.append,
-        )
-
-    def weights(self) -> dict[str, torch.Tensor]:
-        return {name: weight.detach().clone() for name, weight in self.policy.state()}
 
 
 def settings(**changes: Any) -> PPOSettings:
@@ -296,7 +218,7 @@ def test_a_stop_string_is_an_ending_and_its_tokens_stay() -> None:
     first = Iteration(run, made)
     rollouts = first.rollouts
     assert not any("ad" in text or "da" in text for text in texts)
-    sampled = [TOKENIZATION.decode(ids) for _, ids in rollouts.pairs]
+    sampled = [tiny_tokenization().decode(ids) for _, ids in rollouts.pairs]
     stopped = [n for n, text in enumerate(sampled) if "ad" in text or "da" in text]
     assert stopped, "no stop string occurred"
     mask = rollouts.batch(range(64)).mask_BT
@@ -306,7 +228,9 @@ def test_a_stop_string_is_an_ending_and_its_tokens_stay() -> None:
     for n in stopped:
         assert len(rollouts.pairs[n][1]) <= 8
         assert final_return[n] == 0.0  # the score of a reply that ended, at its last sampled token: no penalty
-    unended = [n for n, (_, ids) in enumerate(rollouts.pairs) if ids[-1] != TOKENIZATION.eos_id and n not in stopped]
+    unended = [
+        n for n, (_, ids) in enumerate(rollouts.pairs) if ids[-1] != tiny_tokenization().eos_id and n not in stopped
+    ]
     assert all(final_return[n] == -1.0 for n in unended)
 
 
@@ -387,7 +311,7 @@ def test_a_sampler_without_ids_and_a_run_without_prompts_are_refused() -> None:
 
     class Silent:
         identity = "silent"
-        tokenization = TOKENIZATION
+        tokenization = tiny_tokenization()
 
         def sample(self, prompts: Sequence[Prompt], spec: Any) -> list[Candidates]:
             return [Candidates(prompt, (Response("", "model", "eos", ()),)) for prompt in prompts]

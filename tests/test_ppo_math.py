@@ -71,6 +71,16 @@ def check_gae(gae: Callable[..., tuple[Tensor, Tensor]]) -> None:
     close(returns, tensor([1.3125, 0.25, 2.0], [4.0, 0.0, 0.0]))
 
 
+def check_clipped_surrogate(clipped_surrogate: Callable[..., tuple[Tensor, Tensor]]) -> None:
+    # Bounds .8 and 1.3. rho 1.5: A = 1: max(-1.5, -1.3), clipped; A = -1: max(1.5, 1.3). rho .5: A = 1: max(-.5, -.8);
+    # A = -1: max(.5, .8), clipped.
+    loss, clipped = clipped_surrogate(
+        tensor([1.5, 1.5, 0.5, 0.5]).log(), tensor([1.0, -1.0, 1.0, -1.0]), clip_low=0.2, clip_high=0.3
+    )
+    close(loss, tensor([-1.3, 1.5, -0.5, 0.8]))
+    assert clipped.tolist() == [[True, False, False, True]]
+
+
 def check_policy_loss(policy_loss: Callable[..., Any]) -> None:
     # clip .2, all four branches. rho 1.5: A = 1: max(-1.5, -1.2) = -1.2, clipped; A = -1: max(1.5, 1.2) = 1.5.
     # rho .5: A = 1: max(-.5, -.8) = -.5; A = -1: max(.5, .8) = .8, clipped. Mean .6 / 4 = .15, two of four clipped.
@@ -105,6 +115,8 @@ def check_whiten(whiten: Callable[..., Tensor]) -> None:
     x, mask = tensor([1.0, 3.0], [5.0, NAN]), ragged(2, 1)
     scaled = 2.0 / math.sqrt(8 / 3 + 1e-8)
     close(whiten(x, mask), tensor([-scaled, 0.0], [scaled, 0.0]))
+    bessel = 2.0 / math.sqrt(4 + 1e-8)  # variance 8/2
+    close(whiten(x, mask, ddof=1), tensor([-bessel, 0.0], [bessel, 0.0]))
     close(whiten(x, mask, shift_mean=False), tensor([3 - scaled, 3.0], [3 + scaled, 0.0]))
 
 
@@ -118,6 +130,7 @@ def check_explained_variance(explained_variance: Callable[..., Tensor]) -> None:
 GOLDENS: dict[str, Callable[[Any], None]] = {
     "shaped_reward": check_shaped_reward,
     "gae": check_gae,
+    "clipped_surrogate": check_clipped_surrogate,
     "policy_loss": check_policy_loss,
     "value_loss": check_value_loss,
     "whiten": check_whiten,
@@ -142,12 +155,14 @@ def test_golden(name: str) -> None:
         ("gae", "gamma * lam * advantage_B", "gamma * advantage_B"),
         ("gae", "value_BT = value_BT.masked_fill(~mask_BT, 0.0)", "value_BT = value_BT.nan_to_num(0.0)"),
         ("gae", "return advantage_BT, advantage_BT + value_BT", "return advantage_BT, advantage_BT"),
-        ("policy_loss", "torch.maximum(plain_BT, clipped_BT)", "torch.minimum(plain_BT, clipped_BT)"),
-        ("policy_loss", "1.0 - clip, 1.0 + clip", "1.0 - clip, 1.0"),
-        ("policy_loss", "(clipped_BT > plain_BT)", "(clipped_BT != plain_BT)"),
+        ("clipped_surrogate", "torch.maximum(plain_BT, clipped_BT)", "torch.minimum(plain_BT, clipped_BT)"),
+        ("clipped_surrogate", "1.0 + clip_high", "1.0 + clip_low"),
+        ("clipped_surrogate", "clipped_BT > plain_BT", "clipped_BT != plain_BT"),
+        ("policy_loss", "clip_low=clip, clip_high=clip", "clip_low=clip, clip_high=0.0"),
         ("policy_loss", "(logp_BT - old_logp_BT)", "(old_logp_BT - logp_BT)"),
         ("value_loss", "torch.maximum(plain_BT, clipped_BT)", "clipped_BT"),
         ("value_loss", "0.5 * masked_mean", "masked_mean"),
+        ("whiten", "if ddof", "if not ddof"),
         ("whiten", "masked_mean((value_BT - mean) ** 2, mask_BT)", "((value_BT.nan_to_num() - mean) ** 2).mean()"),
         ("explained_variance", "x_N.var(correction=0)", "(x_N**2).mean()"),
     ],

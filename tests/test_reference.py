@@ -123,6 +123,27 @@ def test_a_loss_finds_the_reference_of_its_rows_in_its_batch(policy: Transformer
             assert batch.grouped(batch.reference_RT).shape[0] == batch.prompts
 
 
+class Neighbours(Seen):
+    """A loss that also reads each prompt's likelihood of the next prompt's first reply."""
+
+    def examples(self, inputs: TrainInputs) -> list[Example]:
+        following = [*inputs.candidates[1:], inputs.candidates[0]]
+        return [
+            Example(row.prompt, (row.responses[0], other.responses[0]))
+            for row, other in zip(inputs.candidates, following, strict=True)
+        ]
+
+
+def test_responses_that_a_method_makes_have_a_reference_too(policy: TransformersPolicy, tmp_path: Path) -> None:
+    seen = Neighbours()
+    inputs = TrainInputs(candidates=CANDIDATES, reference=response_logprobs(policy, CANDIDATES, max_length=512))
+    settings = Referring(epochs=2, batch_prompts=4, lr=1e-2)
+    OfflineTrainer(seen, settings).fit(policy, inputs, context(tmp_path))
+    for logp_RT, batch in seen.batches:
+        assert batch.reference_RT is not None
+        torch.testing.assert_close(batch.reference_RT, logp_RT, rtol=0, atol=1e-5)
+
+
 def test_a_loss_that_requires_no_reference_has_none(policy: TransformersPolicy, tmp_path: Path) -> None:
     seen = Seen()
     OfflineTrainer(seen, RRHFSettings(epochs=1)).fit(policy, TrainInputs(candidates=CANDIDATES), context(tmp_path))

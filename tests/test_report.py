@@ -180,9 +180,9 @@ def _timings() -> list[Timing]:
 def _costs() -> dict[tuple[str, int], Cost]:
     """Seconds, of these shared, sampled tokens, optimiser steps and peak; the peak of one sft run was not measured."""
     one = {
-        "sft": Cost(30.0, 0.0, 0, 94, None),
-        "rrhf": Cost(54.0, 14.0, 60_000, 94, None),
-        "ppo": Cost(45.0, 0.0, 54_000, 224, None),
+        "sft": Cost(30.0, 0.0, 0, 0, 0, 94, None),
+        "rrhf": Cost(54.0, 14.0, 60_000, 2_000, 3_000, 94, None),
+        "ppo": Cost(45.0, 0.0, 54_000, 1_800, 1_800, 224, None),
     }
     costs = {
         (row, seed): replace(cost, seconds=cost.seconds + seed, train_peak_mib=1000.0 + seed)

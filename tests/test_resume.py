@@ -16,9 +16,9 @@ from rrhf_bench.pipeline import stage_helpers
 from rrhf_bench.pipeline.checkpoints import FileCheckpoints
 from rrhf_bench.records import Candidates, Preference, Response
 from rrhf_bench.settings.methods import LoraSettings
+from rrhf_bench.testing import PROMPTS, Run
 from rrhf_bench.training.method import TrainInputs
 from rrhf_bench.training.rrhf_settings import RRHFSettings
-from tests.test_ppo import PROMPTS, Run
 
 PAIRS = [Preference(prompt, " add" * (1 + i % 3), " no") for i, prompt in enumerate(PROMPTS)]
 CANDIDATES = [

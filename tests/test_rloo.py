@@ -11,8 +11,9 @@ from pydantic import ValidationError
 
 from baselines.rloo import RLOO, rloo_loss
 from baselines.rloo_settings import RLOOSettings
+from rrhf_bench.testing import Run, share_of_d
 from rrhf_bench.training.on_policy import OnPolicyTrainer
-from tests.test_ppo import INPUTS, Run, share_of_d
+from tests.test_ppo import INPUTS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -1,4 +1,4 @@
-"""The sampler's contract with the real vLLM: each planted fault is caught and named, after the very first sync."""
+"""The sampler's contract with the real vLLM: each planted fault is caught, after the very first sync."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ PROMPTS = [
     Prompt(f"\n\nHuman: {question}\n\nAssistant:") for question in ("What is ice?", "How?", "Why bake bread?", "Hm?")
 ]
 SPEC = SamplingSpec(n=2, temperature=0.7, max_new_tokens=8, seed=3, purpose="test")
+FAULT = r"log-probs are .* from the trainer's on average"
 
 needs_vllm = pytest.mark.skipif(choose_backend("vllm", device="cpu").name != "vllm", reason="no vLLM for CPUs here")
 
@@ -92,16 +93,14 @@ def test_what_is_found_is_noted_once_a_sync_and_temperature(sampler, policy, tra
 
 
 @needs_vllm
-def test_a_missed_sync_is_caught_and_named(engine, policy, trained, monkeypatch):
+def test_a_missed_sync_is_caught(engine, policy, trained, monkeypatch):
     engine.sync(policy)
     monkeypatch.setattr(engine, "sync", lambda policy: None)
     checked = CheckedSampler(engine, "float32", CONTEXT)
     checked.sync(policy)
     checked.sample(PROMPTS, SPEC)  # as it should be, so far
     checked.sync(trained)
-    with pytest.raises(
-        StageError, match=r"log-probs are .* from the trainer's .* its weights are not the policy's, stale"
-    ):
+    with pytest.raises(StageError, match=FAULT):
         checked.sample(PROMPTS, SPEC)
 
 
@@ -116,24 +115,23 @@ class Rounded:
             yield name, ((w.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(w.dtype)
 
 
-def test_a_sampler_of_less_than_float32_is_caught_and_named(sampler, policy, monkeypatch):
+def test_a_sampler_of_less_than_float32_is_caught(sampler, policy, monkeypatch):
     whole = sampler.sync
     monkeypatch.setattr(sampler, "sync", lambda policy: whole(Rounded(policy)))
     checked = CheckedSampler(sampler, "float32", CONTEXT)
     checked.sync(policy)
-    with pytest.raises(StageError, match=r"TRITON_F32_DEFAULT=ieee") as caught:
+    with pytest.raises(StageError, match=FAULT):
         checked.sample(PROMPTS, SPEC)
-    assert "stale" not in str(caught.value)
 
 
-def test_logits_too_large_for_two_computations_to_agree_are_named(policy):
+def test_logits_too_large_for_two_computations_to_agree_are_caught(policy):
     """A constant of 1e5 in every logit changes no probability, but float32 then holds logits in steps of 0.01."""
     with torch.no_grad():
         policy.model.get_input_embeddings().weight[:, 0] = 1.0
         policy.model.model.norm.weight[0] *= 1e5
     checked = CheckedSampler(TransformersSampler(policy, max_model_len=CONTEXT), "float32", CONTEXT)
     checked.sync(policy)
-    with pytest.raises(StageError, match=r"logits reach 1\.\de\+05"):
+    with pytest.raises(StageError, match=FAULT):
         checked.sample(PROMPTS, SPEC)
 
 
@@ -169,29 +167,29 @@ def test_weights_that_are_not_taken_over_in_full_are_caught(engine, policy, llam
     monkeypatch.setattr(engine, "sync", lambda policy: whole(Partial()))
     checked = CheckedSampler(engine, "float32", CONTEXT)
     checked.sync(other)
-    with pytest.raises(StageError, match="not taken over in full"):
+    with pytest.raises(StageError, match=FAULT):
         checked.sample(PROMPTS, SPEC)
 
 
 @needs_vllm
-def test_a_missed_cache_reset_is_caught_and_named(engine, policy, trained, monkeypatch):
+def test_a_missed_cache_reset_is_caught(engine, policy, trained, monkeypatch):
     """Nothing that the check asks about was asked before: it puts the old states into the cache itself."""
     engine.sync(policy)
     checked = CheckedSampler(engine, "float32", CONTEXT)
     monkeypatch.setattr(engine, "sync", reload_only(engine))
     checked.sync(trained)
-    with pytest.raises(StageError, match="prefix cache was not reset and holds states of older weights"):
+    with pytest.raises(StageError, match=FAULT):
         checked.sample(PROMPTS, SPEC)
 
 
 @needs_vllm
-def test_a_temperature_that_is_not_applied_is_caught_and_named(engine, policy, monkeypatch):
+def test_a_temperature_that_is_not_applied_is_caught(engine, policy, monkeypatch):
     sample = engine.sample
     monkeypatch.setattr(engine, "sample", lambda prompts, spec: sample(prompts, replace(spec, temperature=1.0)))
     checked = CheckedSampler(engine, "float32", CONTEXT)
     checked.sync(policy)
     checked.sample(PROMPTS, replace(SPEC, temperature=1.0))  # nothing wrong with that
-    with pytest.raises(StageError, match=r"at temperature 0\.7 .* the temperature is not applied; sample at 1"):
+    with pytest.raises(StageError, match=FAULT + r".* at temperature 0\.7"):
         checked.sample(PROMPTS, SPEC)
 
 
@@ -205,7 +203,7 @@ def test_the_contract_holds_in_bfloat16_and_sees_other_weights(llama_folder):
     checked.sample(PROMPTS, SPEC)
     checked._policy = other
     checked._checked = set()
-    with pytest.raises(StageError, match="its weights are not the policy's"):
+    with pytest.raises(StageError, match=FAULT):
         checked.sample(PROMPTS, SPEC)
 
 

@@ -322,11 +322,11 @@ def test_no_text_of_a_call_is_scored_twice():
 @needs_vllm
 def test_the_benchmark_times_equal_tokens_only(engine, policy):
     """Tokens and records of both sides agree in the run that is timed; a sampler that draws otherwise is refused."""
-    from benchmarks.sampling import Plan, Workload, measure
+    from benchmarks.sampling import measure
 
     engine.sync(policy)
-    plan = Plan(rounds=2, max_new_tokens=8, say=lambda words: None)
-    row = measure(engine, PROMPTS, Workload(n=2, logprobs=True), plan)
+    how = {"n": 2, "max_new_tokens": 8, "rounds": 2}
+    row = measure(engine, PROMPTS, logprobs=True, **how)
     assert row["replies"] == 6
     assert row["tokens"]["raw"] == row["tokens"]["ours"]
     assert all(len(rates) == 2 and min(rates) > 0 for rates in row["rounds"].values())
@@ -338,7 +338,7 @@ def test_the_benchmark_times_equal_tokens_only(engine, policy):
             return engine.sample(prompts, replace(spec, seed=spec.seed + 1))
 
     with pytest.raises(StageError, match=r"n=2: . of 6 replies are not those of raw vLLM"):
-        measure(Otherwise(), PROMPTS, Workload(n=2), plan)
+        measure(Otherwise(), PROMPTS, **how)
 
 
 def test_a_vllm_for_gpus_does_not_serve_a_run_on_the_cpu(tmp_path, monkeypatch):

@@ -149,6 +149,23 @@ def test_a_stage_keeps_what_it_uses_and_drops_the_least_recently_used(
     assert len(living) == 1  # the sampler's copy
 
 
+def test_a_policy_with_a_cue_finds_it_behind_every_prompt(llama_folder, tmp_path):
+    prompt = Prompt("\n\nHuman: Hi\n\nAssistant:")
+    ModelRef(str(llama_folder(0)), cue=" Well:").write(tmp_path)
+    services, ref = Services(RuntimeSettings(device="cpu")), ModelRef.read(tmp_path)
+    policy, plain = services.policy(ref), services.policy(ModelRef(str(llama_folder(0))))
+    ids = policy.tokenization.prompt_ids(prompt)
+    assert ids == plain.tokenization.prompt_ids(Prompt(prompt.text + " Well:"))
+    assert ids == plain.with_cue(" Well:").tokenization.prompt_ids(prompt) != plain.tokenization.prompt_ids(prompt)
+    assert policy.tokenization.end_ids == plain.with_cue(" Well:").tokenization.end_ids == plain.tokenization.end_ids
+    rows = services.sampler(policy, ref, "transformers").sample([prompt], SamplingSpec(1, 0.0, 8, seed=0, purpose="x"))
+    marked = services.sampler(plain, ref, "transformers").sample(
+        [Prompt(prompt.text + " Well:")], SamplingSpec(1, 0.0, 8, seed=0, purpose="x")
+    )
+    assert rows[0].prompt == prompt
+    assert rows[0].responses == marked[0].responses
+
+
 def test_under_autocast_a_sampler_is_held_to_bfloat16(llama_folder):
     services = Services(RuntimeSettings(device="cpu", autocast="bfloat16"))
     ref = ModelRef(str(llama_folder(0)))

@@ -18,7 +18,7 @@ from rrhf_bench.data.dialogue import Template
 from rrhf_bench.errors import DataError, Diverged, StageError
 from rrhf_bench.evaluation.metrics import candidate_statistics
 from rrhf_bench.policy.batching import ResponseBatch
-from rrhf_bench.policy.logprobs import kl_k1, kl_k3, sequence_score
+from rrhf_bench.policy.logprobs import kl_k1, kl_k2, kl_k3, sequence_score
 from rrhf_bench.policy.policy import TransformersPolicy
 from rrhf_bench.policy.tokenization import Tokenization
 from rrhf_bench.records import Candidates, Preference, Prompt, Response
@@ -138,6 +138,7 @@ def test_kl_estimators_by_hand_and_in_expectation():
     for estimator in (kl_k1, kl_k3):
         assert (p * estimator(p.log(), q.log())).sum().item() == pytest.approx(0.223144, abs=1e-6)
     assert (kl_k3(p.log(), q.log()) >= 0).all()
+    assert kl_k2(torch.tensor(-1.0), torch.tensor(-3.0)).item() == 2.0  # (-1 + 3)^2 / 2
 
 
 def test_sft_loss_by_hand():
@@ -171,6 +172,40 @@ def test_micro_batches_of_one_give_the_gradient_of_the_whole(policy, method, set
     for loss, gradient in gradients[1:]:
         assert loss == pytest.approx(gradients[0][0], rel=1e-5)
         assert ((gradient - gradients[0][1]).norm() / gradient.norm()).item() < 1e-5
+
+
+class Spread:
+    """A loss of all prompts together: the variance of their first replies' log-probs."""
+
+    def examples(self, inputs):
+        return SFT(SFTSettings()).examples(inputs)
+
+    def loss(self, logp_RT, batch):
+        return LossOutput(logp_RT.sum(-1).var(correction=0), float(batch.prompts))
+
+
+class Whole(SFTSettings):
+    requires = SFTSettings.requires | {"whole step"}
+
+
+def test_a_loss_of_the_whole_step_does_not_depend_on_its_passes(policy):
+    """Without the requirement, passes of one prompt would have no variance at all."""
+    gradients = []
+    for tokens in (1, 60, 4096):
+        policy.pass_tokens = tokens
+        trainer = OfflineTrainer(Spread(), Whole())
+        metrics, weight = trainer.accumulate(policy, trainer.method.examples(TrainInputs(PAIRS)))
+        gradients.append((metrics["loss"], torch.cat([p.grad.flatten() / weight for p in policy.parameters()])))
+        for parameter in policy.parameters():
+            parameter.grad = None
+    for loss, gradient in gradients[:2]:
+        assert loss == pytest.approx(gradients[2][0], rel=1e-4)
+        assert ((gradient - gradients[2][1]).norm() / gradient.norm()).item() < 1e-4
+    policy.pass_tokens = 60
+    trainer = OfflineTrainer(Spread(), SFTSettings())
+    assert trainer.accumulate(policy, trainer.method.examples(TrainInputs(PAIRS)))[0]["loss"] != pytest.approx(
+        gradients[2][0], rel=1e-2
+    )
 
 
 def test_rrhf_trains_towards_the_better_replies(policy, tmp_path):

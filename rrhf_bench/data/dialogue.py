@@ -216,9 +216,11 @@ class Template:
     """The text of a dialogue for a model: ``hh`` is the transcript itself, ``chat`` the tokenizer's chat template.
 
     With ``raw`` a prompt is any text, such as a review's beginning, and a reply is what follows, as it was generated.
+    ``cue`` is text behind every prompt that a model was trained to be given, such as a word of praise.
     """
 
     kind: TemplateKind = "hh"
+    cue: str = ""
 
     def render_prompt(self, prompt: Prompt, tokenizer: Any) -> tuple[str, bool]:
         """Return (the text of a prompt, True if the tokenizer must add special tokens to it).
@@ -226,10 +228,11 @@ class Template:
         Raises DataError without a chat template, and RefusedDialogue if the chat template does not render the prompt.
         """
         if self.kind != "chat":
-            return prompt.text, True
+            return prompt.text + self.cue, True
         if tokenizer.chat_template is None:
             raise DataError("template 'chat': this tokenizer has no chat template; use template = \"hh\"")
-        return render_chat(turns(prompt.text)[:-1], tokenizer, f"prompt {prompt.id}", add_generation_prompt=True), False
+        text = render_chat(turns(prompt.text)[:-1], tokenizer, f"prompt {prompt.id}", add_generation_prompt=True)
+        return text + self.cue, False
 
     def render_response(self, text: str) -> str:
         """Return the text that the model must write: after a chat template's header it has no leading space."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from rrhf_bench.pipeline.results import Cost, Row
@@ -28,6 +28,8 @@ class StageCost:
 
     seconds: float
     sampled_tokens: int = 0
+    sampled_replies: int = 0
+    reward_calls: int = 0  # replies that the reward model scored
     steps: int = 0  # of the optimiser
 
 
@@ -69,8 +71,9 @@ def sampled_inputs(inputs: Mapping[str, str]) -> Iterable[tuple[str, str]]:
 def total(stages: Iterable[StageCost]) -> StageCost:
     """Return the sum over stages."""
     all_ = list(stages)
-    seconds, tokens = math.fsum(stage.seconds for stage in all_), sum(stage.sampled_tokens for stage in all_)
-    return StageCost(seconds, tokens, sum(stage.steps for stage in all_))
+    counts = ("sampled_tokens", "sampled_replies", "reward_calls", "steps")
+    sums = {name: sum(getattr(stage, name) for stage in all_) for name in counts}
+    return StageCost(math.fsum(stage.seconds for stage in all_), **sums)
 
 
 def row_costs(
@@ -85,6 +88,6 @@ def row_costs(
     def cost(keys: Collection[str], peak_mib: float | None) -> Cost:
         whole = total(spent[key] for key in keys)
         shared = math.fsum(spent[key].seconds for key in keys if len(users[key]) > 1)
-        return Cost(whole.seconds, shared, whole.sampled_tokens, whole.steps, peak_mib)
+        return Cost(**asdict(whole), shared_seconds=shared, train_peak_mib=peak_mib)
 
     return {row_and_seed: cost(keys, peaks_mib[row_and_seed]) for row_and_seed, keys in needed.items()}

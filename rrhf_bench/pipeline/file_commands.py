@@ -28,7 +28,7 @@ from rrhf_bench.rewards.gold import Gold
 from rrhf_bench.sampling.backend import BackendName
 from rrhf_bench.sampling.sampler import SamplingSpec
 from rrhf_bench.settings.experiment import RuntimeSettings
-from rrhf_bench.settings.methods import MethodSettings
+from rrhf_bench.settings.methods import MethodSettings, candidates_of
 from rrhf_bench.training.method import TrainContext, TrainInputs, TrainResult
 from rrhf_bench.training.reference import response_logprobs
 
@@ -271,7 +271,7 @@ def read_prompts(path: Path, *, verbatim: bool = False, faulty_rows: FaultyRows 
 
 def _train_rows(method: MethodSettings, data: Path, faulty_rows: FaultyRows) -> Questions:
     """Return scored candidates, pairs or prompts alone, as the method requires."""
-    if "candidates" in method.requires:
+    if candidates_of(method) is not None:
         scored = load_candidates(data, faulty_rows=faulty_rows)
         return Questions([], scored.candidates, scored.counts, scored.places)
     read = read_prompts(data, faulty_rows=faulty_rows)

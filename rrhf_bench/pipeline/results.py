@@ -12,6 +12,7 @@ from rrhf_bench.settings.experiment import Experiment
 
 Row = tuple[str, int]  # (row of the tables: a method's name, "base", "chosen" or "rejected"; seed)
 STAGE_PEAK = "stage_peak_mib"  # in timing.json
+TUNED = "tuned.json"  # of a tune stage: its trials and the one that was picked
 FILTER = "filter.json"  # of an artifact of filtered pairs: what they were before and after
 WARNINGS = "warnings.json"  # of an artifact: notes for the reader of the report
 
@@ -36,8 +37,19 @@ class Cost:
     seconds: float
     shared_seconds: float  # of these, in stages that other rows need as well
     sampled_tokens: int
+    sampled_replies: int
+    reward_calls: int  # replies that the reward model scored for training
     steps: int  # of the optimiser
     train_peak_mib: float | None  # of its own last train stage; None when it was not measured
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Hold one tuning trial of a row: the settings that it changes, and its reward on the dev prompts at its end."""
+
+    changed: Mapping[str, Any]
+    reward: float | None  # None: it could not finish
+    picked: bool
 
 
 @dataclass(frozen=True)
@@ -76,5 +88,6 @@ class RunRecords:
     environment: Mapping[str, str]  # versions, device
     costs: Mapping[Row, Cost] = field(default_factory=dict)  # of the rows that train
     failures: Mapping[Row, str] = field(default_factory=dict)  # rows without records: the stage that failed, and why
+    tuned: Mapping[str, tuple[Trial, ...]] = field(default_factory=dict)  # by row; the experiment holds what was picked
     clusters: Mapping[str, str] = field(default_factory=dict)  # prompt id -> cluster, of the prompts that have one
     reward_models: tuple[JudgedReward, ...] = ()  # by name as in the experiment file, then by seed

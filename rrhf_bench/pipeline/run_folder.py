@@ -18,7 +18,18 @@ from rrhf_bench.jsonl import read_jsonl, read_objects, write_jsonl
 from rrhf_bench.pipeline.candidates import assemble
 from rrhf_bench.pipeline.costs import StageCost, needed_stages, row_costs, sampled_inputs, total
 from rrhf_bench.pipeline.locks import exclusive_lock
-from rrhf_bench.pipeline.results import FILTER, STAGE_PEAK, WARNINGS, Cost, JudgedReward, Row, RunRecords, Timing
+from rrhf_bench.pipeline.results import (
+    FILTER,
+    STAGE_PEAK,
+    TUNED,
+    WARNINGS,
+    Cost,
+    JudgedReward,
+    Row,
+    RunRecords,
+    Timing,
+    Trial,
+)
 from rrhf_bench.pipeline.stage_graph import OWN_REPLIES, PAIR_ROWS, Plan, Stage
 from rrhf_bench.pipeline.store import (
     TIMING,
@@ -178,6 +189,7 @@ def load_run(folder: Path, store: Store | None = None) -> RunRecords:
     evaluated: list[Evaluated] = []
     pairs: list[PairScored] = []
     trained: dict[Row, str] = {}
+    tuned: dict[str, Any] = {}
     for stage in evaluations:
         row, seed = stage["row"], stage["seed"] if stage["seed"] is not None else experiment.seeds[0]
         records = run.records(stage["key"], "evaluated.jsonl", Evaluated)
@@ -186,7 +198,16 @@ def load_run(folder: Path, store: Store | None = None) -> RunRecords:
             scored = run.records(stage["key"], "pairs.jsonl", PairScored)
             pairs += [replace(record, method=row, seed=seed) for record in scored]
         if "trained" in stage["inputs"]:
-            trained[row, seed] = stage["inputs"]["trained"]
+            key = stage["inputs"]["trained"]
+            if run.stage(key)["kind"] == "tune":
+                tuned[row] = picked = run.read(key, TUNED)
+                key = run.stage(key)["inputs"][picked["role"]]
+            trained[row, seed] = key
+    methods = {
+        name: method.changed(tuned[name]["picked"]) if name in tuned else method
+        for name, method in experiment.methods.items()
+    }
+    experiment = experiment.model_copy(update={"methods": methods})
     costs, before = _costs(run, experiment, trained)
     first = run.stage(evaluations[0]["key"])
     about = run.read(first["inputs"]["prompts"], "about.json")
@@ -233,6 +254,10 @@ def load_run(folder: Path, store: Store | None = None) -> RunRecords:
         costs=costs,
         notes=(*run.json["notes"], *run.warnings),
         failures=failures,
+        tuned={
+            row: tuple(map(Trial, found["trials"], found["rewards"], (t == found["picked"] for t in found["trials"])))
+            for row, found in tuned.items()
+        },
         command=run.json["command"],
         environment=_read_json(folder / "environment.json"),
         clusters={
@@ -384,13 +409,18 @@ def _costs(
 
 
 def _stage_cost(run: _Run, key: str) -> StageCost:
-    """Return the seconds, sampled tokens and optimiser steps of one stage that a method needs."""
+    """Return what one stage costs that a method needs."""
     timing, kind = run.read(key, TIMING), run.stage(key)["kind"]
     if kind == "train":
         about = run.read(key, "about.json")
-        return StageCost(timing["train"], about["sampled_tokens"], about["steps"])
-    responses = (r for group in run.scored(key) for r in group.responses) if kind == "sample" else ()
-    return StageCost(timing["seconds"], sum(len(r.token_ids or ()) for r in responses))
+        replies = about["sampled_replies"]
+        return StageCost(timing["train"], about["sampled_tokens"], replies, replies, about["steps"])
+    if kind not in ("sample", "score", "score pairs"):
+        return StageCost(timing["seconds"])
+    responses = [response for group in run.scored(key) for response in group.responses]
+    if kind == "sample":
+        return StageCost(timing["seconds"], sum(len(r.token_ids or ()) for r in responses), len(responses))
+    return StageCost(timing["seconds"], reward_calls=len(responses))
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ import os
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -69,10 +69,11 @@ def run_plan(plan: Plan, store: Store, reporter: Reporter, events: Path | None =
     failure: BaseException | None = None
     with _pool(workers, reporter) as submit:
         while waiting or running:
-            for stage in [s for s in waiting if any(needed.key in lost for needed in s.inputs.values())]:
+            for stage in [s for s in waiting if _is_lost(s, lost)]:
                 waiting.remove(stage)
                 lost.add(stage.key)
-            ready = [s for s in waiting if all(needed.key in done for needed in s.inputs.values())]
+            ended_well_or_not = done | lost  # of a stage that is not lost and needs one input, the others may be lost
+            ready = [s for s in waiting if {needed.key for needed in s.inputs.values()} <= ended_well_or_not]
             for stage in ready[: workers - len(running)] if failure is None else ():
                 waiting.remove(stage)
                 reporter.started(stage)
@@ -99,6 +100,12 @@ def run_plan(plan: Plan, store: Store, reporter: Reporter, events: Path | None =
     if failure is not None:
         raise failure
     return made
+
+
+def _is_lost(stage: Stage, lost: Collection[str]) -> bool:
+    """Return True if a stage cannot be made: it lacks an input or, of tuning trials, all of them."""
+    missing = [needed.key in lost for needed in stage.inputs.values()]
+    return any(missing) if stage.kind != "tune" else all(missing)
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,7 +161,11 @@ def make(
     with store.exclusive_lock(stage.key, stage.name, note):
         if store.is_intact(stage.key):
             return None
-        inputs = {role: store.require(needed.key, needed.name) for role, needed in stage.inputs.items()}
+        inputs = {
+            role: store.require(needed.key, needed.name)
+            for role, needed in stage.inputs.items()
+            if stage.kind != "tune" or store.is_intact(needed.key)  # a trial may have failed
+        }
         settings = {**stage.settings, **stage.recorded}
         scratch = store.scratch(stage.key)
         with (
@@ -164,7 +175,8 @@ def make(
         ):
             services = _services(runtime)
             services.begin_stage()
-            shown = events / f"{stage.row}-seed{stage.seed}" if events is not None else None
+            trial = f"-trial{stage.trial}" if stage.trial else ""
+            shown = events / f"{stage.row}-seed{stage.seed}{trial}" if events is not None else None
             job = Job(stage.kind, settings, inputs, folder, services, backend, progress, stage.row, scratch, shown)
             device = torch.device(services.device)
             measured = reset_peak(device)  # else a stage would report the peak of a stage before it

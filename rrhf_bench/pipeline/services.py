@@ -50,6 +50,7 @@ class ModelRef:
     layout: Literal["classifier", "value-head"] = "classifier"  # of a reward model
     label: str | None = None  # of a classifier of several labels, whose probability is the score
     trust_remote_code: bool = False
+    cue: str = ""  # text behind every prompt, with which a policy was trained
 
     @classmethod
     def read(cls, artifact: Path) -> ModelRef:
@@ -129,7 +130,7 @@ class Services:
         r = self.runtime
         policy = TransformersPolicy.load(
             ref.source,
-            template=Template(ref.template),
+            template=Template(ref.template, ref.cue),
             device=self.device,
             dtype=getattr(torch, ref.dtype),
             revision=ref.revision,

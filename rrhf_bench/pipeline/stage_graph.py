@@ -37,7 +37,8 @@ VERSIONS = {
     "judge": 1,
     "score pairs": 1,
     "reference": 1,
-    "train": 9,
+    "train": 10,
+    "tune": 1,
     "evaluate": 4,
     "evaluate pairs": 1,
     "filter": 1,
@@ -61,6 +62,7 @@ class Stage:
     size: str  # in words
     row: str | None = None
     seed: int | None = None
+    trial: int = 0  # of tuning, from 1
     recorded: Mapping[str, Any] = field(default_factory=dict)  # settings that decide nothing: where a file lies
 
     @cached_property
@@ -382,7 +384,7 @@ class _Builder:
         size = f"{self.experiment.data.train_prompts} prompts x {self.experiment.responses(method)}"
         recorded = {"judge": judge.model_dump(mode="json")}  # where it listens may change from run to run
         name = f"ratings of the candidates of {self._whose(row, method)}, seed {seed}"
-        return Stage(name, "judge", settings, inputs, size, row, seed, recorded)
+        return Stage(name, "judge", settings, inputs, size, row, seed, recorded=recorded)
 
     def pair_scores(self, split: str, count: int, reward: Stage | None = None) -> Stage:
         inputs = {"prompts": self.prompts, "reward model": reward or self.reward_model}
@@ -409,10 +411,34 @@ class _Builder:
         return {**own, "stop": stop, "sampler": self.backend.identity, "dtype": self._dtype(initial)}
 
     def train(self, row: str, method: MethodSettings, seed: int) -> Stage:
-        """Return the stage that trains a row; if the row has several rounds, the last of them."""
+        """Return the stage whose model is a row's: of several rounds the last; of a tuned row the best trial.
+
+        Seeds after the first train with the settings of the best trial.
+        """
         made = (row, _rounds(method), seed)
-        if made in self.trained:
-            return self.trained[made]
+        if made not in self.trained:
+            tuned = self._tuned(row, method) if row in self.experiment.tune else None
+            if tuned is None:
+                self.trained[made] = self._train(row, method, seed)
+            elif seed == self.experiment.seeds[0]:
+                self.trained[made] = tuned
+            else:
+                self.trained[made] = self._train(row, method, seed, tuned=tuned)
+        return self.trained[made]
+
+    def _tuned(self, row: str, method: MethodSettings) -> Stage:
+        """Return the stage that picks the best of a row's trials by their reward on the dev prompts."""
+        e = self.experiment
+        trials, seed = e.trials(row), e.seeds[0]
+        trained = {
+            f"trial {i}": self._train(row, method.changed(values), seed, trial=i) for i, values in enumerate(trials, 1)
+        }
+        settings = {"trials": trials, "decoding": e.evaluation.decoding[0]}
+        return Stage(f"tune {row}, seed {seed}", "tune", settings, trained, f"{len(trials)} trials", row, seed)
+
+    def _train(
+        self, row: str, method: MethodSettings, seed: int, *, trial: int = 0, tuned: Stage | None = None
+    ) -> Stage:
         e = self.experiment
         initial = self.initial(method.initial)
         inputs = {"prompts": self.prompts, "policy": initial, "reward model": self.reward_model}
@@ -423,6 +449,7 @@ class _Builder:
             inputs |= {"pair scores": self.pair_scores("train", e.data.train_prompts), **responses}
         if "reference" in method.requires and "sampler" not in method.needs:
             inputs |= self._references(method, responses)
+        inputs |= {} if tuned is None else {"tuned": tuned}
         # The inputs hold the initial policy, and the samples of the model of the round before.
         unread: Any = {"initial": True, "candidates": {"rounds"}}
         settings = {
@@ -438,9 +465,8 @@ class _Builder:
                 "sampler": self._sampler("sample" if candidates is None else candidates.strategy),
             }
         size = method.budget(e.data.train_prompts, e.responses(method))
-        name = f"train {self._whose(row, method)}, seed {seed}"
-        self.trained[made] = Stage(name, "train", settings, inputs, size, row, seed)
-        return self.trained[made]
+        whose = self._whose(row, method) + (f", trial {trial}" if trial else "")
+        return Stage(f"train {whose}, seed {seed}", "train", settings, inputs, size, row, seed, trial)
 
     def _whose(self, row: str, method: MethodSettings) -> str:
         """Return the name of a row, or of a round of it before its last."""

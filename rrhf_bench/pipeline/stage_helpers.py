@@ -176,9 +176,19 @@ def log_ratios(policy: Policy, initial: Policy, rows: Sequence[Row], temperature
     """Return log pi(y | x) - log pi_0(y | x) of each reply in nats, on the ids that it was sampled as.
 
     Both log-probs are at the temperature of the draw. If the replies are draws from pi at that temperature, not
-    truncated, each value is the k1 estimate of KL(pi || pi_0).
+    truncated, each value is the k1 estimate of KL(pi || pi_0). Each policy is given the prompt with its own cue.
     """
-    pairs = [(policy.tokenization.prompt_ids(prompt), cast(Ids, reply.token_ids)) for prompt, reply in rows]
+    pairs, initial_pairs = (
+        [(model.tokenization.prompt_ids(prompt), cast(Ids, reply.token_ids)) for prompt, reply in rows]
+        for model in (policy, initial)
+    )
+    if pairs != initial_pairs:
+
+        def log_prob(model: Policy, pairs: Sequence[tuple[Ids, Ids]]) -> list[float]:
+            return compute_by_length(lambda batch: model.token_logprobs(batch).sum(-1), pairs, batch, temperature)
+
+        both = zip(log_prob(policy, pairs), log_prob(initial, initial_pairs), strict=True)
+        return [logp - initial_logp for logp, initial_logp in both]
 
     def log_ratio(batch: ResponseBatch) -> Tensor:
         return (policy.token_logprobs(batch) - initial.token_logprobs(batch)).sum(-1)

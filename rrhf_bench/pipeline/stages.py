@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import operator
+import os
+import shutil
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import cache, reduce
 from pathlib import Path
 from typing import Any
@@ -29,7 +31,7 @@ from rrhf_bench.pipeline.candidates import assemble, pair_candidates
 from rrhf_bench.pipeline.checkpoints import FileCheckpoints
 from rrhf_bench.pipeline.events import Events
 from rrhf_bench.pipeline.judging import JOURNALS, judge_candidates
-from rrhf_bench.pipeline.results import WARNINGS
+from rrhf_bench.pipeline.results import TUNED, WARNINGS
 from rrhf_bench.pipeline.services import ModelRef, context_of
 from rrhf_bench.pipeline.stage_context import Job
 from rrhf_bench.policy.policy import Policy, TransformersPolicy
@@ -349,12 +351,15 @@ def train(job: Job) -> None:
     """Write a policy trained by one method, its metrics, and its rewards on the dev prompts while it trains."""
     s = job.settings
     settings = _method(s["method"])
+    if "tuned" in job.inputs:
+        settings = settings.changed(job.read_json("tuned", TUNED)["picked"])
     reward = job.services.reward(job.ref("reward model"))  # first, or it could be dropped to make room for the policy
     policy = job.services.policy_to_train(job.ref())
     unadapted = stage_helpers.adapt(policy, settings, s["seed"])
     inputs = train_inputs(job, settings)
     events = Events(job.events)
-    record = _Record(job, policy, events)
+    cue = settings.cue or job.ref().cue
+    record = _Record(job, policy.with_cue(cue), events)
     reads_reference = {"reference", "sampler"} <= settings.needs
     candidates = candidates_of(settings)
     backend = choose_backend(job.backend, "sample" if candidates is None else candidates.strategy).name
@@ -381,15 +386,42 @@ def train(job: Job) -> None:
     means = {name: sum(line[name] for line in parts) / len(parts) for name in names}  # seconds of an iteration
     job.seconds.update(layout=policy.layout, onednn_layers=policy.onednn_layers, parts=means)
     policy.save(job.out / "model")
-    ModelRef(**{**job.ref().__dict__, "source": "model", "revision": None}).write(job.out)
+    ModelRef(**{**job.ref().__dict__, "source": "model", "revision": None, "cue": cue}).write(job.out)
     write_jsonl(job.out / "metrics.jsonl", record.log)
     write_jsonl(job.out / "curve.jsonl", record.points)
     if record.made:
         write_jsonl(job.out / "candidates.jsonl", record.made)
-    about = {"steps": result.steps, "sampled_tokens": result.sampled_tokens, "counts": dict(result.counts)}
+    about: dict[str, Any] = asdict(result)
     if policy.layout_reason is not None:
         about["padded"] = policy.layout_reason
     job.write_json("about.json", about)
+
+
+def tune(job: Job) -> None:
+    """Write the policy of the trial with the highest mean reward on the dev prompts at its end; of equals, the first.
+
+    ``tuned.json`` holds the settings and the reward of every trial, null for a trial that could not finish.
+    """
+    trials, decoding = job.settings["trials"], job.settings["decoding"]
+    rewards: dict[str, float] = {}
+    for role in job.inputs:
+        points = read_jsonl(job.inputs[role] / "curve.jsonl", CurvePoint)
+        last = [point.rewards for point in points if point.decoding == decoding][-1]
+        rewards[role] = sum(last) / len(last)
+    roles = [f"trial {i}" for i in range(1, len(trials) + 1)]
+    best = max((role for role in roles if role in rewards), key=lambda role: rewards[role])
+    shutil.copytree(job.inputs[best] / "model", job.out / "model", copy_function=_link)
+    replace(job.ref(best), source="model").write(job.out)
+    picked = trials[roles.index(best)]
+    job.write_json(TUNED, {"role": best, "picked": picked, "trials": trials, "rewards": [*map(rewards.get, roles)]})
+
+
+def _link(source: str, target: str) -> None:
+    """Link a file, or copy it if the file system has no links: artifacts do not change once they are made."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 def train_inputs(job: Job, settings: MethodSettings) -> TrainInputs:
@@ -547,7 +579,21 @@ def _method(settings: Mapping[str, Any]) -> MethodSettings:
     return registry.settings_class(settings["kind"]).model_validate(settings)
 
 
-_BODIES = (data, model, reward_model, prompts, sample, file, score, judge, score_pairs, reference, train, evaluate)
+_BODIES = (
+    data,
+    model,
+    reward_model,
+    prompts,
+    sample,
+    file,
+    score,
+    judge,
+    score_pairs,
+    reference,
+    train,
+    tune,
+    evaluate,
+)
 # By kind of stage: the name of the function in words.
 BODIES: dict[str, Callable[[Job], None]] = {
     **{body.__name__.replace("_", " "): body for body in (*_BODIES, evaluate_pairs)},

@@ -55,6 +55,11 @@ def kl_k1(logp: Tensor, ref_logp: Tensor) -> Tensor:
     return logp - ref_logp
 
 
+def kl_k2(logp: Tensor, ref_logp: Tensor) -> Tensor:
+    """Per-token half squared log-ratio: biased for that KL, but its gradient on own samples is the KL's."""
+    return 0.5 * (logp - ref_logp) ** 2
+
+
 def kl_k3(logp: Tensor, ref_logp: Tensor) -> Tensor:
     """Per-token exp(-d) - 1 + d with d = logp - ref_logp: unbiased for the same KL, never negative, less variance."""
     difference = ref_logp - logp

@@ -347,6 +347,14 @@ class TransformersPolicy:
         """Return the policy with its adapters off: a reference without gradients that takes no memory."""
         return _WithoutAdapters(self)
 
+    def with_cue(self, cue: str) -> TransformersPolicy:
+        """Return the policy, weights shared, as it is after training: ``cue`` stands behind each of its prompts."""
+        if cue == self.tokenization.template.cue:
+            return self
+        cued = copy.copy(self)
+        cued.tokenization = self.tokenization.with_cue(cue)
+        return cued
+
     def frozen_copy(self) -> TransformersPolicy:
         """Return a reference model: the same weights, adapters added to them, no gradients."""
         model = copy.deepcopy(self.model).requires_grad_(False)

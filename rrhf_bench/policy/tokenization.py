@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -57,6 +58,10 @@ class Tokenization:
 
     def __deepcopy__(self, memo: Any) -> Tokenization:
         return self  # never changes
+
+    def with_cue(self, cue: str) -> Tokenization:
+        """Return the same tokenization with another text behind every prompt."""
+        return Tokenization(self.tokenizer, replace(self.template, cue=cue), "cue", self.end_ids)
 
     def has_vocabulary_of(self, other: Tokenization) -> bool:
         """Return True if both tokenizers have the same tokens with the same ids."""

@@ -10,6 +10,7 @@ from rrhf_bench.replication.counterparts import replicates, with_parts, writes_r
 from rrhf_bench.replication.departures import departures_table
 from rrhf_bench.replication.eq7 import best_of_n_learners, learner_sentences
 from rrhf_bench.replication.figures import loss_and_reward, published_quality
+from rrhf_bench.replication.rankings import published_ranking
 from rrhf_bench.replication.variants import variant_sentences, variants_table
 from rrhf_bench.report.section import Part, Section, Sentence
 from rrhf_bench.report.table import Table
@@ -64,6 +65,7 @@ def _quality(view: View) -> list[Part | None]:
 
 
 SECTIONS: tuple[Section, ...] = (
+    Section("A published ranking", published_ranking),
     _section("What the bug changed", _variants),
     replace(_section("Beside the published numbers", _results), amend=_amend),
     _section("The ranking term", lambda view: [published.rank_ablation(view)]),

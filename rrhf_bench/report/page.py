@@ -20,7 +20,8 @@ from rrhf_bench.report.figures import own_figures, write_figures
 from rrhf_bench.report.findings import findings, standing
 from rrhf_bench.report.frontier import no_frontier
 from rrhf_bench.report.health import append_loss_footnotes
-from rrhf_bench.report.rows import rows_table
+from rrhf_bench.report.ranking import ranking_parts, win_rates_tables
+from rrhf_bench.report.rows import rows_table, tuning_table
 from rrhf_bench.report.section import Part, Section
 from rrhf_bench.report.table import DECODING_WORDS, Table, fenced, markdown, number, to_csv, to_markdown, write_table
 from rrhf_bench.report.tables import (
@@ -75,8 +76,9 @@ def _write(view: View, folder: Path, sections: Sequence[Section]) -> None:
         (folder / name).mkdir()
     claims = claim_results(view)
     with styled():
+        ranking = list(ranking_parts(view))
         parts = {section.title: section.parts(view) for section in sections}
-    further = [part for of_section in parts.values() for part in of_section]
+    further = [*ranking, *(part for of_section in parts.values() for part in of_section)]
     tables = {table.name: table for table in _tables(view, claims, sections, further)}
     for table in tables.values():
         write_table(table, folder / "tables")
@@ -98,6 +100,7 @@ def _write(view: View, folder: Path, sections: Sequence[Section]) -> None:
         tables=tables,
         figures=figures,
         curves=_family(figures, "reward_curves"),
+        ranking=_section_text(ranking, tables),
         frontiers=_family(figures, "frontier"),
         no_frontier=no_frontier(view),
         sections={title: text for title, found in parts.items() if (text := _section_text(found, tables))},
@@ -115,7 +118,7 @@ def compared_tables(view: View, sections: Sequence[Section] = ()) -> list[Table]
     Tables that the run has nothing for are left out.
     """
     with styled():
-        parts = [part for section in sections for part in section.parts(view)]
+        parts = [*ranking_parts(view), *(part for section in sections for part in section.parts(view))]
     return _tables(view, claim_results(view), sections, parts)
 
 
@@ -124,6 +127,7 @@ def _tables(
 ) -> list[Table]:
     own = (
         rows_table(view),
+        tuning_table(view),
         main_table(view),
         claims_table(claims, view.records.arena),
         differences_table(view),
@@ -131,6 +135,7 @@ def _tables(
         candidates_table(view),
         features_table(view),
         counts_table(view),
+        *win_rates_tables(view),
     )
     amended = []
     for table in own:

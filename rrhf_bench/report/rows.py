@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rrhf_bench.report.table import Cell, Column, Missing, Table
+from rrhf_bench.report.table import DECODING_WORDS, Cell, Column, Missing, Table
 from rrhf_bench.report.tables import samples_as
 from rrhf_bench.report.view import View, changed
 from rrhf_bench.settings.candidates import Beams, Candidates, DiverseBeams, Draw
@@ -48,6 +48,24 @@ def rows_table(view: View) -> Table:
         )
     notes = ("Samples as: the paper's name for where the candidates come from. k: candidates a prompt.",)
     return Table("rows", "The rows", columns, tuple(rows), notes, view.records.arena)
+
+
+def tuning_table(view: View) -> Table:
+    """Return the tuning trials of each tuned row with their rewards on the dev prompts."""
+    decoding = DECODING_WORDS[view.experiment.evaluation.decoding[0]]
+    columns = (Column("row"), Column("trial"), Column(f"dev proxy reward ({decoding})", 3), Column("picked"))
+    rows = []
+    for row, trials in view.records.tuned.items():
+        for trial in trials:
+            words = ", ".join(f"{key} {plain_words(value)}" for key, value in trial.changed.items())
+            reward = Cell.of(Missing("the trial diverged") if trial.reward is None else trial.reward)
+            rows.append((Cell(row), Cell(words), reward, Cell("yes" if trial.picked else "no")))
+    notes = (
+        "Each trial trains the row with the first seed. The trial with the highest mean proxy reward on the dev "
+        "prompts at the end of training is the row, and the other seeds train with its settings. No evaluation prompt "
+        "is used.",
+    )
+    return Table("tuning", "Tuning trials", columns, tuple(rows), notes, view.records.arena, group=0)
 
 
 def source_words(experiment: Experiment, initial: str) -> str:

@@ -375,7 +375,8 @@ def cost_tables(view: View) -> list[Table]:
 
 
 COST_NOTES = (
-    "Seconds, optimiser steps, sampled tokens: of all that a row's method needs, mean over seeds. They hold sampling, "
+    "Seconds, optimiser steps, sampled tokens and replies, reward calls (replies scored): of all that a row's method "
+    "needs, mean over seeds. They hold sampling, "
     "scoring and judging its training candidates, its training, all earlier rounds, and the training of the rows whose "
     "models it samples. Of a train stage the seconds are those of the method alone, without loading and without the "
     "rewards on the dev prompts along the way; of the other stages they are those of the whole stage, with loading.",
@@ -403,6 +404,8 @@ def method_costs(view: View) -> Table:
         Column("of these shared", 1),
         Column("train peak MiB", 0),
         Column("sampled tokens", 0),
+        Column("sampled replies", 0),
+        Column("reward calls", 0),
         Column("optimiser steps", 0),
         Column("models", 0),
         Column("models in memory"),
@@ -415,11 +418,11 @@ def method_costs(view: View) -> Table:
 
 
 def _cost_cells(view: View, row: str) -> tuple[Cell, ...]:
-    """Return seconds, of these shared, train peak MiB, sampled tokens and optimiser steps of a row."""
+    """Return the measured costs of a row."""
     costs = [cost for (name, _), cost in view.records.costs.items() if name == row]
     if not costs:
         missing = view.absent(row) if row in view.failures else _NO_COST
-        return (Cell.of(_AT_INFERENCE if view.methods[row].family == "inference" else missing),) * 5
+        return (Cell.of(_AT_INFERENCE if view.methods[row].family == "inference" else missing),) * 7
 
     def mean(values: Iterable[float]) -> Cell:
         return Cell(math.fsum(values) / len(costs), seeds=len(costs))
@@ -429,6 +432,8 @@ def _cost_cells(view: View, row: str) -> tuple[Cell, ...]:
         mean(cost.shared_seconds for cost in costs),
         _peak(cost.train_peak_mib for cost in costs),
         mean(cost.sampled_tokens for cost in costs),
+        mean(cost.sampled_replies for cost in costs),
+        mean(cost.reward_calls for cost in costs),
         mean(cost.steps for cost in costs),
     )
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from rrhf_bench.data.dialogue import ASSISTANT, HUMAN
 from rrhf_bench.errors import Diverged, StageError
 from rrhf_bench.policy.batching import ResponseBatch
-from rrhf_bench.policy.policy import Policy, TransformersPolicy
+from rrhf_bench.policy.policy import Policy
 from rrhf_bench.policy.tokenization import Tokenization
 from rrhf_bench.records import Candidates, Prompt
 from rrhf_bench.sampling.sampler import Progress, Sampler, SamplingSpec
@@ -42,10 +42,6 @@ LIMITS = {
     "bfloat16": Limit(mean=0.05, max=1.0),
     "float16": Limit(mean=0.01, max=0.25),
 }
-
-# Mean gap in float32, behind prompts new to the sampler, up to which rounding explains it. TF32 on a GPU leaves 2e-4 to
-# 1e-3 on small models; one optimiser step at a learning rate of 1e-4 leaves 1.6e-2.
-ROUNDING_MEAN_NATS = 5e-3
 
 # Few tokens cost little after every sync; the second of each is read from the cache of the first. A prompt is longer
 # than a block of the prefix cache (32 tokens on a CPU, 16 to 64 on a GPU), because only such a prompt shows old states.
@@ -75,20 +71,13 @@ class Agreement:
         return self.mean <= limit.mean and self.max <= limit.max
 
 
-def agreement(
-    sampler: Sampler,
-    policy: Policy,
-    prompts: Sequence[Prompt],
-    temperature: float,
-    *,
-    trainers_temperature: float | None = None,
-) -> Agreement:
-    """Return the agreement on a few tokens sampled behind each prompt; the trainer may have another temperature."""
+def agreement(sampler: Sampler, policy: Policy, prompts: Sequence[Prompt], temperature: float) -> Agreement:
+    """Return the agreement on a few tokens sampled behind each prompt."""
     rows = sampler.sample(prompts, replace(ASKED, temperature=temperature))
     replies = [(policy.tokenization.prompt_ids(row.prompt), reply) for row in rows for reply in row.responses]
     pairs = [(prompt_ids, reply.token_ids or ()) for prompt_ids, reply in replies]
     with torch.no_grad():
-        logp_BT = policy.token_logprobs(ResponseBatch.of_pairs(pairs, trainers_temperature or temperature)).cpu()
+        logp_BT = policy.token_logprobs(ResponseBatch.of_pairs(pairs, temperature)).cpu()
     theirs = [reply.logprobs or () for _, reply in replies]
     gaps = [
         np.abs(np.array(row) - logp_T[: len(row)].double().numpy()) for row, logp_T in zip(theirs, logp_BT, strict=True)
@@ -96,14 +85,14 @@ def agreement(
     return Agreement.of(np.concatenate(gaps), temperature)
 
 
-def canaries(tokenization: Tokenization, context: int, before: str = "") -> list[Prompt]:
+def canaries(tokenization: Tokenization, context: int) -> list[Prompt]:
     """Return prompts of at least PROMPT_TOKENS tokens, or of as many as leave room for a few more in the context.
 
     There are none if the context is too short for any.
     """
     prompts = []
     for opening in OPENINGS:
-        words, text = itertools.cycle(MORE.split()), before + opening
+        words, text = itertools.cycle(MORE.split()), opening
         fitting: list[Prompt] = []
         length = 0
         while length < PROMPT_TOKENS:
@@ -138,7 +127,6 @@ class CheckedSampler:
         note: Callable[[dict[str, Any]], None] = lambda found: None,
     ) -> None:
         self.engine = engine
-        self._name, self._dtype = dtype, getattr(torch, dtype)
         self._limit = LIMITS[dtype]
         self._context = context
         self._progress = progress
@@ -187,40 +175,11 @@ class CheckedSampler:
             raise StageError(
                 f"sampler {self.identity}: its log-probs are {found.mean:.1e} from the trainer's on average and "
                 f"{found.max:.1e} at most, over {found.tokens} tokens at temperature {temperature:g} (limits "
-                f"{self._limit.mean:g} and {self._limit.max:g}); {self._cause(prompts, temperature)}"
+                f"{self._limit.mean:g} and {self._limit.max:g}): its weights or cached states are old, the temperature "
+                "is not applied, it multiplies in TF32 (set TRITON_F32_DEFAULT=ieee), or the policy's logits are too "
+                "large for two computations to agree (lower lr); run again, and if it stays, set sampling.backend = "
+                '"transformers"'
             )
-
-    def _cause(self, prompts: Sequence[Prompt], temperature: float) -> str:
-        """Return which part of the contract is broken, found by further comparisons, and what to do."""
-        policy = self._policy
-        assert policy is not None
-        logit = _largest_logit(policy, prompts)
-        step = logit * torch.finfo(self._dtype).eps
-        if step >= self._limit.max:
-            return (
-                f"the trainer's own logits reach {logit:.1e}, which {self._name} holds in steps of {step:.1g}; lower "
-                "lr, or start from a policy with smaller logits"
-            )
-        if temperature != 1.0:
-            untempered = agreement(self.engine, policy, prompts, temperature, trainers_temperature=1.0)
-            if untempered.within(self._limit):
-                return f"they are those at temperature 1: the temperature is not applied; sample at 1, or {_OTHER}"
-        fresh = canaries(policy.tokenization, self._context, before=f"Again, number {next(_AGAIN)}. ")
-        behind_fresh = agreement(self.engine, policy, fresh or prompts, temperature)
-        if fresh and behind_fresh.within(self._limit):
-            return (
-                "they are right behind a new prompt: its prefix cache was not reset and holds states of older weights; "
-                f"run again, and if it stays, {_OTHER}"
-            )
-        if self._dtype == torch.float32 and behind_fresh.mean <= ROUNDING_MEAN_NATS:
-            return (
-                "the sampler computes in less than float32, such as TF32, or its weights are one small step old; set "
-                f"TRITON_F32_DEFAULT=ieee in the environment, and if it stays, {_OTHER}"
-            )
-        return (
-            "its weights are not the policy's, stale after a missed sync or not taken over in full; run again, and if "
-            f"it stays, {_OTHER}"
-        )
 
 
 @torch.no_grad()
@@ -233,16 +192,3 @@ def _require_numbers(policy: Policy, prompts: Sequence[Prompt]) -> None:
         finite = all(bool(torch.isfinite(weight).all()) for weight in policy.parameters())
         weights = "its weights are finite, but too large" if finite else "its weights are not finite"
         raise Diverged(f"the policy's log-probs are NaN: {weights}; lower lr, or train and load it in float32")
-
-
-@torch.no_grad()
-def _largest_logit(policy: Policy, prompts: Sequence[Prompt]) -> float:
-    """Return the largest absolute logit of a transformers policy behind the prompts; 0 for another kind of policy."""
-    if not isinstance(policy, TransformersPolicy):
-        return 0.0
-    rows = [torch.tensor([policy.tokenization.prompt_ids(prompt)], device=policy.device) for prompt in prompts]
-    return max(policy.model(input_ids=ids_1L).logits.abs().max().item() for ids_1L in rows)
-
-
-_AGAIN = itertools.count(1)
-_OTHER = 'set sampling.backend = "transformers"'

@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import re
 from collections.abc import Callable, Mapping
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -306,6 +307,9 @@ class RuntimeSettings(Settings):
     workers: Positive | None = None  # processes that share the stages; none: one on a GPU, one a core (at most 4) else
 
 
+Grid = Annotated[tuple[float | int | str | bool, ...], Field(strict=False, min_length=1)]
+
+
 class Experiment(Settings):
     """One experiment, complete: every default filled in, every method's inheritance resolved."""
 
@@ -325,6 +329,9 @@ class Experiment(Settings):
     candidates: CandidateDefaults = DrawnCandidates()  # of every row and source that does not say otherwise
     sources: Mapping[str, Source] = Field(default_factory=dict)
     methods: Mapping[str, SerializeAsAny[MethodSettings]] = Field(default_factory=dict)
+    # By row: the values of its settings that are tried with the first seed. The trial with the highest reward on the
+    # dev prompts, under the first decoding, is the row; the other seeds train with its settings.
+    tune: Mapping[str, Mapping[str, Grid]] = Field(default_factory=dict)
     evaluation: EvaluationSettings = EvaluationSettings()
     claims: Mapping[str, SerializeAsAny[ClaimSettings]] = Field(default_factory=dict)
     report: ReportSettings = ReportSettings()
@@ -333,6 +340,11 @@ class Experiment(Settings):
     def initial(self, method: MethodSettings | None) -> PolicySettings:
         """The policy that a row starts from."""
         return self.policy if method is None or method.initial is None else self.policies[method.initial]
+
+    def trials(self, row: str) -> list[dict[str, Any]]:
+        """Return the settings that each tuning trial of a row changes; none if the row is not tuned."""
+        grid = self.tune.get(row, {})
+        return [dict(zip(grid, values, strict=True)) for values in product(*grid.values())] if grid else []
 
     def responses(self, method: MethodSettings) -> int:
         """Return k of a row, the responses a prompt; 0 if it trains on no candidates.

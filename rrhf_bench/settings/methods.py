@@ -13,13 +13,14 @@ from rrhf_bench.schedule import Schedule
 from rrhf_bench.settings.base import Names, Settings
 from rrhf_bench.settings.candidates import Candidates
 
-Requirement = Literal["pairs", "candidates", "reference", "sampler", "reward"]
+Requirement = Literal["pairs", "candidates", "reference", "whole step", "sampler", "reward"]
 
 
 class MethodSettings(Settings):
     """One row of the tables. `kind` names the method in the registry; the key of the table names the row.
 
-    A method that trains on candidates requires them and has a field ``candidates: Candidates``; others have neither.
+    A method that trains on candidates requires them and has a field ``candidates: Candidates``; others have neither,
+    but for losses of pairs, which may train on pairs of candidates.
     """
 
     requires: ClassVar[frozenset[Requirement]]
@@ -29,8 +30,8 @@ class MethodSettings(Settings):
 
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
-        requires = getattr(cls, "requires", None)
-        if requires is not None and ("candidates" in requires) != ("candidates" in cls.model_fields):
+        requires, field = getattr(cls, "requires", None), cls.model_fields.get("candidates")
+        if requires is not None and ("candidates" in requires) != (field is not None and field.default is not None):
             raise TypeError(f'{cls.__name__}: requires "candidates" if and only if it has a field of that name')
 
     @property
@@ -46,6 +47,18 @@ class MethodSettings(Settings):
         if candidates is not None and candidates.refresh:
             online = ("sampler", "reward", "reference") if candidates.reward_kl else ("sampler", "reward")
         return self.requires.union(online)
+
+    def changed(self, values: Mapping[str, Any]) -> Self:
+        """Return the settings with other values of some keys. Raises ValidationError for values that are refused."""
+        return type(self).model_validate({**self.model_dump(mode="json", exclude_none=True), **values})
+
+    @property
+    def cue(self) -> str:
+        """Text that stands behind every prompt of the trained policy, wherever it is sampled or its replies are scored.
+
+        The training itself sees no cue: such a method puts it into the prompts of its examples.
+        """
+        return ""
 
     def models_in_memory(self) -> tuple[str, ...]:
         """The full-size models resident while this method trains (2304.05302 Figure 1 counts them)."""
@@ -113,6 +126,25 @@ class OfflineSettings(OptimiserSettings):
 
     def budget(self, prompts: int, responses: int) -> str:
         steps, rest = self.epochs * math.ceil(prompts / self.batch_prompts), prompts % self.batch_prompts
-        examples = f"{prompts} prompts x {responses or 1} responses"
+        each = 2 if isinstance(self, PairSettings) else responses or 1
+        examples = f"{prompts} prompts x {each} responses"
         last = f" (an epoch's last: {rest})" if rest else ""
         return f"{examples}, {self.epochs} epochs of {self.batch_prompts} prompts a step{last} = {steps} steps"
+
+
+class PairSettings(OfflineSettings):
+    """Settings of a loss of pairs: those of the data set or, with ``candidates``, two candidates of each prompt.
+
+    The pair of a prompt's candidates is its best and its worst one by reward. Prompts without two different rewards are
+    left out and counted.
+    """
+
+    requires: ClassVar[frozenset[Requirement]] = frozenset({"pairs"})
+
+    candidates: Candidates | None = None
+
+    @model_validator(mode="after")
+    def _pairs_stay(self) -> Self:
+        if self.candidates is not None and self.candidates.refresh:
+            raise ValueError("candidates.refresh: a loss of pairs keeps its pairs; remove the key")
+        return self

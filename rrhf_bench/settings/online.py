@@ -20,6 +20,8 @@ class OnPolicySettings(OptimiserSettings):
     """Iterations of rollouts and of updates on them, and the weight of the KL to the initial policy."""
 
     requires: ClassVar[frozenset[Requirement]] = frozenset({"sampler", "reward", "reference"})
+    greedy: ClassVar[bool] = False  # True: each prompt also gets a greedy reply, which is scored and not trained on
+    whole_groups: ClassVar[bool] = False  # True: the loss sees all replies to a prompt together, in order
 
     schedule: Schedule = "constant"
     warmup: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
@@ -46,6 +48,8 @@ class OnPolicySettings(OptimiserSettings):
             faults.append(f"minibatch: found {self.minibatch}; expected at most rollouts ({self.rollouts})")
         if self.rollouts % self.replies:
             faults.append(f"rollouts: found {self.rollouts}; expected a multiple of replies ({self.replies})")
+        if self.whole_groups and self.minibatch % self.replies:
+            faults.append(f"minibatch: found {self.minibatch}; expected a multiple of replies ({self.replies})")
         if self.kl == "adaptive" and (self.kl_target is None or self.kl_horizon is None):
             faults.append(
                 'kl: "adaptive" needs kl_target (nats a response) and kl_horizon (rollouts); set them (1909.08593 '
@@ -62,6 +66,11 @@ class OnPolicySettings(OptimiserSettings):
         return self
 
     @property
+    def reference_replies(self) -> int:
+        """Return how many of the replies to a prompt, the last ones, the initial policy samples."""
+        return 0
+
+    @property
     def steps(self) -> int:
         """Optimiser steps of the whole run."""
         return self.iterations * self.update_epochs * math.ceil(self.rollouts / self.minibatch)
@@ -70,7 +79,8 @@ class OnPolicySettings(OptimiserSettings):
         return ("policy", *(() if self.lora else ("reference",)), "reward model")
 
     def budget(self, prompts: int, responses: int) -> str:
+        greedy = f" and {self.rollouts // self.replies} greedy replies" if self.greedy else ""
         return (
-            f"{self.iterations} iterations of {self.rollouts} rollouts, {self.update_epochs} passes in minibatches of "
-            f"{self.minibatch} = {self.steps} steps"
+            f"{self.iterations} iterations of {self.rollouts} rollouts{greedy}, {self.update_epochs} passes in "
+            f"minibatches of {self.minibatch} = {self.steps} steps"
         )

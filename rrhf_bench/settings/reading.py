@@ -310,7 +310,8 @@ def _method(where: str, table: Any, shared: Mapping[str, Any] | None, faults: li
         return None
     settings = settings_class(kind)
     candidates = table.get("candidates", {})
-    if "candidates" in settings.requires and isinstance(candidates, dict):
+    reads = "candidates" in settings.requires or ("candidates" in table and "candidates" in settings.model_fields)
+    if reads and isinstance(candidates, dict):
         merged = {} if shared is None else merge(shared, candidates, row=True)
         table = {**table, "candidates": merged}
     try:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterator
 
+from pydantic import ValidationError
+
 from rrhf_bench.errors import nearest
 from rrhf_bench.settings.experiment import (
     NAME,
@@ -49,6 +51,7 @@ def contradictions(experiment: Experiment, unread: Collection[str]) -> Iterator[
             )
         yield from (f"methods.{name}.candidates{fault}" for fault in _candidate_faults(experiment, method, unread))
     yield from _circles(experiment)
+    yield from _tuning_faults(experiment, unread)
     for name, claim in experiment.claims.items():
         for row in claim.rows():
             if row not in (*rows, *unread):
@@ -68,6 +71,36 @@ def contradictions(experiment: Experiment, unread: Collection[str]) -> Iterator[
             yield f"report.primary: found {pair[0]!r} on both sides; a row cannot be compared with itself"
         elif pair in named[:i] or pair[::-1] in named[:i]:
             yield f"report.primary: found {list(pair)} twice; a comparison may stand once only"
+
+
+def _tuning_faults(experiment: Experiment, unread: Collection[str]) -> Iterator[str]:
+    """Yield what is wrong with [tune]: rows that cannot be tuned, refused values, unequal numbers of trials."""
+    trained = _that_train(experiment)
+    for row, grid in experiment.tune.items():
+        if row not in trained:
+            if row not in unread:
+                allowed = ", ".join(trained)
+                yield f"tune.{row}: found no such row that trains; allowed are {allowed}{nearest(row, trained)}"
+            continue
+        method = experiment.methods[row]
+        candidates = candidates_of(method)
+        if candidates is not None and candidates.rounds > 1:
+            yield f"tune.{row}: the row has {candidates.rounds} rounds; only rows of one round are tuned; remove it"
+        keys = [key for key in type(method).model_fields if key not in ("kind", "initial", "candidates", "lora")]
+        for key in grid:
+            if key not in keys:
+                yield f"tune.{row}.{key}: unknown key; allowed are {', '.join(keys)}{nearest(key, keys)}"
+        if set(grid) <= set(keys):
+            for values in experiment.trials(row):
+                try:
+                    method.changed(values)
+                except ValidationError as error:
+                    words = "; ".join(str(fault["msg"]) for fault in error.errors())
+                    yield f"tune.{row}: found {values}; {words}"
+    counts = {row: len(experiment.trials(row)) for row in experiment.tune}
+    if len(set(counts.values())) > 1:
+        found = ", ".join(f"{row} {count}" for row, count in counts.items())
+        yield f"tune: found different numbers of trials ({found}); expected the same for each row, for equal footing"
 
 
 def _runtime_faults(experiment: Experiment) -> Iterator[str]:

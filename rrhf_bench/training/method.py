@@ -28,6 +28,7 @@ class TrainInputs:
     preferences: Sequence[Preference] = ()  # of the training prompts
     candidates: Sequence[Candidates] = ()  # scored, one for each training prompt; what is sampled in training is absent
     reference: ResponseLogprobs | None = None  # of every response above, for a method that requires it
+    tokenization: Tokenization | None = None  # of the policy, for a method that puts text into its prompts
 
     @property
     def prompts(self) -> list[Prompt]:
@@ -77,14 +78,14 @@ class MethodBatch:
         """B, the number of prompts."""
         return self.group_of[-1] + 1
 
-    def grouped(self, value_R: Tensor) -> Tensor:
+    def grouped(self, value_R: Tensor, absent: float = 0.0) -> Tensor:
         """Return the (R, ...) values of the rows as (B, G, ...), with G the widest group.
 
-        Narrower groups are filled up with zeros (False).
+        Narrower groups are filled up with ``absent``: zeros (False), or NaN for rewards.
         """
         size_B = torch.bincount(torch.tensor(self.group_of), minlength=self.prompts)
         widest = int(size_B.max())
-        empty = value_R.new_zeros((self.prompts, widest, *value_R.shape[1:]))
+        empty = value_R.new_full((self.prompts, widest, *value_R.shape[1:]), absent)
         present_BG = torch.arange(widest) < size_B[:, None]
         mask = present_BG.to(value_R.device).reshape(*present_BG.shape, *(1,) * (value_R.dim() - 1))
         return empty.masked_scatter(mask.expand_as(empty), value_R)
@@ -123,7 +124,8 @@ class LossMethod(Protocol):
     def examples(self, inputs: TrainInputs) -> Sequence[Example]:
         """Return the examples of one epoch. Raises DataError if nothing could be learnt from the inputs.
 
-        The loop fills in ``Example.reference`` for a method that requires a reference.
+        The loop fills in ``Example.reference`` for a method that requires a reference. The responses of an example need
+        not be those of ``inputs``: they may be made here, such as another prompt's reply.
         """
         ...
 
@@ -188,6 +190,7 @@ class TrainContext:
 class TrainResult:
     steps: int
     sampled_tokens: int
+    sampled_replies: int = 0  # while training; each was scored once
     counts: Mapping[str, int] = field(default_factory=dict)  # dropped, truncated, tied: for the table's footnote
 
 

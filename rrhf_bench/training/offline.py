@@ -4,11 +4,15 @@ supply the examples."""
 from __future__ import annotations
 
 import math
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from typing import Any, Protocol, TypeVar
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from rrhf_bench.errors import DataError, Diverged
 from rrhf_bench.jsonl import to_json
@@ -28,7 +32,7 @@ from rrhf_bench.training.method import (
     TrainResult,
 )
 from rrhf_bench.training.optimiser import AdamW, learning_rate
-from rrhf_bench.training.reference import ResponseLogprobs
+from rrhf_bench.training.reference import ResponseLogprobs, response_logprobs
 
 T = TypeVar("T")
 Row = TypeVar("Row", Example, Candidates)
@@ -48,6 +52,11 @@ class Supply(Protocol):
     @property
     def sampled_tokens(self) -> int:
         """Tokens sampled so far."""
+        ...
+
+    @property
+    def sampled_replies(self) -> int:
+        """Replies sampled and scored so far."""
         ...
 
     @property
@@ -75,7 +84,7 @@ class FixedExamples:
     Raises DataError where no candidate has a token to train on, or no prompt leaves room for one.
     """
 
-    sampled_tokens = 0
+    sampled_tokens = sampled_replies = 0
 
     def __init__(
         self,
@@ -92,18 +101,27 @@ class FixedExamples:
                 f"candidates: none of {empty} responses has a token to train on, each was cut before any text; "
                 "sample longer ones, or look at the policy that they come from"
             )
-        made = method.examples(replace(inputs, candidates=groups))
+        made = method.examples(replace(inputs, candidates=groups, tokenization=policy.tokenization))
         examples = fitting(made, policy.tokenization, settings.max_length)
         if "reference" in settings.requires:
             assert inputs.reference is not None
-            examples = with_reference(examples, inputs.reference)
+            # Of responses that the method has made itself. The policy still is the initial one, adapters included.
+            unknown = [
+                Candidates(e.prompt, tuple(r for r in e.responses if (e.prompt, r) not in inputs.reference))
+                for e in examples
+            ]
+            own = response_logprobs(policy, unknown, max_length=settings.max_length or sys.maxsize)
+            examples = with_reference(examples, inputs.reference | own)
         self.steps = step_count(len(examples), settings)
         self.counts = {
             "examples": len(examples),
             "prompts_too_long": len(made) - len(examples),
+            **({"prompts_without_example": len(groups) - len(made)} if len(made) < len(groups) else {}),
             "responses_empty": empty,
             **tally(examples, policy.tokenization, settings.max_length),
         }
+        if groups and len(made) < len(groups):
+            self.counts["groups_unused"] = len(groups) - len(made)  # that the method can learn nothing from
         self._batches = batches(examples, settings, context.seed)
 
     def state(self) -> dict[str, Any]:
@@ -164,23 +182,46 @@ class OfflineTrainer:
                 state = {"step": step + 1, "supply": examples, "optimiser": optimiser.state()}
                 context.checkpoints.offer(state)
         optimiser.close()
-        return TrainResult(total, supply.sampled_tokens, dict(supply.counts))
+        return TrainResult(total, supply.sampled_tokens, supply.sampled_replies, dict(supply.counts))
 
     def accumulate(self, policy: Policy, batch: Sequence[Example]) -> tuple[dict[str, float], float]:
         """Gradients of the summed loss over the batch, in passes of the policy's pass_tokens, whole prompts each; the
         metrics' weighted means, and the weight that the gradients are to be divided by."""
         max_length = self.settings.max_length
         sizes = [fed_tokens(policy, example, max_length) for example in batch]
+        runs = [[batch[i] for i in run] for run in within(sizes, policy.pass_tokens)]
+        if "whole step" in self.settings.requires and len(runs) > 1:
+            return self._accumulate_whole(policy, runs)
         weight = 0.0
         sums: dict[str, float] = defaultdict(float)
-        for run in within(sizes, policy.pass_tokens):
-            method_batch = MethodBatch.of([batch[i] for i in run], policy.tokenization, max_length)
+        for run in runs:
+            method_batch = MethodBatch.of(run, policy.tokenization, max_length)
             output = self.method.loss(policy.token_logprobs(method_batch.responses), method_batch)
             (output.loss * output.weight).backward()
             weight += output.weight
             for name, value in {"loss": output.loss.item(), **output.metrics}.items():
                 sums[name] += value * output.weight
         return {name: value / weight for name, value in sums.items()}, weight
+
+    def _accumulate_whole(self, policy: Policy, runs: Sequence[Sequence[Example]]) -> tuple[dict[str, float], float]:
+        """Return the same for a loss that is no mean over passes: the log-probs of all passes without gradients, the
+        loss of them together, then each pass again with the loss's gradient."""
+
+        def batch_of(examples: Sequence[Example]) -> MethodBatch:
+            return MethodBatch.of(examples, policy.tokenization, self.settings.max_length)
+
+        passes = [batch_of(run).responses for run in runs]
+        with torch.no_grad():
+            rows = [logp_T for responses in passes for logp_T in policy.token_logprobs(responses)]
+        logp_RT = pad_sequence(rows, batch_first=True).requires_grad_()
+        output = self.method.loss(logp_RT, batch_of([example for run in runs for example in run]))
+        (grad_RT,) = torch.autograd.grad(output.loss * output.weight, logp_RT)
+        start = 0
+        for responses in passes:
+            logp_BT = policy.token_logprobs(responses)
+            logp_BT.backward(grad_RT[start : start + len(logp_BT), : logp_BT.shape[1]])
+            start += len(logp_BT)
+        return {"loss": output.loss.item(), **output.metrics}, output.weight
 
 
 def fed_tokens(policy: Policy, example: Example, max_length: int | None) -> int:

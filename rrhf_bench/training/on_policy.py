@@ -9,6 +9,7 @@ Letters: N rollouts of an iteration, B rows of one pass, T response tokens.
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, Protocol
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rrhf_bench.errors import DataError, Diverged
-from rrhf_bench.policy.logprobs import masked_mean
+from rrhf_bench.policy.logprobs import kl_k1, masked_mean
 from rrhf_bench.policy.policy import Policy
 from rrhf_bench.sampling.sampler import SamplingSpec
 from rrhf_bench.seeding import generator
@@ -37,6 +38,7 @@ class Advantages:
     advantage_NT: Tensor
     return_NT: Tensor | None = None  # targets of the critic
     metrics: Mapping[str, float] = field(default_factory=dict)
+    weight_NT: Tensor | None = None  # of each token, for a loss that is a weighted sum over a reply's tokens
 
 
 @dataclass(frozen=True)
@@ -47,42 +49,46 @@ class Minibatch:
     old_logp_BT: Tensor
     ref_logp_BT: Tensor
     advantage_BT: Tensor
+    kl_coefficient: float  # of this iteration, for a loss with a KL penalty of its own
     old_value_BT: Tensor | None = None
     return_BT: Tensor | None = None
+    weight_BT: Tensor | None = None
 
 
 class OnPolicyMethod(Protocol):
-    """PPO, RLOO and their kind."""
+    """Advantages and a loss for the one on-policy loop.
+
+    A class that names this one as its base has no critic and no state unless it defines them.
+    """
 
     # The unit over which ``loss`` is a mean. The loop weights the passes of a minibatch by it.
     mean_over: ClassVar[Literal["tokens", "responses"]]
 
     def critic(self, policy: Policy) -> Critic | None:
         """Return a critic for this policy, or None if the method has none."""
-        ...
+        return None
 
+    @abstractmethod
     def advantages(self, rollouts: Rollouts, kl_coefficient: float) -> Advantages:
         """Return the advantages of an iteration's rollouts, with metrics of theirs."""
-        ...
 
+    @abstractmethod
     def loss(self, logp_BT: Tensor, value_BT: Tensor | None, batch: Minibatch) -> tuple[Tensor, Mapping[str, float]]:
         """Return the loss of a pass, a mean over its tokens or responses, and metrics that are such means."""
-        ...
 
     def state(self) -> Mapping[str, Any]:
         """Return JSON values that the method has gathered in earlier iterations."""
-        ...
+        return {}
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Go on from such values."""
-        ...
 
 
 @dataclass
 class _State:
     """The state of a run, without the policy's weights."""
 
-    _COUNTS: ClassVar = ("iteration", "step", "sampled_tokens", "missing_ends")
+    _COUNTS: ClassVar = ("iteration", "step", "sampled_tokens", "sampled_replies", "missing_ends")
 
     critic: Critic | None
     optimiser: AdamW
@@ -90,6 +96,7 @@ class _State:
     iteration: int = 0  # finished ones; names every random choice
     step: int = 0  # optimiser steps done
     sampled_tokens: int = 0
+    sampled_replies: int = 0
     missing_ends: int = 0  # rollouts that the length cap cut
 
     def state(self) -> dict[str, Any]:
@@ -155,12 +162,12 @@ class OnPolicyTrainer:
             context.checkpoints.offer({**state.state(), "method": self.method.state()})
         state.optimiser.close()
         counts = {"rollouts": settings.iterations * settings.rollouts, "rollouts_without_end": state.missing_ends}
-        return TrainResult(state.step, state.sampled_tokens, counts)
+        return TrainResult(state.step, state.sampled_tokens, state.sampled_replies, counts)
 
     def sampler(self, policy: Policy, context: TrainContext, clock: Clock | None = None) -> RolloutSampler:
         """Return the sampler of the run's rollouts."""
         spec = SamplingSpec(
-            n=self.settings.replies,
+            n=self.settings.replies - self.settings.reference_replies,
             temperature=self.settings.temperature,
             max_new_tokens=context.max_new_tokens,
             seed=context.seed,
@@ -168,7 +175,14 @@ class OnPolicyTrainer:
             stop=context.stop,
             logprobs=True,
         )
-        return RolloutSampler(policy, context, spec, clock)
+        return RolloutSampler(
+            policy,
+            context,
+            spec,
+            clock,
+            greedy=self.settings.greedy,
+            reference_replies=self.settings.reference_replies,
+        )
 
     def roll_out(self, sampler: RolloutSampler, inputs: TrainInputs, state: _State) -> Rollouts:
         """Return the rollouts of the next iteration, and count them in ``state``."""
@@ -176,7 +190,8 @@ class OnPolicyTrainer:
         seed = sampler.context.seed
         prompts = cycle_prompts(inputs.prompts, state.iteration * count, count, seed, self.name)
         rollouts = sampler.draw(state.iteration, prompts, state.critic, self._place(state))
-        state.sampled_tokens += sampled_tokens(rollouts.groups)
+        state.sampled_tokens += sampled_tokens(rollouts.groups) + sampled_tokens(rollouts.greedy)
+        state.sampled_replies += len(rollouts.pairs) + len(rollouts.greedy)
         state.missing_ends += int((~rollouts.ended_N).sum())
         return rollouts
 
@@ -189,10 +204,17 @@ class OnPolicyTrainer:
 
     def _minibatches(self, seed: int, iteration: int) -> Iterator[list[int]]:
         """Yield the rows of each optimiser step: every rollout once an epoch, in an order fixed by the seed."""
-        for epoch in range(self.settings.update_epochs):
-            order = generator(seed, self.name, "minibatches", iteration, epoch).permutation(self.settings.rollouts)
-            for start in range(0, len(order), self.settings.minibatch):
-                yield order[start : start + self.settings.minibatch].tolist()
+        settings, unit = self.settings, self._unit
+        for epoch in range(settings.update_epochs):
+            order = generator(seed, self.name, "minibatches", iteration, epoch).permutation(settings.rollouts // unit)
+            rows = [int(number) * unit + i for number in order for i in range(unit)]
+            for start in range(0, len(rows), settings.minibatch):
+                yield rows[start : start + settings.minibatch]
+
+    @property
+    def _unit(self) -> int:
+        """Return how many rollouts in a row stay together."""
+        return self.settings.replies if self.settings.whole_groups else 1
 
     def _update(
         self, policy: Policy, rollouts: Rollouts, advantages: Advantages, seed: int, state: _State
@@ -235,14 +257,14 @@ class OnPolicyTrainer:
         whole, all_tokens = (sum(values[row] for row in rows) for values in (size, tokens))
         total: dict[str, float] = {}
         ratio, deviation = 0.0, 0.0
-        for part in rollouts.passes(policy, rows):
+        for part in rollouts.passes(policy, rows, self._unit):
             batch = rollouts.batch(part)
             value_BT = None
             if state.critic is None:
                 logp_BT = policy.token_logprobs(batch)
             else:
                 logp_BT, value_BT = state.critic.forward(policy, batch)
-            minibatch = _minibatch(rollouts, advantages, part, max(batch.lengths))
+            minibatch = _minibatch(rollouts, advantages, part, max(batch.lengths), state.kl.coefficient)
             loss, metrics = self.method.loss(logp_BT, value_BT, minibatch)
             if not torch.isfinite(loss):
                 of_loss = ", ".join(f"{name} {value}" for name, value in metrics.items() if name.startswith("loss/"))
@@ -259,7 +281,9 @@ class OnPolicyTrainer:
         return {**total, "val/ratio": ratio, "val/ratio_deviation": deviation}
 
 
-def _minibatch(rollouts: Rollouts, advantages: Advantages, rows: Sequence[int], width: int) -> Minibatch:
+def _minibatch(
+    rollouts: Rollouts, advantages: Advantages, rows: Sequence[int], width: int, kl_coefficient: float
+) -> Minibatch:
     def cut(whole_NT: Tensor | None) -> Tensor | None:
         return None if whole_NT is None else whole_NT[list(rows), :width]
 
@@ -268,8 +292,10 @@ def _minibatch(rollouts: Rollouts, advantages: Advantages, rows: Sequence[int], 
         rollouts.logp_NT[list(rows), :width],
         rollouts.ref_logp_NT[list(rows), :width],
         advantages.advantage_NT[list(rows), :width],
+        kl_coefficient,
         cut(rollouts.value_NT),
         cut(advantages.return_NT),
+        cut(advantages.weight_NT),
     )
 
 
@@ -278,6 +304,35 @@ def _ratio(logp_BT: Tensor, batch: Minibatch) -> tuple[float, float]:
     # Masked before exp: an infinite ratio at a padded position would make the mean not-a-number.
     ratio_BT = (logp_BT - batch.old_logp_BT).masked_fill(~batch.mask_BT, 0.0).exp()
     return masked_mean(ratio_BT, batch.mask_BT).item(), (ratio_BT - 1.0).abs().max().item()
+
+
+def reply_rewards(
+    rollouts: Rollouts, settings: OnPolicySettings, kl_coefficient: float
+) -> tuple[Tensor, dict[str, float]]:
+    """Return the (N,) rewards of whole replies, score - kl_coefficient * log-ratio to the reference, with metrics.
+
+    The score is corrected for a missing end. The log-ratio is summed over a reply's tokens (k1).
+    """
+    score_N = penalise_missing_ends(
+        rollouts.score_N, rollouts.ended_N, mode=settings.missing_eos, penalty=settings.missing_eos_penalty
+    )
+    logp_NT = rollouts.logp_NT
+    log_ratio_N = kl_k1(logp_NT, rollouts.ref_logp_NT).sum(-1)
+    reward_N = torch.as_tensor(score_N, dtype=logp_NT.dtype, device=logp_NT.device) - kl_coefficient * log_ratio_N
+    return reward_N, {"objective/scores": float(score_N.mean()), "objective/rlhf_reward": reward_N.mean().item()}
+
+
+def greedy_rewards(rollouts: Rollouts, settings: OnPolicySettings) -> Tensor:
+    """Return the (N,) scores of the greedy reply to each rollout's prompt, corrected for a missing end."""
+    replies = [group.responses[0] for group in rollouts.greedy]
+    score_P = penalise_missing_ends(
+        np.array([reply.score for reply in replies], np.float64),
+        np.array([reply.ended for reply in replies]),
+        mode=settings.missing_eos,
+        penalty=settings.missing_eos_penalty,
+    )
+    score_N = np.repeat(score_P, len(rollouts.pairs) // len(replies))
+    return torch.as_tensor(score_N, dtype=rollouts.logp_NT.dtype, device=rollouts.logp_NT.device)
 
 
 def penalise_missing_ends(

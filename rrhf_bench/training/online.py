@@ -70,7 +70,7 @@ class OnlineExamples:
         given = inputs.candidates or [Candidates(prompt, ()) for prompt in inputs.prompts]
         self.given = fitting(given, policy.tokenization, settings.max_length)
         self.steps = step_count(len(self.given), settings)
-        self.sampled_tokens = 0
+        self.sampled_tokens = self.sampled_replies = 0
         self.counts = Counter(examples=len(self.given), prompts_too_long=len(given) - len(self.given))
         self._first: Sequence[Candidates] = ()  # the groups of the first refresh
         self._refreshes = 0  # to begin with
@@ -81,11 +81,12 @@ class OnlineExamples:
         if self._within:
             return None
         first = [to_json(group) for group in self._first]
-        return {"sampled_tokens": self.sampled_tokens, "counts": dict(self.counts), "first": first}
+        sampled = {"sampled_tokens": self.sampled_tokens, "sampled_replies": self.sampled_replies}
+        return {**sampled, "counts": dict(self.counts), "first": first}
 
     def resume(self, steps: int, state: Mapping[str, Any]) -> None:
         self._refreshes = math.ceil(steps / self.refresh)
-        self.sampled_tokens = state["sampled_tokens"]
+        self.sampled_tokens, self.sampled_replies = state["sampled_tokens"], state["sampled_replies"]
         self.counts = Counter(state["counts"])
         self._first = [from_json(Candidates, group, "checkpoint") for group in state["first"]]
 
@@ -121,6 +122,7 @@ class OnlineExamples:
         groups, empty = with_tokens(groups, self.policy.tokenization)
 
         self.sampled_tokens += sampled_tokens(drawn)
+        self.sampled_replies += sum(len(row.responses) for row in drawn)
         best = float(np.mean([max(row.scores) for row in drawn]))  # the mean of each prompt's best sample
         metrics = {**sample_metrics(drawn), "reward/max": best}
         reference = None

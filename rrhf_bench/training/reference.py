@@ -31,6 +31,9 @@ class ResponseLogprobs:
         """Return the log-probs of a response's tokens. Raises KeyError if they were not computed."""
         return self._rows[_key(prompt, response)]
 
+    def __contains__(self, row: tuple[Prompt, Response]) -> bool:
+        return _key(*row) in self._rows
+
     def __or__(self, other: ResponseLogprobs) -> ResponseLogprobs:
         return ResponseLogprobs({**self._rows, **other._rows})
 

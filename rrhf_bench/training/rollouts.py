@@ -77,6 +77,7 @@ class Rollouts:
     groups: tuple[Candidates, ...]  # P prompts with n replies each, scored by the reward model
     pairs: tuple[tuple[Ids, Ids], ...]  # N (prompt ids, sampled ids)
     temperature: float  # of the samples and of every log-prob
+    max_new_tokens: int  # the length cap of a reply
     score_N: NDArray[np.float64]  # raw scores of the reward model
     ended_N: NDArray[np.bool_]  # False if the length cap cut the reply
     mask_NT: Tensor  # bool
@@ -84,6 +85,7 @@ class Rollouts:
     ref_logp_NT: Tensor  # under the initial policy
     value_NT: Tensor | None  # the critic's
     metrics: Mapping[str, float]
+    greedy: tuple[Candidates, ...] = ()  # the P prompts with one greedy reply each, scored, for a method that has them
 
     def batch(self, rows: Sequence[int]) -> ResponseBatch:
         """Return some of the rollouts as a batch."""
@@ -93,9 +95,9 @@ class Rollouts:
         """Return the (P, n) values of the rollouts by prompt."""
         return value_N.reshape(len(self.groups), -1)
 
-    def passes(self, policy: Policy, rows: Sequence[int]) -> list[list[int]]:
-        """Return some rows in passes of the policy's ``pass_tokens``."""
-        return _passes(policy, self.pairs, rows)
+    def passes(self, policy: Policy, rows: Sequence[int], together: int = 1) -> list[list[int]]:
+        """Return some rows in passes of the policy's ``pass_tokens``; ``together`` rows in a row share a pass."""
+        return _passes(policy, self.pairs, rows, together)
 
     def evidence(self, rows: Sequence[int]) -> list[Mapping[str, Any]]:
         """Return some of the replies as JSON objects, for an error."""
@@ -107,23 +109,40 @@ class Rollouts:
 class RolloutSampler:
     """Samples from the policy's present weights, and scores what it has sampled.
 
-    ``spec`` says how; its purpose names the random choices of this sampler.
+    ``spec`` says how; its purpose names the random choices of this sampler. With ``greedy``, ``draw`` adds a greedy
+    reply to each prompt. It adds ``reference_replies`` samples of the reference to each group, behind the policy's own.
     """
 
-    def __init__(self, policy: Policy, context: TrainContext, spec: SamplingSpec, clock: Clock | None = None) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        context: TrainContext,
+        spec: SamplingSpec,
+        clock: Clock | None = None,
+        *,
+        greedy: bool = False,
+        reference_replies: int = 0,
+    ) -> None:
         self.policy = policy
         self.context = context
         self.spec = spec
         self.clock = clock or Clock()
+        self.greedy = greedy
+        self.reference_replies = reference_replies
 
     def sample(self, number: int, prompts: Sequence[Prompt], place: str) -> list[Candidates]:
         """Return ``spec.n`` scored replies to each prompt. ``number`` counts the calls of the run and enters the seeds.
 
         Raises Diverged, with ``place`` in its message, if a score is not finite.
         """
+        return self._sampled(self.policy, self.spec, number, prompts, place)
+
+    def _sampled(
+        self, policy: Policy, of_all: SamplingSpec, number: int, prompts: Sequence[Prompt], place: str
+    ) -> list[Candidates]:
         assert self.context.sampler is not None
         with self.clock("sync"):
-            self.context.sampler.sync(self.policy)
+            self.context.sampler.sync(policy)
         # A prompt that comes twice in one call needs a second purpose: its seeds would be the same, and so its replies.
         seen: Counter[Prompt] = Counter()
         turns: list[list[int]] = []  # places of the prompts that come for the first time, the second time, ...
@@ -134,12 +153,31 @@ class RolloutSampler:
             seen[prompt] += 1
         found: dict[int, Candidates] = {}
         for turn, places in enumerate(turns):
-            spec = replace(self.spec, purpose=f"{self.spec.purpose}/{number}" + (f"/{turn}" if turn else ""))
+            spec = replace(of_all, purpose=f"{of_all.purpose}/{number}" + (f"/{turn}" if turn else ""))
             with self.clock("sample"):
                 sampled = self.context.sampler.sample([prompts[at] for at in places], spec)
             found |= zip(places, sampled, strict=True)
         with self.clock("score"):
             return self._scored([found[at] for at in range(len(prompts))], place)
+
+    def _greedy(self, prompts: Sequence[Prompt], place: str) -> list[Candidates]:
+        """Return a scored greedy reply to each prompt, of the weights that were synced last."""
+        assert self.context.sampler is not None
+        distinct = list(dict.fromkeys(prompts))
+        with self.clock("sample"):
+            spec = replace(self.spec, n=1, temperature=0.0, logprobs=False)
+            sampled = dict(zip(distinct, self.context.sampler.sample(distinct, spec), strict=True))
+        with self.clock("score"):
+            return self._scored([sampled[prompt] for prompt in prompts], place)
+
+    def _with_reference_replies(
+        self, groups: Sequence[Candidates], number: int, prompts: Sequence[Prompt], place: str
+    ) -> list[Candidates]:
+        reference, purpose = self.context.reference, f"{self.spec.purpose}-reference"
+        assert reference is not None
+        spec = replace(self.spec, n=self.reference_replies, logprobs=False, purpose=purpose)
+        sampled = self._sampled(reference, spec, number, prompts, place)
+        return [replace(g, responses=g.responses + r.responses) for g, r in zip(groups, sampled, strict=True)]
 
     def _scored(self, groups: Sequence[Candidates], place: str) -> list[Candidates]:
         assert self.context.reward is not None
@@ -156,7 +194,10 @@ class RolloutSampler:
 
         ``critic`` adds its values, computed in the same pass. Raises Diverged if a score is not finite.
         """
-        groups = self.sample(number, prompts, place)
+        own = groups = self.sample(number, prompts, place)
+        greedy = self._greedy(prompts, place) if self.greedy else []
+        if self.reference_replies:
+            groups = self._with_reference_replies(own, number, prompts, place)
         replies = [reply for group in groups for reply in group.responses]
         pairs = tuple(
             (self.policy.tokenization.prompt_ids(group.prompt), _sampled_ids(group.prompt, reply, place))
@@ -168,15 +209,17 @@ class RolloutSampler:
         mask_NT = ResponseBatch.of_pairs(pairs).mask_BT.to(logp_NT.device)
         score_N = np.array([reply.score for reply in replies], np.float64)
         ended_N = np.array([reply.ended for reply in replies])
+        size = self.spec.n + self.reference_replies
+        rows = [row for row in range(len(replies)) if row % size < self.spec.n]  # the policy's own
         metrics = {
-            **sample_metrics(groups),
-            "objective/kl": kl_k1(logp_NT, ref_logp_NT).sum(-1).mean().item(),
-            "policy/entropy_estimate": -masked_mean(logp_NT, mask_NT).item(),
-            **_sampler_difference(replies, logp_NT),
+            **sample_metrics(own),
+            "objective/kl": kl_k1(logp_NT[rows], ref_logp_NT[rows]).sum(-1).mean().item(),
+            "policy/entropy_estimate": -masked_mean(logp_NT[rows], mask_NT[rows]).item(),
+            **_sampler_difference([replies[row] for row in rows], logp_NT[rows]),
         }
         return Rollouts(
-            tuple(groups), pairs, self.spec.temperature, score_N, ended_N, mask_NT, logp_NT, ref_logp_NT, value_NT,
-            metrics,
+            tuple(groups), pairs, self.spec.temperature, self.spec.max_new_tokens, score_N, ended_N, mask_NT, logp_NT,
+            ref_logp_NT, value_NT, metrics, tuple(greedy),
         )  # fmt: skip
 
     @torch.no_grad()
@@ -244,9 +287,12 @@ def _sampler_difference(responses: Sequence[Response], logp_NT: Tensor) -> dict[
     }
 
 
-def _passes(policy: Policy, pairs: Sequence[tuple[Ids, Ids]], rows: Sequence[int]) -> list[list[int]]:
-    sizes = [policy.fed_tokens(ResponseBatch.of_pairs([pairs[row]])) for row in rows]
-    return [[rows[i] for i in run] for run in within(sizes, policy.pass_tokens)]
+def _passes(
+    policy: Policy, pairs: Sequence[tuple[Ids, Ids]], rows: Sequence[int], together: int = 1
+) -> list[list[int]]:
+    units = [rows[start : start + together] for start in range(0, len(rows), together)]
+    sizes = [policy.fed_tokens(ResponseBatch.of_pairs([pairs[row] for row in unit])) for unit in units]
+    return [[row for i in run for row in units[i]] for run in within(sizes, policy.pass_tokens)]
 
 
 def _stack(rows: Sequence[Tensor]) -> Tensor:

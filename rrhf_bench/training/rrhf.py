@@ -14,6 +14,7 @@ from torch import Tensor
 from rrhf_bench.errors import DataError
 from rrhf_bench.policy.logprobs import sequence_score
 from rrhf_bench.training.method import Example, LossOutput, MethodBatch, TrainInputs
+from rrhf_bench.training.pairs import order_accuracy
 from rrhf_bench.training.rrhf_settings import RRHFSettings
 
 
@@ -112,7 +113,7 @@ class RRHF:
         """Return the loss over the batch's prompts, which are its weight, with the metrics of the ranking."""
         logp_BGT = batch.grouped(logp_RT)
         mask_BGT = batch.grouped(batch.responses.mask_BT.to(logp_RT.device))
-        reward_BG = batch.grouped(batch.reward_R.to(logp_RT.device))
+        reward_BG = batch.grouped(batch.reward_R.to(logp_RT.device), absent=torch.nan)
         s = self.settings
         losses = rrhf_loss(
             logp_BGT,
@@ -125,13 +126,10 @@ class RRHF:
             padded_length_B=batch.padded_lengths().to(logp_RT) if s.variant == "official" else None,
         )
         present_BG = mask_BGT.any(-1)
-        pair_BGG = (reward_BG[:, :, None] < reward_BG[:, None, :]) & present_BG[:, :, None] & present_BG[:, None, :]
-        ordered_BGG = losses.score_BG[:, :, None] < losses.score_BG[:, None, :]
         metrics = {
             "loss/rank": losses.rank.item(),
             "loss/sft": losses.sft.item(),
             "logps/mean": losses.score_BG[present_BG].mean().item(),
-            # Of the pairs with different rewards, the share that the policy ranks as the reward does.
-            "rewards/accuracies": (ordered_BGG & pair_BGG).sum().item() / max(1, int(pair_BGG.sum())),
+            "rewards/accuracies": order_accuracy(losses.score_BG, reward_BG),
         }
         return LossOutput(losses.total, float(batch.prompts), metrics)

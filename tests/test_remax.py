@@ -1,0 +1,151 @@
+"""ReMax against numbers worked by hand, with formulas broken on purpose, and on a real, tiny model."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from baselines import remax
+from baselines.remax import ReMax
+from baselines.remax_settings import ReMaxSettings
+from rrhf_bench.training.on_policy import OnPolicyTrainer
+from rrhf_bench.training.rollouts import Rollouts, sampled_tokens
+from tests.test_ppo import INPUTS, Run, share_of_d
+from tests.test_resume import Killed, train
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def settings(**changes: Any) -> ReMaxSettings:
+    return ReMaxSettings(**{"iterations": 2, "rollouts": 8, "minibatch": 4, "lr": 3e-3, **changes})
+
+
+def first(run: Run, made: ReMaxSettings) -> tuple[OnPolicyTrainer, Any, Rollouts]:
+    trainer = OnPolicyTrainer(ReMax(made), made)
+    state = trainer.start(run.policy)
+    return trainer, state, trainer.roll_out(trainer.sampler(run.policy, run.context), INPUTS, state)
+
+
+def check_remax_advantages(remax_advantages: Callable[..., Tensor]) -> None:
+    # Score gaps 8 and -2, replies of 3 and 1 tokens, log-ratios 1, 2, -1 and 3, kl .5.
+    gap = torch.tensor([8.0, -2.0])
+    ratio = torch.tensor([[1.0, 2.0, -1.0], [3.0, torch.nan, 7.0]])
+    mask = torch.tensor([[True, True, True], [True, False, False]])
+
+    def found(**options: Any) -> list[list[float]]:
+        return remax_advantages(gap, ratio, mask, kl_coefficient=0.5, **options).tolist()
+
+    assert found() == [[7.0, 7.0, 7.0], [-3.5, 0.0, 0.0]]  # 8 - .5 (1 + 2 - 1), -2 - .5 (3)
+    assert found(kl_return="to-go") == [[7.0, 7.5, 8.5], [-3.5, 0.0, 0.0]]  # 8 - .5 (2), (1), (-1)
+    assert found(kl_return="immediate") == [[7.5, 7.0, 8.5], [-3.5, 0.0, 0.0]]
+    # The authors' code: clipped to 5, the last token discounted once: 5/8, 5/4, 5/2 and -2/2, less .5 of each ratio.
+    assert found(kl_return="immediate", gamma=0.5, score_clip=5.0) == [[0.125, 0.25, 3.0], [-2.5, 0.0, 0.0]]
+
+
+def check_remax_loss(remax_loss: Callable[..., Tensor]) -> None:
+    # -((1 x 2 x -1 + 1 x -1 x -3) + .5 x 4 x -2) / 2 = -(1 - 4) / 2.
+    logp = torch.tensor([[-1.0, -3.0], [-2.0, torch.nan]])
+    weight = torch.tensor([[1.0, 1.0], [0.5, 1.0]])
+    advantage = torch.tensor([[2.0, -1.0], [4.0, 5.0]])
+    assert remax_loss(logp, advantage, weight, torch.tensor([[True, True], [True, False]])).item() == 1.5
+
+
+CHECKS: dict[str, Callable[[Any], None]] = {"remax_advantages": check_remax_advantages, "remax_loss": check_remax_loss}
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_by_hand(name: str) -> None:
+    CHECKS[name](getattr(remax, name))
+
+
+@pytest.mark.parametrize(
+    ("name", "right", "wrong"),
+    [
+        ("remax_advantages", "gamma**left_NT", "gamma**(left_NT - 1)"),
+        ("remax_advantages", "mask_NT.flip(-1).cumsum(-1).flip(-1)", "mask_NT.cumsum(-1)"),
+        ("remax_advantages", "log_ratio_NT.flip(-1).cumsum(-1).flip(-1)", "log_ratio_NT.cumsum(-1)"),
+        ("remax_advantages", '"immediate": log_ratio_NT', '"immediate": log_ratio_NT.sum(-1, keepdim=True)'),
+        ("remax_advantages", "- kl_coefficient * kl_NT", "+ kl_coefficient * kl_NT"),
+        ("remax_advantages", "clamp(-score_clip, score_clip)", "clamp(-score_clip)"),
+        ("remax_loss", ".sum(-1).mean()", ".mean(-1).mean()"),  # the padded width
+        ("remax_loss", "weight_BT * ", ""),
+    ],
+)
+def test_a_broken_formula_is_noticed(name: str, right: str, wrong: str) -> None:
+    source = inspect.getsource(getattr(remax, name))
+    assert source.count(right) == 1
+    scope = dict(vars(remax))
+    exec(source.replace(right, wrong), scope)
+    with pytest.raises(AssertionError):
+        CHECKS[name](scope[name])
+
+
+@pytest.mark.parametrize("replies", [1, 2])
+def test_the_baseline_is_the_greedy_reply_of_the_present_weights(replies: int) -> None:
+    run = Run(stop=("ad",))
+    with torch.no_grad():
+        for parameter in run.policy.parameters():
+            parameter.mul_(1.3)  # away from the reference, whose greedy replies differ
+    trainer, state, rollouts = first(run, settings(replies=replies, rollouts=16, kl_coefficient=0.05))
+    greedy = [group.responses[0] for group in rollouts.greedy]
+    for group, reply in zip(rollouts.greedy, greedy, strict=True):
+        ids = list(run.policy.tokenization.prompt_ids(group.prompt))
+        for token in reply.token_ids or ():
+            assert run.policy.model(torch.tensor([ids])).logits[0, -1].argmax().item() == token
+            ids.append(token)
+    advantages = trainer.method.advantages(rollouts, 0.05)
+    replied = [(at, reply) for at, group in enumerate(rollouts.groups) for reply in group.responses]
+    assert len(rollouts.greedy) == 16 // replies
+    for row, (at, reply) in enumerate(replied):
+        own, baseline = (share_of_d(r.text) - (0.0 if r.ended else 1.0) for r in (reply, greedy[at]))
+        ratio = (rollouts.logp_NT[row] - rollouts.ref_logp_NT[row]).sum().item()
+        expected = (own - baseline - 0.05 * ratio) * rollouts.mask_NT[row]
+        torch.testing.assert_close(advantages.advantage_NT[row], expected, rtol=0, atol=1e-5)
+    # The greedy replies cost tokens, and are not trained on.
+    assert state.sampled_tokens == sampled_tokens(rollouts.groups) + sum(len(reply.token_ids or ()) for reply in greedy)
+    assert len(rollouts.pairs) == 16
+
+
+def test_micro_batches_do_not_change_the_gradient() -> None:
+    gradients = []
+    for tokens in (4096, 60):
+        run = Run(stop=("ad",))
+        run.policy.pass_tokens = tokens
+        trainer, state, rollouts = first(run, settings(aggregation="token", gamma=0.9, kl_return="immediate"))
+        trainer.accumulate(run.policy, rollouts, trainer.method.advantages(rollouts, 0.1), range(8), state)
+        gradients.append([p.grad for p in state.optimiser.parameters if p.grad is not None])
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+
+
+def test_a_killed_run_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
+    weights, log, result = train(settings(iterations=3), tmp_path / "whole")
+    with pytest.raises(Killed):
+        train(settings(iterations=3), tmp_path / "part", kill_at=2)
+    found, lines, same = train(settings(iterations=3), tmp_path / "part")
+    assert (lines, same) == (log, result)
+    assert all(torch.equal(found[key], weights[key]) for key in weights)
+
+
+def test_reward_rises() -> None:
+    run = Run()
+    made = settings(iterations=10, rollouts=48, minibatch=12, lr=5e-3, kl_coefficient=0.01, missing_eos="none")
+    OnPolicyTrainer(ReMax(made), made).fit(run.policy, INPUTS, run.context)
+    rewards = [row["reward/mean"] for row in run.log]
+    # Slower than with a mean as baseline: an untrained model's greedy replies score unlike its samples.
+    assert np.mean(rewards[-2:]) > 2.0 * np.mean(rewards[:2]), rewards
+
+
+def test_settings() -> None:
+    assert "8 rollouts and 4 greedy replies" in settings(replies=2).budget(12, 0)
+    for changes, key in [({"gamma": 0.0}, "gamma"), ({"score_clip": 0.0}, "score_clip"), ({"kl_return": "k3"}, "kl")]:
+        with pytest.raises(ValidationError, match=key):
+            settings(**changes)
