@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal, Self, get_args
+from typing import Annotated, Literal, Self, get_args
 
 from pydantic import Field, model_validator
 
-from rrhf_bench.settings.methods import PairSettings, Requirement
+from rrhf_bench.settings.methods import PairSettings
 
 Form = Literal["good", "bad", "good-bad", "bad-good"]
 Marker = Annotated[str, Field(pattern=r"^ .*\S:$")]  # replies are encoded as they stand behind a colon
@@ -19,8 +19,6 @@ class CoHSettings(PairSettings):
     before the second reply, as the released code does for dialogues and the paper's text does not. ``reduction`` says
     what the loss is a mean over: the code's is the mean over rows of each one's token mean.
     """
-
-    requires: ClassVar[frozenset[Requirement]] = frozenset({"pairs"})
 
     kind: Literal["coh"] = "coh"
     good: Marker = " A helpful answer:"

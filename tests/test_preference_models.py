@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from rrhf_bench.data.preferences import load_pairs
 from rrhf_bench.errors import ConfigError, DataError
 from rrhf_bench.pipeline.services import ModelRef, load_reward
 from rrhf_bench.pipeline.stage_graph import make_plan
-from rrhf_bench.records import Preference, Prompt
+from rrhf_bench.records import PoolScored, Preference, Prompt
+from rrhf_bench.report import preference_models as report
 from rrhf_bench.rewards import ensemble
 from rrhf_bench.rewards.perplexity_filter import filter_pairs, typical_pairs
 from rrhf_bench.rewards.train_head import count_steps, train_head
@@ -317,3 +319,84 @@ def test_default_training_keys_are_what_they_were() -> None:
 def test_contradictions(override: str, key: str) -> None:
     with pytest.raises(ConfigError, match=key):
         load_experiment(SMOKE, [override])
+
+
+# Held-out pairs
+
+
+def judged(gaps: list[list[float]], words: list[int], **about: Any) -> report.JudgedPairs:
+    clusters = [f"topic {i % 4}" for i in range(len(words))]
+    return report.JudgedPairs("rm", np.array(gaps), np.array(words), clusters, **about)
+
+
+def test_accuracy_and_calibration_by_hand() -> None:
+    # sigma(1) = 0.7310586 and sigma(3) = 0.9525741 are in the bins from 0.7 and from 0.9, equal rewards in the first.
+    model = judged([[1.0, 1.0, -1.0, 3.0, -3.0, 3.0, 3.0, 0.0]], list(range(8)))
+    assert model.right_SP.tolist() == [[1, 1, 0, 1, 0, 1, 1, 0.5]]
+    bins = report.calibration(model)
+    assert [n for *_, n in bins] == [1, 3, 4]
+    np.testing.assert_allclose(bins, [(0.5, 0.5, 1), (0.7310586, 2 / 3, 3), (0.9525741, 0.75, 4)], rtol=1e-6)
+    # (3 x 0.0643919 + 4 x 0.2025741) / 8 = 0.1254340. The signed sum, or the share of labels, would be another.
+    assert report.calibration_error(model) == pytest.approx(0.1254340, abs=1e-6)
+    assert model.mean(model.right_SP, "accuracy").value == pytest.approx(5.5 / 8)
+    table = report.models_table([model], "x")
+    assert [column.name for column in table.columns] == ["reward model", "accuracy", "log loss", "calibration error"]
+    # log(1 + e^-d): 0.3132617 twice, 1.3132617, 0.0485874 three times, 3.0485874, 0.6931472; the mean of the eight:
+    assert table.rows[0][2].value == pytest.approx(5.8272826 / 8, abs=1e-6)
+
+
+def test_bins_of_length_hold_each_pair_once_and_show_a_bias() -> None:
+    words = [-9, -9, -9, -8, -3, -1, 0, 0, 0, 0, 0, 2, 3, 5, 5, 6, 7, 8, 9, 20]
+    bins = report.length_bins(np.array(words))
+    assert sum(of_P.astype(int) for _, _, of_P in bins).tolist() == [1] * len(words)
+    assert [(low, high) for low, high, _ in bins] == sorted((low, high) for low, high, _ in bins)
+    longer = judged([[1.0 if w > 0 else -1.0 for w in words]], words)  # a model that has learnt length
+    accuracy = [row[3].value for row in report.lengths_table([longer], "x").rows]
+    assert accuracy[0] == 0.0
+    assert accuracy[-1] == 1.0
+    assert report.length_bins(np.zeros(5, dtype=int))[0][2].all()  # one bin
+
+
+def test_models_are_compared_with_the_first() -> None:
+    rng = np.random.default_rng(0)
+    pool = {0: [PoolScored(Prompt(f"{i}"), (0.0, 1.0, 2.0, 3.0), (0.0, 1.0, 2.0, float(i))) for i in range(4)]}
+    about = {"before": {"pairs": 9}, "after": {"pairs": 4}}
+    keys = ("chosen_perplexity", "rejected_perplexity", "chosen_words", "rejected_words", "chosen_likelier")
+    for side in about.values():
+        side |= dict.fromkeys(keys, 1)
+    shared: dict[str, Any] = {"pool": pool, "pool_clusters": list("abcd"), "trained_on": 9}
+    one = judged(rng.normal(0.2, 1, (2, 40)).tolist(), list(range(40)), **shared)
+    other = replace(
+        judged(rng.normal(2.0, 1, (2, 40)).tolist(), list(range(40)), filtered=about, **shared), name="better"
+    )
+    table = report.models_table([one, other], "x")
+    cells = dict(zip([column.name for column in table.columns], table.rows[1], strict=True))
+    difference = other.right_SP.mean() - one.right_SP.mean()
+    assert cells["less rm"].value == pytest.approx(difference)
+    assert cells["less rm"].low is not None
+    assert cells["less rm"].low < difference
+    assert cells["gold of best of 1"].value == pytest.approx(np.mean([(0 + 1 + 2 + i) / 4 for i in range(4)]))
+    assert table.rows[0][3].reason
+    after = report.filter_table([one, other], "x")
+    assert after is not None
+    assert [row[1].value for row in after.rows] == [9, 4]
+    assert report.filter_table([one], "x") is None
+
+
+def test_the_command_judges_a_file(llama_folder: Folder, tmp_path: Path, cli: Cli) -> None:
+    train_head(llama_folder(0), pairs(16), RewardTrainingSettings(batch_pairs=4, lr=1e-2), tmp_path / "rm", seed=0)
+    rows = [{"prompt": p.prompt.text, "chosen": p.chosen, "rejected": p.rejected} for p in pairs(12)]
+    data = write_pairs(tmp_path / "p.jsonl", *rows, {"tie": True})
+    words = ("score-pairs", "--reward-model", tmp_path / "rm", "--device", "cpu", "--json")
+    code, shown = cli(*words, "--data", data, "--out", tmp_path / "out")
+    assert code == 0
+    found = json.loads(shown)
+    assert found["accuracy"]["n"] == 12  # without the tie
+    assert found["counts"]["ties"] == 1
+    assert found["accuracy"]["value"] == 1.0
+    names = {path.name for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    assert {"scored.jsonl", "reward_models.png", "reward_models.csv", "reward_model_lengths.csv"} <= names
+    ties = write_pairs(tmp_path / "ties.jsonl", {"tie": True})
+    code, shown = cli(*words, "--data", ties, "--out", tmp_path / "none")
+    assert (code, shown.count("\n")) == (2, 1)
+    assert not (tmp_path / "none").exists()
