@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 
+from rrhf_bench.evaluation.grid import Missing
 from rrhf_bench.evaluation.statistics import Estimate
 from rrhf_bench.records import Candidates, Decoding
 from rrhf_bench.report.findings import MANY, signed
-from rrhf_bench.report.table import DECODING_WORDS, Missing, deciding_digits, interval, markdown
-from rrhf_bench.report.view import Found, View, paired, unmeasured
+from rrhf_bench.report.table import DECODING_WORDS, deciding_digits, interval, markdown
+from rrhf_bench.report.view import Found, View, difference_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,21 +55,17 @@ def best_of_n_learners(view: View) -> list[BestOfNLearner]:
         mean, maximum = candidate_mean(view, row), candidate_maximum(view, row)
         for decoding in view.decodings:
             test = view.mean(row, decoding, "reward")
-            gap = view.once(("eq7", row, decoding), partial(_paired_gap, view, row, decoding))
+            gap = _paired_gap(view, row, decoding)
             found.append(BestOfNLearner(row, decoding, mean, maximum, test, gap))
     return found
 
 
 def candidate_mean(view: View, row: str) -> Found:
-    key = ("candidates", "mean", row)
-    block = view.candidates[row]
-    return view.once(key, lambda: view.mean_of(block.array(_mean), block.prompts, *key))
+    return view.mean_of(view.candidates[row].grid(_mean), "candidates", "mean", row)
 
 
 def candidate_maximum(view: View, row: str) -> Found:
-    key = ("candidates", "maximum", row)
-    block = view.candidates[row]
-    return view.once(key, lambda: view.mean_of(block.array(_maximum), block.prompts, *key))
+    return view.mean_of(view.candidates[row].grid(_maximum), "candidates", "maximum", row)
 
 
 def _mean(candidates: Candidates) -> float:
@@ -81,14 +77,11 @@ def _maximum(candidates: Candidates) -> float:
 
 
 def _paired_gap(view: View, row: str, decoding: Decoding) -> Found:
-    drawn, replies = view.test_candidates.get(row), view.block(row, decoding)
+    drawn = view.test_candidates.get(row)
     if drawn is None:
         return Missing("its candidate policy was not drawn on the evaluation prompts")
-    if replies is None:
-        return view.absent(row)
-    reason = unmeasured("reward", replies.items)
-    pooled = view.pooled(decoding, "reward")
-    return reason or paired(drawn, _maximum, replies, lambda reply: reply.reward, view.clusters, pooled=pooled)
+    rewards, pooled = view.values(row, decoding, "reward"), view.pooled(decoding, "reward")
+    return difference_of(drawn.grid(_maximum), rewards, view.clusters, pooled)
 
 
 def learner_sentences(view: View, learners: Sequence[BestOfNLearner]) -> Iterator[str]:

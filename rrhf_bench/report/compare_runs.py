@@ -9,8 +9,8 @@ from rrhf_bench.errors import ConfigError, StoreError, nearest
 from rrhf_bench.evaluation.statistics import Estimate
 from rrhf_bench.pipeline.results import RunRecords
 from rrhf_bench.report.comparisons import Comparison, adjusted
-from rrhf_bench.report.table import Missing, Table
-from rrhf_bench.report.tables import DIFFERENCE_COLUMNS, DIFFERENCE_NOTES, difference_row
+from rrhf_bench.report.table import Missing, Table, build_table
+from rrhf_bench.report.tables import DIFFERENCE_FIELDS, DIFFERENCE_NOTES
 from rrhf_bench.report.view import View, difference_between, pool
 
 
@@ -71,7 +71,7 @@ def comparison_table(a: RunRecords, b: RunRecords, compared: Sequence[Comparison
     name = a.experiment.name, b.experiment.name
     folders = f"{a.folder} - {b.folder}" if name[0] == name[1] else " - ".join(name)
     notes = (f"Each row: of {a.folder} minus of {b.folder}.", *DIFFERENCE_NOTES)
-    return Table("compare", folders, DIFFERENCE_COLUMNS, tuple(map(difference_row, compared)), notes, a.arena, group=2)
+    return build_table("compare", folders, DIFFERENCE_FIELDS, compared, notes, a.arena, group=2)
 
 
 def comparison_json(a: RunRecords, b: RunRecords, compared: Sequence[Comparison]) -> dict[str, Any]:
