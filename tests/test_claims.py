@@ -21,7 +21,6 @@ from rrhf_bench.evaluation.statistics import POOLED_FREEDOM, Estimate
 from rrhf_bench.pipeline.results import RunRecords
 from rrhf_bench.records import CurvePoint, Decoding
 from rrhf_bench.report.claims import RunEvidence, claim_results, power_words
-from rrhf_bench.report.page import write_report
 from rrhf_bench.report.view import View
 from rrhf_bench.seeding import generator
 from rrhf_bench.settings.claims import (
@@ -35,7 +34,7 @@ from rrhf_bench.settings.claims import (
     Measure,
 )
 from rrhf_bench.settings.reading import load_experiment
-from tests.test_report import HOSTILE, rows_of, synthetic
+from tests.test_report import HOSTILE, rows_of, synthetic, without_figures
 
 Array = NDArray[np.float64]
 SEEDS = (0, 1, 2)
@@ -683,16 +682,9 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> RunRecords:
     return replace(made, experiment=made.experiment.model_copy(update={"claims": dict(EVERY)}))
 
 
-def written(records: RunRecords, folder: Path) -> Path:
-    """A report without its figures, which take most of the time and show no claim."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("rrhf_bench.report.page.write_figures", lambda *_: [])
-        return write_report(records, folder).parent
-
-
 @pytest.fixture(scope="module")
 def report(records: RunRecords) -> Path:
-    return written(records, records.folder / "report")
+    return without_figures(records, records.folder / "report")
 
 
 def test_the_section_stands_after_the_result_with_one_item_a_claim(report: Path) -> None:
@@ -772,12 +764,12 @@ def test_the_order_of_records_changes_nothing(records: RunRecords) -> None:
 
 def test_without_claims_there_is_no_section_and_hostile_names_are_inert(records: RunRecords, tmp_path: Path) -> None:
     none = replace(records, experiment=records.experiment.model_copy(update={"claims": {}}))
-    folder = written(none, tmp_path / "none")
+    folder = without_figures(none, tmp_path / "none")
     assert "## Claims" not in (folder / "report.md").read_text(encoding="utf-8")
     assert not (folder / "tables/claims.csv").exists()
     claims = {HOSTILE: DifferenceSettings(margin=0.0, higher="rrhf", lower=HOSTILE)}
     hostile = replace(records, experiment=records.experiment.model_copy(update={"claims": claims}))
-    page = (written(hostile, tmp_path / "hostile") / "report.md").read_text(encoding="utf-8")
+    page = (without_figures(hostile, tmp_path / "hostile") / "report.md").read_text(encoding="utf-8")
     assert "\n# heading" not in page
     assert "\x1b" not in page
     section = page[page.index("## Claims") : page.index("## Differences")]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -18,7 +18,7 @@ from rrhf_bench.pipeline.results import RunRecords
 from rrhf_bench.records import Candidates, CurvePoint, Evaluated, PairScored, PoolScored, Prompt, Response
 from rrhf_bench.replication.counterparts import counterpart, counterparts, with_parts
 from rrhf_bench.replication.departures import departures_table
-from rrhf_bench.replication.eq7 import best_of_n_learners, learner_sentences
+from rrhf_bench.replication.eq7 import learner_sentences, learners
 from rrhf_bench.replication.figures import loss_and_reward
 from rrhf_bench.replication.paper import TABLE_6, load
 from rrhf_bench.replication.published import (
@@ -38,8 +38,9 @@ from rrhf_bench.report.figures import best_of_n_curve, reward_curves, training_c
 from rrhf_bench.report.figures import test_reward as forest
 from rrhf_bench.report.findings import findings, trades
 from rrhf_bench.report.frontier import frontiers, no_frontier
-from rrhf_bench.report.page import compared_tables, write_report
+from rrhf_bench.report.page import compared_tables
 from rrhf_bench.report.rows import rows_table
+from rrhf_bench.report.section import Section
 from rrhf_bench.report.table import Cell, Missing, Table
 from rrhf_bench.report.tables import main_table
 from rrhf_bench.report.view import View
@@ -49,6 +50,7 @@ from rrhf_bench.settings.experiment import Experiment
 from rrhf_bench.settings.methods import MethodSettings, candidates_of
 from rrhf_bench.settings.reading import load_experiment
 from rrhf_bench.training.rrhf_settings import RRHFSettings
+from tests.test_report import without_figures
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 PROMPTS = tuple(Prompt(f"\n\nHuman: How do I do thing {i}?\n\nAssistant:") for i in range(30))
@@ -217,6 +219,10 @@ def log(settings: MethodSettings, row: str, seed: int) -> Iterator[dict[str, flo
 def view_of(name: str, *overrides: str) -> View:
     experiment = load_experiment(EXPERIMENTS / f"{name}.toml", ("seeds=[0, 1]", *overrides))
     return View(many(experiment, Path()))
+
+
+def page_of(records: RunRecords, folder: Path, sections: Sequence[Section] = ()) -> str:
+    return (without_figures(records, folder, sections) / "report.md").read_text(encoding="utf-8")
 
 
 def rows_of(table: Table | None) -> list[dict[str, Any]]:
@@ -458,8 +464,7 @@ def test_many_rows_are_summed_up_in_a_sentence() -> None:
     sentences = findings(view_of("ppo_frontier"))
     (against,) = (s for s in sentences if s.startswith("Against **base** on the proxy reward, greedy"))
     assert re.search("higher: 1[0-9] rows, from ", against)
-    view = view_of("ppo_frontier")
-    assert len(list(learner_sentences(view, best_of_n_learners(view)))) == 2  # one a decoding
+    assert len(list(learner_sentences(view_of("ppo_frontier")))) == 2  # one a decoding
 
 
 # --- what the bug changed -------------------------------------------------------------------------------------------
@@ -496,7 +501,7 @@ def test_candidates_that_a_judge_scored_are_set_beside_no_reward() -> None:
     assert judged < set(view.candidates)
     assert judged & set(view.rewarded) == set()
     assert not judged & {row["this run"] for row in rows_of(sampling_quality(view))}
-    assert not judged & {learner.row for learner in best_of_n_learners(view)}
+    assert not judged & {row for row, _ in learners(view)}
 
 
 def test_variants_on_the_same_candidates_are_set_side_by_side() -> None:
@@ -578,7 +583,7 @@ def test_a_frontier_joins_the_ppo_rows_of_a_learning_rate_in_order_of_their_pena
     assert list(frontiers(view_of("main_table"))) == []
 
 
-def test_truncated_draws_have_no_kl_wherever_one_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_truncated_draws_have_no_kl_wherever_one_is_shown(tmp_path: Path) -> None:
     """Even where the records of an older run hold log-ratios in its place."""
     whole, cut = view_of("ppo_frontier"), view_of("ppo_frontier", "evaluation.top_k=50")
     assert any(reply.kl is not None for reply in cut.records.evaluated)
@@ -605,8 +610,7 @@ def test_truncated_draws_have_no_kl_wherever_one_is_shown(tmp_path: Path, monkey
     ((_, with_points),) = best_of_n_curve(whole)
     assert len(figure.axes[0].lines) < len(with_points.axes[0].lines)
 
-    monkeypatch.setattr("rrhf_bench.report.figures._save", lambda *_: None)
-    page = write_report(cut.records, tmp_path / "report").read_text(encoding="utf-8")
+    page = page_of(cut.records, tmp_path / "report")
     (section,) = re.findall(r"\n## Reward against distance\n(.*?)\n## ", page, re.S)
     assert "top-k 50" in section
     assert "![" not in section
@@ -632,24 +636,18 @@ def test_figures_of_many_rows_grow_or_leave_out() -> None:
     assert "op8\nloss" in titles  # though its first log line is a refresh's
 
 
-def test_the_page_has_a_section_where_the_run_has_something_for_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("rrhf_bench.report.figures._save", lambda *_: None)  # the page names its figures only
-    page = write_report(view_of("rank_ablation").records, tmp_path / "report", SECTIONS).read_text(encoding="utf-8")
+def test_the_page_has_a_section_where_the_run_has_something_for_it(tmp_path: Path) -> None:
+    page = page_of(view_of("rank_ablation").records, tmp_path / "report", SECTIONS)
     sections = ("What the bug changed", "The ranking term", "Sampling quality beside the paper")
     for heading in (*sections, "Reward against distance", "Training candidates"):
         assert f"\n## {heading}\n" in page
-    page = write_report(view_of("imdb_sentiment").records, tmp_path / "reviews", SECTIONS).read_text(encoding="utf-8")
+    page = page_of(view_of("imdb_sentiment").records, tmp_path / "reviews", SECTIONS)
     for heading in ("What the bug changed", "The ranking term", "Reward against distance"):
         assert f"\n## {heading}\n" not in page
     assert "Film reviews" in page
 
 
-def test_a_run_without_rrhf_has_a_whole_report_that_names_no_paper(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("rrhf_bench.report.figures._save", lambda *_: None)
+def test_a_run_without_rrhf_has_a_whole_report_that_names_no_paper(tmp_path: Path) -> None:
     records = view_of("main_table").records
     methods = {row: settings for row, settings in records.experiment.methods.items() if settings.kind != "rrhf"}
     rows = ("base", *records.experiment.policies, "chosen", "rejected", *methods)
@@ -668,7 +666,7 @@ def test_a_run_without_rrhf_has_a_whole_report_that_names_no_paper(
     tables = {table.name for table in compared_tables(view, SECTIONS)}
     assert tables == {"rows", "main", "differences", "seeds", "features", "counts"}
     assert comparison_pairs(view)[0][:1] == [("ppo", "sft")]  # sft is the first trained row
-    page = write_report(without, tmp_path / "report", SECTIONS).read_text(encoding="utf-8")
+    page = page_of(without, tmp_path / "report", SECTIONS)
     for heading in ("Result", "Differences", "Reward while training", "Best-of-n", "Replies", "Cost"):
         assert f"\n## {heading}\n" in page
     assert "RRHF" not in page

@@ -17,6 +17,7 @@ from rrhf_bench.evaluation import metrics
 from rrhf_bench.evaluation.grid import Block, Missing
 from rrhf_bench.evaluation.statistics import Estimate
 from rrhf_bench.records import Decoding, PairScored
+from rrhf_bench.replication import eq7
 from rrhf_bench.replication.counterparts import (
     BEST_OF_N,
     PPO,
@@ -29,7 +30,6 @@ from rrhf_bench.replication.counterparts import (
     part_of,
     writes_reviews,
 )
-from rrhf_bench.replication.eq7 import BestOfNLearner, best_of_n_learners, candidate_maximum, candidate_mean
 from rrhf_bench.replication.paper import TABLE_2, TABLE_5, TABLE_6, TABLE_7, TABLE_8, TABLE_10, PublishedRow, load
 from rrhf_bench.report.table import DECODING_WORDS, Cell, Field, L, Table, Value, build_table, number
 from rrhf_bench.report.tables import accuracy, perplexity, samples_as
@@ -49,7 +49,7 @@ _NO_METHOD = Missing("the paper has no such method")
 _UNDECODED = Missing("a reply of the data set is not decoded; its numbers are in the first column")
 
 Line = tuple[str | Missing, PublishedRow | None]  # a row of the run, or why there is none; the published one beside it
-Fields = Sequence[Field[Line]]
+Learner = tuple[str, Decoding]  # a row under a decoding
 
 
 def _published(
@@ -248,12 +248,12 @@ def sampling_quality(view: View) -> Table:
         _paper("reward", "test_reward", 2),
         *_rewards(view),
         _paper("mean", "train_mean", 2, none),
-        _ours("mean", partial(candidate_mean, view), 2, interval=True),
+        _ours("mean", partial(eq7.candidate_mean, view), 2, interval=True),
         _paper("std", "train_std", 2, none),
         _ours("std", lambda row: counted(row).std, 2),
         _ours("std within prompt", lambda row: counted(row).within_std, 2),
         _paper("max", "train_max", 2, none),
-        _ours("max", partial(candidate_maximum, view), 2, interval=True),
+        _ours("max", partial(eq7.candidate_maximum, view), 2, interval=True),
     )
     wanted = [(row.text("rho"), row.text("setting")) for row in load(TABLE_6)]
     pairs = [(counterpart(view, *setting), row) for setting, row in zip(wanted, load(TABLE_6), strict=True)]
@@ -280,32 +280,32 @@ def best_of_n_learning(view: View) -> Table:
     for theirs in reversed(load(TABLE_6)):
         published[counterpart(view, theirs.text("rho"), theirs.text("setting"))] = theirs
 
-    def theirs_of(learner: BestOfNLearner) -> tuple[Value, Value]:
+    def theirs_of(row: str, decoding: Decoding) -> tuple[Value, Value]:
         """Return (the share of the way from mean to maximum, maximum minus test reward) of the published row."""
-        row = published.get(learner.row)
-        if learner.decoding != "greedy":
+        if decoding != "greedy":
             return (Missing("the paper's decoding is greedy"),) * 2
-        if row is None or row.cell("train_mean") is None:
+        theirs = published.get(row)
+        if theirs is None or theirs.cell("train_mean") is None:
             return _UNPUBLISHED, _UNPUBLISHED
-        maximum = row.number("train_max")
-        short = maximum - row.number("test_reward")
-        return 1 - short / (maximum - row.number("train_mean")), short
+        maximum = theirs.number("train_max")
+        short = maximum - theirs.number("test_reward")
+        return 1 - short / (maximum - theirs.number("train_mean")), short
 
-    def of_gap(value: Callable[[Estimate], Value]) -> Callable[[BestOfNLearner], Value]:
-        return lambda learner: gap if isinstance(gap := learner.paired_gap, Missing) else value(gap)
+    def of_gap(value: Callable[[Estimate], Value]) -> Callable[[Learner], Value]:
+        return lambda line: gap if isinstance(gap := eq7.paired_gap(view, *line), Missing) else value(gap)
 
-    fields: Sequence[Field[BestOfNLearner]] = (
-        Field("method", lambda learner: learner.row),
-        Field("samples as", lambda learner: samples_as(view, learner.row)),
-        Field("decoding", lambda learner: DECODING_WORDS[learner.decoding]),
-        Field("candidates: mean", lambda learner: learner.mean, 2),
-        Field("candidates: max", lambda learner: learner.maximum, 2, True),
-        Field("test reward", lambda learner: learner.test, 2, True),
-        Field("paper: way", lambda learner: theirs_of(learner)[0], 2),
-        Field("way from mean to max", lambda learner: learner.way, 2),
-        Field("paper: gap", lambda learner: theirs_of(learner)[1], 2),
-        Field("gap, unpaired", lambda learner: learner.gap, 2),
-        Field("gap, paired", lambda learner: learner.paired_gap, 2, True),
+    fields: Sequence[Field[Learner]] = (
+        Field("method", lambda line: line[0]),
+        Field("samples as", lambda line: samples_as(view, line[0])),
+        Field("decoding", lambda line: DECODING_WORDS[line[1]]),
+        Field("candidates: mean", lambda line: eq7.candidate_mean(view, line[0]), 2),
+        Field("candidates: max", lambda line: eq7.candidate_maximum(view, line[0]), 2, True),
+        Field("test reward", lambda line: view.mean(*line, "reward"), 2, True),
+        Field("paper: way", lambda line: theirs_of(*line)[0], 2),
+        Field("way from mean to max", lambda line: eq7.way(view, *line), 2),
+        Field("paper: gap", lambda line: theirs_of(*line)[1], 2),
+        Field("gap, unpaired", lambda line: eq7.unpaired_gap(view, *line), 2),
+        Field("gap, paired", lambda line: eq7.paired_gap(view, *line), 2, True),
         Field("p", of_gap(lambda gap: gap.p), 4),
         Field("prompts", of_gap(lambda gap: gap.n), 0),
         Field("seeds", of_gap(lambda gap: gap.seeds), 0),
@@ -319,7 +319,7 @@ def best_of_n_learning(view: View) -> Table:
         "0 the model falls short.",
         *([theirs_words] if any(isinstance(row, str) for row in published) else []),
     )
-    return _table(view, "eq7", "Test reward against the best candidate", fields, best_of_n_learners(view), notes)
+    return _table(view, "eq7", "Test reward against the best candidate", fields, eq7.learners(view), notes)
 
 
 # --- Table 7 -------------------------------------------------------------------------------------------------------

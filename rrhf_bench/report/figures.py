@@ -6,7 +6,6 @@ ids. Where a run has many rows, a figure shows those that differ in more than hy
 
 from __future__ import annotations
 
-import io
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,8 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
@@ -25,6 +26,7 @@ from rrhf_bench.evaluation.grid import Block, Grid, Missing, in_both
 from rrhf_bench.evaluation.statistics import Estimate, Floats, best_of_n_kl, expected_best_of_n, rank_correlation
 from rrhf_bench.records import CurvePoint, Decoding
 from rrhf_bench.report.drawing import (
+    DPI,
     FREE_COLOURS,
     GREY,
     LIGHT,
@@ -64,13 +66,13 @@ def write_figures(made: Iterable[Made], folder: Path) -> list[Drawn]:
 
 def _save(figure: Figure, path: Path) -> None:
     """As PNG and SVG; the PNG with a palette of 256 colours, a third of the size: published reports hold many."""
-    drawn = io.BytesIO()
-    figure.savefig(drawn, format="png")
-    with Image.open(drawn) as image:
-        flat = image.convert("RGB").quantize(256, dither=Image.Dither.NONE)
-        flat.save(path.with_suffix(".png"), dpi=image.info["dpi"], optimize=True)
+    figure.set_dpi(DPI)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()  # once: Figure.savefig would draw everything a first time to find its size
+    flat = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB").quantize(256, dither=Image.Dither.NONE)
+    flat.save(path.with_suffix(".png"), dpi=(DPI, DPI), optimize=True)
     figure.set_layout_engine("none")  # it stays as laid out for the PNG, and is not worked out twice
-    figure.savefig(path.with_suffix(".svg"), metadata={"Date": None, "Creator": None})
+    FigureCanvasSVG(figure).print_svg(path.with_suffix(".svg"), metadata={"Date": None, "Creator": None})
 
 
 def own_figures(view: View) -> Iterator[Made]:

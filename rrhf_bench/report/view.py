@@ -90,7 +90,7 @@ class View:
         self.experiment = records.experiment
         self.methods: Mapping[str, MethodSettings] = records.experiment.methods
         self._found: dict[tuple[str, ...], Found] = {}
-        self._pooled: dict[tuple[Decoding, Measure], SeedVariance | None] = {}
+        self._pooled: dict[tuple[Decoding, Measure, View | None], SeedVariance | None] = {}
 
     @cached_property
     def blocks(self) -> dict[tuple[str, Decoding], Block[Evaluated]]:
@@ -288,11 +288,14 @@ class View:
         """The rows that are trained once per seed."""
         return [row for row, settings in self.methods.items() if settings.family != "inference"]
 
-    def pooled(self, decoding: Decoding, measure: Measure) -> SeedVariance | None:
-        """Return the variance between seeds over all trained rows; None if fewer than two rows have one."""
-        key = decoding, measure
+    def pooled(self, decoding: Decoding, measure: Measure, other: View | None = None) -> SeedVariance | None:
+        """Return the variance between seeds over all trained rows, of ``other`` as well if it is given; None if fewer
+        than two rows have one."""
+        key = decoding, measure, other
         if key not in self._pooled:
-            self._pooled[key] = pool(decoding, measure, self)
+            views = (self,) if other is None else (self, other)
+            found = [view.values(row, decoding, measure) for view in views for row in view.trained]
+            self._pooled[key] = pool_seed_variance([grid.mean_S for grid in found if isinstance(grid, Grid)])
         return self._pooled[key]
 
     def clusters(self, prompts: Sequence[str]) -> list[str]:
@@ -314,42 +317,26 @@ class View:
         clusters, rng = self.clusters(grid.prompts), generator("report", *name)
         return self._once(name, lambda: bootstrap_mean(grid.values_SP, rng=rng, clusters_P=clusters, pooled=pooled))
 
-    def difference(self, a: str, b: str, decoding: Decoding, measure: Measure) -> Found:
-        """Mean of a - b on the prompts and seeds that both have."""
-        pooled = self.pooled(decoding, measure)
-        name = ("difference", a, b, decoding, measure)
-        return self._once(name, lambda: difference_between(self, a, self, b, decoding, measure, pooled))
+    def difference(self, a: str, b: str, decoding: Decoding, measure: Measure, other: View | None = None) -> Found:
+        """Return the mean of row ``a`` minus row ``b`` on the prompts and seeds that both have.
+
+        ``b`` is a row of ``other``, a run of the same arena, if one is given.
+        """
+        sides = []
+        for view, row in ((self, a), (other or self, b)):
+            found = view.values(row, decoding, measure)
+            if isinstance(found, Missing) and view.block(row, decoding) is not None:
+                return Missing(f"{row}: {found.reason}")
+            if isinstance(found, Missing):
+                words = DECODING_WORDS[decoding]
+                return found if row in view.failures else Missing(f"the run holds no {words} replies of {row}")
+            sides.append(found)
+        return difference_of(sides[0], sides[1], self.clusters, self.pooled(decoding, measure, other))
 
     def _once(self, key: tuple[str, ...], make: Callable[[], Found]) -> Found:
         if key not in self._found:
             self._found[key] = make()
         return self._found[key]
-
-
-def pool(decoding: Decoding, measure: Measure, *views: View) -> SeedVariance | None:
-    """Return the variance between seeds over the trained rows of one or more runs."""
-    found = [view.values(row, decoding, measure) for view in views for row in view.trained]
-    return pool_seed_variance([grid.mean_S for grid in found if isinstance(grid, Grid)])
-
-
-def difference_between(
-    one: View, a: str, other: View, b: str, decoding: Decoding, measure: Measure, pooled: SeedVariance | None
-) -> Found:
-    """Return the mean of row ``a`` of one run minus row ``b`` of another, or of the same, on the prompts and seeds that
-    both have. Both runs must be of one arena. ``pooled``: the variance between seeds of the rows read together."""
-    sides = []
-    for view, row in ((one, a), (other, b)):
-        found = view.values(row, decoding, measure)
-        if isinstance(found, Missing) and view.block(row, decoding) is not None:
-            return Missing(f"{row}: {found.reason}")
-        if isinstance(found, Missing):
-            return (
-                found
-                if row in view.failures
-                else Missing(f"the run holds no {DECODING_WORDS[decoding]} replies of {row}")
-            )
-        sides.append(found)
-    return difference_of(sides[0], sides[1], one.clusters, pooled)
 
 
 def difference_of(
