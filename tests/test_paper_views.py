@@ -65,9 +65,10 @@ def many(experiment: Experiment, folder: Path) -> RunRecords:
     seeds, methods = experiment.seeds, experiment.methods
     policies = ["base", *experiment.policies]
     evaluated = [
-        reply(experiment, row, seed, decoding, prompt, share[prompt])
+        reply(row, seed, decoding, prompt, level, share[prompt])
         for row in (*policies, *methods)
         for seed in seeds
+        for level in [level_of(experiment, row, seed)]
         for decoding in ("greedy", "sample")
         if not (
             decoding == "greedy"
@@ -75,7 +76,8 @@ def many(experiment: Experiment, folder: Path) -> RunRecords:
         )
         for prompt in PROMPTS
     ]
-    evaluated += [reply(experiment, r, 0, "given", p, share[p]) for r in ("chosen", "rejected") for p in PROMPTS]
+    for row in ("chosen", "rejected"):
+        evaluated += [reply(row, 0, "given", p, level_of(experiment, row, 0), share[p]) for p in PROMPTS]
     trained = [row for row, settings in methods.items() if settings.family != "inference"]
     ranked = [row for row in trained if "candidates" in methods[row].requires]
     return RunRecords(
@@ -136,14 +138,22 @@ def gains(experiment: Experiment, row: str) -> tuple[float, float]:
     return start + 0.6 * math.sqrt(kl), start - 0.5 + 0.6 * math.sqrt(kl) - 0.02 * kl**2
 
 
-def reply(experiment: Experiment, row: str, seed: int, decoding: Any, prompt: Prompt, share: float) -> Evaluated:
-    rng = generator("reply", row, seed, decoding, prompt.id)
+def level_of(experiment: Experiment, row: str, seed: int) -> tuple[float, float, float | None]:
+    """(proxy, gold, KL of a row that has one) of a row trained with a seed."""
     settings = experiment.methods.get(row)
     proxy, gold = gains(experiment, row)
-    up = 0.3 if decoding == "greedy" else 0.0
     between = float(generator("seed", row, seed).normal(0, 0.05)) if settings else 0.0
+    known = settings is None or settings.family != "inference"
+    return proxy + between, gold + between, spent(settings, row) if known else None
+
+
+def reply(
+    row: str, seed: int, decoding: Any, prompt: Prompt, level: tuple[float, float, float | None], share: float
+) -> Evaluated:
+    rng = generator("reply", row, seed, decoding, prompt.id)
+    proxy, gold, kl = level
+    up = 0.3 if decoding == "greedy" else 0.0
     tokens = int(rng.integers(8, 40))
-    known = decoding == "sample" and (settings is None or settings.family != "inference")
     return Evaluated(
         method=row,
         seed=seed,
@@ -152,12 +162,12 @@ def reply(experiment: Experiment, row: str, seed: int, decoding: Any, prompt: Pr
         response=f" Sure. I can help with {' '.join(f'w{k}' for k in rng.integers(0, 40, 6))}.",
         finish="given" if decoding == "given" else "eos",
         tokens=tokens,
-        reward=proxy + up + share + between + float(rng.normal(0, 0.3)),
-        gold=gold + up + share + between + float(rng.normal(0, 0.4)),
+        reward=proxy + up + share + float(rng.normal(0, 0.3)),
+        gold=gold + up + share + float(rng.normal(0, 0.4)),
         features={"details": int(rng.integers(4)), "polite": int(rng.integers(2))},
         nll=tokens * (0.3 + 0.1 * float(rng.random())),
         nll_tokens=tokens,
-        kl=spent(settings, row) + float(rng.normal(0, 0.5)) if known else None,
+        kl=kl + float(rng.normal(0, 0.5)) if decoding == "sample" and kl is not None else None,
     )
 
 
