@@ -15,12 +15,12 @@ from scipy import stats
 
 from rrhf_bench.errors import ConfigError
 from rrhf_bench.evaluation import claims as rules
-from rrhf_bench.evaluation.claims import ClaimResult, Grid, Scores, evaluate_claims
+from rrhf_bench.evaluation.claims import ClaimResult, Finding, Scores, evaluate_claims
+from rrhf_bench.evaluation.grid import Grid, Missing, pair
 from rrhf_bench.evaluation.statistics import POOLED_FREEDOM, Estimate
 from rrhf_bench.pipeline.results import RunRecords
 from rrhf_bench.records import CurvePoint, Decoding
 from rrhf_bench.report.claims import RunEvidence, claim_results, power_words
-from rrhf_bench.report.page import write_report
 from rrhf_bench.report.view import View
 from rrhf_bench.seeding import generator
 from rrhf_bench.settings.claims import (
@@ -34,11 +34,11 @@ from rrhf_bench.settings.claims import (
     Measure,
 )
 from rrhf_bench.settings.reading import load_experiment
-from tests.test_report import HOSTILE, rows_of, synthetic
+from tests.test_report import HOSTILE, rows_of, synthetic, without_figures
 
 Array = NDArray[np.float64]
 SEEDS = (0, 1, 2)
-NONE = "not measured"
+NONE = Missing("not measured")
 
 
 @dataclass
@@ -57,19 +57,19 @@ class Run:
     def clusters(self, prompts: Sequence[str]) -> list[str]:
         return [self.topics.get(prompt, prompt) for prompt in prompts]
 
-    def values(self, row: str, decoding: Decoding, measure: Measure) -> Grid | str:
+    def values(self, row: str, decoding: Decoding, measure: Measure) -> Grid | Missing:
         return self.replies.get((row, decoding, measure), NONE)
 
-    def candidates(self, row: str) -> Scores | str:
+    def candidates(self, row: str) -> Scores | Missing:
         return self.trained_on.get(row, NONE)
 
-    def best_candidates(self, row: str) -> Grid | str:
+    def best_candidates(self, row: str) -> Grid | Missing:
         return self.best.get(row, NONE)
 
-    def accuracy(self, row: str) -> Grid | str:
+    def accuracy(self, row: str) -> Grid | Missing:
         return self.pairs.get(row, NONE)
 
-    def dev_reward(self, row: str, decoding: Decoding) -> float | str:
+    def dev_reward(self, row: str, decoding: Decoding) -> float | Missing:
         return self.dev.get((row, decoding), NONE)
 
 
@@ -293,9 +293,9 @@ def test_one_training_seed_is_not_tested() -> None:
     assert result(BELOW_CHANCE, below).verdict == "supported"
 
 
-def part(low: float, high: float, threshold: float, p_above: float, p_below: float) -> rules._Part:
+def part(low: float, high: float, threshold: float, p_above: float, p_below: float) -> Finding:
     estimate = Estimate((low + high) / 2, low, high, 50, 3, None, "by hand")
-    return rules._Part("theta", "reward", estimate, threshold, p_above, p_below)
+    return Finding("theta", "reward", estimate, threshold, "", p_above, p_below)
 
 
 @pytest.mark.parametrize(
@@ -407,11 +407,15 @@ def test_over_optimisation_without_a_gold_reward_rests_on_the_text() -> None:
 def test_one_model_stands_against_every_seed_and_prompts_are_those_of_both() -> None:
     a = grid([[1.0, 2, 3, np.nan], [2, 3, 4, 0], [3, 4, 5, 0]])
     base = replace(grid([9.0, 0, 1, 1, 1]), prompts=("q", "p000", "p002", "p003", "p001"), one_model=True)
-    a_SP, b_SP, prompts = rules._paired(a, base)
-    assert prompts == ["p000", "p001", "p002"]
-    assert a_SP.tolist() == [[1, 2, 3], [2, 3, 4], [3, 4, 5]]
-    assert b_SP.tolist() == [[0, 1, 1]]
-    a_SP, b_SP, _ = rules._paired(a, replace(grid([[1.0] * 4, [2] * 4]), seeds=(2, 7)))
+    a_SP, b_SP, prompts = pair(a, base)  # type: ignore[misc]
+    assert prompts == ("p000", "p001", "p002", "p003")
+    assert a_SP[:, :3].tolist() == [[1, 2, 3], [2, 3, 4], [3, 4, 5]]
+    assert b_SP.tolist() == [[0, 1, 1, 1]]
+    run = Run(replies={("a", "greedy", "reward"): a, ("base", "greedy", "reward"): base})
+    found = result(DifferenceSettings(margin=0.0, higher="a", lower="base"), run).estimate
+    assert found is not None
+    assert (found.n, found.value) == (3, pytest.approx(3 - 2 / 3))  # a seed has no number for the fourth prompt
+    a_SP, b_SP, _ = pair(a, replace(grid([[1.0] * 4, [2] * 4]), seeds=(2, 7)))  # type: ignore[misc]
     assert a_SP.tolist() == [[3, 4, 5, 0]]
     assert b_SP.tolist() == [[1] * 4]
     for seeds, prompts in (((7,), a.prompts), ((0,), ("q", "r", "s", "t"))):
@@ -678,16 +682,9 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> RunRecords:
     return replace(made, experiment=made.experiment.model_copy(update={"claims": dict(EVERY)}))
 
 
-def written(records: RunRecords, folder: Path) -> Path:
-    """A report without its figures, which take most of the time and show no claim."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("rrhf_bench.report.page.write_figures", lambda *_: [])
-        return write_report(records, folder).parent
-
-
 @pytest.fixture(scope="module")
 def report(records: RunRecords) -> Path:
-    return written(records, records.folder / "report")
+    return without_figures(records, records.folder / "report")
 
 
 def test_the_section_stands_after_the_result_with_one_item_a_claim(report: Path) -> None:
@@ -737,7 +734,7 @@ def test_evidence_of_a_run(records: RunRecords) -> None:
     assert isinstance(base, Grid)
     assert base.one_model
     assert base.seeds == (0,)
-    assert isinstance(evidence.values("base", "greedy", "kl"), str)
+    assert isinstance(evidence.values("base", "greedy", "kl"), Missing)
 
 
 def test_a_reply_without_tokens_has_no_nll_and_its_prompt_is_left_out(records: RunRecords) -> None:
@@ -746,8 +743,11 @@ def test_a_reply_without_tokens_has_no_nll_and_its_prompt_is_left_out(records: R
     found = RunEvidence(View(replace(records, evaluated=evaluated))).values("rrhf", "greedy", "nll")
     assert isinstance(found, Grid)
     assert np.isnan(found.values_SP).sum() == 1
-    a_SP, _, _ = rules._paired(found, found)
-    assert a_SP.shape == (3, 59)
+    claims = {"it": DifferenceSettings(margin=0.0, measure="nll", higher="rrhf", lower="ppo")}
+    experiment = records.experiment.model_copy(update={"claims": claims})
+    tested, _ = claim_results(View(replace(records, evaluated=evaluated, experiment=experiment)))
+    assert tested.estimate is not None
+    assert tested.estimate.n == 59
 
 
 def test_the_order_of_records_changes_nothing(records: RunRecords) -> None:
@@ -764,12 +764,12 @@ def test_the_order_of_records_changes_nothing(records: RunRecords) -> None:
 
 def test_without_claims_there_is_no_section_and_hostile_names_are_inert(records: RunRecords, tmp_path: Path) -> None:
     none = replace(records, experiment=records.experiment.model_copy(update={"claims": {}}))
-    folder = written(none, tmp_path / "none")
+    folder = without_figures(none, tmp_path / "none")
     assert "## Claims" not in (folder / "report.md").read_text(encoding="utf-8")
     assert not (folder / "tables/claims.csv").exists()
     claims = {HOSTILE: DifferenceSettings(margin=0.0, higher="rrhf", lower=HOSTILE)}
     hostile = replace(records, experiment=records.experiment.model_copy(update={"claims": claims}))
-    page = (written(hostile, tmp_path / "hostile") / "report.md").read_text(encoding="utf-8")
+    page = (without_figures(hostile, tmp_path / "hostile") / "report.md").read_text(encoding="utf-8")
     assert "\n# heading" not in page
     assert "\x1b" not in page
     section = page[page.index("## Claims") : page.index("## Differences")]
@@ -787,5 +787,5 @@ def test_nothing_tested_is_said(records: RunRecords) -> None:
 def test_a_curve_point_of_another_decoding_is_not_read(records: RunRecords) -> None:
     curves: tuple[CurvePoint, ...] = tuple(p for p in records.curves if p.decoding == "sample")
     evidence = RunEvidence(View(replace(records, curves=curves)))
-    assert isinstance(evidence.dev_reward("ppo", "greedy"), str)
+    assert isinstance(evidence.dev_reward("ppo", "greedy"), Missing)
     assert isinstance(evidence.dev_reward("ppo", "sample"), float)

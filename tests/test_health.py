@@ -14,10 +14,10 @@ from rrhf_bench.records import Candidates, Prompt, Response
 from rrhf_bench.report.compare_runs import compare_runs
 from rrhf_bench.report.findings import findings
 from rrhf_bench.report.health import collapses, count_losses, health_sentences
-from rrhf_bench.report.page import compared_tables, write_report
+from rrhf_bench.report.page import compared_tables
 from rrhf_bench.report.tables import main_table, seeds_table
 from rrhf_bench.report.view import View
-from tests.test_report import SEEDS, synthetic
+from tests.test_report import SEEDS, synthetic, without_figures
 
 Log = list[dict[str, float]]
 
@@ -136,7 +136,7 @@ def test_a_row_that_failed_is_shown_as_failed_with_its_step_and_reason(records: 
     assert "\\| &lt;b&gt;" in sentence  # shown, not obeyed
     for table in compared_tables(view):
         assert any(note.startswith(f"ppo failed: seed 0 ({REASON})") for note in table.footnotes), table.name
-    folder = write_report(lost, tmp_path / "report").parent
+    folder = without_figures(lost, tmp_path / "report")
     assert "- **ppo failed**: seed 0 (train ppo" in (folder / "report.md").read_text(encoding="utf-8")
     for path in (folder / "tables").glob("*"):
         if path.suffix in (".md", ".tex"):
@@ -207,7 +207,7 @@ def test_every_table_counts_what_was_dropped_cut_and_tied(records: RunRecords) -
 
 
 def test_the_count_stands_under_every_table_of_the_page(records: RunRecords, tmp_path: Path) -> None:
-    folder = write_report(records, tmp_path / "report").parent
+    folder = without_figures(records, tmp_path / "report")
     note = count_losses(View(records))
     for path in (folder / "tables").glob("*.md"):
         assert path.read_text(encoding="utf-8").count("Counted over all rows and seeds") == 1, path.name

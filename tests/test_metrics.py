@@ -7,7 +7,7 @@ import pytest
 
 from rrhf_bench.errors import DataError
 from rrhf_bench.evaluation import metrics
-from rrhf_bench.records import Candidates, Evaluated, PairScored, Prompt, Response
+from rrhf_bench.records import Candidates, Evaluated, Prompt, Response
 
 PROMPT = Prompt("\n\nHuman: Hello\n\nAssistant:")
 REPLY = Evaluated("rrhf", 0, "greedy", PROMPT, " Hi there", "eos", tokens=3, reward=-1.0)
@@ -41,14 +41,14 @@ def test_perplexity_pools_tokens_not_texts():
     result = metrics.perplexity(measured)
     assert result.pooled == pytest.approx(2**2.5)
     assert result.per_text == pytest.approx(5.0)
-    assert (result.texts, result.tokens, result.empty) == (2, 4, 0)
+    assert result.empty == 0
 
 
 def test_an_empty_reply_has_no_perplexity_of_its_own():
     with_empty = metrics.perplexity(replies(nll=[math.log(2), 0.0], nll_tokens=[1, 0]))
     assert with_empty.pooled == pytest.approx(2.0)
     assert with_empty.per_text == pytest.approx(2.0)  # exp(0 / 0) is not 1
-    assert (with_empty.texts, with_empty.empty) == (1, 1)
+    assert with_empty.empty == 1
     assert metrics.perplexity(replies(nll=[0.0], nll_tokens=[0])) is None
 
 
@@ -83,15 +83,6 @@ def test_shares_lengths_and_means():
     assert metrics.feature_means(rows) == {"thanks": 3 / 5, "greeting": 1.0}
 
 
-def test_pair_accuracy_counts_a_tie_as_one_half_and_says_so():
-    def pair(chosen, rejected):
-        return PairScored("rrhf", 0, PROMPT, chosen, rejected)
-
-    # right, wrong, tied, right: (2 + 1/2) / 4
-    result = metrics.pair_accuracy([pair(-1.0, -2.0), pair(-2.0, -1.0), pair(-1.0, -1.0), pair(0.0, -9.0)])
-    assert (result.accuracy, result.ties, result.pairs) == (2.5 / 4, 1, 4)
-
-
 def test_candidate_statistics_by_hand():
     pool = [
         candidates(1.0, 3.0),  # max 3, std 1
@@ -107,10 +98,8 @@ def test_candidate_statistics_by_hand():
     assert found.within_std == pytest.approx((1 + 0 + 2 + 0) / 4)
     assert (found.prompts, found.responses) == (4, 10)
     assert (found.pairs, found.ties) == (1 + 3 + 6 + 0, 0 + 3 + 2 + 0)
-    assert found.tied_best == 2  # the second and the third
     assert found.all_equal == 2  # the second and the group of one
     assert found.duplicates == 2
-    assert metrics.expected_max(pool) == found.max
     assert metrics.candidate_statistics(pool[:1]).all_equal == 0
 
 
@@ -127,8 +116,6 @@ def test_the_same_text_under_another_prompt_is_no_duplicate():
         metrics.mean_length,
         metrics.mean_kl,
         metrics.feature_means,
-        metrics.pair_accuracy,
-        metrics.expected_max,
         metrics.candidate_statistics,
     ],
 )
@@ -139,4 +126,4 @@ def test_nothing_to_measure_is_an_error_not_a_zero(function):
 
 def test_a_prompt_without_responses_is_named():
     with pytest.raises(DataError, match=r"no response to the prompt that ends '.*Hello"):
-        metrics.expected_max([Candidates(PROMPT, ())])
+        metrics.candidate_statistics([Candidates(PROMPT, ())])

@@ -11,7 +11,7 @@ from rrhf_bench.replication import paper
 
 def offline_rows():
     """Table 6 without the online policies, which have no fixed training responses, and IP-1, which repeats DP."""
-    return [row for row in paper.table6() if row.train_max is not None and row.setting != "IP-1"]
+    return [row for row in paper.load(paper.TABLE_6) if row.cell("train_max") and row.text("setting") != "IP-1"]
 
 
 def test_every_table_reads_and_every_row_has_its_source():
@@ -26,11 +26,10 @@ def test_every_table_reads_and_every_row_has_its_source():
 
 
 def test_numbers_words_and_empty_cells_are_told_apart():
-    best_of_4 = next(row for row in paper.load("rrhf_table2_hh_main") if row.text("setting") == "Best-of-4")
+    best_of_4 = next(row for row in paper.load(paper.TABLE_2) if row.text("setting") == "Best-of-4")
     assert best_of_4.cells["ppl_gpt2_medium"] is None
-    assert best_of_4.number("ppl_gpt2_medium") is None
     assert best_of_4.number("reward_gptj_rm_static") == -0.97
-    alpaca = next(row for row in paper.load("rrhf_table2_hh_main") if row.text("rho") == "Alpaca")
+    alpaca = next(row for row in paper.load(paper.TABLE_2) if row.text("rho") == "Alpaca")
     assert alpaca.text("setting") == "none"  # "trained with nothing" is a word of the table, not a missing cell
     assert alpaca.text("note") == ""
     with pytest.raises(DataError, match="expected a number"):
@@ -43,7 +42,7 @@ def test_numbers_words_and_empty_cells_are_told_apart():
 
 def test_rows_cannot_be_changed_by_a_reader():
     with pytest.raises(TypeError):
-        paper.load("rrhf_table2_hh_main")[0].cells["rho"] = "mine"  # type: ignore[index]
+        paper.load(paper.TABLE_2)[0].cells["rho"] = "mine"  # type: ignore[index]
 
 
 @pytest.mark.parametrize("name", ["rrhf_table4", "../records", "rrhf_table2_hh_main.csv"])
@@ -54,50 +53,45 @@ def test_an_unknown_table_is_named_with_those_there_are(name):
 
 def test_table_2_by_version():
     def reward(version):
-        return {(row.rho, row.setting): row.reward for row in paper.table2(version)}
+        return {row.name: row.number("reward_gptj_rm_static") for row in paper.load(paper.TABLE_2, version)}
 
     v2, v3 = reward("v2"), reward("v3")
     assert len(v2) == 11
     assert len(v3) == 13
-    assert v2["Alpaca", "RRHF_DP"] == -1.02
-    assert v3["Alpaca", "RRHF_DP"] == -1.03
-    assert set(v3) - set(v2) == {("Alpaca", "Best-of-4"), ("Alpaca", "RRHF_SP")}
-    assert v3["Alpaca", "RRHF_SP"] == -0.96
-    assert reward("v3") == {(row.rho, row.setting): row.reward for row in paper.table2()}
-    assert [row.ppl for row in paper.table2() if row.setting == "Best-of-4"] == [None]
+    assert v2["Alpaca RRHF_DP"] == -1.02
+    assert v3["Alpaca RRHF_DP"] == -1.03
+    assert set(v3) - set(v2) == {"Alpaca Best-of-4", "Alpaca RRHF_SP"}
+    assert v3["Alpaca RRHF_SP"] == -0.96
     # The three runs behind v3's DP: (-1.01 - 1.02 - 1.05) / 3 = -1.0267; printed to two decimals, hence half of one.
-    runs = [float(word) for row in paper.table2() if "three runs" in row.note for word in row.note.split()[-3:]]
-    assert np.mean(runs) == pytest.approx(v3["Alpaca", "RRHF_DP"], abs=0.005)
-    with pytest.raises(DataError, match="'v4'"):
-        paper.table2("v4")  # type: ignore[arg-type]
+    notes = [row.text("note") for row in paper.load(paper.TABLE_2, "v3")]
+    runs = [float(word) for note in notes if "three runs" in note for word in note.split()[-3:]]
+    assert np.mean(runs) == pytest.approx(v3["Alpaca RRHF_DP"], abs=0.005)
 
 
 def test_tables_that_share_a_cell_agree():
-    table2 = {(row.rho, row.setting): (row.ppl, row.reward) for row in paper.table2("v2")}
-    table6 = {(row.rho, row.setting): row for row in paper.table6()}
+    table2 = {row.name: row for row in paper.load(paper.TABLE_2, "v2")}
+    table6 = {row.name: row for row in paper.load(paper.TABLE_6)}
     for rho in ("LLaMA", "Alpaca", "Alpaca-sft"):
-        assert table2[rho, "RRHF_DP"] == (table6[rho, "DP"].ppl, table6[rho, "DP"].test_reward)
-    first, again = table6["Alpaca", "DP"], table6["Alpaca", "IP-1"]
-    assert (first.ppl, first.test_reward, first.train_max) == (again.ppl, again.test_reward, again.train_max)
-    with_rank = paper.load("rrhf_table7_rank_ablation")[0]
-    assert with_rank.number("reward") == table6["Alpaca", "BP"].test_reward == -1.03
+        one, other = table2[f"{rho} RRHF_DP"], table6[f"{rho} DP"]
+        assert one.number("ppl_gpt2_medium") == other.number("ppl")
+        assert one.number("reward_gptj_rm_static") == other.number("test_reward")
+    first, again = dict(table6["Alpaca DP"].cells), dict(table6["Alpaca IP-1"].cells)
+    assert {**first, "setting": "IP-1"} == again
+    with_rank = paper.load(paper.TABLE_7)[0]
+    assert with_rank.number("reward") == table6["Alpaca BP"].number("test_reward") == -1.03
 
 
 def test_the_online_rows_of_table_6_have_no_training_responses():
-    online = [row for row in paper.table6() if row.setting.startswith("OP")]
-    assert [(row.test_reward, row.train_mean, row.train_std, row.train_max) for row in online] == [
-        (0.34, None, None, None),
-        (-0.86, None, None, None),
-    ]
+    columns = ("test_reward", "train_mean", "train_std", "train_max")
+    online = [row for row in paper.load(paper.TABLE_6) if row.text("setting").startswith("OP")]
+    assert [tuple(map(row.cell, columns)) for row in online] == [(0.34, None, None, None), (-0.86, None, None, None)]
 
 
 def test_best_of_n_learner():
     """The test reward follows the training maximum more closely than the training mean."""
     rows = offline_rows()
     assert len(rows) == 12
-    test = [row.test_reward for row in rows]
-    best = [row.train_max for row in rows]
-    mean = [row.train_mean for row in rows]
+    test, best, mean = ([row.number(c) for row in rows] for c in ("test_reward", "train_max", "train_mean"))
     assert stats.pearsonr(test, best)[0] == pytest.approx(0.95, abs=0.005)
     assert stats.pearsonr(test, mean)[0] == pytest.approx(0.74, abs=0.005)
     rng = np.random.default_rng(0)
@@ -109,9 +103,9 @@ def test_best_of_n_learner():
 
 def test_the_std_of_table_6_is_not_a_within_prompt_one():
     """Two replies: the prompt's population std is half their gap, that is max - mean, and so would its mean be."""
-    for row in (row for row in paper.table6() if row.setting == "P"):
-        assert row.train_max - row.train_mean == pytest.approx(0.22)
-        assert row.train_std == 0.79
+    for row in (row for row in paper.load(paper.TABLE_6) if row.text("setting") == "P"):
+        assert row.number("train_max") - row.number("train_mean") == pytest.approx(0.22)
+        assert row.number("train_std") == 0.79
 
 
 def test_human_study_cannot_separate_rrhf_from_ppo():
@@ -127,7 +121,7 @@ def test_human_study_cannot_separate_rrhf_from_ppo():
 
 
 def test_table_5_and_figure_3():
-    accuracy = {row.scorer: row.accuracy_percent for row in paper.table5()}
+    accuracy = {row.text("scorer"): row.number("accuracy_percent") for row in paper.load(paper.TABLE_5)}
     assert accuracy == {
         "Dahoas/gptj-rm-static": 68.49,
         "LLaMA": 45.09,
@@ -135,10 +129,11 @@ def test_table_5_and_figure_3():
         "Alpaca-PPO": 46.03,
         "Alpaca-RRHF_DP": 61.75,
     }
-    curve = paper.figure3_curve()
-    assert [point.step for point in curve] == list(range(100, 3600, 200))
-    assert (curve[0].ppl, curve[0].reward, curve[0].loss_relative) == (16.34, -1.33, 1.0)
-    assert curve[-1].loss_relative == 0.0  # a zero that was read, not a gap
-    assert curve[-1].reward == pytest.approx(-1.02)  # where Table 2 ends too
+    columns = ("training_step", "perplexity_digitised", "mean_reward_digitised", "loss_relative_0_1")
+    curve = np.array([[row.number(column) for column in columns] for row in paper.load(paper.FIGURE_3)])
+    assert curve[:, 0].tolist() == list(range(100, 3600, 200))
+    assert curve[0, 1:].tolist() == [16.34, -1.33, 1.0]
+    assert curve[-1, 3] == 0.0  # a zero that was read, not a gap
+    assert curve[-1, 2] == pytest.approx(-1.02)  # where Table 2 ends too
     # "loss and reward are anti-correlated"
-    assert stats.pearsonr([p.loss_relative for p in curve], [p.reward for p in curve])[0] < -0.8
+    assert stats.pearsonr(curve[:, 3], curve[:, 2])[0] < -0.8

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -18,9 +18,9 @@ from rrhf_bench.pipeline.results import RunRecords
 from rrhf_bench.records import Candidates, CurvePoint, Evaluated, PairScored, PoolScored, Prompt, Response
 from rrhf_bench.replication.counterparts import counterpart, counterparts, with_parts
 from rrhf_bench.replication.departures import departures_table
-from rrhf_bench.replication.eq7 import best_of_n_learners, learner_sentences
+from rrhf_bench.replication.eq7 import learner_sentences, learners
 from rrhf_bench.replication.figures import loss_and_reward
-from rrhf_bench.replication.paper import table6
+from rrhf_bench.replication.paper import TABLE_6, load
 from rrhf_bench.replication.published import (
     accuracies,
     best_of_n_learning,
@@ -38,8 +38,9 @@ from rrhf_bench.report.figures import best_of_n_curve, reward_curves, training_c
 from rrhf_bench.report.figures import test_reward as forest
 from rrhf_bench.report.findings import findings, trades
 from rrhf_bench.report.frontier import frontiers, no_frontier
-from rrhf_bench.report.page import compared_tables, write_report
+from rrhf_bench.report.page import compared_tables
 from rrhf_bench.report.rows import rows_table
+from rrhf_bench.report.section import Section
 from rrhf_bench.report.table import Cell, Missing, Table
 from rrhf_bench.report.tables import main_table
 from rrhf_bench.report.view import View
@@ -49,6 +50,7 @@ from rrhf_bench.settings.experiment import Experiment
 from rrhf_bench.settings.methods import MethodSettings, candidates_of
 from rrhf_bench.settings.reading import load_experiment
 from rrhf_bench.training.rrhf_settings import RRHFSettings
+from tests.test_report import without_figures
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 PROMPTS = tuple(Prompt(f"\n\nHuman: How do I do thing {i}?\n\nAssistant:") for i in range(30))
@@ -63,9 +65,10 @@ def many(experiment: Experiment, folder: Path) -> RunRecords:
     seeds, methods = experiment.seeds, experiment.methods
     policies = ["base", *experiment.policies]
     evaluated = [
-        reply(experiment, row, seed, decoding, prompt, share[prompt])
+        reply(row, seed, decoding, prompt, level, share[prompt])
         for row in (*policies, *methods)
         for seed in seeds
+        for level in [level_of(experiment, row, seed)]
         for decoding in ("greedy", "sample")
         if not (
             decoding == "greedy"
@@ -73,7 +76,8 @@ def many(experiment: Experiment, folder: Path) -> RunRecords:
         )
         for prompt in PROMPTS
     ]
-    evaluated += [reply(experiment, r, 0, "given", p, share[p]) for r in ("chosen", "rejected") for p in PROMPTS]
+    for row in ("chosen", "rejected"):
+        evaluated += [reply(row, 0, "given", p, level_of(experiment, row, 0), share[p]) for p in PROMPTS]
     trained = [row for row, settings in methods.items() if settings.family != "inference"]
     ranked = [row for row in trained if "candidates" in methods[row].requires]
     return RunRecords(
@@ -134,14 +138,22 @@ def gains(experiment: Experiment, row: str) -> tuple[float, float]:
     return start + 0.6 * math.sqrt(kl), start - 0.5 + 0.6 * math.sqrt(kl) - 0.02 * kl**2
 
 
-def reply(experiment: Experiment, row: str, seed: int, decoding: Any, prompt: Prompt, share: float) -> Evaluated:
-    rng = generator("reply", row, seed, decoding, prompt.id)
+def level_of(experiment: Experiment, row: str, seed: int) -> tuple[float, float, float | None]:
+    """(proxy, gold, KL of a row that has one) of a row trained with a seed."""
     settings = experiment.methods.get(row)
     proxy, gold = gains(experiment, row)
-    up = 0.3 if decoding == "greedy" else 0.0
     between = float(generator("seed", row, seed).normal(0, 0.05)) if settings else 0.0
+    known = settings is None or settings.family != "inference"
+    return proxy + between, gold + between, spent(settings, row) if known else None
+
+
+def reply(
+    row: str, seed: int, decoding: Any, prompt: Prompt, level: tuple[float, float, float | None], share: float
+) -> Evaluated:
+    rng = generator("reply", row, seed, decoding, prompt.id)
+    proxy, gold, kl = level
+    up = 0.3 if decoding == "greedy" else 0.0
     tokens = int(rng.integers(8, 40))
-    known = decoding == "sample" and (settings is None or settings.family != "inference")
     return Evaluated(
         method=row,
         seed=seed,
@@ -150,12 +162,12 @@ def reply(experiment: Experiment, row: str, seed: int, decoding: Any, prompt: Pr
         response=f" Sure. I can help with {' '.join(f'w{k}' for k in rng.integers(0, 40, 6))}.",
         finish="given" if decoding == "given" else "eos",
         tokens=tokens,
-        reward=proxy + up + share + between + float(rng.normal(0, 0.3)),
-        gold=gold + up + share + between + float(rng.normal(0, 0.4)),
+        reward=proxy + up + share + float(rng.normal(0, 0.3)),
+        gold=gold + up + share + float(rng.normal(0, 0.4)),
         features={"details": int(rng.integers(4)), "polite": int(rng.integers(2))},
         nll=tokens * (0.3 + 0.1 * float(rng.random())),
         nll_tokens=tokens,
-        kl=spent(settings, row) + float(rng.normal(0, 0.5)) if known else None,
+        kl=kl + float(rng.normal(0, 0.5)) if decoding == "sample" and kl is not None else None,
     )
 
 
@@ -217,6 +229,10 @@ def log(settings: MethodSettings, row: str, seed: int) -> Iterator[dict[str, flo
 def view_of(name: str, *overrides: str) -> View:
     experiment = load_experiment(EXPERIMENTS / f"{name}.toml", ("seeds=[0, 1]", *overrides))
     return View(many(experiment, Path()))
+
+
+def page_of(records: RunRecords, folder: Path, sections: Sequence[Section] = ()) -> str:
+    return (without_figures(records, folder, sections) / "report.md").read_text(encoding="utf-8")
 
 
 def rows_of(table: Table | None) -> list[dict[str, Any]]:
@@ -321,7 +337,7 @@ def test_another_objective_or_judge_stands_beside_no_published_row() -> None:
 def test_table_6_has_a_line_for_each_published_row_with_ours_in_it() -> None:
     view = view_of("sampling_quality")
     rows = rows_of(sampling_quality(view))
-    assert [row["paper: row"] for row in rows] == [f"{r.rho} {r.setting}" for r in table6()]  # all have a counterpart
+    assert [row["paper: row"] for row in rows] == [r.name for r in load(TABLE_6)]  # all have a counterpart
     by_name = {row["paper: row"]: row for row in rows}
     assert by_name["Alpaca IP-1"]["this run"] == by_name["Alpaca DP"]["this run"] == "dp"
     op = by_name["Alpaca OP-32"]
@@ -458,8 +474,7 @@ def test_many_rows_are_summed_up_in_a_sentence() -> None:
     sentences = findings(view_of("ppo_frontier"))
     (against,) = (s for s in sentences if s.startswith("Against **base** on the proxy reward, greedy"))
     assert re.search("higher: 1[0-9] rows, from ", against)
-    view = view_of("ppo_frontier")
-    assert len(list(learner_sentences(view, best_of_n_learners(view)))) == 2  # one a decoding
+    assert len(list(learner_sentences(view_of("ppo_frontier")))) == 2  # one a decoding
 
 
 # --- what the bug changed -------------------------------------------------------------------------------------------
@@ -496,7 +511,7 @@ def test_candidates_that_a_judge_scored_are_set_beside_no_reward() -> None:
     assert judged < set(view.candidates)
     assert judged & set(view.rewarded) == set()
     assert not judged & {row["this run"] for row in rows_of(sampling_quality(view))}
-    assert not judged & {learner.row for learner in best_of_n_learners(view)}
+    assert not judged & {row for row, _ in learners(view)}
 
 
 def test_variants_on_the_same_candidates_are_set_side_by_side() -> None:
@@ -578,7 +593,7 @@ def test_a_frontier_joins_the_ppo_rows_of_a_learning_rate_in_order_of_their_pena
     assert list(frontiers(view_of("main_table"))) == []
 
 
-def test_truncated_draws_have_no_kl_wherever_one_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_truncated_draws_have_no_kl_wherever_one_is_shown(tmp_path: Path) -> None:
     """Even where the records of an older run hold log-ratios in its place."""
     whole, cut = view_of("ppo_frontier"), view_of("ppo_frontier", "evaluation.top_k=50")
     assert any(reply.kl is not None for reply in cut.records.evaluated)
@@ -594,8 +609,8 @@ def test_truncated_draws_have_no_kl_wherever_one_is_shown(tmp_path: Path, monkey
     assert found.value is None
     assert "top-k 50" in found.reason
     assert isinstance(cut.difference("ppo", "base", "sample", "kl"), Missing)
-    assert isinstance(RunEvidence(cut).values("ppo", "sample", "kl"), str)
-    assert not isinstance(RunEvidence(cut).values("ppo", "sample", "reward"), str)
+    assert isinstance(RunEvidence(cut).values("ppo", "sample", "kl"), Missing)
+    assert not isinstance(RunEvidence(cut).values("ppo", "sample", "reward"), Missing)
     assert list(frontiers(cut)) == []
     assert no_frontier(whole) is None
     assert no_frontier(view_of("main_table", "evaluation.top_k=50")) is None  # which has no rows for one anyway
@@ -605,8 +620,7 @@ def test_truncated_draws_have_no_kl_wherever_one_is_shown(tmp_path: Path, monkey
     ((_, with_points),) = best_of_n_curve(whole)
     assert len(figure.axes[0].lines) < len(with_points.axes[0].lines)
 
-    monkeypatch.setattr("rrhf_bench.report.figures._save", lambda *_: None)
-    page = write_report(cut.records, tmp_path / "report").read_text(encoding="utf-8")
+    page = page_of(cut.records, tmp_path / "report")
     (section,) = re.findall(r"\n## Reward against distance\n(.*?)\n## ", page, re.S)
     assert "top-k 50" in section
     assert "![" not in section
@@ -632,24 +646,18 @@ def test_figures_of_many_rows_grow_or_leave_out() -> None:
     assert "op8\nloss" in titles  # though its first log line is a refresh's
 
 
-def test_the_page_has_a_section_where_the_run_has_something_for_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("rrhf_bench.report.figures._save", lambda *_: None)  # the page names its figures only
-    page = write_report(view_of("rank_ablation").records, tmp_path / "report", SECTIONS).read_text(encoding="utf-8")
+def test_the_page_has_a_section_where_the_run_has_something_for_it(tmp_path: Path) -> None:
+    page = page_of(view_of("rank_ablation").records, tmp_path / "report", SECTIONS)
     sections = ("What the bug changed", "The ranking term", "Sampling quality beside the paper")
     for heading in (*sections, "Reward against distance", "Training candidates"):
         assert f"\n## {heading}\n" in page
-    page = write_report(view_of("imdb_sentiment").records, tmp_path / "reviews", SECTIONS).read_text(encoding="utf-8")
+    page = page_of(view_of("imdb_sentiment").records, tmp_path / "reviews", SECTIONS)
     for heading in ("What the bug changed", "The ranking term", "Reward against distance"):
         assert f"\n## {heading}\n" not in page
     assert "Film reviews" in page
 
 
-def test_a_run_without_rrhf_has_a_whole_report_that_names_no_paper(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("rrhf_bench.report.figures._save", lambda *_: None)
+def test_a_run_without_rrhf_has_a_whole_report_that_names_no_paper(tmp_path: Path) -> None:
     records = view_of("main_table").records
     methods = {row: settings for row, settings in records.experiment.methods.items() if settings.kind != "rrhf"}
     rows = ("base", *records.experiment.policies, "chosen", "rejected", *methods)
@@ -668,7 +676,7 @@ def test_a_run_without_rrhf_has_a_whole_report_that_names_no_paper(
     tables = {table.name for table in compared_tables(view, SECTIONS)}
     assert tables == {"rows", "main", "differences", "seeds", "features", "counts"}
     assert comparison_pairs(view)[0][:1] == [("ppo", "sft")]  # sft is the first trained row
-    page = write_report(without, tmp_path / "report", SECTIONS).read_text(encoding="utf-8")
+    page = page_of(without, tmp_path / "report", SECTIONS)
     for heading in ("Result", "Differences", "Reward while training", "Best-of-n", "Replies", "Cost"):
         assert f"\n## {heading}\n" in page
     assert "RRHF" not in page

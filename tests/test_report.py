@@ -7,7 +7,7 @@ import math
 import re
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from rrhf_bench.replication.sections import SECTIONS
 from rrhf_bench.report.comparisons import comparisons
 from rrhf_bench.report.findings import standing
 from rrhf_bench.report.page import compared_tables, write_report
+from rrhf_bench.report.section import Section
 from rrhf_bench.report.table import Cell, Column, Table, fenced, markdown, printed, to_csv, write_table
 from rrhf_bench.report.tables import level_words, main_table, method_costs
 from rrhf_bench.report.view import View
@@ -200,6 +201,13 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> RunRecords:
 @pytest.fixture(scope="module")
 def report(records: RunRecords) -> Path:
     return write_report(records, records.folder / "report", SECTIONS).parent
+
+
+def without_figures(records: RunRecords, folder: Path, sections: Sequence[Section] = ()) -> Path:
+    """Write a report without the files of its figures, which take most of the time, and return its folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("rrhf_bench.report.figures._save", lambda *_: None)
+        return write_report(records, folder, sections).parent
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:
@@ -437,6 +445,7 @@ def test_hostile_text_is_inert_everywhere(records: RunRecords, tmp_path: Path) -
         notes=(HOSTILE,),
         environment={"device": HOSTILE},
         counts={HOSTILE: {HOSTILE: 1}},
+        curves=(),  # of other rows
     )
     folder = write_report(hostile, tmp_path / "report").parent
     for path in folder.rglob("*"):

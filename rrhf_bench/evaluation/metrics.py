@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from rrhf_bench.errors import DataError
-from rrhf_bench.records import Candidates, Evaluated, PairScored
+from rrhf_bench.records import Candidates, Evaluated
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,18 +26,7 @@ class Perplexity:
 
     pooled: float
     per_text: float
-    texts: int
-    tokens: int
     empty: int
-
-
-@dataclass(frozen=True, slots=True)
-class PairAccuracy:
-    """Share of pairs with chosen above rejected, a tie counting one half."""
-
-    accuracy: float
-    ties: int
-    pairs: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +41,6 @@ class CandidateStatistics:
     within_std: float  # mean over prompts of the population std of the prompt's own scores
     pairs: int  # unordered pairs of responses to the same prompt
     ties: int  # of these, those with equal scores: no term in a ranking loss
-    tied_best: int  # prompts whose best score is shared by several responses
     all_equal: int  # prompts without any ranked pair: all scores equal, or a single response
     duplicates: int  # responses that repeat the text of an earlier one to the same prompt
 
@@ -85,8 +73,6 @@ def perplexity(evaluated: Sequence[Evaluated]) -> Perplexity | None:
     return Perplexity(
         pooled=math.exp(math.fsum(loss for loss, _ in full) / sum(tokens)),
         per_text=math.fsum(math.exp(loss / count) for loss, count in full) / len(full),
-        texts=len(full),
-        tokens=sum(tokens),
         empty=len(nll) - len(full),
     )
 
@@ -128,21 +114,6 @@ def feature_means(evaluated: Sequence[Evaluated]) -> dict[str, float]:
     return {name: _mean("feature_means", [counts[name] for counts in features]) for name in names}
 
 
-def pair_accuracy(pairs: Sequence[PairScored]) -> PairAccuracy:
-    """How often the policy's length-normalised log-probability puts chosen first (arXiv 2304.05302, Table 5)."""
-    ties = sum(pair.chosen == pair.rejected for pair in pairs)
-    right = sum(pair.chosen > pair.rejected for pair in pairs)
-    if not pairs:
-        raise DataError("pair_accuracy: found no pairs; expected at least one")
-    return PairAccuracy((right + ties / 2) / len(pairs), ties, len(pairs))
-
-
-def expected_max(candidates: Sequence[Candidates]) -> float:
-    """Mean over prompts of the best score among the prompt's responses: what a best-of-n learner is to reach (arXiv
-    2304.05302, Table 6, "Max.")."""
-    return _mean("expected_max", [max(scores) for scores in _scores(candidates)])
-
-
 def candidate_statistics(candidates: Sequence[Candidates]) -> CandidateStatistics:
     """Scores of the training responses.
 
@@ -158,12 +129,11 @@ def candidate_statistics(candidates: Sequence[Candidates]) -> CandidateStatistic
         prompts=len(groups),
         responses=len(pooled),
         mean=float(pooled.mean()),
-        max=expected_max(candidates),
+        max=_mean("candidate_statistics", [group.max() for group in groups]),
         std=float(pooled.std()),
         within_std=_mean("candidate_statistics", [group.std() for group in groups]),
         pairs=sum(math.comb(len(group), 2) for group in groups),
         ties=sum(math.comb(count, 2) for counts in repeats for count in counts),
-        tied_best=sum(int(np.count_nonzero(group == group.max())) > 1 for group in groups),
         all_equal=sum(len(counts) == 1 for counts in repeats),
         duplicates=sum(len(c.responses) - len({response.text for response in c.responses}) for c in candidates),
     )

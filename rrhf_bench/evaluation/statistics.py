@@ -32,7 +32,7 @@ One seed says nothing of the spread between seeds; the interval then covers prom
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
@@ -210,10 +210,11 @@ def rank_correlation(
     Replicates that draw a constant side are undefined as well and left out of the interval.
     """
     x_P, y_P = _items("rank_correlation", x_P, y_P, constant_y_allowed=False)
-    draw_RP = rng.integers(len(x_P), size=(replicates, len(x_P)))
-    rho_R = _correlation(stats.rankdata(x_P[draw_RP], axis=1), stats.rankdata(y_P[draw_RP], axis=1))
-    value = _correlation(stats.rankdata(x_P)[None], stats.rankdata(y_P)[None])[0]
-    return _percentiles(value, rho_R, len(x_P), 1, None, "Spearman, bootstrap over items", level)
+
+    def spearman(x_RP: Floats, y_RP: Floats) -> Floats:
+        return _correlation(stats.rankdata(x_RP, axis=1), stats.rankdata(y_RP, axis=1))
+
+    return _over_items(spearman, x_P, y_P, "Spearman", rng, replicates, level)
 
 
 def slope(
@@ -225,10 +226,7 @@ def slope(
     are left out of the interval.
     """
     x_P, y_P = _items("slope", x_P, y_P, constant_y_allowed=True)
-    draw_RP = rng.integers(len(x_P), size=(replicates, len(x_P)))
-    value = _least_squares_slope(x_P[None], y_P[None])[0]
-    slope_R = _least_squares_slope(x_P[draw_RP], y_P[draw_RP])
-    return _percentiles(value, slope_R, len(x_P), 1, None, "least squares, bootstrap over items", level)
+    return _over_items(_least_squares_slope, x_P, y_P, "least squares", rng, replicates, level)
 
 
 def holm(p_values: ArrayLike) -> Floats:
@@ -340,8 +338,7 @@ def _student(
     values_SP: Floats, error: float, freedom: float, clusters: int, level: float, pooled: SeedVariance | None
 ) -> Estimate:
     """Return the mean of ``values_SP`` with the interval and the p (against zero) of Student's t."""
-    if not 0.0 < level < 1.0:
-        raise DataError(f"statistics: found level {level}; expected a share between 0 and 1, such as 0.95")
+    _check_level(level)
     seeds, prompts = values_SP.shape
     value = float(values_SP.mean())
     margin = error * float(stats.t.ppf(0.5 + level / 2, freedom))
@@ -408,13 +405,26 @@ def _ratio(above_R: Floats, below_R: Floats) -> Floats:
     return np.divide(above_R, below_R, out=np.full_like(above_R, np.nan), where=below_R > 0)
 
 
-def _percentiles(
-    value: float, replicate_R: Floats, n: int, seeds: int, p: float | None, method: str, level: float
+def _over_items(
+    statistic: Callable[[Floats, Floats], Floats],
+    x_P: Floats,
+    y_P: Floats,
+    name: str,
+    rng: np.random.Generator,
+    replicates: int,
+    level: float,
 ) -> Estimate:
+    """Return a statistic of pairs with a bootstrap interval over them. Undefined replicates are left out."""
+    _check_level(level)
+    draw_RP = rng.integers(len(x_P), size=(replicates, len(x_P)))
+    value = float(statistic(x_P[None], y_P[None])[0])
+    low, high = np.nanquantile(statistic(x_P[draw_RP], y_P[draw_RP]), [0.5 - level / 2, 0.5 + level / 2])
+    return Estimate(value, float(low), float(high), len(x_P), 1, None, f"{name}, bootstrap over items", level)
+
+
+def _check_level(level: float) -> None:
     if not 0.0 < level < 1.0:
         raise DataError(f"statistics: found level {level}; expected a share between 0 and 1, such as 0.95")
-    low, high = np.nanquantile(replicate_R, [0.5 - level / 2, 0.5 + level / 2])
-    return Estimate(float(value), float(low), float(high), n, seeds, p, method, level)
 
 
 def _finite(where: str, name: str, values: ArrayLike) -> Floats:

@@ -59,14 +59,11 @@ def _shared_settings(view: View) -> Iterator[_Setting]:
         yield "data.train_prompts", "76256", str(data.train_prompts)
         yield "reward_model.source", "Dahoas/gptj-rm-static", experiment.reward_model.source
         yield "perplexity_model.source", "gpt2-medium", experiment.perplexity_model.source
-        yield "sampling.cut_at_stop", "false: training replies were not cut at fake turns", _truth(sampling.cut_at_stop)
+        uncut = "false: training replies were not cut at fake turns"
+        yield "sampling.cut_at_stop", uncut, "true" if sampling.cut_at_stop else uncut
         yield "evaluation.decoding", "greedy", ", ".join(evaluation.decoding)
     yield "sampling.max_new_tokens", length, str(sampling.max_new_tokens)
     yield "evaluation.max_new_tokens", length, str(evaluation.max_new_tokens)
-
-
-def _truth(cut: bool) -> str:
-    return "true" if cut else "false: training replies were not cut at fake turns"
 
 
 _PARTS = {
@@ -109,16 +106,13 @@ def _method_settings(settings: MethodSettings, policy: str | None) -> Iterator[_
         yield f"rrhf: candidates{online}", search_words(4, 4, 1.0), candidates_words(how)
     if how.refresh:
         yield "rrhf: refresh (k of OP-k)", "every 32 of about 3575 steps", f"every {how.refresh} steps"
-        yield "rrhf: reward_kl (of OP-k)", "none, or 0.01", _reward_kl(how.reward_kl)
+        paper = "none, or 0.01"
+        yield "rrhf: reward_kl (of OP-k)", paper, paper if how.reward_kl in (0.0, ONLINE_KL) else f"{how.reward_kl:g}"
     if how.rounds > 1:
         paper = f"{how.rounds}" if how.rounds <= 3 else "at most 3"
         yield "rrhf: rounds (n of IP-n)", paper, str(how.rounds)
     if how.scored_by != "reward model":
         yield "rrhf: scored_by", "reward model", how.scored_by
-
-
-def _reward_kl(value: float) -> str:
-    return "none, or 0.01" if value in (0.0, ONLINE_KL) else plain_words(value)
 
 
 _PAPER: Mapping[str, Mapping[str, str]] = {

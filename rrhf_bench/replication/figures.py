@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from rrhf_bench.replication.counterparts import RRHF, counterpart
-from rrhf_bench.replication.paper import figure3_curve, table6
+from rrhf_bench.replication.paper import FIGURE_3, TABLE_6, load
 from rrhf_bench.report.drawing import Drawn, Made, colours, legend_above, legend_key, new_panels
 from rrhf_bench.report.figures import (
     LOSS_WORDS,
@@ -27,11 +27,15 @@ def loss_and_reward(view: View) -> Made | None:
     figure, axes = new_panels(2, 2, height=3.3, width=4.6)
     (above, their_loss), (below, their_reward) = axes
     loss_panels(above, below, view, row, colours(view)[row])
-    published = figure3_curve()
-    steps = [point.step for point in published]
-    their_loss.plot(steps, [point.loss_relative for point in published], "o-", color="black", markersize=2.5)
+    published = load(FIGURE_3)
+    steps = [point.number("training_step") for point in published]
+    their_loss.plot(
+        steps, [point.number("loss_relative_0_1") for point in published], "o-", color="black", markersize=2.5
+    )
     their_loss.set_title("paper, Figure 3 (DP)\nloss (relative height)")
-    their_reward.plot(steps, [point.reward for point in published], "o-", color="black", markersize=2.5)
+    their_reward.plot(
+        steps, [point.number("mean_reward_digitised") for point in published], "o-", color="black", markersize=2.5
+    )
     finish_loss_panels([(above, below), (their_loss, their_reward)], across=2)
     legend_above(figure, decoding_keys(view))
     left = row if row == dp else f"{row}, which does not sample as DP"
@@ -44,9 +48,14 @@ def loss_and_reward(view: View) -> Made | None:
 
 def published_quality() -> Made:
     """Return the paper's own points of test reward against the quality of training candidates."""
-    published = [row for row in table6() if row.train_mean is not None and row.setting != "IP-1"]  # IP-1 repeats DP
+    published = [
+        row for row in load(TABLE_6) if row.cell("train_max") and row.text("setting") != "IP-1"
+    ]  # IP-1 repeats DP
     figure, axes = new_panels(1, 1, height=3.5, width=3.6)
-    points = [(row.train_mean or 0.0, row.train_max or 0.0, row.test_reward, _SHADES[row.rho]) for row in published]
+    points = [
+        (row.number("train_mean"), row.number("train_max"), row.number("test_reward"), _SHADES[row.text("rho")])
+        for row in published
+    ]
     quality_panel(axes[0][0], "paper, Table 6", points, "paper")
     axes[0][0].set_ylabel("test reward")
     handles = [legend_key(rho, shade, marker="s") for rho, shade in _SHADES.items()]

@@ -8,7 +8,7 @@ from dataclasses import replace
 from rrhf_bench.replication import published
 from rrhf_bench.replication.counterparts import replicates, with_parts, writes_reviews
 from rrhf_bench.replication.departures import departures_table
-from rrhf_bench.replication.eq7 import best_of_n_learners, learner_sentences
+from rrhf_bench.replication.eq7 import learner_sentences
 from rrhf_bench.replication.figures import loss_and_reward, published_quality
 from rrhf_bench.replication.rankings import published_ranking
 from rrhf_bench.replication.variants import variant_sentences, variants_table
@@ -55,7 +55,7 @@ def _results(view: View) -> list[Part | None]:
 def _quality(view: View) -> list[Part | None]:
     if not view.rewarded:
         return []
-    sentences = map(Sentence, learner_sentences(view, best_of_n_learners(view)))
+    sentences = map(Sentence, learner_sentences(view))
     return [
         published.sampling_quality(view),
         published.best_of_n_learning(view),

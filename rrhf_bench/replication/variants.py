@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
+from rrhf_bench.evaluation.grid import Missing
 from rrhf_bench.records import Decoding
-from rrhf_bench.report.comparisons import compare
-from rrhf_bench.report.table import DECODING_WORDS, Cell, Column, Missing, Table, interval, markdown, number
-from rrhf_bench.report.tables import accuracy, likelihood_cells, right
-from rrhf_bench.report.view import MEASURE_WORDS, Found, Measure, View, paired
+from rrhf_bench.report.table import DECODING_WORDS, Field, Table, Value, build_table, interval, markdown, number
+from rrhf_bench.report.tables import accuracy, orders, perplexity, sizes
+from rrhf_bench.report.view import MEASURE_WORDS, Found, Measure, View, difference_of
 from rrhf_bench.settings.methods import candidates_of
 from rrhf_bench.training.rrhf_settings import RRHFSettings
 
@@ -26,6 +26,7 @@ COMPUTES: Mapping[str, str] = {
         "log-probabilities are ranked, and a longer reply starts lower"
     ),
 }
+Line = tuple[str, Decoding, str]  # a row under a decoding, and the row that it is compared with
 _OWN = Missing("the others are compared with this row")
 _MEASURES: tuple[Measure, ...] = ("reward", "gold", "tokens")
 
@@ -50,32 +51,30 @@ def _variant(view: View, row: str) -> str:
 
 def variants_table(view: View) -> Table | None:
     """Return each reading's rewards, length, p_i accuracy and perplexity, and its paired differences to ``paper``."""
-    groups = variant_groups(view)
     measures = [measure for measure in _MEASURES if measure in (*view.measures, "tokens")]
-    columns = [Column("method"), Column("variant"), Column("decoding")]
-    for measure in measures:
-        digits = 1 if measure == "tokens" else 2
-        columns += [Column(MEASURE_WORDS[measure], digits, interval=measure != "tokens")]
-        columns += [Column(f"{MEASURE_WORDS[measure]}: less paper", digits, interval=True)]
-    columns += [Column("p_i accuracy", 3), Column("p_i accuracy: less paper", 3, interval=True)]
-    columns += [Column("PPL", 2), Column("prompts", 0), Column("seeds", 0)]
-    rows = []
-    for group in groups:
-        found = _differences(view, group)
-        orders = _accuracy_differences(view, group)
-        for decoding in view.decodings:
-            for row in group:
-                cells = [Cell(row), Cell(_variant(view, row)), Cell(DECODING_WORDS[decoding])]
-                for measure in measures:
-                    cells.append(Cell.of(view.mean(row, decoding, measure)))
-                    cells.append(Cell.of(found.get((row, decoding, measure), _OWN)))
-                cells += [Cell.of(accuracy(view, row)), Cell.of(orders.get(row, _OWN))]
-                block = view.block(row, decoding)
-                ends = [Cell.of(view.absent(row))] * 3
-                if block is not None:
-                    ppl = likelihood_cells(view, block, row, decoding)[0]
-                    ends = [ppl, Cell(len(block.prompts)), Cell(len(block.seeds))]
-                rows.append((*cells, *ends))
+
+    def less(line: Line, measure: Measure) -> Value:
+        row, decoding, first = line
+        return _OWN if row == first else view.difference(row, first, decoding, measure)
+
+    def of_measure(measure: Measure) -> Iterator[Field[Line]]:
+        words, digits, interval = MEASURE_WORDS[measure], 1 if measure == "tokens" else 2, measure != "tokens"
+        yield Field(words, lambda line: view.mean(line[0], line[1], measure), digits, interval)
+        yield Field(f"{words}: less paper", lambda line: less(line, measure), digits, interval=True)
+
+    fields: Sequence[Field[Line]] = (
+        Field("method", lambda line: line[0]),
+        Field("variant", lambda line: _variant(view, line[0])),
+        Field("decoding", lambda line: DECODING_WORDS[line[1]]),
+        *(field for measure in measures for field in of_measure(measure)),
+        Field("p_i accuracy", lambda line: accuracy(view, line[0]), 3),
+        Field("p_i accuracy: less paper", lambda line: _less_accurate(view, line[0], line[2]), 3, interval=True),
+        Field("PPL", lambda line: perplexity(view, line[0], line[1]), 2),
+        *sizes(view),
+    )
+    lines = [
+        (row, decoding, group[0]) for group in variant_groups(view) for decoding in view.decodings for row in group
+    ]
     notes = (
         "Rows of one group differ in the variant alone: the same candidates, data order and optimiser. Less paper: "
         "paired difference over the prompts (for the accuracy: pairs) and seeds that both have, with its interval; "
@@ -84,24 +83,12 @@ def variants_table(view: View) -> Table | None:
         "No published table has this comparison: the paper prints one row, and its code computes another.",
     )
     title = "What the bug changed: three readings of the objective"
-    return Table("variants", title, tuple(columns), tuple(rows), notes, view.records.arena, group=2) if rows else None
+    return build_table("variants", title, fields, lines, notes, view.records.arena, group=2) if lines else None
 
 
-def _differences(view: View, group: Sequence[str]) -> dict[tuple[str, Decoding, Measure], Found]:
-    """Return each row minus the first of its group."""
-    pairs = [(row, group[0]) for row in group[1:]]
-    return {(c.a, c.decoding, c.measure): c.estimate for c in compare(view, pairs, _MEASURES, primary=False)}
-
-
-def _accuracy_differences(view: View, group: Sequence[str]) -> dict[str, Found]:
-    """Return the difference in p_i accuracy of each row to the first of its group."""
-    found: dict[str, Found] = {}
-    for row in group[1:]:
-        blocks = view.pairs.get(row), view.pairs.get(group[0])
-        found[row] = view.absent(row)
-        if blocks[0] is not None and blocks[1] is not None:
-            found[row] = paired(blocks[0], right, blocks[1], right, view.clusters)
-    return found
+def _less_accurate(view: View, row: str, first: str) -> Found:
+    """Return the difference in p_i accuracy of a row to the first of its group."""
+    return _OWN if row == first else difference_of(orders(view, row), orders(view, first), view.clusters)
 
 
 def variant_sentences(view: View) -> list[str]:
@@ -110,15 +97,16 @@ def variant_sentences(view: View) -> list[str]:
     here = list(dict.fromkeys(_variant(view, row) for group in groups for row in group))
     sentences = [f"**{variant}**: {markdown(COMPUTES[variant])}." for variant in here]
     for group in groups:
-        found = _differences(view, group)
         for row in group[1:]:
             parts = []
             for decoding in view.decodings:
                 for measure in _MEASURES:
-                    words = _words(found[row, decoding, measure], 1, 1 if measure == "tokens" else 2)
+                    words = _words(
+                        view.difference(row, group[0], decoding, measure), 1, 1 if measure == "tokens" else 2
+                    )
                     where = f"{MEASURE_WORDS[measure]}, {DECODING_WORDS[decoding]}"
                     parts += [f"{where}: {words}"] if words else []
-            points = _words(_accuracy_differences(view, group)[row], 100, 1)
+            points = _words(_less_accurate(view, row, group[0]), 100, 1)
             parts += [f"p_i accuracy, in points: {points}"] if points else []
             if parts:
                 sentences.append(

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from rrhf_bench.evaluation.claims import ClaimResult, Grid, Scores, evaluate_claims
-from rrhf_bench.evaluation.statistics import Floats
-from rrhf_bench.records import Decoding, Evaluated
-from rrhf_bench.report.table import DECODING_WORDS, Cell, Column, Missing, Table, markdown, number
-from rrhf_bench.report.tables import accuracy, right
-from rrhf_bench.report.view import Block, T, View
+from rrhf_bench.evaluation.claims import ClaimResult, Scores, evaluate_claims
+from rrhf_bench.evaluation.grid import Grid, Missing
+from rrhf_bench.evaluation.statistics import Estimate, smallest_detectable_difference
+from rrhf_bench.records import Decoding
+from rrhf_bench.report.table import DECODING_WORDS, Field, Table, Value, build_table, markdown, number
+from rrhf_bench.report.tables import orders
+from rrhf_bench.report.view import View
 from rrhf_bench.settings.claims import Measure
 
 
@@ -22,58 +22,41 @@ class RunEvidence:
         self.view = view
         self.decodings: tuple[Decoding, ...] = view.decodings
         self.trained: Sequence[str] = view.trained
+        self.clusters = view.clusters
 
-    def clusters(self, prompts: Sequence[str]) -> Sequence[str]:
-        return self.view.clusters(prompts)
+    def values(self, row: str, decoding: Decoding, measure: Measure) -> Grid | Missing:
+        if self.view.block(row, decoding) is None:
+            return Missing(f"the run holds no {DECODING_WORDS[decoding]} replies of this row")
+        assert measure != "accuracy"
+        assert measure != "spread"
+        return self.view.values(row, decoding, measure)
 
-    def values(self, row: str, decoding: Decoding, measure: Measure) -> Grid | str:
-        block = self.view.block(row, decoding)
-        if block is None:
-            return f"the run holds no {DECODING_WORDS[decoding]} replies of this row"
-        for field in ("nll", "nll_tokens") if measure == "nll" else (measure,):
-            missing = self.view.unmeasured(field, decoding, block.items)
-            if missing:
-                return missing.reason
-        return self._grid(row, block, block.array(lambda reply: _value(reply, measure)))
-
-    def candidates(self, row: str) -> Scores | str:
+    def candidates(self, row: str) -> Scores | Missing:
         block = self.view.candidates.get(row)
         if block is None:
-            return "the run holds no training candidates of this row"
+            return Missing("the run holds no training candidates of this row")
         if row not in self.view.rewarded:
-            return "its candidates were not scored by the reward model, and other scores are on another scale"
+            return Missing("its candidates were not scored by the reward model, and other scores are on another scale")
         scores_SP = tuple(tuple(group.scores for group in groups_P) for groups_P in block.items_SP)
         return Scores(block.seeds, block.prompts, scores_SP)
 
-    def best_candidates(self, row: str) -> Grid | str:
+    def best_candidates(self, row: str) -> Grid | Missing:
         block = self.view.test_candidates.get(row)
         if block is None:
-            return "its candidate policy was not drawn on the evaluation prompts"
-        return self._grid(row, block, block.array(lambda group: max(group.scores)))
+            return Missing("its candidate policy was not drawn on the evaluation prompts")
+        return block.grid(lambda group: max(group.scores), one_model=self.view.one_model(row))
 
-    def accuracy(self, row: str) -> Grid | str:
-        found, block = accuracy(self.view, row), self.view.pairs.get(row)
-        if isinstance(found, Missing):
-            return found.reason
-        return self.view.absent(row).reason if block is None else self._grid(row, block, block.array(right))
+    def accuracy(self, row: str) -> Grid | Missing:
+        return orders(self.view, row)
 
-    def dev_reward(self, row: str, decoding: Decoding) -> float | str:
+    def dev_reward(self, row: str, decoding: Decoding) -> float | Missing:
         """Mean over seeds of the last point of the row's curve."""
         found = self.view.dev_reward(row, decoding)
         if found is None:
-            return f"it has no {DECODING_WORDS[decoding]} reward on the dev prompts, by which it would be picked"
+            return Missing(
+                f"it has no {DECODING_WORDS[decoding]} reward on the dev prompts, by which it would be picked"
+            )
         return found
-
-    def _grid(self, row: str, block: Block[T], values_SP: Floats) -> Grid:
-        # A row that is no method is one model, or one text, for every training seed.
-        return Grid(block.seeds, block.prompts, values_SP, one_model=row not in self.view.methods)
-
-
-def _value(reply: Evaluated, measure: Measure) -> float:
-    if measure != "nll":
-        return float(getattr(reply, measure))
-    assert reply.nll is not None
-    return reply.nll / reply.nll_tokens if reply.nll_tokens else math.nan  # a text without tokens has no mean
 
 
 def claim_results(view: View) -> list[ClaimResult]:
@@ -82,20 +65,25 @@ def claim_results(view: View) -> list[ClaimResult]:
 
 
 def claims_table(results: Sequence[ClaimResult], arena: str) -> Table:
-    columns = (
-        Column("claim"),
-        Column("decoding"),
-        Column("statistic"),
-        Column("estimate", 3, interval=True),
-        Column("margin", 3),
-        Column("p", 4, decides=0.05),
-        Column("p (Holm)", 4, decides=0.05),
-        Column("verdict"),
-        Column("detectable", 3),
-        Column("prompts", 0),
-        Column("seeds", 0),
+    few = Missing("too few rows to test")
+
+    def tested(value: Callable[[ClaimResult, Estimate], Value]) -> Callable[[ClaimResult], Value]:
+        """Return the reason why a claim was not tested in place of the value."""
+        return lambda r: Missing(r.reason) if r.estimate is None else value(r, r.estimate)
+
+    fields: Sequence[Field[ClaimResult]] = (
+        Field("claim", lambda r: r.name),
+        Field("decoding", lambda r: DECODING_WORDS[r.decoding] if r.decoding else "none"),
+        Field("statistic", tested(lambda r, _: r.statistic)),
+        Field("estimate", tested(lambda _, estimate: estimate), 3, interval=True),
+        Field("margin", lambda r: r.margin, 3),
+        Field("p", tested(lambda r, _: few if r.p is None else r.p), 4, decides=0.05),
+        Field("p (Holm)", tested(lambda r, _: few if r.p_holm is None else r.p_holm), 4, decides=0.05),
+        Field("verdict", lambda r: r.verdict),
+        Field("detectable", tested(lambda _, estimate: smallest_detectable_difference(estimate)), 3),
+        Field("prompts", tested(lambda _, estimate: estimate.n), 0),
+        Field("seeds", tested(lambda _, estimate: estimate.seeds), 0),
     )
-    rows = [_row(result) for result in results]
     notes = (
         "Supported or refuted: Holm's p is below 0.05 and theta lies on the claimed or on the other side of the "
         "threshold; all else is inconclusive, which is no proof of the contrary. To reach a method is to be no worse "
@@ -108,21 +96,7 @@ def claims_table(results: Sequence[ClaimResult], arena: str) -> Table:
         "Detectable: the distance from the threshold that this claim alone would have found four times in five; an "
         "order of size. Prompts: pairs for p_i, rows for a statistic over rows.",
     )
-    return Table("claims", "Claims", columns, tuple(rows), notes, arena)
-
-
-def _row(result: ClaimResult) -> tuple[Cell, ...]:
-    head = (Cell(result.name), Cell(DECODING_WORDS[result.decoding] if result.decoding else "none"))
-    margin, verdict = Cell(result.margin), Cell(result.verdict)
-    if result.estimate is None:
-        untested = Cell.of(Missing(result.reason))
-        return (*head, *[untested] * 2, margin, *[untested] * 2, verdict, *[untested] * 3)
-    no_test = Missing("too few rows to test")
-    p, p_holm = (Cell.of(no_test if value is None else value) for value in (result.p, result.p_holm))
-    assert result.detectable is not None
-    detectable = Cell(result.detectable)
-    sizes = (Cell(result.estimate.n), Cell(result.estimate.seeds))
-    return (*head, Cell(result.statistic), Cell.of(result.estimate), margin, p, p_holm, verdict, detectable, *sizes)
+    return build_table("claims", "Claims", fields, results, notes, arena)
 
 
 def claim_sentences(results: Sequence[ClaimResult]) -> list[str]:

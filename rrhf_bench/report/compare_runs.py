@@ -8,10 +8,10 @@ from typing import Any
 from rrhf_bench.errors import ConfigError, StoreError, nearest
 from rrhf_bench.evaluation.statistics import Estimate
 from rrhf_bench.pipeline.results import RunRecords
-from rrhf_bench.report.comparisons import Comparison, adjusted
-from rrhf_bench.report.table import Missing, Table
-from rrhf_bench.report.tables import DIFFERENCE_COLUMNS, DIFFERENCE_NOTES, difference_row
-from rrhf_bench.report.view import View, difference_between, pool
+from rrhf_bench.report.comparisons import Comparison, compare
+from rrhf_bench.report.table import Missing, Table, build_table
+from rrhf_bench.report.tables import DIFFERENCE_FIELDS, DIFFERENCE_NOTES
+from rrhf_bench.report.view import View
 
 
 def compare_runs(a: RunRecords, b: RunRecords, rows: Sequence[str] = ()) -> list[Comparison]:
@@ -25,18 +25,8 @@ def compare_runs(a: RunRecords, b: RunRecords, rows: Sequence[str] = ()) -> list
     if a.arena != b.arena:
         raise StoreError(f"{a.folder} and {b.folder} were judged differently, so nothing compares: {_differing(a, b)}")
     one, other = View(a), View(b)
-    pairs = _pairs(one, other, rows)
-    found: list[Comparison] = []
-    for decoding in one.decodings:
-        for measure in [measure for measure in one.measures if measure in other.measures]:
-            family = []
-            for row, its in pairs:
-                pooled = pool(decoding, measure, one, other)
-                estimate = difference_between(one, row, other, its, decoding, measure, pooled)
-                fixed = one.one_model(row) and other.one_model(its)
-                family.append(Comparison(row, its, decoding, measure, estimate, fixed=fixed))
-            found += adjusted(family)
-    return found
+    measures = [measure for measure in one.measures if measure in other.measures]
+    return compare(one, _pairs(one, other, rows), measures, other=other)
 
 
 def _differing(a: RunRecords, b: RunRecords) -> str:
@@ -71,7 +61,7 @@ def comparison_table(a: RunRecords, b: RunRecords, compared: Sequence[Comparison
     name = a.experiment.name, b.experiment.name
     folders = f"{a.folder} - {b.folder}" if name[0] == name[1] else " - ".join(name)
     notes = (f"Each row: of {a.folder} minus of {b.folder}.", *DIFFERENCE_NOTES)
-    return Table("compare", folders, DIFFERENCE_COLUMNS, tuple(map(difference_row, compared)), notes, a.arena, group=2)
+    return build_table("compare", folders, DIFFERENCE_FIELDS, compared, notes, a.arena, group=2)
 
 
 def comparison_json(a: RunRecords, b: RunRecords, compared: Sequence[Comparison]) -> dict[str, Any]:

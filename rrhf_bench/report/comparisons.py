@@ -65,16 +65,24 @@ def comparisons(view: View) -> list[Comparison]:
 
 
 def compare(
-    view: View, pairs: Sequence[tuple[str, str]], measures: Sequence[Measure], *, primary: bool = True
+    view: View,
+    pairs: Sequence[tuple[str, str]],
+    measures: Sequence[Measure],
+    *,
+    primary: bool = True,
+    other: View | None = None,
 ) -> list[Comparison]:
-    """Return every pair under every decoding and measure; the primary pairs of a decoding and measure are a family."""
+    """Return every pair under every decoding and measure; the primary pairs of a decoding and measure are a family.
+
+    ``other`` is the run of the second row of each pair, by default the same run.
+    """
     found: list[Comparison] = []
     for decoding in view.decodings:
         for measure in measures:
             family = [
                 Comparison(
-                    a, b, decoding, measure, view.difference(a, b, decoding, measure),
-                    fixed=view.one_model(a) and view.one_model(b),
+                    a, b, decoding, measure, view.difference(a, b, decoding, measure, other),
+                    fixed=view.one_model(a) and (other or view).one_model(b),
                 )
                 for a, b in pairs
             ]  # fmt: skip

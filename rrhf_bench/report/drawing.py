@@ -24,6 +24,7 @@ from rrhf_bench.errors import visible
 from rrhf_bench.registry import METHODS
 from rrhf_bench.report.view import GIVEN, View
 
+DPI = 200
 GREY = "#6b6b6b"
 LIGHT = "#d9d9d9"
 # Rows that are not the first of their kind take these colours in turn.
@@ -53,7 +54,7 @@ STYLE: Mapping[str, Any] = {
     "lines.linewidth": 1.6,
     "lines.markersize": 5,
     "text.parse_math": False,  # a method's name may hold a dollar sign
-    "savefig.dpi": 200,
+    "savefig.dpi": DPI,
     "svg.hashsalt": "rrhf-bench",
 }
 WIDTH = 7.2  # inches: the text width of a two-column paper

@@ -6,7 +6,7 @@ ids. Where a run has many rows, a figure shows those that differ in more than hy
 
 from __future__ import annotations
 
-import io
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,15 +14,19 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from PIL import Image
 
 from rrhf_bench.errors import visible
+from rrhf_bench.evaluation.grid import Block, Grid, Missing, in_both
 from rrhf_bench.evaluation.statistics import Estimate, Floats, best_of_n_kl, expected_best_of_n, rank_correlation
 from rrhf_bench.records import CurvePoint, Decoding
 from rrhf_bench.report.drawing import (
+    DPI,
     FREE_COLOURS,
     GREY,
     LIGHT,
@@ -39,8 +43,8 @@ from rrhf_bench.report.drawing import (
     thousands,
 )
 from rrhf_bench.report.frontier import frontiers
-from rrhf_bench.report.table import DECODING_WORDS, Missing
-from rrhf_bench.report.view import BASE, GIVEN, MEASURE_WORDS, Block, Measure, View
+from rrhf_bench.report.table import DECODING_WORDS
+from rrhf_bench.report.view import BASE, GIVEN, MEASURE_WORDS, Measure, View
 from rrhf_bench.seeding import generator
 
 FEW = 5  # points below which a correlation and its interval say nothing
@@ -62,13 +66,13 @@ def write_figures(made: Iterable[Made], folder: Path) -> list[Drawn]:
 
 def _save(figure: Figure, path: Path) -> None:
     """As PNG and SVG; the PNG with a palette of 256 colours, a third of the size: published reports hold many."""
-    drawn = io.BytesIO()
-    figure.savefig(drawn, format="png")
-    with Image.open(drawn) as image:
-        flat = image.convert("RGB").quantize(256, dither=Image.Dither.NONE)
-        flat.save(path.with_suffix(".png"), dpi=image.info["dpi"], optimize=True)
+    figure.set_dpi(DPI)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()  # once: Figure.savefig would draw everything a first time to find its size
+    flat = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB").quantize(256, dither=Image.Dither.NONE)
+    flat.save(path.with_suffix(".png"), dpi=(DPI, DPI), optimize=True)
     figure.set_layout_engine("none")  # it stays as laid out for the PNG, and is not worked out twice
-    figure.savefig(path.with_suffix(".svg"), metadata={"Date": None, "Creator": None})
+    FigureCanvasSVG(figure).print_svg(path.with_suffix(".svg"), metadata={"Date": None, "Creator": None})
 
 
 def own_figures(view: View) -> Iterator[Made]:
@@ -126,14 +130,13 @@ def test_reward(view: View) -> Iterator[Made]:
 
 
 def _forest_point(ax: Axes, view: View, row: str, decoding: Decoding, measure: Measure, y: float, colour: str) -> None:
-    found = view.mean(row, decoding, measure)
-    values = view.values(row, decoding, measure)
+    found, values = view.mean(row, decoding, measure), view.values(row, decoding, measure)
     if isinstance(found, Missing) or isinstance(values, Missing):
         return
     y += {"greedy": -0.18, "sample": 0.18}.get(decoding, 0.0) if len(view.decodings) > 1 else 0.0
     ax.plot([found.low, found.high], [y, y], color=colour, linewidth=1.4, solid_capstyle="butt", zorder=2)
-    if len(values) > 1:
-        ax.plot(values.mean(axis=1), [y] * len(values), "|", color=colour, markersize=7, markeredgewidth=0.8, zorder=2)
+    if (seeds := len(values.seeds)) > 1:
+        ax.plot(values.mean_S, [y] * seeds, "|", color=colour, markersize=7, markeredgewidth=0.8, zorder=2)
     marker = "D" if decoding == "given" else "o"
     face = "white" if decoding == "sample" else colour
     ax.plot([found.value], [y], marker, color=colour, markerfacecolor=face, markersize=4.5, zorder=3)
@@ -148,6 +151,15 @@ class _Curve:
 
     x_SF: Mapping[str, Floats]
     y_SF: Floats
+
+    def draw(self, ax: Axes, axis: str, colour: str, *, band: bool = True, **line: Any) -> tuple[Floats, Floats]:
+        """Draw the mean over seeds and, if ``band``, the least and the most of them; return the points of the mean."""
+        x_F, y_F = self.x_SF[axis].mean(axis=0), self.y_SF.mean(axis=0)
+        if len(self.y_SF) > 1 and band:
+            ends = self.y_SF.min(axis=0), self.y_SF.max(axis=0)
+            ax.fill_between(x_F, *ends, color=colour, alpha=0.15, linewidth=0)
+        ax.plot(x_F, y_F, color=colour, **line)
+        return x_F, y_F
 
 
 _AXES = {"step": "optimiser steps", "sampled_tokens": "sampled tokens", "seconds": "seconds"}
@@ -172,7 +184,7 @@ def reward_curves(view: View, initial: str) -> Iterator[Made]:
         for ax, axis in zip(line, shown_axes, strict=True):
             for row, curve in curves.items():
                 if axis in curve.x_SF:
-                    _draw_curve(ax, curve.x_SF[axis], curve.y_SF, colour[row], seeds=len(curves) <= MANY)
+                    _draw_curve(ax, curve, axis, colour[row], seeds=len(curves) <= MANY)
             ax.set_xlim(left=0)
             ax.xaxis.set_major_locator(MaxNLocator(5, integer=axis != "seconds"))
             ax.xaxis.set_major_formatter(FuncFormatter(thousands))
@@ -206,41 +218,32 @@ def _left_out(view: View, rows: Sequence[str], shown: Sequence[str]) -> str:
 
 
 def _curve(view: View, row: str, decoding: Decoding, measure: Measure) -> _Curve | None:
-    seeds: dict[int, dict[float, CurvePoint]] = {}
+    seeds: dict[int, dict[float, tuple[CurvePoint, float]]] = defaultdict(dict)
     for point in view.records.curves:
         rewards = point.rewards if measure == "reward" else point.golds
-        if point.method == row and point.decoding == decoding and rewards:
-            seeds.setdefault(point.seed, {})[round(point.fraction, 6)] = point
-    fractions = sorted(set.intersection(*(set(points) for points in seeds.values()))) if seeds else []
+        if (point.method, point.decoding) == (row, decoding) and rewards:
+            seeds[point.seed][round(point.fraction, 6)] = point, float(np.mean(rewards))
+    fractions = sorted(set.intersection(*map(set, seeds.values()))) if seeds else []
     if not fractions:
         return None
-    points_SF = [[seeds[seed][fraction] for fraction in fractions] for seed in sorted(seeds)]
+    found_SF = [[seeds[seed][fraction] for fraction in fractions] for seed in sorted(seeds)]
     x_SF = {
-        "step": np.array([[point.step for point in points] for points in points_SF], dtype=np.float64),
-        "sampled_tokens": np.array(
-            [[point.sampled_tokens for point in points] for points in points_SF], dtype=np.float64
-        ),
+        axis: np.array([[getattr(point, axis) for point, _ in found] for found in found_SF], dtype=np.float64)
+        for axis in ("step", "sampled_tokens")
     }
-    clocks = [dict(view.records.curve_seconds.get((row, seed), ())) for seed in sorted(seeds)]
-    clocks = [{round(fraction, 6): seconds for fraction, seconds in clock.items()} for clock in clocks]
+    clocks = [
+        {round(fraction, 6): seconds for fraction, seconds in view.records.curve_seconds.get((row, seed), ())}
+        for seed in sorted(seeds)
+    ]
     if all(fraction in clock for clock in clocks for fraction in fractions):
         x_SF["seconds"] = np.array([[clock[fraction] for fraction in fractions] for clock in clocks])
-    return _Curve(x_SF, np.array([[_reward(point, measure) for point in points] for points in points_SF]))
+    return _Curve(x_SF, np.array([[reward for _, reward in found] for found in found_SF]))
 
 
-def _reward(point: CurvePoint, measure: Measure) -> float:
-    rewards = point.rewards if measure == "reward" else point.golds
-    assert rewards
-    return float(np.mean(rewards))
-
-
-def _draw_curve(ax: Axes, x_SF: Floats, y_SF: Floats, colour: str, *, seeds: bool) -> None:
-    x_F, y_F = x_SF.mean(axis=0), y_SF.mean(axis=0)
-    if len(y_SF) > 1 and seeds:
-        ax.fill_between(x_F, y_SF.min(axis=0), y_SF.max(axis=0), color=colour, alpha=0.15, linewidth=0)
-        for x, y in zip(x_SF, y_SF, strict=True):
-            ax.plot(x, y, color=colour, linewidth=0.5, alpha=0.6)
-    ax.plot(x_F, y_F, "o-", color=colour, markersize=2.5)
+def _draw_curve(ax: Axes, curve: _Curve, axis: str, colour: str, *, seeds: bool) -> None:
+    if len(curve.y_SF) > 1 and seeds:
+        ax.plot(curve.x_SF[axis].T, curve.y_SF.T, color=colour, linewidth=0.5, alpha=0.6)
+    x_F, y_F = curve.draw(ax, axis, colour, band=seeds, marker="o", markersize=2.5)
     if x_F[0] > 0:
         ax.plot([0, x_F[0]], [y_F[0]] * 2, color=colour, linewidth=1, linestyle=(0, (1, 1.5)))
 
@@ -290,9 +293,25 @@ def quality_panel(ax: Axes, title: str, points: Sequence[tuple[float, float, flo
     ``name`` names the draws of the bootstrap.
     """
     for mean, maximum, test, colour in points:
-        _quality_point(ax, mean, maximum, test, colour)
+        ax.plot([mean, maximum], [test, test], color=colour, linewidth=0.5, alpha=0.5)
+        ax.plot([mean], [test], "o", color=colour, markerfacecolor="white", markersize=4.5)
+        ax.plot([maximum], [test], "^", color=colour, markersize=4.5)
     mean_N, maximum_N, test_N = (np.array([point[i] for point in points]) for i in (0, 1, 2))
-    _finish_quality(ax, title, mean_N, maximum_N, test_N, name)
+    low, high = min(mean_N.min(), test_N.min()), max(maximum_N.max(), test_N.max())
+    pad = 0.08 * (high - low or 1.0)
+    ends = (low - pad, high + pad)
+    ax.plot(ends, ends, color=GREY, linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
+    ax.set(xlim=ends, ylim=ends, aspect="equal", xlabel="reward of training candidates")
+    ax.xaxis.set_major_locator(MaxNLocator(5))
+    ax.yaxis.set_major_locator(MaxNLocator(5))
+    lines = [f"(n = {len(test_N)}: too few to correlate)"]
+    if len(test_N) >= FEW:
+        correlations = (
+            f"{words}: {_correlation(x_N, test_N, name, words)}"
+            for words, x_N in (("mean", mean_N), ("max", maximum_N))
+        )
+        lines = [f"Spearman (n = {len(test_N)})", *correlations]
+    ax.set_title("\n".join([title, *lines]), loc="left", fontsize=7.5)
 
 
 def _name_points(
@@ -326,44 +345,19 @@ def _policy_colours(view: View) -> dict[str, str]:
 def _quality_points(view: View, decoding: Decoding) -> Iterator[tuple[str, float, float, float]]:
     """(row, mean, maximum, test reward) of each seed."""
     for row, block in view.rewarded.items():
-        if row not in view.main_rows:
+        rewards = view.values(row, decoding, "reward")
+        if row not in view.main_rows or isinstance(rewards, Missing):
             continue
-        replies, values = view.block(row, decoding), view.values(row, decoding, "reward")
-        if replies is None or isinstance(values, Missing):
-            continue
-        mean_S = block.array(lambda c: float(np.mean(c.scores))).mean(axis=1)
-        maximum_S = block.array(lambda c: max(c.scores)).mean(axis=1)
-        tests = dict(zip(replies.seeds, values.mean(axis=1).tolist(), strict=True))
-        for seed, mean, maximum in zip(block.seeds, mean_S.tolist(), maximum_S.tolist(), strict=True):
+        tests = dict(zip(rewards.seeds, rewards.mean_S.tolist(), strict=True))
+        mean_S = block.grid(lambda c: float(np.mean(c.scores))).mean_S.tolist()
+        maximum_S = block.grid(lambda c: max(c.scores)).mean_S.tolist()
+        for seed, mean, maximum in zip(block.seeds, mean_S, maximum_S, strict=True):
             if seed in tests:
                 yield row, mean, maximum, tests[seed]
 
 
-def _quality_point(ax: Axes, mean: float, maximum: float, test: float, colour: str) -> None:
-    ax.plot([mean, maximum], [test, test], color=colour, linewidth=0.5, alpha=0.5)
-    ax.plot([mean], [test], "o", color=colour, markerfacecolor="white", markersize=4.5)
-    ax.plot([maximum], [test], "^", color=colour, markersize=4.5)
-
-
-def _finish_quality(ax: Axes, title: str, mean_N: Floats, maximum_N: Floats, test_N: Floats, name: str) -> None:
-    low, high = min(mean_N.min(), test_N.min()), max(maximum_N.max(), test_N.max())
-    pad = 0.08 * (high - low or 1.0)
-    ends = (low - pad, high + pad)
-    ax.plot(ends, ends, color=GREY, linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
-    ax.set(xlim=ends, ylim=ends, aspect="equal", xlabel="reward of training candidates")
-    ax.xaxis.set_major_locator(MaxNLocator(5))
-    ax.yaxis.set_major_locator(MaxNLocator(5))
-    correlations = [
-        f"{words}: {_correlation(x_N, test_N, name, words)}" for words, x_N in (("mean", mean_N), ("max", maximum_N))
-    ]
-    lines = [f"Spearman (n = {len(test_N)})", *correlations]
-    if len(test_N) < FEW:
-        lines = [f"(n = {len(test_N)}: too few to correlate)"]
-    ax.set_title("\n".join([title, *lines]), loc="left", fontsize=7.5)
-
-
 def _correlation(x_N: Floats, y_N: Floats, *name: str) -> str:
-    if len(x_N) < FEW or 0 in (np.ptp(x_N), np.ptp(y_N)):
+    if 0 in (np.ptp(x_N), np.ptp(y_N)):
         return "undefined"
     found = rank_correlation(x_N, y_N, rng=generator("report", "sampling quality", *name))
     return f"{found.value:.2f} [{found.low:.2f}, {found.high:.2f}]"
@@ -428,7 +422,8 @@ def _draw_best_of_n(ax: Axes, view: View, pool: Block[Any], measure: Measure, ns
         values_SP = [np.array([item.golds[:samples] for item in items_P]) for items_P in pool.items_SP]
     for n in ns:
         best_SP = [expected_best_of_n(s, n, value_BN=v) for s, v in zip(scores_SP, values_SP, strict=True)]
-        estimate = view.mean_of(np.array(best_SP), pool.prompts, "best of n", measure, str(n))
+        best = Grid(pool.seeds, pool.prompts, np.array(best_SP))
+        estimate = view.mean_of(best, "best of n", measure, str(n))
         if isinstance(estimate, Missing):
             return
         found.append(estimate)
@@ -448,23 +443,16 @@ def _draw_best_of_n(ax: Axes, view: View, pool: Block[Any], measure: Measure, ns
 
 def _method_point(ax: Axes, view: View, row: str, measure: Measure, pool: Block[Any]) -> bool:
     """Draw a method's point on the pool's prompts, and return False if the records do not hold one."""
-    replies = view.block(row, "sample")
-    if replies is None:
+    found, kl, n = view.values(row, "sample", measure), view.values(row, "sample", "kl"), view.reranked(row)
+    if isinstance(found, Missing) or (n is None and isinstance(kl, Missing)):
         return False
-    prompts = tuple(sorted(set(replies.prompts) & set(pool.prompts)))
-    if len(prompts) < 2:
-        return False
-    part = replies.only(replies.seeds, prompts)
-    if any(getattr(reply, measure) is None for reply in part.items):
-        return False
-    y = view.mean_of(part.array(lambda reply: getattr(reply, measure)), prompts, "best of n", row, measure)
+    prompts = in_both(found.prompts, pool.prompts)
+    y = view.mean_of(found.only(found.seeds, prompts), "best of n", row, measure)
     x: Estimate | float | Missing
-    if (n := view.reranked(row)) is not None:
+    if n is not None:
         x = best_of_n_kl(n)
-    elif view.unmeasured("kl", "sample", part.items):
-        return False
     else:
-        x = view.mean_of(part.array(lambda reply: reply.kl or 0.0), prompts, "best of n", row, "kl")
+        x = view.mean_of(kl if isinstance(kl, Missing) else kl.only(kl.seeds, prompts), "best of n", row, "kl")
     if isinstance(y, Missing) or isinstance(x, Missing):
         return False
     colour = colours(view)[row]
@@ -529,7 +517,7 @@ def loss_panels(above: Axes, below: Axes, view: View, row: str, colour: str) -> 
     for decoding in view.decodings:
         curve = _curve(view, row, decoding, "reward")
         if curve is not None:
-            _dev_reward(below, curve, colour, decoding)
+            curve.draw(below, "step", colour, linestyle=_STYLES[decoding])
 
 
 def finish_loss_panels(pairs: Sequence[tuple[Axes, Axes]], across: int) -> None:
@@ -587,11 +575,3 @@ def _mean_loss(ax: Axes, logs: Sequence[_Log], colour: str) -> None:
     first = np.maximum(np.arange(len(mean)) - width + 1, 0)
     last = np.arange(len(mean)) + 1
     ax.plot(steps, (sums[last] - sums[first]) / (last - first), color=colour)
-
-
-def _dev_reward(ax: Axes, curve: _Curve, colour: str, decoding: Decoding) -> None:
-    x_F, y_F = curve.x_SF["step"].mean(axis=0), curve.y_SF.mean(axis=0)
-    if len(curve.y_SF) > 1:
-        band = curve.y_SF.min(axis=0), curve.y_SF.max(axis=0)
-        ax.fill_between(x_F, *band, color=colour, alpha=0.15, linewidth=0)
-    ax.plot(x_F, y_F, color=colour, linestyle=_STYLES[decoding])

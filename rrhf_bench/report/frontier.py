@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.lines import Line2D
 
-from rrhf_bench.evaluation.statistics import Floats, best_of_n_kl
+from rrhf_bench.evaluation.statistics import best_of_n_kl
 from rrhf_bench.registry import find
 from rrhf_bench.report.drawing import GREY, WIDTH, Drawn, Made, kl_axis, legend_above, new_panels
 from rrhf_bench.report.table import Missing
@@ -170,11 +170,10 @@ def _draw_lines(ax: Axes, view: View, search: _Search, measure: Measure) -> None
 
 def _points(ax: Axes, view: View, row: str, measure: Measure, colour: str, marker: str) -> tuple[float, float] | None:
     """Draw a row: each seed, and their mean, which is returned."""
-    kl_SP, reward_SP = view.values(row, "sample", "kl"), view.values(row, "sample", measure)
-    if isinstance(kl_SP, Missing) or isinstance(reward_SP, Missing):
+    kl, reward = view.values(row, "sample", "kl"), view.values(row, "sample", measure)
+    if isinstance(kl, Missing) or isinstance(reward, Missing):
         return None
-    x_S: Floats = kl_SP.mean(axis=1)
-    y_S: Floats = reward_SP.mean(axis=1)
+    x_S, y_S = kl.mean_S, reward.mean_S
     if len(x_S) > 1:
         ax.plot(x_S, y_S, marker, color=colour, markersize=2.8, alpha=0.35, markeredgewidth=0, linestyle="", zorder=1)
     ax.plot([x_S.mean()], [y_S.mean()], marker, color=colour, markersize=5.5, markeredgecolor="white", zorder=3)

@@ -14,6 +14,7 @@ from itertools import combinations
 import numpy as np
 from matplotlib.axes import Axes
 
+from rrhf_bench.evaluation.grid import Grid, Missing, pair
 from rrhf_bench.evaluation.statistics import Estimate, Floats, holm, paired_difference
 from rrhf_bench.records import Decoding
 from rrhf_bench.report.drawing import (
@@ -26,7 +27,7 @@ from rrhf_bench.report.drawing import (
     thousands,
 )
 from rrhf_bench.report.section import Part, Sentence
-from rrhf_bench.report.table import DECODING_WORDS, Cell, Column, Missing, Table
+from rrhf_bench.report.table import DECODING_WORDS, Cell, Column, Table
 from rrhf_bench.report.view import BASE, MEASURE_WORDS, Found, Measure, View
 from rrhf_bench.settings.methods import candidates_of
 
@@ -195,23 +196,13 @@ def win_rate(view: View, a: str, b: str, decoding: Decoding, measure: Measure) -
 
     ``Estimate.p`` is of the share against one half.
     """
-    return view.once(("win rate", a, b, decoding, measure), lambda: _win_rate(view, a, b, decoding, measure))
-
-
-def _win_rate(view: View, a: str, b: str, decoding: Decoding, measure: Measure) -> Found:
-    blocks = []
-    for row in (a, b):
-        block = view.block(row, decoding)
-        if block is None:
-            return view.absent(row)
-        if missing := view.unmeasured(measure, decoding, block.items):
-            return missing
-        blocks.append(block)
-    prompts = sorted(set(blocks[0].prompts) & set(blocks[1].prompts))
-    seeds = [seed for seed in blocks[0].seeds if seed in blocks[1].seeds]
-    if len(prompts) < 2 or not seeds:
-        return Missing("fewer than 2 prompts, or no seed, in common")
-    a_SP, b_SP = (block.only(seeds, prompts).array(lambda reply: getattr(reply, measure)) for block in blocks)
+    found = [view.values(row, decoding, measure) for row in (a, b)]
+    if missing := [grid for grid in found if isinstance(grid, Missing)]:
+        return missing[0]
+    paired = pair(*(grid for grid in found if isinstance(grid, Grid)))
+    if isinstance(paired, Missing):
+        return paired
+    a_SP, b_SP, prompts = paired
     excess = paired_difference(np.sign(a_SP - b_SP) / 2, np.zeros_like(a_SP), clusters_P=view.clusters(prompts))
     low, high = max(0.0, 0.5 + excess.low), min(1.0, 0.5 + excess.high)
     return Estimate(

@@ -2,70 +2,63 @@
 
 from __future__ import annotations
 
-from rrhf_bench.report.table import DECODING_WORDS, Cell, Column, Missing, Table
+from collections.abc import Callable, Sequence
+
+from rrhf_bench.evaluation.grid import Missing
+from rrhf_bench.pipeline.results import Trial
+from rrhf_bench.report.table import DECODING_WORDS, Field, Table, Value, build_table
 from rrhf_bench.report.tables import samples_as
 from rrhf_bench.report.view import View, changed
 from rrhf_bench.settings.candidates import Beams, Candidates, DiverseBeams, Draw
 from rrhf_bench.settings.experiment import Experiment
-from rrhf_bench.settings.methods import candidates_of
+from rrhf_bench.settings.methods import MethodSettings, candidates_of
 
 
 def rows_table(view: View) -> Table:
     """Return what each row is: its initial policy, its candidates, and its settings other than the defaults."""
-    columns = (
-        Column("row"),
-        Column("method"),
-        Column("starts from"),
-        Column("samples as"),
-        Column("candidates"),
-        Column("k", 0),
-        Column("settings beside the defaults"),
+
+    def of_method(value: Callable[[MethodSettings], Value]) -> Callable[[str], Value]:
+        return lambda row: value(view.methods[row]) if row in view.methods else given
+
+    given = Missing("an initial policy is not trained here")
+    untrained = Missing("it is not trained on candidates")
+    fields: Sequence[Field[str]] = (
+        Field("row", lambda row: row),
+        Field("method", lambda row: view.kind(row) if row in view.methods else "initial policy"),
+        Field("starts from", lambda r: view.initial(r) if r in view.methods else source_words(view.experiment, r)),
+        Field("samples as", lambda row: samples_as(view, row) if row in view.methods else given),
+        Field("candidates", of_method(lambda settings: _sources_words(candidates_of(settings)) or untrained)),
+        Field("k", of_method(lambda settings: view.experiment.responses(settings) or untrained), 0),
+        Field("settings beside the defaults", of_method(_changed_words)),
     )
-    rows = []
-    for row in view.rows:
-        settings = view.methods.get(row)
-        kind = Cell(view.kind(row)) if settings else Cell("initial policy")
-        if settings is None:
-            none = Cell.of(Missing("an initial policy is not trained here"))
-            rows.append((Cell(row), kind, Cell(source_words(view.experiment, row)), *[none] * 4))
-            continue
-        how = candidates_of(settings)
-        k = None if how is None else view.experiment.responses(settings)
-        words = ", ".join(f"{key} {plain_words(value)}" for key, value in changed(settings).items())
-        untrained = Missing("it is not trained on candidates")
-        sources = Cell.of(untrained if how is None else _sources_words(how))
-        counted = Cell.of(untrained if k is None else k)
-        rows.append(
-            (
-                Cell(row),
-                kind,
-                Cell(view.initial(row)),
-                samples_as(view, row),
-                sources,
-                counted,
-                Cell(words or "none"),
-            )
-        )
     notes = ("Samples as: the paper's name for where the candidates come from. k: candidates a prompt.",)
-    return Table("rows", "The rows", columns, tuple(rows), notes, view.records.arena)
+    return build_table("rows", "The rows", fields, view.rows, notes, view.records.arena)
+
+
+def _changed_words(settings: MethodSettings) -> str:
+    return ", ".join(f"{key} {plain_words(value)}" for key, value in changed(settings).items()) or "none"
 
 
 def tuning_table(view: View) -> Table:
     """Return the tuning trials of each tuned row with their rewards on the dev prompts."""
     decoding = DECODING_WORDS[view.experiment.evaluation.decoding[0]]
-    columns = (Column("row"), Column("trial"), Column(f"dev proxy reward ({decoding})", 3), Column("picked"))
-    rows = []
-    for row, trials in view.records.tuned.items():
-        for trial in trials:
-            words = ", ".join(f"{key} {plain_words(value)}" for key, value in trial.changed.items())
-            reward = Cell.of(Missing("the trial diverged") if trial.reward is None else trial.reward)
-            rows.append((Cell(row), Cell(words), reward, Cell("yes" if trial.picked else "no")))
+    fields: Sequence[Field[tuple[str, Trial]]] = (
+        Field("row", lambda line: line[0]),
+        Field("trial", lambda line: ", ".join(f"{k} {plain_words(value)}" for k, value in line[1].changed.items())),
+        Field(f"dev proxy reward ({decoding})", lambda line: _reward(line[1]), 3),
+        Field("picked", lambda line: "yes" if line[1].picked else "no"),
+    )
+    lines = [(row, trial) for row, trials in view.records.tuned.items() for trial in trials]
     notes = (
         "Each trial trains the row with the first seed. The trial with the highest mean proxy reward on the dev "
         "prompts at the end of training is the row, and the other seeds train with its settings. No evaluation prompt "
         "is used.",
     )
-    return Table("tuning", "Tuning trials", columns, tuple(rows), notes, view.records.arena, group=0)
+    return build_table("tuning", "Tuning trials", fields, lines, notes, view.records.arena, group=0)
+
+
+def _reward(trial: Trial) -> Value:
+    return Missing("the trial diverged") if trial.reward is None else trial.reward
 
 
 def source_words(experiment: Experiment, initial: str) -> str:
@@ -76,8 +69,10 @@ def source_words(experiment: Experiment, initial: str) -> str:
     return policy.source
 
 
-def _sources_words(settings: Candidates) -> str:
+def _sources_words(settings: Candidates | None) -> str:
     """Return where a row's candidates come from, such as "model (beam search, 4 beams), chosen, rejected"."""
+    if settings is None:
+        return ""
     words = (f"model ({candidates_words(settings)})" if name == "model" else name for name in settings.sources)
     return ", ".join(words)
 

@@ -10,14 +10,17 @@ import csv
 import io
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Generic, TypeAlias, TypeVar
 
 from rrhf_bench.errors import visible
+from rrhf_bench.evaluation.grid import Missing
 from rrhf_bench.evaluation.statistics import Estimate
 from rrhf_bench.records import Decoding
 
+L = TypeVar("L")
 _LATEX = {
     "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "#": r"\#", "%": r"\%", "_": r"\_",
     "^": r"\textasciicircum{}", "~": r"\textasciitilde{}", "<": r"\textless{}", ">": r"\textgreater{}",
@@ -25,13 +28,6 @@ _LATEX = {
 }  # fmt: skip
 DECODING_WORDS: Mapping[Decoding, str] = {"greedy": "greedy", "sample": "sampled", "given": "data set"}
 _WIDE = 7  # columns that fit a LaTeX page as they are
-
-
-@dataclass(frozen=True, slots=True)
-class Missing:
-    """Why there is no number."""
-
-    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,13 +46,18 @@ class Cell:
         assert not isinstance(self.value, float) or math.isfinite(self.value), "a number in a table is finite"
 
     @classmethod
-    def of(cls, found: Estimate | Missing | float | str) -> Cell:
+    def of(cls, found: Value) -> Cell:
         """The cell of whatever a computation gave."""
+        if isinstance(found, Cell):
+            return found
         if isinstance(found, Missing):
             return cls(None, reason=found.reason)
         if isinstance(found, Estimate):
             return cls(found.value, found.low, found.high, found.n, found.seeds)
         return cls(found)
+
+
+Value: TypeAlias = Cell | Estimate | Missing | float | str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +93,32 @@ class Table:
     def reasons(self) -> tuple[str, ...]:
         """Why numbers are missing, each once, in order of appearance: (a), (b), ... in the cells."""
         return tuple(dict.fromkeys(cell.reason for row in self.rows for cell in row if cell.value is None))
+
+
+@dataclass(frozen=True, slots=True)
+class Field(Generic[L]):
+    """A column, and what stands in it for each line of a table. The other fields are those of ``Column``."""
+
+    name: str
+    value: Callable[[L], Value]
+    digits: int | None = None
+    interval: bool = False
+    decides: float | None = None
+
+
+def build_table(
+    name: str,
+    title: str,
+    fields: Sequence[Field[L]],
+    lines: Iterable[L],
+    notes: Sequence[str],
+    arena: str,
+    group: int | None = None,
+) -> Table:
+    """Return the table of the fields of each line."""
+    columns = tuple(Column(field.name, field.digits, field.interval, field.decides) for field in fields)
+    rows = tuple(tuple(Cell.of(field.value(line)) for field in fields) for line in lines)
+    return Table(name, title, columns, rows, tuple(notes), arena, group)
 
 
 def markdown(text: str) -> str:

@@ -4,27 +4,24 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
+from typing import Any
+
+import numpy as np
 
 from rrhf_bench.evaluation import metrics
-from rrhf_bench.evaluation.statistics import best_of_n_kl
-from rrhf_bench.pipeline.results import Timing
+from rrhf_bench.evaluation.grid import Block, Grid, Missing
+from rrhf_bench.evaluation.statistics import Estimate, best_of_n_kl
+from rrhf_bench.pipeline.results import Cost, Timing
 from rrhf_bench.records import Decoding, Evaluated, PairScored
 from rrhf_bench.report.comparisons import Comparison, comparison_words, comparisons
-from rrhf_bench.report.table import DECODING_WORDS, Cell, Column, Missing, Table
-from rrhf_bench.report.view import (
-    GIVEN,
-    MEASURE_WORDS,
-    REWARDS,
-    Block,
-    Found,
-    View,
-    unmeasured,
-)
+from rrhf_bench.report.table import DECODING_WORDS, Cell, Field, Table, Value, build_table
+from rrhf_bench.report.view import GIVEN, MEASURE_WORDS, REWARDS, Found, Measure, View, unmeasured
 from rrhf_bench.settings.methods import candidates_of
 
+Line = tuple[str, Decoding]  # a row under a decoding
 FEATURES = ("details", "off_topic", "vague", "polite", "rude", "repeated", "garbled", "refused")
-REWARD_MODEL = "reward model"
 
 _NO_MODEL = Missing("a reply of the data set, written by no model of this run")
 _INTERVALS = (
@@ -36,25 +33,24 @@ _INTERVALS = (
 
 def main_table(view: View) -> Table:
     """Every row under every decoding: rewards, text, distance from the initial policy, models in memory."""
-    columns = (
-        Column("method"),
-        Column("decoding"),
-        Column("proxy reward", 2, interval=True),
-        Column("gold reward", 2, interval=True),
-        Column("PPL", 2),
-        Column("PPL per text", 2),
-        Column("NLL per token", 3),
-        Column("KL", 2),
-        Column("length", 1),
-        Column("distinct-2", 3),
-        Column("fake turn", 3),
-        Column("at cap", 3),
-        Column("p_i accuracy", 3),
-        Column("models", 0),
-        Column("prompts", 0),
-        Column("seeds", 0),
+
+    fields: Sequence[Field[Line]] = (
+        Field("method", lambda line: line[0]),
+        Field("decoding", lambda line: DECODING_WORDS[line[1]]),
+        Field("proxy reward", lambda line: view.mean(*line, "reward"), 2, interval=True),
+        Field("gold reward", lambda line: view.mean(*line, "gold"), 2, interval=True),
+        Field("PPL", lambda line: perplexity(view, *line), 2),
+        Field("PPL per text", lambda line: perplexity(view, *line, per_text=True), 2),
+        Field("NLL per token", lambda line: _nll(view, *line), 3),
+        Field("KL", lambda line: _kl(view, *line), 2),
+        Field("length", lambda line: view.mean(*line, "tokens"), 1),
+        Field("distinct-2", of_replies(view, _distinct), 3),
+        Field("fake turn", of_replies(view, lambda block: _sized(metrics.fake_turn_share(block.items), block)), 3),
+        Field("at cap", of_replies(view, lambda block: _sized(metrics.length_share(block.items), block)), 3),
+        Field("p_i accuracy", lambda line: accuracy(view, line[0]), 3),
+        Field("models", lambda line: _models(view, line[0]), 0),
+        *sizes(view),
     )
-    rows = tuple(_main_row(view, row, decoding) for row, decoding in view.blocks_in_order)
     models: dict[str, list[str]] = defaultdict(list)
     for row, settings in view.methods.items():
         models[", ".join(settings.models_in_memory())].append(row)
@@ -73,53 +69,49 @@ def main_table(view: View) -> Table:
         "Seeds of an initial policy, of sampled replies: draws of its replies, since it is not trained anew.",
         *_dropped(view),
     ]
-    return Table("main", "Main comparison", columns, rows, tuple(notes), view.records.arena, group=1)
+    return build_table("main", "Main comparison", fields, view.blocks_in_order, notes, view.records.arena, group=1)
 
 
-def _main_row(view: View, row: str, decoding: Decoding) -> tuple[Cell, ...]:
-    block = view.block(row, decoding)
-    head = (Cell(row), Cell(DECODING_WORDS[decoding]))
-    models = Cell.of(_NO_MODEL) if row in GIVEN else Cell(_models(view, row))
-    if block is None:
-        none = Cell.of(absent(view, row, decoding))
-        return (*head, *[none] * 10, _accuracy_cell(view, row), models, *[none] * 2)
-    return (
-        *head,
-        Cell.of(view.mean(row, decoding, "reward")),
-        Cell.of(view.mean(row, decoding, "gold")),
-        *likelihood_cells(view, block, row, decoding),
-        _kl_cell(view, row, decoding),
-        Cell.of(view.mean(row, decoding, "tokens")),
-        _distinct(block),
-        _sized(metrics.fake_turn_share(block.items), block),
-        _sized(metrics.length_share(block.items), block),
-        _accuracy_cell(view, row),
-        models,
-        Cell(len(block.prompts)),
-        Cell(len(block.seeds)),
-    )
+def of_replies(view: View, value: Callable[[Block[Evaluated]], Value]) -> Callable[[tuple[Any, ...]], Value]:
+    """Return a number of the replies of a row under a decoding, with which a line begins, or why there is none."""
+
+    def read(line: tuple[Any, ...]) -> Value:
+        block = view.block(line[0], line[1])
+        return view.absent(line[0], line[1]) if block is None else value(block)
+
+    return read
 
 
-def absent(view: View, row: str, decoding: Decoding) -> Missing:
-    """Why a row has no replies under a decoding."""
-    if decoding == "greedy" and view.reranked(row) is not None:
-        return Missing(f"greedy decoding leaves {view.method(row).label} nothing to choose from")
-    return view.absent(row)
+def sizes(view: View) -> list[Field[Any]]:
+    """Return the columns of the numbers of prompts and seeds."""
+    return [
+        Field("prompts", of_replies(view, lambda block: len(block.prompts)), 0),
+        Field("seeds", of_replies(view, lambda block: len(block.seeds)), 0),
+    ]
 
 
-def likelihood_cells(view: View, block: Block[Evaluated], row: str, decoding: Decoding) -> tuple[Cell, Cell, Cell]:
-    """Return the cells of PPL, PPL per text and NLL per token."""
-    reason = unmeasured("nll", block.items) or unmeasured("nll_tokens", block.items)
-    perplexity = None if reason else metrics.perplexity(block.items)
-    if perplexity is None:
-        cell = Cell.of(reason or Missing("no reply has a token"))
-        return cell, cell, cell
-    if perplexity.empty:  # a text without tokens has no mean, so prompts do not pair and there is no interval
-        nlls = [reply.nll / reply.nll_tokens for reply in block.items if reply.nll is not None and reply.nll_tokens]
-        nll = _sized(math.fsum(nlls) / len(nlls), block)
-    else:
-        nll = Cell.of(view.mean_of(block.array(_nll_per_token), block.prompts, "mean", row, decoding, "nll"))
-    return _sized(perplexity.pooled, block), _sized(perplexity.per_text, block), nll
+def perplexity(view: View, row: str, decoding: Decoding, *, per_text: bool = False) -> Value:
+    """Return the perplexity of a row's replies, or why it has none."""
+    block, nll = view.block(row, decoding), view.values(row, decoding, "nll")
+    if block is None or isinstance(nll, Missing):
+        return nll if isinstance(nll, Missing) else view.absent(row, decoding)
+    found = metrics.perplexity(block.items)
+    if found is None:
+        return Missing("no reply has a token")
+    return _sized(found.per_text if per_text else found.pooled, block)
+
+
+def _nll(view: View, row: str, decoding: Decoding) -> Value:
+    """Return the mean over texts of the NLL per token. If some text has no token, there is no interval."""
+    nll = view.values(row, decoding, "nll")
+    if isinstance(nll, Missing):
+        return nll
+    known = nll.values_SP[np.isfinite(nll.values_SP)]
+    if not len(known):
+        return Missing("no reply has a token")
+    if known.size < nll.values_SP.size:
+        return Cell(math.fsum(known) / len(known), n=len(nll.prompts), seeds=len(nll.seeds))
+    return view.mean_of(nll, "mean", row, decoding, "nll")
 
 
 def _sized(value: float, block: Block[Evaluated]) -> Cell:
@@ -127,21 +119,17 @@ def _sized(value: float, block: Block[Evaluated]) -> Cell:
     return Cell(value, n=len(block.prompts), seeds=len(block.seeds))
 
 
-def _nll_per_token(reply: Evaluated) -> float:
-    assert reply.nll is not None
-    assert reply.nll_tokens
-    return reply.nll / reply.nll_tokens
-
-
-def _kl_cell(view: View, row: str, decoding: Decoding) -> Cell:
+def _kl(view: View, row: str, decoding: Decoding) -> Value:
+    if view.block(row, decoding) is None:
+        return view.absent(row, decoding)
     if row in GIVEN:
-        return Cell.of(_NO_MODEL)
+        return _NO_MODEL
     if (n := view.reranked(row)) is not None:
         bound = f"for n = {n} its KL is at most {best_of_n_kl(n):.2f}"
-        return Cell.of(Missing(f"{_no_weights(view, row).reason}; {bound}"))
+        return Missing(f"{_no_weights(view, row).reason}; {bound}")
     if decoding != "sample":
-        return Cell.of(Missing("a KL is a mean over sampled replies"))
-    return Cell.of(view.mean(row, decoding, "kl"))
+        return Missing("a KL is a mean over sampled replies")
+    return view.mean(row, decoding, "kl")
 
 
 def _no_weights(view: View, row: str) -> Missing:
@@ -149,16 +137,18 @@ def _no_weights(view: View, row: str) -> Missing:
     return Missing(f"{label} has no log-probabilities of its own: it reranks the initial policy's samples")
 
 
-def _distinct(block: Block[Evaluated]) -> Cell:
+def _distinct(block: Block[Evaluated]) -> Value:
     """Mean over seeds, each on its own: it falls with the amount of text, and rows differ in their number of seeds."""
     found = [metrics.distinct_n(reply.response for reply in replies_P) for replies_P in block.items_SP]
     known = [share for share in found if share is not None]
     if len(known) < len(found):
-        return Cell.of(Missing("some seed's replies hold no pair of words"))
+        return Missing("some seed's replies hold no pair of words")
     return _sized(math.fsum(known) / len(known), block)
 
 
-def _models(view: View, row: str) -> int:
+def _models(view: View, row: str) -> Value:
+    if row in GIVEN:
+        return _NO_MODEL
     return len(view.methods[row].models_in_memory()) if row in view.methods else 1
 
 
@@ -172,18 +162,29 @@ def _dropped(view: View) -> list[str]:
     return [f"Prompts left out because not every seed has answered them: {'; '.join(found)}."] if found else []
 
 
-DIFFERENCE_COLUMNS = (
-    Column("comparison"),
-    Column("decoding"),
-    Column("reward"),
-    Column("difference", 3, interval=True, decides=0.0),
-    Column("p", 4, decides=0.05),
-    Column("p (Holm)", 4, decides=0.05),
-    Column("verdict"),
-    Column("detectable", 3),
-    Column("prompts", 0),
-    Column("clusters", 0),
-    Column("seeds", 0),
+_IN_NO_FAMILY = {
+    "exploratory": Missing("exploratory: in no family of comparisons"),
+    "one seed": Missing("one training seed does not show how far another training run would differ"),
+}
+
+
+def _estimated(value: Callable[[Comparison, Estimate], Value]) -> Callable[[Comparison], Value]:
+    """Return why a comparison has no estimate in place of the value."""
+    return lambda c: c.estimate if isinstance(c.estimate, Missing) else value(c, c.estimate)
+
+
+DIFFERENCE_FIELDS: Sequence[Field[Comparison]] = (
+    Field("comparison", lambda c: f"{c.a} - {c.b}"),
+    Field("decoding", lambda c: DECODING_WORDS[c.decoding]),
+    Field("reward", lambda c: MEASURE_WORDS[c.measure].split()[0]),
+    Field("difference", lambda c: c.estimate, 3, interval=True, decides=0.0),
+    Field("p", _estimated(lambda _, estimate: estimate.p), 4, decides=0.05),
+    Field("p (Holm)", _estimated(lambda c, _: _IN_NO_FAMILY[c.standing] if c.p is None else c.p), 4, decides=0.05),
+    Field("verdict", _estimated(lambda c, _: c.standing)),
+    Field("detectable", _estimated(lambda c, _: c.detectable), 3),
+    Field("prompts", _estimated(lambda _, estimate: estimate.n), 0),
+    Field("clusters", _estimated(lambda _, estimate: estimate.clusters), 0),
+    Field("seeds", _estimated(lambda _, estimate: estimate.seeds), 0),
 )
 DIFFERENCE_NOTES = (
     "Difference: mean over the prompts and seeds that both have. Interval and p come from one t statistic, which "
@@ -195,12 +196,6 @@ DIFFERENCE_NOTES = (
     "Detectable: the smallest true difference that this comparison alone would find four times in five; an order of "
     "size, since few seeds tell little of their own spread, and more is needed in a family.",
 )
-
-
-_IN_NO_FAMILY = {
-    "exploratory": Missing("exploratory: in no family of comparisons"),
-    "one seed": Missing("one training seed does not show how far another training run would differ"),
-}
 
 
 def level_words(view: View) -> str:
@@ -221,135 +216,132 @@ def level_words(view: View) -> str:
 
 def differences_table(view: View) -> Table:
     """Return the paired differences: those that are primary with Holm's p and a verdict, then the exploratory ones."""
-    rows = tuple(map(difference_row, comparisons(view)))
-    notes = (comparison_words(view), *DIFFERENCE_NOTES, level_words(view))
-    return Table("differences", "Paired differences", DIFFERENCE_COLUMNS, rows, notes, view.records.arena, group=2)
-
-
-def difference_row(c: Comparison) -> tuple[Cell, ...]:
-    head = (Cell(f"{c.a} - {c.b}"), Cell(DECODING_WORDS[c.decoding]), Cell(MEASURE_WORDS[c.measure].split()[0]))
-    if isinstance(c.estimate, Missing):
-        return (*head, *[Cell.of(c.estimate)] * 8)
-    assert c.detectable is not None
-    p = [Cell(c.estimate.p), Cell.of(_IN_NO_FAMILY[c.standing]) if c.p is None else Cell(c.p)]
-    sizes = (Cell(c.estimate.n), Cell(c.estimate.clusters), Cell(c.estimate.seeds))
-    return (*head, Cell.of(c.estimate), *p, Cell(c.standing), Cell(c.detectable), *sizes)
+    notes, arena = (comparison_words(view), *DIFFERENCE_NOTES, level_words(view)), view.records.arena
+    return build_table("differences", "Paired differences", DIFFERENCE_FIELDS, comparisons(view), notes, arena, group=2)
 
 
 def seeds_table(view: View) -> Table:
     """The mean rewards of each training seed: with few seeds these say more than an interval."""
-    columns = (
-        Column("method"),
-        Column("decoding"),
-        Column("seed", 0),
-        Column("proxy reward", 3),
-        Column("gold reward", 3),
+
+    def mean(measure: Measure) -> Callable[[tuple[str, Decoding, int]], Value]:
+        def value(line: tuple[str, Decoding, int]) -> Value:
+            row, decoding, seed = line
+            if seed in view.failures.get(row, ()):
+                return Missing(f"failed: {view.failures[row][seed]}")
+            found = view.values(row, decoding, measure)
+            return found if isinstance(found, Missing) else float(found.values_SP[found.seeds.index(seed)].mean())
+
+        return value
+
+    fields: Sequence[Field[tuple[str, Decoding, int]]] = (
+        Field("method", lambda line: line[0]),
+        Field("decoding", lambda line: DECODING_WORDS[line[1]]),
+        Field("seed", lambda line: line[2], 0),
+        *(Field(MEASURE_WORDS[measure], mean(measure), 3) for measure in REWARDS),
     )
-    rows = []
+    lines = []
     for row, decoding in view.blocks_in_order:
         block = view.block(row, decoding)
-        for s, seed in enumerate(block.seeds if block else ()):
-            cells = []
-            for measure in REWARDS:
-                values = view.values(row, decoding, measure)
-                found = values if isinstance(values, Missing) else float(values[s].mean())
-                cells.append(Cell.of(found))
-            rows.append((Cell(row), Cell(DECODING_WORDS[decoding]), Cell(seed), *cells))
-        for seed, reason in view.failures.get(row, {}).items():
-            failed = Cell.of(Missing(f"failed: {reason}"))
-            rows.append((Cell(row), Cell(DECODING_WORDS[decoding]), Cell(seed), failed, failed))
-    return Table("seeds", "Rewards of each seed", columns, tuple(rows), (), view.records.arena, group=1)
+        lines += [(row, decoding, seed) for seed in (*(block.seeds if block else ()), *view.failures.get(row, ()))]
+    return build_table("seeds", "Rewards of each seed", fields, lines, (), view.records.arena, group=1)
 
 
 def candidates_table(view: View) -> Table:
     """How much of what each row had to learn from carried a ranking."""
-    columns = (
-        Column("method"),
-        Column("samples as"),
-        Column("k", 1),
-        Column("responses", 0),
-        Column("duplicates", 0),
-        Column("ties", 0),
-        Column("pairs", 0),
-        Column("all equal", 0),
-        Column("prompts", 0),
-        Column("seeds", 0),
+
+    @cache
+    def counted(row: str) -> metrics.CandidateStatistics:
+        return metrics.candidate_statistics(view.candidates[row].items)
+
+    fields: Sequence[Field[str]] = (
+        Field("method", lambda row: row),
+        Field("samples as", lambda row: samples_as(view, row)),
+        Field("k", lambda row: counted(row).responses / counted(row).prompts, 1),
+        Field("responses", lambda row: counted(row).responses, 0),
+        Field("duplicates", lambda row: counted(row).duplicates, 0),
+        Field("ties", lambda row: counted(row).ties, 0),
+        Field("pairs", lambda row: counted(row).pairs, 0),
+        Field("all equal", lambda row: counted(row).all_equal, 0),
+        Field("prompts", lambda row: len(view.candidates[row].prompts), 0),
+        Field("seeds", lambda row: len(view.candidates[row].seeds), 0),
     )
-    rows = []
-    for row, block in view.candidates.items():
-        found = metrics.candidate_statistics(block.items)
-        counts = (found.responses, found.duplicates, found.ties, found.pairs, found.all_equal)
-        sizes = (len(block.prompts), len(block.seeds))
-        k = Cell(found.responses / found.prompts)
-        rows.append((Cell(row), samples_as(view, row), k, *map(Cell, counts), *map(Cell, sizes)))
     notes = (
         "k: candidates a prompt. Duplicates: texts that repeat an earlier one to the same prompt. Ties: pairs of "
         "candidates with equal scores, which a ranking loss skips; all equal: prompts that teach no ranking. Counts "
         "are over all seeds; where a row samples while it trains, a prompt counts each time that it comes.",
     )
-    return Table("candidates", "Training candidates", columns, tuple(rows), notes, view.records.arena)
+    return build_table("candidates", "Training candidates", fields, view.candidates, notes, view.records.arena)
 
 
-def samples_as(view: View, row: str) -> Cell:
+def samples_as(view: View, row: str) -> str | Missing:
     """The paper's name for where a row's candidates come from."""
     if row not in view.methods or candidates_of(view.methods[row]) is None:
-        return Cell.of(Missing("it is not trained on candidates"))
-    return Cell.of(view.sampling_policy(row) or Missing("none of the paper's sampling policies"))
+        return Missing("it is not trained on candidates")
+    return view.sampling_policy(row) or Missing("none of the paper's sampling policies")
 
 
-def accuracy(view: View, row: str) -> Found:
-    """Share of held-out pairs that a row's p_i orders as the labels do."""
+def orders(view: View, row: str) -> Grid | Missing:
+    """Return how a row's p_i orders each held-out pair: 1 as its label does, 0.5 for a tie, 0 the other way round."""
     if row in GIVEN:
         return _NO_MODEL
     if view.reranked(row) is not None:
         return _no_weights(view, row)
-    block = view.pairs.get(row)
-    if block is None:
+    if row not in view.pairs:
         return view.absent(row)
-    return view.once(("accuracy", row), lambda: view.mean_of(block.array(right), block.prompts, "accuracy", row))
+    return view.pairs[row].grid(_right, one_model=view.one_model(row))
 
 
-def right(pair: PairScored) -> float:
-    """1 where the chosen reply has the higher p_i, 0.5 for a tie, 0 else."""
+def _right(pair: PairScored) -> float:
     return (pair.chosen > pair.rejected) + 0.5 * (pair.chosen == pair.rejected)
 
 
-def _accuracy_cell(view: View, row: str) -> Cell:
-    return Cell.of(accuracy(view, row))
+def accuracy(view: View, row: str) -> Found:
+    """Share of held-out pairs that a row's p_i orders as the labels do."""
+    return view.mean_of(orders(view, row), "accuracy", row)
 
 
 def features_table(view: View) -> Table | None:
     """What the replies are made of, where the world can tell."""
+    held = {name for reply in view.records.evaluated for name in reply.features or ()}
     if all(reply.features is None for reply in view.records.evaluated):
         return None
-    held = {name for reply in view.records.evaluated for name in reply.features or ()}
-    names = [name for name in FEATURES if name in held]
-    columns = (Column("method"), Column("decoding"), *(Column(name.replace("_", " "), 3) for name in names))
-    rows = []
-    for row, decoding in view.blocks_in_order:
-        block = view.block(row, decoding)
-        reason = absent(view, row, decoding) if block is None else unmeasured("features", block.items)
-        means: Mapping[str, float] = {} if block is None or reason else metrics.feature_means(block.items)
-        uncounted = reason or Missing("the world does not count it")
-        cells = [Cell(means[name]) if name in means else Cell.of(uncounted) for name in names]
-        rows.append((Cell(row), Cell(DECODING_WORDS[decoding]), *cells))
+
+    @cache
+    def means(line: Line) -> Mapping[str, float] | Missing:
+        block = view.blocks.get(line)
+        if block is None:
+            return view.absent(*line)
+        return unmeasured("features", block.items) or metrics.feature_means(block.items)
+
+    def mean(name: str) -> Callable[[Line], Value]:
+        def value(line: Line) -> Value:
+            found = means(line)
+            return found if isinstance(found, Missing) else found.get(name, Missing("the world does not count it"))
+
+        return value
+
+    fields: Sequence[Field[Line]] = (
+        Field("method", lambda line: line[0]),
+        Field("decoding", lambda line: DECODING_WORDS[line[1]]),
+        *(Field(name.replace("_", " "), mean(name), 3) for name in FEATURES if name in held),
+    )
     notes = (
         "Mean count a reply: sentences that are details of the topic, details of another topic, vague, polite, "
         "rude, said before, not of this world (garbled); refused: share of replies that refuse.",
     )
-    return Table("features", "Features of the replies", columns, tuple(rows), notes, view.records.arena, group=1)
+    arena, lines = view.records.arena, view.blocks_in_order
+    return build_table("features", "Features of the replies", fields, lines, notes, arena, group=1)
 
 
 def counts_table(view: View) -> Table:
     """Everything dropped, truncated or tied on the way; what never happened is not listed."""
-    columns = (Column("where"), Column("what"), Column("count", 0))
-    rows = [
-        (Cell(where), Cell(what.replace("_", " ")), Cell(count))
-        for where, counts in view.records.counts.items()
-        for what, count in counts.items()
-        if count
-    ]
-    return Table("counts", "Counts", columns, tuple(rows), (), view.records.arena)
+    lines = [(where, *item) for where, counts in view.records.counts.items() for item in counts.items() if item[1]]
+    fields: Sequence[Field[tuple[str, str, int]]] = (
+        Field("where", lambda line: line[0]),
+        Field("what", lambda line: line[1].replace("_", " ")),
+        Field("count", lambda line: line[2], 0),
+    )
+    return build_table("counts", "Counts", fields, lines, (), view.records.arena)
 
 
 PEAK_NOTE = (
@@ -362,11 +354,11 @@ _NO_PEAK = Missing(
 )
 
 
-def _peak(peaks: Iterable[float | None]) -> Cell:
+def _peak(peaks: Iterable[float | None]) -> float | Missing:
     """Return the largest peak, or the reason for a dash when one of them was not measured."""
     found = list(peaks)
     known = [peak for peak in found if peak is not None]
-    return Cell(max(known)) if known and len(known) == len(found) else Cell.of(_NO_PEAK)
+    return max(known) if known and len(known) == len(found) else _NO_PEAK
 
 
 def cost_tables(view: View) -> list[Table]:
@@ -398,68 +390,61 @@ _NO_COST = Missing("no cost of this row was recorded")
 
 def method_costs(view: View) -> Table:
     """Return what each row costs in all, mean over seeds, and the models that its settings name."""
-    columns = (
-        Column("method"),
-        Column("seconds", 1),
-        Column("of these shared", 1),
-        Column("train peak MiB", 0),
-        Column("sampled tokens", 0),
-        Column("sampled replies", 0),
-        Column("reward calls", 0),
-        Column("optimiser steps", 0),
-        Column("models", 0),
-        Column("models in memory"),
+    costs: dict[str, list[Cost]] = defaultdict(list)
+    for (row, _), cost in view.records.costs.items():
+        costs[row].append(cost)
+
+    def of_costs(value: Callable[[list[Cost]], Value]) -> Callable[[str], Value]:
+        """Return a number of a row's costs, or why it has none."""
+
+        def read(row: str) -> Value:
+            if row in costs:
+                return value(costs[row])
+            if view.methods[row].family == "inference":
+                return _AT_INFERENCE
+            return view.absent(row) if row in view.failures else _NO_COST
+
+        return read
+
+    def mean(value: Callable[[Cost], float]) -> Callable[[str], Value]:
+        return of_costs(lambda found: Cell(math.fsum(map(value, found)) / len(found), seeds=len(found)))
+
+    fields: Sequence[Field[str]] = (
+        Field("method", lambda row: row),
+        Field("seconds", mean(lambda cost: cost.seconds), 1),
+        Field("of these shared", mean(lambda cost: cost.shared_seconds), 1),
+        Field("train peak MiB", of_costs(lambda found: _peak(cost.train_peak_mib for cost in found)), 0),
+        Field("sampled tokens", mean(lambda cost: cost.sampled_tokens), 0),
+        Field("sampled replies", mean(lambda cost: cost.sampled_replies), 0),
+        Field("reward calls", mean(lambda cost: cost.reward_calls), 0),
+        Field("optimiser steps", mean(lambda cost: cost.steps), 0),
+        Field("models", lambda row: _models(view, row), 0),
+        Field("models in memory", lambda row: ", ".join(view.methods[row].models_in_memory())),
     )
-    rows = []
-    for row, settings in view.methods.items():
-        models = settings.models_in_memory()
-        rows.append((Cell(row), *_cost_cells(view, row), Cell(len(models)), Cell(", ".join(models))))
-    return Table("cost", "Cost by method", columns, tuple(rows), COST_NOTES, view.records.arena)
-
-
-def _cost_cells(view: View, row: str) -> tuple[Cell, ...]:
-    """Return the measured costs of a row."""
-    costs = [cost for (name, _), cost in view.records.costs.items() if name == row]
-    if not costs:
-        missing = view.absent(row) if row in view.failures else _NO_COST
-        return (Cell.of(_AT_INFERENCE if view.methods[row].family == "inference" else missing),) * 7
-
-    def mean(values: Iterable[float]) -> Cell:
-        return Cell(math.fsum(values) / len(costs), seeds=len(costs))
-
-    return (
-        mean(cost.seconds for cost in costs),
-        mean(cost.shared_seconds for cost in costs),
-        _peak(cost.train_peak_mib for cost in costs),
-        mean(cost.sampled_tokens for cost in costs),
-        mean(cost.sampled_replies for cost in costs),
-        mean(cost.reward_calls for cost in costs),
-        mean(cost.steps for cost in costs),
-    )
+    return build_table("cost", "Cost by method", fields, view.methods, COST_NOTES, view.records.arena)
 
 
 def stage_costs(view: View) -> Table:
     """Return the seconds and peak memory of each kind of stage, by row."""
-    columns = (
-        Column("stage"),
-        Column("row"),
-        Column("runs", 0),
-        Column("seconds", 1, interval=True),
-        Column("seconds, total", 1),
-        Column("peak MiB", 0),
-    )
-    groups: dict[tuple[str, str], list[Timing]] = defaultdict(list)
+    runs: dict[tuple[str, str], list[Timing]] = defaultdict(list)
     for timing in view.records.timings:
-        groups[timing.stage, timing.row or "all"].append(timing)
-    rows = []
-    for (stage, row), timings in groups.items():
+        runs[timing.stage, timing.row or "all"].append(timing)
+
+    def mean(timings: Sequence[Timing]) -> Cell:
         seconds = [timing.seconds for timing in timings]
-        mean = Cell(math.fsum(seconds) / len(seconds), min(seconds), max(seconds))
-        peak = _peak(timing.peak_mib for timing in timings)
-        rows.append((Cell(stage), Cell(row), Cell(len(timings)), mean, Cell(math.fsum(seconds)), peak))
+        return Cell(math.fsum(seconds) / len(seconds), min(seconds), max(seconds))
+
+    fields: Sequence[Field[tuple[str, str]]] = (
+        Field("stage", lambda line: line[0]),
+        Field("row", lambda line: line[1]),
+        Field("runs", lambda line: len(runs[line]), 0),
+        Field("seconds", lambda line: mean(runs[line]), 1, interval=True),
+        Field("seconds, total", lambda line: math.fsum(timing.seconds for timing in runs[line]), 1),
+        Field("peak MiB", lambda line: _peak(timing.peak_mib for timing in runs[line]), 0),
+    )
     notes = (
         "Seconds: of the whole stage, mean [least, most] over its runs, one run per seed when seeds differ. Those of a "
         "train stage include loading and the rewards on the dev prompts along the way.",
         PEAK_NOTE,
     )
-    return Table("cost_stages", "Cost by stage", columns, tuple(rows), notes, view.records.arena)
+    return build_table("cost_stages", "Cost by stage", fields, runs, notes, view.records.arena)

@@ -8,29 +8,28 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
-from typing import Generic, Literal, Protocol, TypeAlias, TypeVar
+from itertools import chain
+from operator import attrgetter
+from typing import Literal, Protocol, TypeAlias, TypeVar
 
-import numpy as np
-
+from rrhf_bench.evaluation.grid import Block, Grid, Missing, pair
 from rrhf_bench.evaluation.statistics import (
     Estimate,
-    Floats,
     SeedVariance,
     bootstrap_mean,
     paired_difference,
     pool_seed_variance,
 )
 from rrhf_bench.pipeline.results import RunRecords
-from rrhf_bench.records import Candidates, CurvePoint, Decoding, Evaluated, PairScored, PoolScored, Prompt
+from rrhf_bench.records import Candidates, Decoding, Evaluated, PairScored, PoolScored, Prompt
 from rrhf_bench.registry import Method, find
-from rrhf_bench.report.table import DECODING_WORDS, Missing
+from rrhf_bench.report.table import DECODING_WORDS
 from rrhf_bench.seeding import generator
 from rrhf_bench.settings.candidates import recipe_of
 from rrhf_bench.settings.methods import MethodSettings, candidates_of
 
-Measure = Literal["reward", "gold", "kl", "tokens"]
+Measure = Literal["reward", "gold", "kl", "tokens", "nll"]
 Found: TypeAlias = Estimate | Missing
 
 BASE = "base"
@@ -51,44 +50,25 @@ class _Prompted(Protocol):
     def prompt(self) -> Prompt: ...
 
 
+K = TypeVar("K")
 T = TypeVar("T", bound=_Prompted)
 
 
-@dataclass(frozen=True)
-class Block(Generic[T]):
-    """Records as seeds x prompts, the same prompts in every seed. ``dropped`` counts those that some seed lacks."""
-
-    seeds: tuple[int, ...]
-    prompts: tuple[str, ...]  # ids, sorted
-    items_SP: tuple[tuple[T, ...], ...]
-    dropped: int
-
-    @property
-    def items(self) -> list[T]:
-        return [item for items_P in self.items_SP for item in items_P]
-
-    def array(self, value: Callable[[T], float]) -> Floats:
-        """(S, P)"""
-        return np.array([[value(item) for item in items_P] for items_P in self.items_SP], dtype=np.float64)
-
-    def only(self, seeds: Sequence[int], prompts: Sequence[str]) -> Block[T]:
-        """The part with these seeds and prompts, in their order; all of them must be there."""
-        columns = [self.prompts.index(prompt) for prompt in prompts] if prompts != self.prompts else None
-        chosen = [self.items_SP[self.seeds.index(seed)] for seed in seeds]
-        rows = tuple(items_P if columns is None else tuple(items_P[c] for c in columns) for items_P in chosen)
-        return Block(tuple(seeds), tuple(prompts), rows, self.dropped)
-
-
-def align(by_seed: Mapping[int, Iterable[T]]) -> Block[T] | None:
-    """The records of each seed on the prompts that every seed has; None where there is none."""
-    keyed = {seed: _keyed(items) for seed, items in by_seed.items()}
-    common = set.intersection(*(set(items) for items in keyed.values())) if keyed else set()
-    if not common:
-        return None
-    seeds, keys = sorted(keyed), sorted(common)
-    dropped = len(set().union(*keyed.values())) - len(common)
-    rows = tuple(tuple(keyed[seed][key] for key in keys) for seed in seeds)
-    return Block(tuple(seeds), tuple(f"{prompt}/{k}" if k else prompt for prompt, k in keys), rows, dropped)
+def _aligned(items: Iterable[tuple[K, int, T]]) -> dict[K, Block[T]]:
+    """Return the records of each key by seed, on the prompts that all of them have. A key with none is left out."""
+    groups: dict[K, dict[int, list[T]]] = defaultdict(lambda: defaultdict(list))
+    for key, seed, item in items:
+        groups[key][seed].append(item)
+    found = {}
+    for key, by_seed in groups.items():
+        keyed = {seed: _keyed(of_seed) for seed, of_seed in sorted(by_seed.items())}
+        every = set().union(*keyed.values())
+        common = sorted(every.intersection(*keyed.values()))
+        if common:
+            prompts = tuple(f"{prompt}/{k}" if k else prompt for prompt, k in common)
+            rows = tuple(tuple(of_seed[place] for place in common) for of_seed in keyed.values())
+            found[key] = Block(tuple(keyed), prompts, rows, len(every) - len(common))
+    return found
 
 
 def _keyed(items: Iterable[T]) -> dict[tuple[str, int], T]:
@@ -110,26 +90,18 @@ class View:
         self.experiment = records.experiment
         self.methods: Mapping[str, MethodSettings] = records.experiment.methods
         self._found: dict[tuple[str, ...], Found] = {}
-        self._pooled: dict[tuple[Decoding, Measure], SeedVariance | None] = {}
+        self._pooled: dict[tuple[Decoding, Measure, View | None], SeedVariance | None] = {}
 
     @cached_property
     def blocks(self) -> dict[tuple[str, Decoding], Block[Evaluated]]:
-        groups: dict[tuple[str, Decoding], dict[int, list[Evaluated]]] = defaultdict(lambda: defaultdict(list))
-        for reply in self.records.evaluated:
-            groups[reply.method, reply.decoding][reply.seed].append(reply)
-        aligned = {key: align(by_seed) for key, by_seed in groups.items()}
-        return {key: block for key, block in aligned.items() if block is not None}
+        """The replies by row and decoding."""
+        return _aligned(((reply.method, reply.decoding), reply.seed, reply) for reply in self.records.evaluated)
 
     @cached_property
     def pairs(self) -> dict[str, Block[PairScored]]:
         """p_i of the held-out pairs by row, and the reward model's own scores under "reward model"."""
-        groups: dict[str, dict[int, list[PairScored]]] = defaultdict(lambda: defaultdict(list))
-        for pair in self.records.pairs:
-            groups[pair.method][pair.seed].append(pair)
-        for pair in self.records.reward_pairs:
-            groups["reward model"][pair.seed].append(pair)
-        aligned = {row: align(by_seed) for row, by_seed in groups.items()}
-        return {row: block for row, block in aligned.items() if block is not None}
+        own = (("reward model", scored.seed, scored) for scored in self.records.reward_pairs)
+        return _aligned(chain(((scored.method, scored.seed, scored) for scored in self.records.pairs), own))
 
     @cached_property
     def failures(self) -> dict[str, dict[int, str]]:
@@ -143,8 +115,10 @@ class View:
         """Return the seed, stage, place and reason of each failure of a row."""
         return "; ".join(f"seed {seed} ({reason})" for seed, reason in self.failures[row].items())
 
-    def absent(self, row: str) -> Missing:
-        """Why a row has no records."""
+    def absent(self, row: str, decoding: Decoding | None = None) -> Missing:
+        """Return why a row has no records, or no replies under a decoding."""
+        if decoding == "greedy" and self.reranked(row) is not None:
+            return Missing(f"greedy decoding leaves {self.method(row).label} nothing to choose from")
         return Missing(f"{row} failed: {self.failed_words(row)}") if row in self.failures else ABSENT
 
     @cached_property
@@ -164,17 +138,13 @@ class View:
         return self._candidates(self.records.test_candidates)
 
     def _candidates(self, rows: Mapping[tuple[str, int], Sequence[Candidates]]) -> dict[str, Block[Candidates]]:
-        found = {}
-        for row in self.rows:
-            block = align({seed: groups for (name, seed), groups in rows.items() if name == row})
-            if block is not None:
-                found[row] = block
-        return found
+        found = _aligned((row, seed, group) for (row, seed), groups in rows.items() for group in groups)
+        return {row: found[row] for row in self.rows if row in found}
 
     @cached_property
     def pool(self) -> Block[PoolScored] | None:
         """Samples of the initial policy on the first prompts."""
-        return align({seed: pool for seed, pool in self.records.pools.items() if pool})
+        return _aligned((None, seed, scored) for seed, pool in self.records.pools.items() for scored in pool).get(None)
 
     @property
     def rows(self) -> tuple[str, ...]:
@@ -239,12 +209,8 @@ class View:
 
     def dev_reward(self, row: str, decoding: Decoding) -> float | None:
         """Mean over seeds of the reward on the dev prompts at the end of training: what rows are picked by."""
-        last: dict[int, CurvePoint] = {}
-        for point in self.records.curves:
-            if (point.method, point.decoding) == (row, decoding) and (
-                point.seed not in last or point.fraction > last[point.seed].fraction
-            ):
-                last[point.seed] = point
+        points = [point for point in self.records.curves if (point.method, point.decoding) == (row, decoding)]
+        last = {point.seed: point for point in sorted(points, key=lambda point: point.fraction)}
         means = [math.fsum(last[seed].rewards) / len(last[seed].rewards) for seed in sorted(last)]
         return math.fsum(means) / len(means) if means else None
 
@@ -288,18 +254,22 @@ class View:
         return int(getattr(settings, "n", 1))
 
     def one_model(self, row: str) -> bool:
-        """An initial policy is one model whatever the training seed: a single row of it stands against all of them."""
-        return row in self.policies
+        """An initial policy, or a data set's reply, is the same for every training seed."""
+        return row not in self.methods
 
     def block(self, row: str, decoding: Decoding) -> Block[Evaluated] | None:
         return self.blocks.get((row, decoding))
 
-    def values(self, row: str, decoding: Decoding, measure: Measure) -> Floats | Missing:
-        """Return the (S, P) values of a measure, or why there are none."""
+    def values(self, row: str, decoding: Decoding, measure: Measure) -> Grid | Missing:
+        """Return the values of a measure, or why there are none; "nll" is per token, nan for a text without tokens."""
         block = self.block(row, decoding)
         if block is None:
-            return self.absent(row)
-        return self.unmeasured(measure, decoding, block.items) or block.array(lambda reply: getattr(reply, measure))
+            return self.absent(row, decoding)
+        for field in ("nll", "nll_tokens") if measure == "nll" else (measure,):
+            if missing := self.unmeasured(field, decoding, block.items):
+                return missing
+        value = _nll_per_token if measure == "nll" else attrgetter(measure)
+        return block.grid(value, one_model=self.one_model(row))
 
     def unmeasured(self, field: str, decoding: Decoding, replies: Sequence[Evaluated]) -> Missing | None:
         """Return why a row has no number for a field of its replies, or None if it has one."""
@@ -318,11 +288,14 @@ class View:
         """The rows that are trained once per seed."""
         return [row for row, settings in self.methods.items() if settings.family != "inference"]
 
-    def pooled(self, decoding: Decoding, measure: Measure) -> SeedVariance | None:
-        """Return the variance between seeds over all trained rows; None if fewer than two rows have one."""
-        key = decoding, measure
+    def pooled(self, decoding: Decoding, measure: Measure, other: View | None = None) -> SeedVariance | None:
+        """Return the variance between seeds over all trained rows, of ``other`` as well if it is given; None if fewer
+        than two rows have one."""
+        key = decoding, measure, other
         if key not in self._pooled:
-            self._pooled[key] = pool(decoding, measure, self)
+            views = (self,) if other is None else (self, other)
+            found = [view.values(row, decoding, measure) for view in views for row in view.trained]
+            self._pooled[key] = pool_seed_variance([grid.mean_S for grid in found if isinstance(grid, Grid)])
         return self._pooled[key]
 
     def clusters(self, prompts: Sequence[str]) -> list[str]:
@@ -332,66 +305,56 @@ class View:
 
     def mean(self, row: str, decoding: Decoding, measure: Measure) -> Found:
         """Return the mean over seeds and prompts, with its interval."""
-        return self.once(("mean", row, decoding, measure), lambda: self._mean(row, decoding, measure))
-
-    def _mean(self, row: str, decoding: Decoding, measure: Measure) -> Found:
-        values, block = self.values(row, decoding, measure), self.block(row, decoding)
-        if isinstance(values, Missing):
-            return values
-        assert block is not None
         pooled = self.pooled(decoding, measure) if row in self.trained else None
-        return self.mean_of(values, block.prompts, "mean", row, decoding, measure, pooled=pooled)
+        return self.mean_of(self.values(row, decoding, measure), "mean", row, decoding, measure, pooled=pooled)
 
-    def mean_of(
-        self, values_SP: Floats, prompts: Sequence[str], *name: str, pooled: SeedVariance | None = None
-    ) -> Found:
-        """Return the mean of values (seeds, prompts) with its interval; its draws are named by ``name``."""
-        if values_SP.shape[1] < 2:
+    def mean_of(self, grid: Grid | Missing, *name: str, pooled: SeedVariance | None = None) -> Found:
+        """Return the mean of values with its interval, computed once for each ``name``, which names its draws."""
+        if isinstance(grid, Missing):
+            return grid
+        if len(grid.prompts) < 2:
             return Missing("one prompt only: its mean has no interval")
-        rng = generator("report", *name)
-        return bootstrap_mean(values_SP, rng=rng, clusters_P=self.clusters(prompts), pooled=pooled)
+        clusters, rng = self.clusters(grid.prompts), generator("report", *name)
+        return self._once(name, lambda: bootstrap_mean(grid.values_SP, rng=rng, clusters_P=clusters, pooled=pooled))
 
-    def difference(self, a: str, b: str, decoding: Decoding, measure: Measure) -> Found:
-        """Mean of a - b on the prompts and seeds that both have."""
-        return self.once(("difference", a, b, decoding, measure), lambda: self._difference(a, b, decoding, measure))
+    def difference(self, a: str, b: str, decoding: Decoding, measure: Measure, other: View | None = None) -> Found:
+        """Return the mean of row ``a`` minus row ``b`` on the prompts and seeds that both have.
 
-    def _difference(self, a: str, b: str, decoding: Decoding, measure: Measure) -> Found:
-        return difference_between(self, a, self, b, decoding, measure, self.pooled(decoding, measure))
+        ``b`` is a row of ``other``, a run of the same arena, if one is given.
+        """
+        sides = []
+        for view, row in ((self, a), (other or self, b)):
+            found = view.values(row, decoding, measure)
+            if isinstance(found, Missing) and view.block(row, decoding) is not None:
+                return Missing(f"{row}: {found.reason}")
+            if isinstance(found, Missing):
+                words = DECODING_WORDS[decoding]
+                return found if row in view.failures else Missing(f"the run holds no {words} replies of {row}")
+            sides.append(found)
+        return difference_of(sides[0], sides[1], self.clusters, self.pooled(decoding, measure, other))
 
-    def once(self, key: tuple[str, ...], make: Callable[[], Found]) -> Found:
-        """Return the value of ``make``, computed once for each ``key``."""
+    def _once(self, key: tuple[str, ...], make: Callable[[], Found]) -> Found:
         if key not in self._found:
             self._found[key] = make()
         return self._found[key]
 
 
-def pool(decoding: Decoding, measure: Measure, *views: View) -> SeedVariance | None:
-    """Return the variance between seeds over the trained rows of one or more runs."""
-    found = [view.values(row, decoding, measure) for view in views for row in view.trained]
-    return pool_seed_variance([values.mean(axis=1) for values in found if not isinstance(values, Missing)])
-
-
-def difference_between(
-    one: View, a: str, other: View, b: str, decoding: Decoding, measure: Measure, pooled: SeedVariance | None
+def difference_of(
+    a: Grid | Missing,
+    b: Grid | Missing,
+    clusters: Callable[[Sequence[str]], list[str]],
+    pooled: SeedVariance | None = None,
 ) -> Found:
-    """Return the mean of row ``a`` of one run minus row ``b`` of another, or of the same, on the prompts and seeds that
-    both have. Both runs must be of one arena. ``pooled``: the variance between seeds of the rows read together."""
-    blocks = [one.block(a, decoding), other.block(b, decoding)]
-    for view, row, block in zip((one, other), (a, b), blocks, strict=True):
-        if block is None and row in view.failures:
-            return view.absent(row)
-        if block is None:
-            return Missing(f"the run holds no {DECODING_WORDS[decoding]} replies of {row}")
-        reason = view.unmeasured(measure, decoding, block.items)
-        if reason:
-            return Missing(f"{row}: {reason.reason}")
-    first, second = (block for block in blocks if block is not None)
-
-    def value(reply: Evaluated) -> float:
-        return float(getattr(reply, measure))
-
-    alone = (one.one_model(a) and len(first.seeds) == 1) or (other.one_model(b) and len(second.seeds) == 1)
-    return paired(first, value, second, value, one.clusters, every_seed=alone, pooled=pooled)
+    """Return the mean of a - b on the prompts and seeds of both. ``clusters`` gives the cluster of each prompt."""
+    if isinstance(a, Missing):
+        return a
+    if isinstance(b, Missing):
+        return b
+    found = pair(a, b)
+    if isinstance(found, Missing):
+        return found
+    a_SP, b_SP, prompts = found
+    return paired_difference(a_SP, b_SP, clusters_P=clusters(prompts), pooled=pooled)
 
 
 def changed(settings: MethodSettings) -> dict[str, object]:
@@ -400,37 +363,6 @@ def changed(settings: MethodSettings) -> dict[str, object]:
     fields = {key: field for key, field in type(settings).model_fields.items() if key not in where_from}
     found = {key: getattr(settings, key) for key in fields}
     return {key: value for key, value in found.items() if value != fields[key].default}
-
-
-A = TypeVar("A", bound=_Prompted)
-B = TypeVar("B", bound=_Prompted)
-
-
-def paired(
-    a: Block[A],
-    a_value: Callable[[A], float],
-    b: Block[B],
-    b_value: Callable[[B], float],
-    clusters: Callable[[Sequence[str]], list[str]],
-    *,
-    every_seed: bool = False,
-    pooled: SeedVariance | None = None,
-) -> Found:
-    """Return the mean of a - b on the prompts and seeds that both have. ``clusters`` gives the cluster of each prompt.
-    With ``every_seed``, the side with one seed stands against all seeds of the other."""
-    prompts = tuple(sorted(set(a.prompts) & set(b.prompts)))
-    if len(prompts) < 2:
-        return Missing("fewer than 2 prompts in common")
-    seeds = tuple(seed for seed in a.seeds if seed in b.seeds)
-    if not (seeds or every_seed):
-        return Missing("no seed in common")
-    a_seeds, b_seeds = (a.seeds, b.seeds) if every_seed else (seeds, seeds)
-    return paired_difference(
-        a.only(a_seeds, prompts).array(a_value),
-        b.only(b_seeds, prompts).array(b_value),
-        clusters_P=clusters(prompts),
-        pooled=pooled,
-    )
 
 
 def unmeasured(field: str, replies: Sequence[Evaluated]) -> Missing | None:
@@ -443,3 +375,8 @@ def unmeasured(field: str, replies: Sequence[Evaluated]) -> Missing | None:
     if missing == len(replies):
         return Missing(f"no {MEASURE_WORDS.get(field, field)} was measured here")
     return Missing(f"{missing} of {len(replies)} replies have no {MEASURE_WORDS.get(field, field)}")
+
+
+def _nll_per_token(reply: Evaluated) -> float:
+    assert reply.nll is not None
+    return reply.nll / reply.nll_tokens if reply.nll_tokens else math.nan
