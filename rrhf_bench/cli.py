@@ -134,7 +134,7 @@ def plan(file: ExperimentFile, override: Overrides = None, runs: Runs = Path("ru
         for name, method in experiment.methods.items()
     }
     done = sum(stage["done"] for stage in stages)
-    words = [
+    words: list[Any] = [
         table_of(
             "stage", "state", "size", rows=((s["name"], "done" if s["done"] else "to do", s["size"]) for s in stages)
         ),
@@ -274,7 +274,7 @@ def cache(
         "removed": items(removed),
         "damaged": dict(damaged),
     }
-    kinds = [(kind, n, decimal(size)) for kind, (n, size) in sizes.items()]
+    kinds: list[tuple[object, ...]] = [(kind, n, decimal(size)) for kind, (n, size) in sizes.items()]
     kinds += [("journals of judges", "-", decimal(found.journals))] if found.journals else []
     users = ((run, n, decimal(size), decimal(own)) for run, (n, size, own) in by_run.items())
     words = [

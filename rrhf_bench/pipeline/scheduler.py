@@ -212,7 +212,7 @@ def _pool(workers: int, reporter: Reporter) -> Iterator[Callable[..., Future[flo
         _listening(queue, reporter),
         ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(queue, threads)) as pool,
     ):
-        yield partial(pool.submit, _make_in_worker)
+        yield lambda *arguments, **events: pool.submit(_make_in_worker, *arguments, **events)
 
 
 def _make_here(reporter: Reporter, stage: Stage, *arguments: Any, events: Path | None) -> Future[float | None]:
@@ -220,7 +220,7 @@ def _make_here(reporter: Reporter, stage: Stage, *arguments: Any, events: Path |
     future: Future[float | None] = Future()
     try:
         progress = partial(reporter.progress, stage.name)
-        future.set_result(make(stage, *arguments, progress, reporter.note, events))
+        future.set_result(make(stage, *arguments, progress=progress, note=reporter.note, events=events))
     except BaseException as error:
         future.set_exception(error)
     return future
@@ -251,7 +251,10 @@ def _make_in_worker(stage: Stage, *arguments: Any, events: Path | None) -> float
             last = time.monotonic()
             _process["queue"].put(("progress", stage.name, done, total))
 
-    return make(stage, *arguments, progress, lambda text: _process["queue"].put(("note", text)), events)
+    def note(text: str) -> None:
+        _process["queue"].put(("note", text))
+
+    return make(stage, *arguments, progress=progress, note=note, events=events)
 
 
 @contextmanager
