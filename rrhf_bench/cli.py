@@ -114,18 +114,8 @@ def plan(file: ExperimentFile, override: Overrides = None, runs: Runs = Path("ru
     made = make_plan(load_experiment(file, override or []))
     store = Store(runs / "store")
     experiment, backend = made.experiment, made.backend
-    stages: list[dict[str, Any]] = [
-        {
-            "name": stage.name,
-            "kind": stage.kind,
-            "row": stage.row,
-            "seed": stage.seed,
-            "key": stage.key,
-            "done": store.has(stage.key),
-            "size": stage.size,
-        }
-        for stage in made.stages
-    ]
+    shown = ("name", "kind", "row", "seed", "key", "size")
+    stages = [{key: getattr(s, key) for key in shown} | {"done": store.has(s.key)} for s in made.stages]
     methods: dict[str, dict[str, Any]] = {
         name: {
             "budget": method.budget(experiment.data.train_prompts, experiment.responses(method)),
@@ -134,24 +124,17 @@ def plan(file: ExperimentFile, override: Overrides = None, runs: Runs = Path("ru
         for name, method in experiment.methods.items()
     }
     done = sum(stage["done"] for stage in stages)
-    words: list[Any] = [
-        table_of(
-            "stage", "state", "size", rows=((s["name"], "done" if s["done"] else "to do", s["size"]) for s in stages)
-        ),
+    states = ((stage["name"], "done" if stage["done"] else "to do", stage["size"]) for stage in stages)
+    models = {name: method["models_in_memory"] for name, method in methods.items()}
+    rows = ((name, m["budget"], f"{len(models[name])}: {', '.join(models[name])}") for name, m in methods.items())
+    words = (
+        table_of("stage", "state", "size", rows=states),
         "",
-        table_of(
-            "method",
-            "trains on",
-            "models in memory",
-            rows=(
-                (name, m["budget"], f"{len(m['models_in_memory'])}: {', '.join(m['models_in_memory'])}")
-                for name, m in methods.items()
-            ),
-        ),
+        table_of("method", "trains on", "models in memory", rows=rows),
         "",
         f"sampler: {backend.identity}" + (f" ({backend.note})" if backend.note else ""),
         f"{len(stages)} stages: {done} done, {len(stages) - done} to do, store {store.root}",
-    ]
+    )
     value = {"experiment": experiment.name, "sampler": backend.identity, "stages": stages, "methods": methods}
     answer(as_json, value, *words)
 

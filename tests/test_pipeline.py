@@ -74,10 +74,10 @@ from rrhf_bench.pipeline import scheduler
 def disturb():
     random.random(), numpy.random.rand(3), torch.rand(7)
 
-def make(stage, *rest, made=scheduler.make, **more):
+def make(stage, *rest, made=scheduler.make):
     random.seed(stage.name), numpy.random.seed(len(stage.name)), torch.manual_seed(len(stage.name))
     disturb()
-    return made(stage, *rest, **more)
+    return made(stage, *rest)
 
 def progress(self, *rest, reported=terminal.TerminalReporter.progress):
     disturb()

@@ -70,7 +70,7 @@ def run_plan(plan: Plan, store: Store, reporter: Reporter, events: Path | None =
             for stage in ready[: workers - len(running)] if failure is None else ():
                 waiting.remove(stage)
                 reporter.started(stage)
-                running[submit(stage, store, runtime, plan.backend.name, events=events)] = stage
+                running[submit(stage, store, runtime, plan.backend.name, events)] = stage
             if not running:
                 break
             for ended in wait(running, return_when=FIRST_COMPLETED).done:
@@ -212,15 +212,17 @@ def _pool(workers: int, reporter: Reporter) -> Iterator[Callable[..., Future[flo
         _listening(queue, reporter),
         ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(queue, threads)) as pool,
     ):
-        yield lambda *arguments, **events: pool.submit(_make_in_worker, *arguments, **events)
+        yield lambda *arguments: pool.submit(_make_in_worker, *arguments)
 
 
-def _make_here(reporter: Reporter, stage: Stage, *arguments: Any, events: Path | None) -> Future[float | None]:
+def _make_here(
+    reporter: Reporter, stage: Stage, store: Store, runtime: RuntimeSettings, backend: BackendName, events: Path | None
+) -> Future[float | None]:
     """Make a stage in this process and return a future that is done."""
     future: Future[float | None] = Future()
     try:
         progress = partial(reporter.progress, stage.name)
-        future.set_result(make(stage, *arguments, progress=progress, note=reporter.note, events=events))
+        future.set_result(make(stage, store, runtime, backend, progress, reporter.note, events))
     except BaseException as error:
         future.set_exception(error)
     return future
@@ -242,7 +244,9 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _make_in_worker(stage: Stage, *arguments: Any, events: Path | None) -> float | None:
+def _make_in_worker(
+    stage: Stage, store: Store, runtime: RuntimeSettings, backend: BackendName, events: Path | None
+) -> float | None:
     last = 0.0
 
     def progress(done: int, total: int) -> None:
@@ -254,7 +258,7 @@ def _make_in_worker(stage: Stage, *arguments: Any, events: Path | None) -> float
     def note(text: str) -> None:
         _process["queue"].put(("note", text))
 
-    return make(stage, *arguments, progress=progress, note=note, events=events)
+    return make(stage, store, runtime, backend, progress, note, events)
 
 
 @contextmanager
