@@ -202,14 +202,13 @@ def ls(runs: Runs = Path("runs"), as_json: Json = False) -> None:
         page = folder / "report" / "report.md"
         complete = [key for key in stages if store.has(key)]
         begun = (key for key in stages if key not in complete and store.scratch(key).is_dir())
-        who = holder(run_lock_path(folder))
         found.append(
             {
                 "run": folder.name,
                 "stages": len(stages),
                 "complete": len(complete),
                 "unfinished": [stages[key]["name"] for key in begun],
-                "held": None if who is None else str(who),
+                "held": holder(run_lock_path(folder)),
                 "report": str(page) if page.is_file() else None,
             }
         )

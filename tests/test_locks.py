@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -20,7 +21,7 @@ import pytest
 from rrhf_bench import cli
 from rrhf_bench.errors import StageError, StoreError
 from rrhf_bench.pipeline import scheduler
-from rrhf_bench.pipeline.locks import Holder, LockHeld, exclusive_lock, holder
+from rrhf_bench.pipeline.locks import LockHeld, exclusive_lock, holder
 from rrhf_bench.pipeline.run_folder import run_lock
 from rrhf_bench.pipeline.stage_graph import Stage
 from rrhf_bench.pipeline.stages import BODIES
@@ -73,10 +74,7 @@ def lock(tmp_path: Path) -> Path:
 def test_a_lock_is_a_file_for_as_long_as_it_is_held(lock: Path) -> None:
     assert holder(lock) is None
     with exclusive_lock(lock, "it"):
-        found = holder(lock)
-        assert isinstance(found, Holder)
-        assert found.pid == os.getpid()
-        assert str(found).startswith(f"process {os.getpid()} on ")
+        assert (holder(lock) or "").startswith(f"process {os.getpid()} on ")
     assert holder(lock) is None
     assert list(lock.parent.iterdir()) == []
 
@@ -85,14 +83,10 @@ def test_the_second_is_told_who_and_since_when(lock: Path, start: Start) -> None
     process = start(HOLD, lock, 60)
     with pytest.raises(LockHeld) as caught, exclusive_lock(lock, "runs/smoke", patience=0.2):
         pytest.fail("the block must not start")
-    who = json.loads(lock.read_text())
-    assert who["pid"] == process.pid
-    assert who["command"] == f"-c {lock} 60"
-    assert str(caught.value) == (
-        f"runs/smoke: is held by process {process.pid} on {who['host']} since {who['since']} (-c {lock} 60); "
-        "wait until it ends, or stop it"
-    )
-    assert isinstance(holder(lock), Holder)
+    who = holder(lock)
+    assert who is not None
+    assert re.fullmatch(rf"process {process.pid} on \S+ since \S+ \S+ \(-c {re.escape(str(lock))} 60\)", who)
+    assert str(caught.value) == f"runs/smoke: is held by {who}; wait until it ends, or stop it"
 
 
 def test_a_lock_ends_with_its_process_and_its_file_means_nothing(lock: Path, start: Start) -> None:
@@ -102,9 +96,7 @@ def test_a_lock_ends_with_its_process_and_its_file_means_nothing(lock: Path, sta
     assert lock.is_file()
     assert holder(lock) is None
     with exclusive_lock(lock, "it", patience=0.0):
-        found = holder(lock)
-        assert isinstance(found, Holder)
-        assert found.pid == os.getpid()
+        assert (holder(lock) or "").startswith(f"process {os.getpid()} on ")
     assert not lock.exists()
 
 
