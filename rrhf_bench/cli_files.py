@@ -201,7 +201,7 @@ def evaluate(
 ) -> None:
     """Judge a policy on prompts: one record a prompt and decoding."""
     from rrhf_bench.pipeline.file_commands import model_ref, pad_token_of
-    from rrhf_bench.pipeline.stages import decodings
+    from rrhf_bench.pipeline.stage_helpers import decodings
 
     names = decoding.split(",")
     if not set(names) <= {"greedy", "sample"}:

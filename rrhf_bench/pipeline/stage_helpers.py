@@ -97,6 +97,22 @@ class Judges:
         return verdicts
 
 
+def decodings(evaluation: Mapping[str, Any], seed: int, purpose: str) -> dict[Decoding, SamplingSpec]:
+    """Return the arena's ways to decode: one reply a prompt."""
+    return {
+        decoding: SamplingSpec(
+            n=1,
+            temperature=0.0 if decoding == "greedy" else evaluation["temperature"],
+            top_k=0 if decoding == "greedy" else evaluation["top_k"],
+            max_new_tokens=evaluation["max_new_tokens"],
+            seed=seed,
+            purpose=f"{purpose}/{decoding}",
+            stop=tuple(evaluation["stop"]),
+        )
+        for decoding in evaluation["decoding"]
+    }
+
+
 def evaluate(
     row: str,
     seed: int,
