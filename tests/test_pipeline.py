@@ -9,7 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -17,9 +17,9 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import Cli
 from safetensors.torch import load_file
 
-from rrhf_bench import cli
 from rrhf_bench.data.rrhf_files import load_candidates
 from rrhf_bench.jsonl import read_jsonl
 from rrhf_bench.pipeline.memory import reset_peak
@@ -328,28 +328,21 @@ RunCli = Callable[..., Any]
 
 
 @pytest.fixture
-def run_cli(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Iterator[RunCli]:
-    """Runs the command line in this process on one thread: what it prints with --json."""
+def run_cli(cli: Cli, one_thread: None) -> RunCli:
+    """Run the command line in this process on one thread, and return what it prints with --json."""
 
     def run(*words: object, code: int = 0) -> Any:
-        monkeypatch.setattr(sys, "argv", ["rrhf-bench", *map(str, words), "--json"])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        printed = capfd.readouterr()
-        assert (ended.value.code or 0) == code, printed.err
-        return json.loads(printed.out)
+        found = cli(*words, "--json")
+        assert found.code == code, found.err
+        return json.loads(found.out)
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield run
-    torch.set_num_threads(threads)
+    return run
 
 
 @pytest.fixture
 def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave out the report of a run, which takes longer than all stages of a small one."""
-    monkeypatch.setattr(cli, "_write_report", lambda records, folder: folder)
+    monkeypatch.setattr("rrhf_bench.cli._write_report", lambda records, folder: folder)
 
 
 CHAIN = """
