@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -171,15 +171,15 @@ def _failure_noted(store: Store, stage: Stage) -> Iterator[None]:
         raise named from error
 
 
-_process: dict[str, Any] = {}  # this process's services, and in a worker the queue that progress goes to
+_worker: dict[str, Any] = {}  # in a worker: the queue that progress goes to
 
 
+@lru_cache(maxsize=1)
 def _services(runtime: RuntimeSettings) -> Any:
+    """Return the services of this process."""
     from rrhf_bench.pipeline.services import Services
 
-    if _process.get("runtime") != runtime:
-        _process.update(runtime=runtime, services=Services(runtime))
-    return _process["services"]
+    return Services(runtime)
 
 
 @contextmanager
@@ -233,7 +233,7 @@ def _start_worker(queue: Any, threads: int) -> None:
     import torch
 
     torch.set_num_threads(threads)
-    _process["queue"] = queue
+    _worker["queue"] = queue
 
 
 def _end_with_parent() -> None:
@@ -253,10 +253,10 @@ def _make_in_worker(
         nonlocal last
         if time.monotonic() - last > 0.2:
             last = time.monotonic()
-            _process["queue"].put(("progress", stage.name, done, total))
+            _worker["queue"].put(("progress", stage.name, done, total))
 
     def note(text: str) -> None:
-        _process["queue"].put(("note", text))
+        _worker["queue"].put(("note", text))
 
     return make(stage, store, runtime, backend, progress, note, events)
 

@@ -147,20 +147,6 @@ def evaluate(
     return records
 
 
-def evaluate_given(row: str, replies: Sequence[Row], judges: Judges, policy: TransformersPolicy) -> list[Evaluated]:
-    """Return the same record for replies of a data set; their length is counted in the policy's tokens.
-
-    Raises Diverged if the reward of a reply is not finite.
-    """
-    tokens = [len(policy.tokenization.response_ids(reply.text, ended=True)) for _, reply in replies]
-    return [
-        Evaluated(row, 0, "given", prompt, reply.text, reply.finish, count, **verdict)
-        for (prompt, reply), count, verdict in zip(
-            replies, tokens, judges.verdicts(replies, f"{row} replies"), strict=True
-        )
-    ]
-
-
 def score_pairs_by_likelihood(
     row: str, seed: int, policy: TransformersPolicy, pairs: Sequence[Preference], batch: int
 ) -> list[PairScored]:

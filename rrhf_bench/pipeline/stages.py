@@ -31,7 +31,7 @@ from rrhf_bench.pipeline.services import ModelRef, context_of
 from rrhf_bench.pipeline.stage_context import Job
 from rrhf_bench.pipeline.training_record import FileCheckpoints, TrainingRecord
 from rrhf_bench.policy.policy import TransformersPolicy
-from rrhf_bench.records import Candidates, Preference, Prompt, Response
+from rrhf_bench.records import Candidates, Evaluated, Preference, Prompt, Response
 from rrhf_bench.rewards.gold import ReviewsGold
 from rrhf_bench.rewards.pair_losses import OBJECTIVES
 from rrhf_bench.rewards.train_head import train_head
@@ -430,12 +430,20 @@ def evaluate(job: Job) -> None:
 
 
 def evaluate_pairs(job: Job) -> None:
-    """Write the data set's chosen or rejected replies to the evaluation prompts with the verdicts of the judges."""
+    """Write the data set's chosen or rejected replies to the evaluation prompts with the verdicts of the judges.
+
+    Their length is counted in the policy's tokens.
+    """
     reply = job.settings["reply"]
     pairs = job.pairs("test")[: job.settings["prompts"]]
     rows = [(c.prompt, r) for c in pair_candidates(pairs) for r in c.responses if r.source == reply]
-    policy = job.services.fixed_policy(job.ref())
-    write_jsonl(job.out / "evaluated.jsonl", stage_helpers.evaluate_given(reply, rows, _judges(job), policy))
+    tokenization = job.services.fixed_policy(job.ref()).tokenization
+    verdicts = _judges(job).verdicts(rows, f"{reply} replies")
+    records = [
+        Evaluated(reply, 0, "given", p, r.text, r.finish, len(tokenization.response_ids(r.text, ended=True)), **verdict)
+        for (p, r), verdict in zip(rows, verdicts, strict=True)
+    ]
+    write_jsonl(job.out / "evaluated.jsonl", records)
 
 
 def _judges(job: Job) -> stage_helpers.Judges:
