@@ -9,11 +9,13 @@ import os
 import shlex
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
+from rich.filesize import decimal
 from rich.text import Text
 
 from rrhf_bench import cli_files
@@ -34,10 +36,7 @@ from rrhf_bench.pipeline.stage_graph import make_plan
 from rrhf_bench.pipeline.store import Store, disk_errors
 from rrhf_bench.settings.experiment import RuntimeSettings
 from rrhf_bench.settings.reading import load_experiment
-from rrhf_bench.terminal import Screen, TerminalReporter, inert, print_json, table_of
-
-if TYPE_CHECKING:
-    from rrhf_bench.pipeline.cache import Item
+from rrhf_bench.terminal import Screen, TerminalReporter, answer, inert, table_of
 
 app = typer.Typer(
     add_completion=False,
@@ -91,12 +90,10 @@ def run(file: ExperimentFile, override: Overrides = None, runs: Runs = Path("run
         report_page = _write_report(records, folder)
         missing = sum(not store.has(stage.key) for stage in plan.stages)
     seconds, reused = time.monotonic() - started, len(plan.stages) - made - missing
-    if as_json:
-        about = {"run": str(folder), "report": str(report_page), "arena": records.arena, "made": made}
-        print_json({**about, "reused": reused, "missing": missing, "seconds": round(seconds, 1)})
-    else:
-        console.print(f"{made} stages made, {reused} reused, {seconds:.0f} s in all")
-        console.print(f"report: {report_page}", soft_wrap=True, highlight=False)
+    about = {"run": str(folder), "report": str(report_page), "arena": records.arena, "made": made}
+    value = {**about, "reused": reused, "missing": missing, "seconds": round(seconds, 1)}
+    words = f"{made} stages made, {reused} reused, {seconds:.0f} s in all"
+    answer(as_json, value, words, f"report: {report_page}")
     if missing:
         raise BenchError(
             f"{missing} stages are missing, because a method failed (see above); the report shows its rows as failed"
@@ -118,18 +115,8 @@ def plan(file: ExperimentFile, override: Overrides = None, runs: Runs = Path("ru
     made = make_plan(load_experiment(file, override or []))
     store = Store(runs / "store")
     experiment, backend = made.experiment, made.backend
-    stages: list[dict[str, Any]] = [
-        {
-            "name": stage.name,
-            "kind": stage.kind,
-            "row": stage.row,
-            "seed": stage.seed,
-            "key": stage.key,
-            "done": store.has(stage.key),
-            "size": stage.size,
-        }
-        for stage in made.stages
-    ]
+    shown = ("name", "kind", "row", "seed", "key", "size")
+    stages = [{key: getattr(s, key) for key in shown} | {"done": store.has(s.key)} for s in made.stages]
     methods: dict[str, dict[str, Any]] = {
         name: {
             "budget": method.budget(experiment.data.train_prompts, experiment.responses(method)),
@@ -137,23 +124,20 @@ def plan(file: ExperimentFile, override: Overrides = None, runs: Runs = Path("ru
         }
         for name, method in experiment.methods.items()
     }
-    if as_json:
-        print_json({"experiment": experiment.name, "sampler": backend.identity, "stages": stages, "methods": methods})
-        return
-    console = Screen()
-    table = table_of("stage", "state", "size")
-    for stage in stages:
-        table.add_row(inert(stage["name"]), "done" if stage["done"] else "to do", inert(stage["size"]))
-    memory = table_of("method", "trains on", "models in memory")
-    for name, method in methods.items():
-        models = method["models_in_memory"]
-        memory.add_row(name, method["budget"], f"{len(models)}: {', '.join(models)}")
-    for part in (table, memory):
-        console.print(part)
-        console.print()
     done = sum(stage["done"] for stage in stages)
-    console.print(f"sampler: {backend.identity}" + (f" ({backend.note})" if backend.note else ""))
-    console.print(f"{len(stages)} stages: {done} done, {len(stages) - done} to do, store {store.root}")
+    states = ((stage["name"], "done" if stage["done"] else "to do", stage["size"]) for stage in stages)
+    models = {name: method["models_in_memory"] for name, method in methods.items()}
+    rows = ((name, m["budget"], f"{len(models[name])}: {', '.join(models[name])}") for name, m in methods.items())
+    words = (
+        table_of("stage", "state", "size", rows=states),
+        "",
+        table_of("method", "trains on", "models in memory", rows=rows),
+        "",
+        f"sampler: {backend.identity}" + (f" ({backend.note})" if backend.note else ""),
+        f"{len(stages)} stages: {done} done, {len(stages) - done} to do, store {store.root}",
+    )
+    value = {"experiment": experiment.name, "sampler": backend.identity, "stages": stages, "methods": methods}
+    answer(as_json, value, *words)
 
 
 @app.command()
@@ -179,12 +163,8 @@ def report(
         with replace_path(published, over=(published / "report.md").is_file()) as copy:  # an earlier report of this run
             # The page shows the PNGs; SVG and LaTeX are for a paper's author, who has the run.
             shutil.copytree(page.parent, copy, ignore=shutil.ignore_patterns("*.svg", "*.tex"))
-    if as_json:
-        print_json({"report": str(page), "published": None if published is None else str(published)})
-        return
-    for path in (page, published):
-        if path is not None:
-            Screen().print(str(path), soft_wrap=True, highlight=False)
+    value = {"report": str(page), "published": None if published is None else str(published)}
+    answer(as_json, value, *(str(path) for path in (page, published) if path is not None))
 
 
 @app.command()
@@ -204,16 +184,9 @@ def compare(
 
     runs = load_run(a), load_run(b)
     compared = compare_runs(*runs, rows or [])
-    if as_json:
-        print_json(comparison_json(*runs, compared))
-        return
     found = comparison_table(*runs, compared)
-    table = table_of(*(column.name for column in found.columns))
-    for row in printed(found, inert):
-        table.add_row(*row)
-    Screen().print(table)
-    for note in notes(found):
-        Screen().print(note, soft_wrap=True)
+    table = table_of(*(column.name for column in found.columns), rows=printed(found, inert))
+    answer(as_json, comparison_json(*runs, compared), table, *notes(found))
 
 
 @app.command()
@@ -230,29 +203,29 @@ def ls(runs: Runs = Path("runs"), as_json: Json = False) -> None:
         page = folder / "report" / "report.md"
         complete = [key for key in stages if store.has(key)]
         begun = (key for key in stages if key not in complete and store.scratch(key).is_dir())
-        who = holder(run_lock_path(folder))
         found.append(
             {
                 "run": folder.name,
                 "stages": len(stages),
                 "complete": len(complete),
                 "unfinished": [stages[key]["name"] for key in begun],
-                "held": None if who is None else str(who),
+                "held": holder(run_lock_path(folder)),
                 "report": str(page) if page.is_file() else None,
             }
         )
-    if as_json:
-        print_json(found)
-        return
-    if not found:
-        Screen().print(f"no runs in {runs}; start one with: rrhf-bench run experiments/hh_compare.toml", soft_wrap=True)
-        return
-    table = table_of("run", "stages complete", "begun", "at work", "report")
-    for row in found:
-        words = (", ".join(row["unfinished"]) or "-", row["held"] or "-", row["report"] or "-")
-        progress = f"{row['complete']} of {row['stages']}"
-        table.add_row(*(Text(inert(word)) for word in (row["run"], progress, *words)))
-    Screen().print(table)
+    rows = (
+        (
+            row["run"],
+            f"{row['complete']} of {row['stages']}",
+            ", ".join(row["unfinished"]) or "-",
+            row["held"] or "-",
+            row["report"] or "-",
+        )
+        for row in found
+    )
+    table = table_of("run", "stages complete", "begun", "at work", "report", rows=rows)
+    none = f"no runs in {runs}; start one with: rrhf-bench run experiments/hh_compare.toml"
+    answer(as_json, found, table if found else none)
 
 
 @app.command()
@@ -270,59 +243,39 @@ def cache(
         raise ConfigError("--yes: says that --prune may remove; add --prune")
     damaged = store.damages(runs) if verify else {}
     found = store.list_store(runs)
-    unused = found.unused
-    removed = store.prune(runs) if yes else ()
-    if as_json:
-        runs_json = {
-            run: {"items": n, "bytes": size, "bytes_of_its_own": own} for run, (n, size, own) in found.by_run().items()
-        }
-        print_json(
-            {
-                "kinds": {kind: {"items": n, "bytes": size} for kind, (n, size) in found.sizes().items()},
-                "runs": runs_json,
-                "journals": {"bytes": found.journals},
-                "unused": [_item_json(item) for item in unused],
-                "removed": [_item_json(item) for item in removed],
-                "damaged": dict(damaged),
-            }
-        )
-    else:
-        screen = Screen()
-        kinds = table_of("kind of stage", "artifacts", "size")
-        for kind, (number, size) in found.sizes().items():
-            kinds.add_row(Text(inert(kind)), str(number), _size(size))
-        if found.journals:
-            kinds.add_row("journals of judges", "-", _size(found.journals))
-        used = table_of("run", "artifacts", "size", "of its own")
-        for run, (number, size, own) in found.by_run().items():
-            used.add_row(Text(inert(run)), str(number), _size(size), _size(own))
-        for table in (kinds, used):
-            screen.print(table)
-            screen.print()
-        for item in removed if yes else unused if prune else ():
-            words = f"{'removed' if yes else 'unused'}: {item.what} {item.name} ({_size(item.bytes)}, {item.path.name})"
-            screen.print(Text(inert(words)), soft_wrap=True)
-        total = f"{len(unused)} folders, {_size(sum(item.bytes for item in unused))}"
-        if yes:
-            screen.print(f"removed {len(removed)} folders, {_size(sum(item.bytes for item in removed))}")
-        elif unused:
-            screen.print(f"no run refers to {total}; remove them with: rrhf-bench cache --prune --yes", soft_wrap=True)
-        for name, damage in damaged.items():
-            screen.print(Text(inert(f"damaged: {name}: {damage}")), soft_wrap=True)
+    unused, removed = found.unused, store.prune(runs) if yes else ()
+    sizes, by_run = found.sizes(), found.by_run()
+
+    def items(listed: Iterable[store.Item]) -> list[dict[str, Any]]:
+        return [{"id": item.id, "what": item.what, "name": item.name, "bytes": item.bytes} for item in listed]
+
+    value = {
+        "kinds": {kind: {"items": n, "bytes": size} for kind, (n, size) in sizes.items()},
+        "runs": {r: {"items": n, "bytes": size, "bytes_of_its_own": own} for r, (n, size, own) in by_run.items()},
+        "journals": {"bytes": found.journals},
+        "unused": items(unused),
+        "removed": items(removed),
+        "damaged": dict(damaged),
+    }
+    kinds: list[tuple[object, ...]] = [(kind, n, decimal(size)) for kind, (n, size) in sizes.items()]
+    kinds += [("journals of judges", "-", decimal(found.journals))] if found.journals else []
+    users = ((run, n, decimal(size), decimal(own)) for run, (n, size, own) in by_run.items())
+    words = [
+        f"{'removed' if yes else 'unused'}: {item.what} {item.name} ({decimal(item.bytes)}, {item.path.name})"
+        for item in (removed if yes else unused if prune else ())
+    ]
+    shown = removed if yes else unused
+    total = f"{len(shown)} folders, {decimal(sum(item.bytes for item in shown))}"
+    if yes:
+        words.append(f"removed {total}")
+    elif unused:
+        words.append(f"no run refers to {total}; remove them with: rrhf-bench cache --prune --yes")
+    words += [f"damaged: {name}: {damage}" for name, damage in damaged.items()]
+    of_kinds = table_of("kind of stage", "artifacts", "size", rows=kinds)
+    of_runs = table_of("run", "artifacts", "size", "of its own", rows=users)
+    answer(as_json, value, of_kinds, "", of_runs, "", *words)
     if damaged:
         raise StoreError(f"{len(damaged)} artifacts are damaged; `run` of an experiment makes its own again")
-
-
-def _item_json(item: Item) -> dict[str, Any]:
-    return {"id": item.id, "what": item.what, "name": item.name, "bytes": item.bytes}
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} TiB"
 
 
 @app.command()
@@ -347,14 +300,9 @@ def doctor(
     judge = reward.ref(reward_model)
     with quiet():
         findings = examine(policy, judge, backend, RuntimeSettings(device=device))
-    if as_json:
-        print_json([finding.__dict__ for finding in findings])
-    else:
-        table = table_of("check", "", "found")
-        for finding in findings:
-            mark = {True: "ok", False: "FAILED", None: ""}[finding.ok]
-            table.add_row(finding.check, mark, inert(finding.found))
-        Screen().print(table)
+    mark = {True: "ok", False: "FAILED", None: ""}
+    table = table_of("check", "", "found", rows=((f.check, mark[f.ok], f.found) for f in findings))
+    answer(as_json, [asdict(finding) for finding in findings], table)
     if any(finding.ok is False for finding in findings):
         raise BenchError("a check failed; see the lines marked FAILED")
 

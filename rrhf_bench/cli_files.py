@@ -33,7 +33,7 @@ from rrhf_bench.sampling.backend import BackendName
 from rrhf_bench.settings.candidates import Strategy
 from rrhf_bench.settings.experiment import RuntimeSettings
 from rrhf_bench.settings.reading import parse_method, parse_reward_training
-from rrhf_bench.terminal import Screen, TerminalReporter, print_json, table_of
+from rrhf_bench.terminal import Screen, TerminalReporter, answer, table_of
 
 if TYPE_CHECKING:
     from rrhf_bench.pipeline.file_commands import PlainSteps
@@ -109,7 +109,7 @@ def sample(
         spec = SamplingSpec(n=beams, diversity_penalty=diversity_penalty, **search, **common)
     with _steps(options, "sampling", backend, strategy) as steps:
         counts = steps.sample(ref, prompts, out, spec, names)
-    _done(options, f"{spec.n} samples a prompt ({_words(counts)}): {out}", {"counts": counts, "out": str(out)})
+    answer(options.as_json, {"counts": counts, "out": str(out)}, f"{spec.n} samples a prompt ({_words(counts)}): {out}")
 
 
 def score(
@@ -126,7 +126,7 @@ def score(
     ref = model_ref(reward_model, **asdict(own))
     with _steps(options, "scoring") as steps:
         counts = steps.score(ref, candidates, out)
-    _done(options, f"{_words(counts)}: {out}", {"counts": counts, "out": str(out)})
+    answer(options.as_json, {"counts": counts, "out": str(out)}, f"{_words(counts)}: {out}")
 
 
 def score_pairs(
@@ -163,7 +163,7 @@ def score_pairs(
     words = f"accuracy {accuracy.value:.3f} [{accuracy.low:.3f}, {accuracy.high:.3f}], calibration error {error:.3f}"
     found = {"value": accuracy.value, "low": accuracy.low, "high": accuracy.high, "n": accuracy.n}
     about = {"accuracy": found, "calibration_error": error, "counts": counts, "out": str(out)}
-    _done(options, f"{words} ({_words(counts)}): {out}", about)
+    answer(options.as_json, about, f"{words} ({_words(counts)}): {out}")
 
 
 def train(
@@ -200,7 +200,7 @@ def train(
     with _steps(options, f"training {method}", backend) as steps:
         result = steps.train(settings, ref, data, out, seed=seed, reward=judge, **lengths)
     summary = {"steps": result.steps, "counts": dict(result.counts), "out": str(out)}
-    _done(options, f"{result.steps} optimiser steps ({_words(result.counts)}): {out}", summary)
+    answer(options.as_json, summary, f"{result.steps} optimiser steps ({_words(result.counts)}): {out}")
 
 
 def _train_reward_model(
@@ -230,7 +230,7 @@ def _train_reward_model(
     words = f"{result.steps} optimiser steps, loss {result.loss:.3f}{last} ({_words(result.counts)}): {out}"
     curve = [{"step": step, "accuracy": accuracy} for step, accuracy in result.accuracy_curve]
     about = {"steps": result.steps, "loss": result.loss, "curve": curve}
-    _done(options, words, {**about, "counts": dict(result.counts), "out": str(out)})
+    answer(options.as_json, {**about, "counts": dict(result.counts), "out": str(out)}, words)
 
 
 def evaluate(
@@ -260,7 +260,7 @@ def evaluate(
 ) -> None:
     """Judge a policy on prompts: one record a prompt and decoding."""
     from rrhf_bench.pipeline.file_commands import model_ref, pad_token_of
-    from rrhf_bench.pipeline.stages import decodings
+    from rrhf_bench.pipeline.stage_helpers import decodings
 
     names = decoding.split(",")
     if not set(names) <= {"greedy", "sample"}:
@@ -282,12 +282,9 @@ def evaluate(
         records, counts = steps.evaluate(policy, judge, prompts, out, name=name, seed=seed, decodings=specs, **others)
     by_decoding = {way: [r for r in records if r.decoding == way] for way in dict.fromkeys(r.decoding for r in records)}
     rows = [{"decoding": way, **_summary(chosen, gold)} for way, chosen in by_decoding.items()]
-    if not options.as_json:
-        table = table_of(*rows[0])
-        for row in rows:
-            table.add_row(*("-" if v is None else f"{v:.3f}" if isinstance(v, float) else str(v) for v in row.values()))
-        Screen().print(table)
-    _done(options, f"{_words(counts)}: {out}", {"out": str(out), "counts": counts, "results": rows})
+    cells = (("-" if v is None else f"{v:.3f}" if isinstance(v, float) else v for v in row.values()) for row in rows)
+    value = {"out": str(out), "counts": counts, "results": rows}
+    answer(options.as_json, value, table_of(*rows[0], rows=cells), f"{_words(counts)}: {out}")
 
 
 def _summary(records: list[Evaluated], gold: bool) -> dict[str, Any]:
@@ -333,10 +330,3 @@ def _steps(
         )
         with out_of_memory_named(steps.services, WITHOUT_A_FILE):
             yield steps
-
-
-def _done(options: StepOptions, words: str, value: dict[str, Any]) -> None:
-    if options.as_json:
-        print_json(value)
-    else:
-        Screen().print(words, soft_wrap=True, highlight=False)

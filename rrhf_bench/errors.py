@@ -15,7 +15,6 @@ from typing import Any, ClassVar
 
 # What could end a line, move the cursor, reorder text or fail to encode: controls, formats, surrogates, separators.
 _UNSEEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
-_SHORT = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
 _SECRET = re.compile(r"(TOKEN|KEY|SECRET|PASSWORD)$", re.IGNORECASE)  # variables that hold one, such as HF_TOKEN
 SIGNED_URL = re.compile(r"(?<=://)[^/\s@'\"]+@")  # user and password of a URL
 _SHORTEST = 8  # characters of a secret; what is shorter is an ordinary word, and would be blanked out everywhere
@@ -78,13 +77,8 @@ def visible(text: str, keep: str = "") -> str:
     """``text`` with characters that cannot be seen spelled out, such as ``\\x1b``; those in ``keep`` stay."""
     if text.isascii() and text.isprintable():
         return text
-    return "".join(c if c in keep or unicodedata.category(c) not in _UNSEEN else _spelled(c) for c in text)
-
-
-def _spelled(character: str) -> str:
-    code = ord(character)
-    return _SHORT.get(character) or (
-        f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+    return "".join(
+        c if c in keep or unicodedata.category(c) not in _UNSEEN else c.encode("unicode_escape").decode() for c in text
     )
 
 

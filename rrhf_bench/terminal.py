@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Iterable
 from types import TracebackType
 from typing import Any, Self
 
@@ -30,21 +31,28 @@ def inert(text: str) -> str:
     return visible(text, keep="\n\t")
 
 
-def table_of(*columns: str) -> Table:
-    """Return an empty table without lines."""
-    return Table(*columns, box=None, pad_edge=False)
-
-
-def print_json(value: Any) -> None:
-    """Print a value as JSON on standard output, in ASCII, since standard output may be a terminal."""
-    sys.stdout.write(json.dumps(value, indent=1) + "\n")
-
-
 class Screen(Console):
     """A console on which words are words: no markup, no highlighting, nothing that acts on the terminal."""
 
     def render_str(self, text: str, **options: Any) -> Text:
         return Text(inert(text), style=options.get("style", ""))
+
+
+def table_of(*columns: str, rows: Iterable[Iterable[object]]) -> Table:
+    """Return a table without lines, whose cells are the words of values."""
+    table = Table(*columns, box=None, pad_edge=False)
+    for row in rows:
+        table.add_row(*(Text(inert(str(cell))) for cell in row))
+    return table
+
+
+def answer(as_json: bool, value: Any, *parts: Table | str) -> None:
+    """Print a value as JSON on standard output, in ASCII since that may be a terminal; or its parts for a person."""
+    if as_json:
+        sys.stdout.write(json.dumps(value, indent=1) + "\n")
+        return
+    for part in parts:
+        Screen().print(part, soft_wrap=isinstance(part, str))
 
 
 class TerminalReporter:

@@ -29,28 +29,42 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]  # the tests' models; `tests` it
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+try:
+    import numpy as np
+    import torch
+    import transformers
+    from architectures import made, packed, tokenization
+    from torch._dynamo.utils import counters
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    from baselines.ppo_math import policy_loss
+    from baselines.sft import sft_loss
+    from rrhf_bench.policy import attention
+    from rrhf_bench.policy.batching import ResponseBatch, pack
+    from rrhf_bench.policy.head import token_logprobs
+    from rrhf_bench.policy.logprobs import gather_logprobs
+    from rrhf_bench.policy.policy import Computation, TransformersPolicy
+    from rrhf_bench.records import Prompt
+    from rrhf_bench.sampling.beam import beam_search
+    from rrhf_bench.sampling.sampler import SamplingSpec
+    from rrhf_bench.sampling.sync_check import LIMITS, Agreement
+    from rrhf_bench.sampling.transformers import TransformersSampler
+    from rrhf_bench.settings.methods import OptimiserSettings
+    from rrhf_bench.training.optimiser import AdamW
+    from rrhf_bench.training.rrhf import rrhf_loss
+except ModuleNotFoundError as error:
+    print(f"gpu_check: needs the package {error.name}, which {sys.executable} does not have; install it, or run "
+          "this file with the python of an environment that `make env` made", file=sys.stderr)  # fmt: skip
+    sys.exit(2)
+
 PACKAGES = ("torch", "transformers", "triton", "vllm", "numpy", "pydantic")
 Found = dict[str, Any]
-
-
-def require_packages() -> None:
-    """Exit with code 2 and one line if a package that the steps import is missing."""
-    try:
-        import rrhf_bench.policy.policy
-        import rrhf_bench.sampling.transformers
-        import rrhf_bench.training.optimiser  # noqa: F401
-    except ModuleNotFoundError as error:
-        print(f"gpu_check: needs the package {error.name}, which {sys.executable} does not have; install it, or run "
-              "this file with the python of an environment that `make env` made", file=sys.stderr)  # fmt: skip
-        sys.exit(2)
 
 
 class Check:
     """The device under test, and sizes: large on a GPU, ``small`` where only this file is checked."""
 
     def __init__(self, device: str, small: bool) -> None:
-        import torch
-
         self.device, self.small = torch.device(device), small
 
     @property
@@ -58,8 +72,6 @@ class Check:
         return self.device.type == "cuda"
 
     def synchronize(self) -> None:
-        import torch
-
         if self.cuda:
             torch.cuda.synchronize(self.device)
 
@@ -94,8 +106,6 @@ def within(errors: dict[str, float], limits: dict[str, float]) -> bool:
 
 def machine(check: Check) -> tuple[bool, Found]:
     """Record the card, the versions and the rates of products and copies; check that float32 products are not TF32."""
-    import torch
-
     found: Found = {name: _version(name) for name in PACKAGES}
     found |= {"python": platform.python_version(), "card": "CPU"}
     if check.cuda:
@@ -122,11 +132,6 @@ def machine(check: Check) -> tuple[bool, Found]:
 
 def attention_of_packs(check: Check) -> tuple[bool, Found]:
     """The attention that this device uses for packs, against one dense mask in float64: outputs and gradients."""
-    import torch
-
-    from rrhf_bench.policy import attention
-    from rrhf_bench.policy.batching import ResponseBatch, pack
-
     before = _graphs()
     errors: dict[str, float] = {}
     shapes = [("float32", 14, 2, 64), ("bfloat16", 14, 2, 64), ("bfloat16", 32, 32, 128), ("bfloat16", 4, 4, 32)]
@@ -161,11 +166,6 @@ def attention_of_packs(check: Check) -> tuple[bool, Found]:
 
 def head(check: Check) -> tuple[bool, Found]:
     """Log-probs from the chunked head, and their gradients, against the definition in float64."""
-    import torch
-
-    from rrhf_bench.policy.head import token_logprobs
-    from rrhf_bench.policy.logprobs import gather_logprobs
-
     errors: dict[str, float] = {}
     rows, hidden = (48, 32) if check.small else (600, 256)
     for vocabulary in (1000,) if check.small else (32_000, 152_000):
@@ -188,10 +188,6 @@ def head(check: Check) -> tuple[bool, Found]:
 
 def architectures(check: Check) -> tuple[bool, Found]:
     """Packed against padded rows, log-probs and gradients, for each architecture that packs on a CPU."""
-    from architectures import made, packed, tokenization
-
-    from rrhf_bench.policy.policy import TransformersPolicy
-
     errors: dict[str, float] = {}
     unpacked: dict[str, str] = {}
     models = packed(head_size=16)  # FlexAttention's kernels have heads of 16 and more
@@ -215,16 +211,6 @@ def training(check: Check) -> tuple[bool, Found]:
 
     In bfloat16 AdamW trains float32 copies of the weights.
     """
-    import torch
-    from architectures import made, packed, tokenization
-
-    from baselines.ppo_math import policy_loss
-    from baselines.sft import sft_loss
-    from rrhf_bench.policy.policy import TransformersPolicy
-    from rrhf_bench.settings.methods import OptimiserSettings
-    from rrhf_bench.training.optimiser import AdamW
-    from rrhf_bench.training.rrhf import rrhf_loss
-
     batch = _groups(97)
     mask_BGT = batch.mask_BT.unflatten(0, (-1, 4))
     reward_BG = torch.tensor([[0.1, 0.4, 0.2, 0.3], [0.9, 0.1, 0.5, 0.7], [0.0, 0.2, 0.1, 0.3]], dtype=torch.float64)
@@ -269,14 +255,6 @@ def training(check: Check) -> tuple[bool, Found]:
 
 def sampling(check: Check) -> tuple[bool, Found]:
     """The transformers sampler under the sampler's contract, and diverse beams token for token as on the CPU."""
-    import torch
-    from architectures import made, packed, tokenization
-
-    from rrhf_bench.policy.policy import TransformersPolicy
-    from rrhf_bench.sampling.beam import beam_search
-    from rrhf_bench.sampling.sync_check import LIMITS, Agreement
-    from rrhf_bench.sampling.transformers import TransformersSampler
-
     found: Found = {}
     passed = True
     make = packed(head_size=16)["llama"]
@@ -308,13 +286,6 @@ def sampling(check: Check) -> tuple[bool, Found]:
 
 def memory(check: Check) -> tuple[bool, Found] | None:
     """Compare the memory of training a model of the shape of Qwen2.5-0.5B, in GiB, with arithmetic."""
-    import torch
-    from architectures import tokenization
-
-    from rrhf_bench.policy.policy import Computation, TransformersPolicy
-    from rrhf_bench.settings.methods import OptimiserSettings
-    from rrhf_bench.training.optimiser import AdamW
-
     if not check.cuda:
         return None  # the allocator of a CPU counts nothing
     found: dict[str, float] = {}
@@ -350,11 +321,6 @@ def memory(check: Check) -> tuple[bool, Found] | None:
 
 def speed(check: Check) -> tuple[bool, Found]:
     """Forward and backward passes of six replies to a prompt, packed and in padded rows, in turn."""
-    import torch
-    from architectures import made, packed, tokenization
-
-    from rrhf_bench.policy.policy import Computation, TransformersPolicy
-
     if check.small:
         model = made(packed(head_size=16)["llama"]).to(check.device)
     else:
@@ -413,8 +379,6 @@ def _driver() -> str | None:
 
 def _graphs() -> int:
     """Return how many graphs torch has compiled in this process."""
-    from torch._dynamo.utils import counters
-
     return int(counters["stats"]["unique_graphs"])
 
 
@@ -424,8 +388,6 @@ def _ids(start: int, count: int, vocabulary: int) -> tuple[int, ...]:
 
 def _ragged(vocabulary: int) -> Any:
     """Three prompts with one to six responses of one to forty tokens."""
-    from rrhf_bench.policy.batching import ResponseBatch
-
     lengths = {5: (1, 4, 40, 7, 7, 12), 30: (9,), 2: (3, 25)}
     pairs = [
         (_ids(prompt, prompt, vocabulary), _ids(10 * row + prompt, length, vocabulary))
@@ -437,8 +399,6 @@ def _ragged(vocabulary: int) -> Any:
 
 def _groups(vocabulary: int) -> Any:
     """Three prompts with four responses each."""
-    from rrhf_bench.policy.batching import ResponseBatch
-
     return ResponseBatch.of_pairs(
         [(_ids(p, 6 + p, vocabulary), _ids(20 * p + 5 * g, 3 + 4 * g, vocabulary)) for p in range(3) for g in range(4)]
     )
@@ -446,8 +406,6 @@ def _groups(vocabulary: int) -> Any:
 
 def _replies(prompt: int, reply: int, groups: int) -> Any:
     """``groups`` prompts with six replies each."""
-    from rrhf_bench.policy.batching import ResponseBatch
-
     return ResponseBatch.of_pairs(
         [(_ids(p, prompt, 90), _ids(31 * p + 5 * g, reply, 90)) for p in range(groups) for g in range(6)]
     )
@@ -455,8 +413,6 @@ def _replies(prompt: int, reply: int, groups: int) -> Any:
 
 def _logprobs_and_gradient(policy: Any, batch: Any) -> list[Any]:
     """Log-probs of a batch, and the gradients of a weighted sum of them by every parameter, as one vector."""
-    import torch
-
     logp_BT = policy.token_logprobs(batch)
     weight_BT = torch.linspace(-1.0, 1.0, logp_BT.numel(), device=logp_BT.device).view_as(logp_BT)
     policy.model.zero_grad(set_to_none=True)
@@ -468,13 +424,6 @@ def _logprobs_and_gradient(policy: Any, batch: Any) -> list[Any]:
 
 def _sampled_gaps(sampler: Any, policy: Any) -> Any:
     """|log-prob of the sampler - log-prob of the trainer| of tokens sampled behind three prompts."""
-    import numpy as np
-    import torch
-
-    from rrhf_bench.policy.batching import ResponseBatch
-    from rrhf_bench.records import Prompt
-    from rrhf_bench.sampling.sampler import SamplingSpec
-
     prompts = [Prompt(f"\n\nHuman: {words}\n\nAssistant:") for words in ("a", "b c d", "e f g h i j k l")]
     spec = SamplingSpec(n=4, temperature=1.0, max_new_tokens=8, seed=0, purpose="gpu check", logprobs=True)
     rows = [
@@ -494,9 +443,6 @@ def _sampled_gaps(sampler: Any, policy: Any) -> Any:
 
 def _qwen_of_half_a_billion(dtype: Any, device: Any) -> Any:
     """A random model of the shape of Qwen2.5-0.5B, made on the device."""
-    import torch
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
     config = Qwen2Config(
         vocab_size=151_936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14,
         num_key_value_heads=2, max_position_embeddings=32_768, tie_word_embeddings=True,
@@ -562,9 +508,6 @@ def main() -> int:
     names = arguments.steps.split(",")
     if unknown := sorted(set(names) - set(STEPS)):
         parser.error(f"--steps: found {unknown[0]!r}; expected some of {','.join(STEPS)}")
-    require_packages()
-    import torch
-    import transformers
 
     if arguments.device == "cuda" and not torch.cuda.is_available():
         print("gpu_check: torch finds no CUDA GPU, so nothing was checked; --device cpu --small checks this file")

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import Cli
 
-from rrhf_bench import cli
 from rrhf_bench.errors import StoreError
 from rrhf_bench.pipeline.cache import LEFT_OVER, UNFINISHED, list_store, prune
 from rrhf_bench.pipeline.store import Store, content_key, with_checksum, write_file
@@ -39,24 +37,6 @@ def runs(tmp_path: Path) -> Path:
 def refer(runs: Path, name: str, stages: dict[str, str]) -> None:
     run = {"stages": {key: {"name": stage} for key, stage in stages.items()}}
     write_file(runs / name / "run.json", json.dumps(with_checksum(run)))
-
-
-Main = Callable[..., tuple[Any, str]]
-
-
-@pytest.fixture
-def main(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Main:
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def run(*words: object) -> tuple[Any, str]:
-        monkeypatch.setattr(sys, "argv", ["rrhf-bench", *map(str, words)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        printed = capsys.readouterr()
-        assert printed.err == "" or ended.value.code == 2
-        return ended.value.code or 0, printed.out + printed.err
-
-    return run
 
 
 def names(store: Store) -> set[str]:
@@ -121,36 +101,34 @@ def test_a_run_that_cannot_say_what_it_uses_stops_the_prune(runs: Path) -> None:
     assert names(Store(runs / "store")) == before
 
 
-def test_the_command_removes_only_when_it_is_told_to(runs: Path, main: Main) -> None:
+def test_the_command_removes_only_when_it_is_told_to(runs: Path, cli: Cli) -> None:
     store = Store(runs / "store")
     before = names(store)
     for words in ([], ["--prune"]):
-        code, out = main("cache", "--runs", runs, *words)
-        assert code == 0
-        assert "no run refers to 3 folders" in out
-        assert ("unused: train the train" in out) is bool(words)
+        found = cli("cache", "--runs", runs, *words)
+        assert found.code == 0
+        assert "no run refers to 3 folders" in found.out
+        assert ("unused: train the train" in found.out) is bool(words)
         assert names(store) == before
-    code, out = main("cache", "--runs", runs, "--yes")
-    assert (code, out) == (2, "error: --yes: says that --prune may remove; add --prune\n")
-    code, out = main("cache", "--runs", runs, "--prune", "--yes", "--json")
-    printed = json.loads(out)
+    refused = cli("cache", "--runs", runs, "--yes")
+    assert (refused.code, refused.err) == (2, "error: --yes: says that --prune may remove; add --prune\n")
+    printed = cli("cache", "--runs", runs, "--prune", "--yes", "--json").json
     assert {item["id"] for item in printed["removed"]} == {OLD[:32], OLD[::-1][:32], NEXT[:32]}
     assert printed["runs"]["two"]["items"] == 1
     assert OLD[:32] not in names(store)
-    assert "removed 0 folders" in main("cache", "--runs", runs, "--prune", "--yes")[1]
+    assert "removed 0 folders" in cli("cache", "--runs", runs, "--prune", "--yes").out
 
 
-def test_ls_says_what_is_begun(runs: Path, main: Main) -> None:
-    one, two = json.loads(main("ls", "--runs", runs, "--json")[1])
+def test_ls_says_what_is_begun(runs: Path, cli: Cli) -> None:
+    one, two = cli("ls", "--runs", runs, "--json").json
     assert one == {
         "run": "one", "stages": 3, "complete": 2, "unfinished": ["train next, seed 0"], "held": None, "report": None,
     }  # fmt: skip
     assert (two["stages"], two["complete"], two["unfinished"]) == (1, 1, [])
-    assert "2 of 3" in main("ls", "--runs", runs)[1]
+    assert "2 of 3" in cli("ls", "--runs", runs).out
 
 
-def test_no_store_is_an_empty_one(tmp_path: Path, main: Main) -> None:
+def test_no_store_is_an_empty_one(tmp_path: Path, cli: Cli) -> None:
     assert prune(tmp_path) == ()
-    code, out = main("cache", "--runs", tmp_path, "--json")
-    assert (code, json.loads(out)["kinds"]) == (0, {})
+    assert cli("cache", "--runs", tmp_path, "--json").json["kinds"] == {}
     assert list(tmp_path.iterdir()) == []

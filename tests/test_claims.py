@@ -25,7 +25,6 @@ from rrhf_bench.report.view import View
 from rrhf_bench.seeding import generator
 from rrhf_bench.settings.claims import (
     CLAIMS,
-    EARLIER_KINDS,
     ClaimSettings,
     CompoundSettings,
     CorrelationSettings,
@@ -594,11 +593,9 @@ def test_a_claim_without_its_numbers_is_not_tested_and_says_why(name: str) -> No
 # -- settings --------------------------------------------------------------------------------------------------------
 
 
-def test_every_kind_has_a_test_and_every_earlier_one_a_new_form() -> None:
+def test_every_kind_has_a_test() -> None:
     assert {claim.kind for claim in EVERY.values()} == set(CLAIMS)
     assert all(CLAIMS[claim.kind] is type(claim) for claim in EVERY.values())
-    for form in EARLIER_KINDS.values():
-        assert form.split('"')[1] in CLAIMS
 
 
 def test_rows_of_a_claim() -> None:
@@ -633,16 +630,6 @@ AB: dict[str, Any] = {"higher": "a", "lower": "b"}
 def test_a_faulty_claim(kind: str, table: dict[str, Any], fault: str) -> None:
     with pytest.raises(ValidationError, match=fault):
         CLAIMS[kind].model_validate(table)
-
-
-@pytest.mark.parametrize("kind", EARLIER_KINDS)
-def test_an_earlier_kind_is_refused_with_its_new_form(kind: str, tmp_path: Path) -> None:
-    path = tmp_path / "x.toml"
-    path.write_text(f"[methods.rrhf]\n[claims.{kind}]\nmargin = 0.0\n")
-    with pytest.raises(ConfigError) as refused:
-        load_experiment(path)
-    assert f"claims.{kind}.kind: " in str(refused.value)
-    assert EARLIER_KINDS[kind] in str(refused.value)
 
 
 def test_claims_of_an_experiment_file(tmp_path: Path) -> None:

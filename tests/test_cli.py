@@ -13,13 +13,12 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import make_llama, make_tokenizer
+from conftest import Cli, make_llama, make_tokenizer
 
 from rrhf_bench import cli as program
 from rrhf_bench.data.rrhf_files import load_candidates
@@ -36,47 +35,12 @@ QUESTION = "\n\nHuman: Hi there! What is a glacier?\n\nAssistant:"
 SCORED = {"query": QUESTION, "responses": [" Ice.", " A river."], "scores": [1.0, 0.0]}
 
 
-@dataclass(frozen=True)
-class Result:
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> Any:
-        assert self.code == 0, self.err
-        return json.loads(self.out)
-
-
-Cli = Callable[..., Result]
-
-
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-@pytest.fixture
-def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
-    """Runs the command line in this process, wide enough for any table."""
-    for name in ("FORCE_COLOR", "RRHF_BENCH_RUNS"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def run(*words: object) -> Result:
-        monkeypatch.setattr(sys, "argv", ["rrhf-bench", *map(str, words)])
-        capsys.readouterr()
-        code: Any = 0
-        try:
-            program.main()
-        except SystemExit as exit_:
-            code = exit_.code or 0
-        return Result(code, *capsys.readouterr())
-
-    return run
 
 
 @pytest.fixture
@@ -180,19 +144,11 @@ def test_each_fault_of_an_experiment_file_is_one_line(refused: Any, tmp_path: Pa
     assert sorted(line.split(": ")[1] for line in found) == ["candidates.n", "data.train_prompts", "sedes"]
 
 
-@dataclass
 class Quiet:
     """A Reporter without a terminal."""
 
-    def reused(self, stage: Any) -> None: ...
-
-    def started(self, stage: Any) -> None: ...
-
-    def progress(self, name: str, done: int, total: int) -> None: ...
-
-    def finished(self, stage: Any, seconds: float) -> None: ...
-
-    def note(self, text: str) -> None: ...
+    def __getattr__(self, name: str) -> Any:
+        return lambda *_: None
 
 
 def experiment_on(path: Path, *overrides: str) -> list[str]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from rrhf_bench.pipeline.events import Events
-from rrhf_bench.pipeline.stages import _Record
+from rrhf_bench.pipeline.training_record import TrainingRecord
 from rrhf_bench.records import CurvePoint
 
 
@@ -22,9 +22,9 @@ def read_events(folder: Path) -> dict[str, list[tuple[int, float]]]:
     return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
-def record(folder: Path | None) -> _Record:
-    unused = Any
-    return _Record(unused, unused, Events(folder))  # type: ignore[arg-type]
+def record(folder: Path | None) -> TrainingRecord:
+    job, unread = SimpleNamespace(events=folder), Any
+    return TrainingRecord(job, unread)  # type: ignore[arg-type]
 
 
 def test_a_resumed_training_shows_each_step_once(tmp_path: Path) -> None:
@@ -35,12 +35,12 @@ def test_a_resumed_training_shows_each_step_once(tmp_path: Path) -> None:
     kept = json.loads(json.dumps(first.state()))  # as a checkpoint keeps it
     for step in (3, 4):  # after the checkpoint, and not made again with the same numbers
         first.add({"step": step, "loss": -1.0})
-    first.events.close()
+    first.close()
     for place in (tmp_path, tmp_path / "another run"):  # which may resume what the first one began
         again = record(place)
         again.load(kept)
         again.add({"step": 3, "loss": 30.0})
-        again.events.close()
+        again.close()
         assert read_events(place) == {
             "loss": [(1, 10.0), (2, 20.0), (3, 30.0)],
             "dev/reward/greedy": [(0, 1.5)],
@@ -52,6 +52,6 @@ def test_without_a_folder_nothing_is_written(tmp_path: Path, monkeypatch: pytest
     monkeypatch.chdir(tmp_path)
     made = record(None)
     made.add({"step": 1, "loss": 1.0})
-    made.events.close()
+    made.close()
     assert list(tmp_path.iterdir()) == []
     assert made.log == [{"step": 1, "loss": 1.0}]

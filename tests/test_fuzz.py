@@ -217,7 +217,6 @@ def of_syntax(text: str, rng: random.Random) -> Iterator[Broken]:
     )
     byte = rng.choice([b"\xff", b"\xc3", b"\xed\xa0\x80", b"\xf5\x80"])
     yield at("no UTF-8", anywhere(), byte, r": line {line}: is not UTF-8 text")
-    yield Broken("byte-order mark", b"\xef\xbb\xbf" + text.encode(), r": line 1: starts with a byte-order mark")
     yield Broken("UTF-16", text.encode("utf-16"), r": line 1: is not UTF-8 text")
     values = [m.end() for m in re.finditer(r"^[\w.]+ = ", text, re.MULTILINE)]
     cut = rng.choice(values)
@@ -234,9 +233,7 @@ def of_syntax(text: str, rng: random.Random) -> Iterator[Broken]:
     place = rng.choice([m.end() for m in re.finditer(r"\n", text)])
     yield at("a line that says nothing", place, f"{garbage}\n".encode(), r": is not TOML: .*\(at (line|end)")
     deep = rng.choice(["[", "{a=", "[{a="]) * 50_000
-    yield at(
-        "deep nesting", len(text), f"\nx = {deep}".encode(), r": is not TOML: values nested too deeply \(about line"
-    )
+    yield at("deep nesting", len(text), f"\nx = {deep}".encode(), r": is not TOML: values nested too deeply")
     digits = "9" * rng.randrange(4301, 9000)
     yield at(
         "endless number", len(text), f"\nx = {digits}".encode(), r": is not TOML: a whole number of too many digits"
@@ -282,10 +279,11 @@ def of_bounds(rng: random.Random) -> Iterator[Broken]:
             yield Broken(f"{key} = {str(value)[:20]!r}", content.encode(), place)
     for of in ("methods", "policies", "sources", "claims"):
         for name in NAMES:
-            table: dict[str, Any] = {"kind": "sft"} if of == "methods" else {"kind": "difference"}
-            table = {"policies": {}, "sources": {"model": "ppo"}}.get(of, table)
+            claim = {"kind": "difference", "higher": "rrhf", "lower": "base", "margin": 0.0}
+            tables = {"methods": {"kind": "sft"}, "policies": {}, "sources": {"model": "ppo"}, "claims": claim}
+            table: dict[str, Any] = tables[of]
             content = tomli_w.dumps({**base, of: {name: table}})
-            shown = r".*: a name is letters, digits, - and _"
+            shown = r".*a name is letters, digits, - and _"
             yield Broken(f"{of} of name {name[:12]!r}", content.encode(), rf": {of}\.{shown}")
 
 

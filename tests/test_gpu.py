@@ -183,7 +183,8 @@ data = {{ source = "files", path = "{folder / "pairs.jsonl"}", train_prompts = 6
 policy = {{ source = "{folder / "policy"}", dtype = "{dtype}", max_length = 256 }}
 reward_model = {{ source = "{folder / "reward"}" }}
 perplexity_model = {{ source = "{folder / "judge"}", pad_token = "<pad>" }}
-sampling = {{ n = 2, max_new_tokens = 24 }}
+sampling = {{ max_new_tokens = 24 }}
+candidates = {{ n = 2 }}
 runtime = {{ device = "{device}", gpu_memory = 0.1 }}
 
 [methods]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,11 +17,11 @@ from typing import Any
 
 import psutil
 import pytest
+from conftest import Cli
 
-from rrhf_bench import cli
 from rrhf_bench.errors import StageError, StoreError
 from rrhf_bench.pipeline import scheduler
-from rrhf_bench.pipeline.locks import Holder, LockHeld, exclusive_lock, holder
+from rrhf_bench.pipeline.locks import LockHeld, exclusive_lock, holder
 from rrhf_bench.pipeline.run_folder import run_lock
 from rrhf_bench.pipeline.stage_graph import Stage
 from rrhf_bench.pipeline.stages import BODIES
@@ -73,10 +74,7 @@ def lock(tmp_path: Path) -> Path:
 def test_a_lock_is_a_file_for_as_long_as_it_is_held(lock: Path) -> None:
     assert holder(lock) is None
     with exclusive_lock(lock, "it"):
-        found = holder(lock)
-        assert isinstance(found, Holder)
-        assert found.pid == os.getpid()
-        assert str(found).startswith(f"process {os.getpid()} on ")
+        assert (holder(lock) or "").startswith(f"process {os.getpid()} on ")
     assert holder(lock) is None
     assert list(lock.parent.iterdir()) == []
 
@@ -85,14 +83,10 @@ def test_the_second_is_told_who_and_since_when(lock: Path, start: Start) -> None
     process = start(HOLD, lock, 60)
     with pytest.raises(LockHeld) as caught, exclusive_lock(lock, "runs/smoke", patience=0.2):
         pytest.fail("the block must not start")
-    who = json.loads(lock.read_text())
-    assert who["pid"] == process.pid
-    assert who["command"] == f"-c {lock} 60"
-    assert str(caught.value) == (
-        f"runs/smoke: is held by process {process.pid} on {who['host']} since {who['since']} (-c {lock} 60); "
-        "wait until it ends, or stop it"
-    )
-    assert isinstance(holder(lock), Holder)
+    who = holder(lock)
+    assert who is not None
+    assert re.fullmatch(rf"process {process.pid} on \S+ since \S+ \S+ \(-c {re.escape(str(lock))} 60\)", who)
+    assert str(caught.value) == f"runs/smoke: is held by {who}; wait until it ends, or stop it"
 
 
 def test_a_lock_ends_with_its_process_and_its_file_means_nothing(lock: Path, start: Start) -> None:
@@ -102,9 +96,7 @@ def test_a_lock_ends_with_its_process_and_its_file_means_nothing(lock: Path, sta
     assert lock.is_file()
     assert holder(lock) is None
     with exclusive_lock(lock, "it", patience=0.0):
-        found = holder(lock)
-        assert isinstance(found, Holder)
-        assert found.pid == os.getpid()
+        assert (holder(lock) or "").startswith(f"process {os.getpid()} on ")
     assert not lock.exists()
 
 
@@ -166,37 +158,26 @@ def test_a_lock_where_nothing_can_be_written(tmp_path: Path) -> None:
 # Two processes on one run
 
 
-@pytest.fixture
-def main(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    def run(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["rrhf-bench", *map(str, words)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        return ended.value.code or 0, *capsys.readouterr()  # type: ignore[return-value]
-
-    return run
-
-
-def test_the_second_process_on_one_run_stops(tmp_path: Path, start: Start, main: Any) -> None:
+def test_the_second_process_on_one_run_stops(tmp_path: Path, start: Start, cli: Cli) -> None:
     folder = tmp_path / "smoke"
     process = start(HOLD, folder / ".lock", 60)
-    code, out, err = main("run", SMOKE, "--runs", tmp_path)
-    assert (code, out) == (2, "")
-    assert err.startswith(f"error: {folder}: is held by process {process.pid} on ")
-    assert err.endswith("; wait until it ends, or stop it\n")
+    found = cli("run", SMOKE, "--runs", tmp_path)
+    assert (found.code, found.out) == (2, "")
+    assert found.err.startswith(f"error: {folder}: is held by process {process.pid} on ")
+    assert found.err.endswith("; wait until it ends, or stop it\n")
     assert sorted(path.name for path in tmp_path.rglob("*")) == [".lock", "smoke"]  # the second wrote nothing
 
 
-def test_a_report_is_not_written_beside_a_run_and_ls_says_who_is_at_work(tmp_path: Path, main: Any) -> None:
+def test_a_report_is_not_written_beside_a_run_and_ls_says_who_is_at_work(tmp_path: Path, cli: Cli) -> None:
     (tmp_path / "smoke").mkdir()
     (tmp_path / "smoke" / "run.json").write_text(json.dumps(with_checksum({"stages": {}})))
     with run_lock(tmp_path / "smoke"):
-        code, _, err = main("report", tmp_path / "smoke")
-        assert code == 2
-        assert f"is held by process {os.getpid()} on " in err
-        (row,) = json.loads(main("ls", "--runs", tmp_path, "--json")[1])
+        found = cli("report", tmp_path / "smoke")
+        assert found.code == 2
+        assert f"is held by process {os.getpid()} on " in found.err
+        (row,) = cli("ls", "--runs", tmp_path, "--json").json
         assert row["held"].startswith(f"process {os.getpid()} on ")
-    (row,) = json.loads(main("ls", "--runs", tmp_path, "--json")[1])
+    (row,) = cli("ls", "--runs", tmp_path, "--json").json
     assert row["held"] is None
 
 

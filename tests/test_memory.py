@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import sys
-
 import pytest
 import torch
 
-from rrhf_bench import cli, cli_files
+from rrhf_bench import cli_files
 from rrhf_bench.cli_options import StepOptions
 from rrhf_bench.data.dialogue import Template
 from rrhf_bench.errors import StageError, is_out_of_memory
@@ -61,18 +59,15 @@ def test_other_errors_pass_as_they_are(policy):
         torch.mm(torch.ones(2, 3), torch.ones(2, 3))
 
 
-def test_a_stage_without_memory_ends_a_run_with_one_line_and_code_2(tmp_path, monkeypatch, capfd):
+def test_a_stage_without_memory_ends_a_run_with_one_line_and_code_2(tmp_path, cli):
     """A layer of the embedded policy that no machine can hold."""
     words = ["run", "experiments/smoke.toml", "--runs", str(tmp_path), "--set", "runtime.workers=1"]
     words += ["--set", "runtime.device=cpu", "--set", f"policy.scratch.ffn={1 << 42}"]
-    monkeypatch.setattr(sys, "argv", ["rrhf-bench", *words])
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    assert ended.value.code == 2
-    lines = capfd.readouterr().err.splitlines()
-    assert len(lines) == 1
-    assert lines[0].startswith("error: ")
-    assert "out of memory on cpu" in lines[0]
+    found = cli(*words)
+    assert found.code == 2
+    (line,) = found.err.splitlines()
+    assert line.startswith("error: ")
+    assert "out of memory on cpu" in line
 
 
 def test_a_command_on_plain_files_says_it_in_one_line_too(llama_folder):

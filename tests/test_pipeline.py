@@ -9,7 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -17,9 +17,9 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import Cli
 from safetensors.torch import load_file
 
-from rrhf_bench import cli
 from rrhf_bench.data.rrhf_files import load_candidates
 from rrhf_bench.jsonl import read_jsonl
 from rrhf_bench.pipeline.memory import reset_peak
@@ -28,6 +28,8 @@ from rrhf_bench.pipeline.services import ModelRef, Services
 from rrhf_bench.pipeline.store import TIMING, Store
 from rrhf_bench.policy.batching import ResponseBatch
 from rrhf_bench.records import Candidates, Evaluated
+from rrhf_bench.replication.departures import departures_table
+from rrhf_bench.report.view import View
 from rrhf_bench.sampling.backend import choose_backend
 from rrhf_bench.settings.experiment import RuntimeSettings
 from rrhf_bench.settings.reading import load_experiment
@@ -36,11 +38,15 @@ from tests.test_events import read_events
 ROOT = Path(__file__).parents[1]
 SMOKE = ROOT / "experiments" / "smoke.toml"
 
-# Every stage of the smoke experiment, on less of everything.
+# Every stage of the smoke experiment, on less of everything. vLLM, whose import takes longest, samples in the chain.
+TINY = "{vocabulary=400,hidden=32,layers=1,heads=1,ffn=64,epochs=1,raw_epochs=1}"
 CUTS = [
-    "data.toy={raw_corpus=400,corpus=400,perplexity_corpus=200,preferences=200}",
+    "data.toy={raw_corpus=100,corpus=100,perplexity_corpus=60,preferences=60}",
     "data.train_prompts=24",
+    f"policy.scratch={TINY}",
+    f"perplexity_model.scratch={TINY}",
     "reward_model.training.epochs=1",
+    "sampling.backend=transformers",
     "sampling.max_new_tokens=24",
     "methods.ppo.iterations=2",
     "methods.ppo.rollouts=16",
@@ -161,14 +167,11 @@ def test_two_cold_runs_make_the_same_artifacts_to_the_byte(smoke: Smoke, disturb
         assert one == other, stage["name"]
 
 
-def test_a_run_that_is_complete_is_not_made_again_and_its_report_is_the_same(smoke: Smoke, run_cli: RunCli) -> None:
-    tables, events = files(smoke.folder / "report" / "tables"), files(smoke.folder / "tensorboard")
-    assert {"main.csv", "main.md", "main.tex", "differences.csv", "candidates.csv"} <= set(tables)
-    shutil.rmtree(smoke.folder / "report")
+def test_a_run_that_is_complete_is_not_made_again(smoke: Smoke, run_cli: RunCli, no_report: None) -> None:
+    events = files(smoke.folder / "tensorboard")
     again = run_cli("run", SMOKE, "--runs", smoke.runs, *overrides(*CUTS, "runtime.workers=2"))
     assert (again["made"], again["reused"]) == (0, len(smoke.json["stages"]))
     assert again["arena"] == smoke.printed["arena"]
-    assert files(smoke.folder / "report" / "tables") == tables
     assert files(smoke.folder / "tensorboard") == events
 
 
@@ -176,6 +179,7 @@ def test_a_report_is_written_again_from_the_records_alone_and_published(
     smoke: Smoke, run_cli: RunCli, tmp_path: Path
 ) -> None:
     tables = files(smoke.folder / "report" / "tables")
+    assert {"main.csv", "main.md", "main.tex", "differences.csv", "candidates.csv"} <= set(tables)
     shutil.rmtree(smoke.folder / "report")
     printed = run_cli("report", smoke.folder, "--publish", "--reports", tmp_path)
     assert printed["report"] == str(smoke.folder / "report" / "report.md")
@@ -324,22 +328,21 @@ RunCli = Callable[..., Any]
 
 
 @pytest.fixture
-def run_cli(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Iterator[RunCli]:
-    """Runs the command line in this process on one thread: what it prints with --json."""
+def run_cli(cli: Cli, one_thread: None) -> RunCli:
+    """Run the command line in this process on one thread, and return what it prints with --json."""
 
     def run(*words: object, code: int = 0) -> Any:
-        monkeypatch.setattr(sys, "argv", ["rrhf-bench", *map(str, words), "--json"])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        printed = capfd.readouterr()
-        assert (ended.value.code or 0) == code, printed.err
-        return json.loads(printed.out)
+        found = cli(*words, "--json")
+        assert found.code == code, found.err
+        return json.loads(found.out)
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield run
-    torch.set_num_threads(threads)
+    return run
+
+
+@pytest.fixture
+def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out the report of a run, which takes longer than all stages of a small one."""
+    monkeypatch.setattr("rrhf_bench.cli._write_report", lambda records, folder: folder)
 
 
 CHAIN = """
@@ -399,7 +402,7 @@ def write_pairs(path: Path) -> Path:
 
 
 def test_the_single_steps_in_a_chain_give_what_a_run_gives_and_a_run_goes_on_from_what_is_complete(
-    tmp_path: Path, run_cli: RunCli, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, run_cli: RunCli, no_report: None
 ) -> None:
     backend = choose_backend("vllm").name
     path = write_pairs(tmp_path / "pairs.jsonl")
@@ -453,17 +456,18 @@ def test_the_single_steps_in_a_chain_give_what_a_run_gives_and_a_run_goes_on_fro
     assert len(judged) == 16
     assert judged == read_jsonl(made["evaluate rrhf, seed 3"] / "evaluated.jsonl", Evaluated)
 
-    tables = files(tmp_path / "runs" / "chain" / "report" / "tables")
-    for name in ("train rrhf, seed 3", "evaluate rrhf, seed 3"):
+    again = ("train rrhf, seed 3", "evaluate rrhf, seed 3")
+    written = {name: files(made[name]) for name in again}
+    for name in again:
         (made[name] / "manifest.json").unlink()  # as where the power went
-    again = run_cli(*words)
-    assert (again["made"], again["reused"]) == (2, first["made"] - 2)
-    assert files(tmp_path / "runs" / "chain" / "report" / "tables") == tables
-    monkeypatch.setattr(cli, "_write_report", lambda records, folder: folder)
+    second = run_cli(*words)
+    assert (second["made"], second["reused"]) == (2, first["made"] - 2)
+    for name in again:
+        assert files(made[name]) | {TIMING: b""} == written[name] | {TIMING: b""}
     assert run_cli(*words, "--set", "methods.rrhf.epochs=3")["made"] == 2  # training and evaluation of that row
 
 
-def test_rows_of_the_sampling_policies_share_their_candidates(tmp_path: Path, run_cli: RunCli) -> None:
+def test_rows_of_the_sampling_policies_share_their_candidates(tmp_path: Path, run_cli: RunCli, no_report: None) -> None:
     text = CHAIN.format(path=write_pairs(tmp_path / "pairs.jsonl"), backend="transformers")
     text = text.replace("n = 2\n", "", 1).replace("temperature = 0.8\n", "").replace("epochs = 2", "epochs = 1")
     sizes = {"BP": 6, "DP": 6, "SP": 6, "P": 2, "D": 4}
@@ -479,8 +483,10 @@ def test_rows_of_the_sampling_policies_share_their_candidates(tmp_path: Path, ru
     records = load_run(folder)
     for name, k in sizes.items():
         assert {len(group.responses) for group in records.candidates[name, 3]} == {k}
-    with (folder / "report" / "tables" / "departures.csv").open(newline="") as file:
-        found = [(row["this run"], row["rows"]) for row in csv.DictReader(file) if row["option"] == "rrhf: candidates"]
+    table = departures_table(View(records))
+    options = [column.name for column in table.columns]
+    rows_found = [dict(zip(options, (cell.value for cell in row), strict=True)) for row in table.rows]
+    found = [(row["this run"], row["rows"]) for row in rows_found if row["option"] == "rrhf: candidates"]
     assert found == [("beam search, 4 beams", "BP"), ("sampling, temperature 0.8, top-p 1", "SP")]  # DP is the paper's
     assert [g.responses[:4] for g in records.candidates["DP", 3]] == [g.responses for g in records.candidates["D", 3]]
     assert [g.responses[4:] for g in records.candidates["DP", 3]] == [g.responses for g in records.candidates["P", 3]]
@@ -502,7 +508,7 @@ def test_a_row_that_diverges_is_shown_as_failed_and_the_others_go_on(
     smoke: Smoke, tmp_path: Path, run_cli: RunCli
 ) -> None:
     shutil.copytree(smoke.runs / "store", tmp_path / "store")
-    words = overrides(*CUTS, "name=fails", "methods.sft.lr=1e30", "runtime.workers=2")
+    words = overrides(*CUTS, "name=fails", "methods.sft.lr=1e30", "runtime.workers=1")
     assert run_cli("run", SMOKE, "--runs", tmp_path, *words, code=2)["missing"] == 2
     records = load_run(tmp_path / "fails")
     (row,) = records.failures

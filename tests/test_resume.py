@@ -13,7 +13,7 @@ import torch
 from baselines.ppo_settings import PPOSettings
 from baselines.sft_settings import SFTSettings
 from rrhf_bench.pipeline import stage_helpers
-from rrhf_bench.pipeline.checkpoints import FileCheckpoints
+from rrhf_bench.pipeline.training_record import FileCheckpoints
 from rrhf_bench.records import Candidates, Preference, Response
 from rrhf_bench.settings.methods import LoraSettings
 from rrhf_bench.testing import PROMPTS, Run

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import stat
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -46,20 +47,22 @@ class Cache:
 
     def sizes(self) -> Mapping[str, tuple[int, int]]:
         """Return (number, bytes) by kind of stage, largest first."""
-        sizes: dict[str, tuple[int, int]] = {}
+        by_kind: dict[str, list[int]] = defaultdict(list)
         for item in self.items:
-            number, total = sizes.get(item.what, (0, 0))
-            sizes[item.what] = number + 1, total + item.bytes
+            by_kind[item.what].append(item.bytes)
+        sizes = {kind: (len(found), sum(found)) for kind, found in by_kind.items()}
         return dict(sorted(sizes.items(), key=lambda entry: (-entry[1][1], entry[0])))
 
     def by_run(self) -> Mapping[str, tuple[int, int, int]]:
         """Return (number, bytes, bytes that no other run refers to) by run."""
-        found: dict[str, tuple[int, int, int]] = {}
+        by_run: dict[str, list[Item]] = defaultdict(list)
         for item in self.items:
             for run in item.runs:
-                number, total, own = found.get(run, (0, 0, 0))
-                found[run] = number + 1, total + item.bytes, own + item.bytes * (len(item.runs) == 1)
-        return dict(sorted(found.items()))
+                by_run[run].append(item)
+        return {
+            run: (len(items), sum(i.bytes for i in items), sum(i.bytes for i in items if len(i.runs) == 1))
+            for run, items in sorted(by_run.items())
+        }
 
 
 def list_store(runs: Path) -> Cache:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import multiprocessing
 import os
 import platform
@@ -12,7 +11,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
 
@@ -21,40 +19,21 @@ from rrhf_bench.errors import StoreError
 RETRY_SECONDS = 0.1
 
 
-@dataclass(frozen=True)
-class Holder:
-    """The process that holds a lock; for a worker, the process that started the worker."""
-
-    pid: int
-    host: str
-    since: str
-    command: str
-
-    def __str__(self) -> str:
-        return f"process {self.pid} on {self.host} since {self.since} ({self.command})"
-
-
 class LockHeld(StoreError):
     """A lock that another process holds."""
 
 
-def holder(path: Path) -> Holder | str | None:
-    """Return the holder of a lock, or None if the lock is free, even if a killed process left its file."""
-    try:
-        file = path.open("r", encoding="utf-8")
-    except OSError:
-        return None
-    with file:
+def holder(path: Path) -> str | None:
+    """Return the words of a lock's holder, or None if the lock is free, even if a killed process left its file.
+
+    A worker names the process that started it.
+    """
+    with suppress(OSError), path.open("r", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            return None
         except BlockingIOError:
-            pass
-        except OSError:
-            return None
-        with suppress(OSError, ValueError, TypeError):
-            return Holder(**json.load(file))
-        return "another process"  # that is about to write its name
+            return file.read() or "another process"  # that is about to write its name
+    return None
 
 
 @contextmanager
@@ -115,5 +94,5 @@ def _acquire(path: Path) -> int | None:
     command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
     with suppress(OSError):  # a lock without a name holds as well, on a full disk
         os.ftruncate(file, 0)
-        os.write(file, json.dumps(asdict(Holder(pid, platform.node(), since, command))).encode())
+        os.write(file, f"process {pid} on {platform.node()} since {since} ({command})".encode())
     return file

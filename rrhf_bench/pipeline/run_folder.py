@@ -144,33 +144,27 @@ class _Run:
     def records(self, key: str, name: str, kind: type[T]) -> list[T]:
         return read_jsonl(self.artifact(key) / name, kind)
 
+    def lines(self, key: str, name: str) -> tuple[dict[str, Any], ...]:
+        return tuple(line for _, line in read_objects(self.artifact(key) / name))
+
     def read(self, key: str, name: str) -> Any:
         return _read_json(self.artifact(key) / name)
 
     def stage(self, key: str) -> Mapping[str, Any]:
         return self.json["stages"][key]
 
-    def wanted(self, *kinds: str) -> Iterable[Mapping[str, Any]]:
-        return (stage for stage in self.json["wanted"] if stage["kind"] in kinds)
-
-    @cached_property
-    def pair_scores(self) -> dict[str, list[Candidates]]:
-        """Return the data set's own replies with their scores, by split."""
-        return {
-            self.stage(stage["key"])["settings"]["split"]: self.records(stage["key"], "candidates.jsonl", Candidates)
-            for stage in self.wanted("score pairs")
-        }
-
-    @property
-    def warnings(self) -> list[str]:
-        """Return what held-out pairs showed of the reward model's input."""
-        (key,) = (s["key"] for s in self.wanted("score pairs") if self.stage(s["key"])["settings"]["split"] == "test")
-        return self.read(key, WARNINGS)
+    def wanted(self, *kinds: str) -> list[Mapping[str, Any]]:
+        return [stage for stage in self.json["wanted"] if stage["kind"] in kinds]
 
     @cached_property
     def scored(self) -> Callable[[str], list[Candidates]]:
         """Return a function that returns the candidates of a stage by its key, and reads them once: rows share them."""
         return cache(lambda key: self.records(key, "candidates.jsonl", Candidates))
+
+    @cached_property
+    def pair_stages(self) -> dict[str, str]:
+        """Return by split the key of the stage that scores the data set's own replies."""
+        return {self.stage(s["key"])["settings"]["split"]: s["key"] for s in self.wanted("score pairs")}
 
 
 def load_run(folder: Path, store: Store | None = None) -> RunRecords:
@@ -181,9 +175,11 @@ def load_run(folder: Path, store: Store | None = None) -> RunRecords:
     if run.json["config"] != hashlib.sha256(config.read_bytes()).hexdigest():
         raise StoreError(f"{config}: has changed since the run began; run the experiment again, which writes it again")
     failures = _failures(run)
-    wanted = [s for s in run.json["wanted"] if (s["row"], s["seed"]) not in failures]
-    scored = [entry for entry in run.json["test scores"] if (entry["row"], entry["seed"]) not in failures]
-    run = replace(run, json={**run.json, "wanted": wanted, "test scores": scored})
+    complete = {
+        part: [entry for entry in run.json[part] if (entry["row"], entry["seed"]) not in failures]
+        for part in ("wanted", "test scores")
+    }
+    run = replace(run, json={**run.json, **complete})
     order = ["base", *experiment.policies, *experiment.methods, *PAIR_ROWS, "reply"]
     evaluations = sorted(run.wanted("evaluate", "evaluate pairs"), key=lambda stage: order.index(stage["row"]))
     evaluated: list[Evaluated] = []
@@ -210,8 +206,14 @@ def load_run(folder: Path, store: Store | None = None) -> RunRecords:
     experiment = experiment.model_copy(update={"methods": methods})
     costs, before = _costs(run, experiment, trained)
     first = run.stage(evaluations[0]["key"])
-    about = run.read(first["inputs"]["prompts"], "about.json")
+    prompts = first["inputs"]["prompts"]
+    about = run.read(prompts, "about.json")
     arena, arena_words = _arena(run, experiment, first, evaluated, about)
+    counts = {"data": about["counts"]}
+    counts |= {f"{row}, seed {seed}": run.read(key, "about.json")["counts"] for (row, seed), key in trained.items()}
+    for (row, seed), key in trained.items():
+        if judged := run.stage(key)["inputs"].get("judged"):
+            counts[f"{row}, seed {seed}, judge"] = run.read(judged, "counts.json")
     return RunRecords(
         folder=folder,
         experiment=experiment,
@@ -221,7 +223,7 @@ def load_run(folder: Path, store: Store | None = None) -> RunRecords:
         pairs=tuple(pairs),
         reward_pairs=tuple(
             PairScored("reward model", 0, row.prompt, row.scores[0], row.scores[1])
-            for row in run.pair_scores["test"]
+            for row in run.scored(run.pair_stages["test"])
             if row.scores[1:]  # a data set of texts has single replies
         ),
         pools=_pools(run),
@@ -232,16 +234,8 @@ def load_run(folder: Path, store: Store | None = None) -> RunRecords:
         ),
         candidates={row: groups for row, key in trained.items() if (groups := _candidates(run, experiment, row, key))},
         test_candidates=_test_candidates(run, experiment),
-        training={row: tuple(_lines(run.artifact(key) / "metrics.jsonl")) for row, key in trained.items()},
-        counts={
-            "data": about["counts"],
-            **{f"{row}, seed {seed}": run.read(key, "about.json")["counts"] for (row, seed), key in trained.items()},
-            **{
-                f"{row}, seed {seed}, judge": run.read(judged, "counts.json")
-                for (row, seed), key in trained.items()
-                if (judged := run.stage(key)["inputs"].get("judged"))
-            },
-        },
+        training={row: run.lines(key, "metrics.jsonl") for row, key in trained.items()},
+        counts=counts,
         timings=tuple(
             Timing(stage["kind"], stage["row"], stage["seed"], timing["seconds"], timing[STAGE_PEAK])
             for key, stage in run.json["stages"].items()
@@ -252,7 +246,7 @@ def load_run(folder: Path, store: Store | None = None) -> RunRecords:
             for row, key in trained.items()
         },
         costs=costs,
-        notes=(*run.json["notes"], *run.warnings),
+        notes=(*run.json["notes"], *run.read(run.pair_stages["test"], WARNINGS)),
         failures=failures,
         tuned={
             row: tuple(map(Trial, found["trials"], found["rewards"], (t == found["picked"] for t in found["trials"])))
@@ -263,7 +257,7 @@ def load_run(folder: Path, store: Store | None = None) -> RunRecords:
         clusters={
             pair.prompt.id: pair.cluster
             for split in ("train", "test")
-            for pair in run.records(first["inputs"]["prompts"], f"{split}.jsonl", Preference)
+            for pair in run.records(prompts, f"{split}.jsonl", Preference)
             if pair.cluster is not None
         },
         reward_models=tuple(_judged_reward(run, entry) for entry in run.json.get("reward models", ())),
@@ -342,14 +336,14 @@ def _candidates(run: _Run, experiment: Experiment, row: Row, key: str) -> tuple[
         return tuple(run.records(key, "candidates.jsonl", Candidates))
     inputs = run.stage(key)["inputs"]
     if "judged" in inputs:
-        return tuple(run.records(inputs["judged"], "candidates.jsonl", Candidates))
+        return tuple(run.scored(inputs["judged"]))
     sampled = {source: run.scored(stage) for source, stage in sampled_inputs(inputs)}
-    return tuple(assemble(settings.sources, sampled, run.pair_scores["train"]))
+    return tuple(assemble(settings.sources, sampled, run.scored(run.pair_stages["train"])))
 
 
 def _test_candidates(run: _Run, experiment: Experiment) -> dict[Row, tuple[Candidates, ...]]:
     """Return the candidates on the evaluation prompts, for the rows that have all their sources there."""
-    pairs = run.pair_scores["test"][: experiment.evaluation.prompts]
+    pairs = run.scored(run.pair_stages["test"])[: experiment.evaluation.prompts]
     groups: dict[Row, tuple[Candidates, ...]] = {}
     for entry in run.json["test scores"]:
         settings = candidates_of(experiment.methods[entry["row"]])
@@ -370,8 +364,8 @@ def _pools(run: _Run) -> dict[int, tuple[PoolScored, ...]]:
 
 def _pool(run: _Run, key: str) -> tuple[PoolScored, ...]:
     rows = run.scored(key)
-    path = run.artifact(key) / "golds.jsonl"
-    golds = [tuple(line["golds"]) for line in _lines(path)] if path.exists() else [None] * len(rows)
+    has_golds = (run.artifact(key) / "golds.jsonl").exists()
+    golds = [tuple(line["golds"]) for line in run.lines(key, "golds.jsonl")] if has_golds else [None] * len(rows)
     return tuple(
         PoolScored(row.prompt, row.scores, gold, tuple(r.text for r in row.responses))
         for row, gold in zip(rows, golds, strict=True)
@@ -421,7 +415,3 @@ def _stage_cost(run: _Run, key: str) -> StageCost:
     if kind == "sample":
         return StageCost(timing["seconds"], sum(len(r.token_ids or ()) for r in responses), len(responses))
     return StageCost(timing["seconds"], reward_calls=len(responses))
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    return [line for _, line in read_objects(path)]

@@ -9,12 +9,11 @@ import os
 import threading
 import time
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,17 +26,12 @@ from rrhf_bench.settings.experiment import RuntimeSettings
 
 
 class Reporter(Protocol):
-    """Told what happens, for the terminal."""
+    """What shows the progress of a plan. ``seconds`` is None if another process made the stage."""
 
     def reused(self, stage: Stage) -> None: ...
-
     def started(self, stage: Stage) -> None: ...
-
     def progress(self, name: str, done: int, total: int) -> None: ...
-
-    def finished(self, stage: Stage, seconds: float | None) -> None:
-        """``seconds`` is None where another process made it."""
-
+    def finished(self, stage: Stage, seconds: float | None) -> None: ...
     def note(self, text: str) -> None: ...
 
 
@@ -63,7 +57,7 @@ def run_plan(plan: Plan, store: Store, reporter: Reporter, events: Path | None =
     # Fewer than two stages need no second process, nor the look for a GPU, which imports torch.
     workers = min(worker_count(runtime), len(waiting)) if len(waiting) > 1 else 1
     done = {stage.key for stage in plan.stages} - {stage.key for stage in waiting}
-    running = dict[_Here | Future[float | None], Stage]()
+    running = dict[Future[float | None], Stage]()
     lost: set[str] = set()  # keys of stages that failed, and of those that need them
     made = 0
     failure: BaseException | None = None
@@ -80,7 +74,7 @@ def run_plan(plan: Plan, store: Store, reporter: Reporter, events: Path | None =
                 running[submit(stage, store, runtime, plan.backend.name, events)] = stage
             if not running:
                 break
-            for ended in _ended(running):
+            for ended in wait(running, return_when=FIRST_COMPLETED).done:
                 stage = running.pop(ended)
                 try:
                     seconds = ended.result()
@@ -108,28 +102,16 @@ def _is_lost(stage: Stage, lost: Collection[str]) -> bool:
     return any(missing) if stage.kind != "tune" else all(missing)
 
 
-@dataclass(frozen=True, eq=False)
-class _Here:
-    """A stage that this process makes when its result is requested."""
-
-    result: Callable[[], float | None]
-
-
-def _ended(running: Iterable[_Here | Future[float | None]]) -> list[_Here | Future[float | None]]:
-    here = [one for one in running if isinstance(one, _Here)]
-    futures = [one for one in running if isinstance(one, Future)]
-    return [*(here or wait(futures, return_when=FIRST_COMPLETED).done)]
-
-
 def worker_count(runtime: RuntimeSettings) -> int:
     """Return the number of processes that share the stages: one on a GPU, which they would have to share as well."""
     if runtime.workers is not None:
         return runtime.workers
+    on_gpu = runtime.device == "cuda"
     if runtime.device == "auto":
         import torch
 
-        return 1 if torch.cuda.is_available() else min(4, cores())
-    return 1 if runtime.device == "cuda" else min(4, cores())
+        on_gpu = torch.cuda.is_available()
+    return 1 if on_gpu else min(4, cores())
 
 
 def cores() -> int:
@@ -141,7 +123,7 @@ def make(
     store: Store,
     runtime: RuntimeSettings,
     backend: BackendName,
-    progress: Any,
+    progress: Callable[[int, int], None],
     note: Callable[[str], None] = lambda text: None,
     events: Path | None = None,
 ) -> float | None:
@@ -201,15 +183,15 @@ def _failure_noted(store: Store, stage: Stage) -> Iterator[None]:
         raise named from error
 
 
-_process: dict[str, Any] = {}  # this process's services, and in a worker the queue that progress goes to
+_worker: dict[str, Any] = {}  # in a worker: the queue that progress goes to
 
 
+@lru_cache(maxsize=1)
 def _services(runtime: RuntimeSettings) -> Any:
+    """Return the services of this process."""
     from rrhf_bench.pipeline.services import Services
 
-    if _process.get("runtime") != runtime:
-        _process.update(runtime=runtime, services=Services(runtime))
-    return _process["services"]
+    return Services(runtime)
 
 
 @contextmanager
@@ -228,15 +210,10 @@ def quiet() -> Iterator[None]:
 
 
 @contextmanager
-def _pool(workers: int, reporter: Reporter) -> Iterator[Callable[..., _Here | Future[float | None]]]:
+def _pool(workers: int, reporter: Reporter) -> Iterator[Callable[..., Future[float | None]]]:
     """Yield a function that has one of several processes make a stage, or this process if ``workers`` is 1."""
     if workers == 1:
-
-        def here(stage: Stage, store: Store, runtime: RuntimeSettings, backend: BackendName, events: Any) -> _Here:
-            progress = partial(reporter.progress, stage.name)
-            return _Here(partial(make, stage, store, runtime, backend, progress, reporter.note, events))
-
-        yield here
+        yield partial(_make_here, reporter)
         return
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read when torch is first imported
     context = multiprocessing.get_context("spawn")  # a fork would copy a torch whose threads are gone
@@ -250,12 +227,25 @@ def _pool(workers: int, reporter: Reporter) -> Iterator[Callable[..., _Here | Fu
         yield lambda *arguments: pool.submit(_make_in_worker, *arguments)
 
 
+def _make_here(
+    reporter: Reporter, stage: Stage, store: Store, runtime: RuntimeSettings, backend: BackendName, events: Path | None
+) -> Future[float | None]:
+    """Make a stage in this process and return a future that is done."""
+    future: Future[float | None] = Future()
+    try:
+        progress = partial(reporter.progress, stage.name)
+        future.set_result(make(stage, store, runtime, backend, progress, reporter.note, events))
+    except BaseException as error:
+        future.set_exception(error)
+    return future
+
+
 def _start_worker(queue: Any, threads: int) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     import torch
 
     torch.set_num_threads(threads)
-    _process["queue"] = queue
+    _worker["queue"] = queue
 
 
 def _end_with_parent() -> None:
@@ -275,10 +265,10 @@ def _make_in_worker(
         nonlocal last
         if time.monotonic() - last > 0.2:
             last = time.monotonic()
-            _process["queue"].put(("progress", stage.name, done, total))
+            _worker["queue"].put(("progress", stage.name, done, total))
 
     def note(text: str) -> None:
-        _process["queue"].put(("note", text))
+        _worker["queue"].put(("note", text))
 
     return make(stage, store, runtime, backend, progress, note, events)
 

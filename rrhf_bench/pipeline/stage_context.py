@@ -10,9 +10,11 @@ from typing import Any
 
 from rrhf_bench.jsonl import read_jsonl
 from rrhf_bench.pipeline.services import ModelRef, Services
+from rrhf_bench.policy.policy import TransformersPolicy
 from rrhf_bench.records import Candidates, Preference
 from rrhf_bench.rewards.gold import Gold, ReviewsGold
 from rrhf_bench.sampling.backend import BackendName
+from rrhf_bench.sampling.sampler import Sampler
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,19 @@ class Job:
 
     def ref(self, role: str = "policy") -> ModelRef:
         return ModelRef.read(self.inputs[role])
+
+    def sampler(
+        self,
+        policy: TransformersPolicy,
+        backend: BackendName | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Sampler:
+        """Return a sampler that holds a policy of this stage.
+
+        The differences of its log-probs from the policy's at each check go to the artifact's timing.json.
+        """
+        note = self.seconds.setdefault("sampler", []).append
+        return self.services.sampler(policy, self.ref(), backend or self.backend, progress, note)
 
     @property
     def gold(self) -> Gold | None:

@@ -97,6 +97,22 @@ class Judges:
         return verdicts
 
 
+def decodings(evaluation: Mapping[str, Any], seed: int, purpose: str) -> dict[Decoding, SamplingSpec]:
+    """Return the arena's ways to decode: one reply a prompt."""
+    return {
+        decoding: SamplingSpec(
+            n=1,
+            temperature=0.0 if decoding == "greedy" else evaluation["temperature"],
+            top_k=0 if decoding == "greedy" else evaluation["top_k"],
+            max_new_tokens=evaluation["max_new_tokens"],
+            seed=seed,
+            purpose=f"{purpose}/{decoding}",
+            stop=tuple(evaluation["stop"]),
+        )
+        for decoding in evaluation["decoding"]
+    }
+
+
 def evaluate(
     row: str,
     seed: int,
@@ -129,20 +145,6 @@ def evaluate(
             tokens = len(reply.token_ids)
             records.append(Evaluated(row, seed, decoding, prompt, reply.text, reply.finish, tokens, kl=kl, **verdict))
     return records
-
-
-def evaluate_given(row: str, replies: Sequence[Row], judges: Judges, policy: TransformersPolicy) -> list[Evaluated]:
-    """Return the same record for replies of a data set; their length is counted in the policy's tokens.
-
-    Raises Diverged if the reward of a reply is not finite.
-    """
-    tokens = [len(policy.tokenization.response_ids(reply.text, ended=True)) for _, reply in replies]
-    return [
-        Evaluated(row, 0, "given", prompt, reply.text, reply.finish, count, **verdict)
-        for (prompt, reply), count, verdict in zip(
-            replies, tokens, judges.verdicts(replies, f"{row} replies"), strict=True
-        )
-    ]
 
 
 def score_pairs_by_likelihood(

@@ -6,7 +6,6 @@ import json
 import operator
 import os
 import shutil
-import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
@@ -25,28 +24,26 @@ from rrhf_bench.data.toy.reviews import build_reviews, own_reply
 from rrhf_bench.data.toy.scratch import train_language_model
 from rrhf_bench.data.toy.world import build_world
 from rrhf_bench.errors import DataError, StageError
-from rrhf_bench.jsonl import from_json, read_jsonl, read_objects, to_json, write_jsonl
+from rrhf_bench.jsonl import read_jsonl, read_objects, write_jsonl
 from rrhf_bench.pipeline import preference_models, stage_helpers
 from rrhf_bench.pipeline.candidates import assemble, pair_candidates
-from rrhf_bench.pipeline.checkpoints import FileCheckpoints
-from rrhf_bench.pipeline.events import Events
 from rrhf_bench.pipeline.judging import JOURNALS, judge_candidates
 from rrhf_bench.pipeline.results import TUNED, WARNINGS
 from rrhf_bench.pipeline.services import ModelRef, context_of
 from rrhf_bench.pipeline.stage_context import Job
-from rrhf_bench.policy.policy import Policy, TransformersPolicy
-from rrhf_bench.records import Candidates, CurvePoint, Decoding, Preference, Prompt, Response
+from rrhf_bench.pipeline.training_record import FileCheckpoints, TrainingRecord
+from rrhf_bench.policy.policy import TransformersPolicy
+from rrhf_bench.records import Candidates, CurvePoint, Evaluated, Preference, Prompt, Response
 from rrhf_bench.rewards.gold import ReviewsGold
-from rrhf_bench.rewards.reward import require_finite
 from rrhf_bench.rewards.train_head import count_steps
-from rrhf_bench.sampling.backend import BackendName, choose_backend
+from rrhf_bench.sampling.backend import choose_backend
 from rrhf_bench.sampling.sampler import Sampler, SamplingSpec
 from rrhf_bench.seeding import derive_seed
 from rrhf_bench.settings.candidates import STRATEGY_KEYS
 from rrhf_bench.settings.experiment import WORLDS, JudgeTable, ScratchSettings
 from rrhf_bench.settings.methods import MethodSettings, candidates_of
 from rrhf_bench.settings.reward import RewardTrainingSettings
-from rrhf_bench.training.method import Progress, TrainContext, TrainInputs
+from rrhf_bench.training.method import TrainContext, TrainInputs
 from rrhf_bench.training.reference import ResponseLogprobs, response_logprobs
 
 
@@ -238,7 +235,7 @@ def sample(job: Job) -> None:
     pairs = job.pairs("train") if s["split"] == "train" else job.pairs("test")[: s["prompts"]]
     policy = job.services.fixed_policy(job.ref())
     backend = choose_backend(job.backend, strategy).name
-    sampler = sampler_of(job, policy, backend, job.progress)
+    sampler = job.sampler(policy, backend, job.progress)
     unread = {"temperature": 1.0, "seed": 0}  # by a search
     spec = SamplingSpec(
         **{**unread, **{key: s[key] for key in (*STRATEGY_KEYS, "seed") if key in s}},
@@ -247,16 +244,6 @@ def sample(job: Job) -> None:
         stop=tuple(s["stop"]),
     )
     write_jsonl(job.out / "candidates.jsonl", sampler.sample([pair.prompt for pair in pairs], spec))
-
-
-def sampler_of(
-    job: Job, policy: TransformersPolicy, backend: BackendName, progress: Callable[[int, int], None] | None = None
-) -> Sampler:
-    """Return a sampler that holds a policy of this stage.
-
-    The differences of its log-probs from the policy's at each check go to the artifact's timing.json.
-    """
-    return job.services.sampler(policy, job.ref(), backend, progress, job.seconds.setdefault("sampler", []).append)
 
 
 # The name in the seeds of training candidates: one for every sampling of a policy for training, command line included.
@@ -357,9 +344,8 @@ def train(job: Job) -> None:
     policy = job.services.policy_to_train(job.ref())
     unadapted = stage_helpers.adapt(policy, settings, s["seed"])
     inputs = train_inputs(job, settings)
-    events = Events(job.events)
     cue = settings.cue or job.ref().cue
-    record = _Record(job, policy.with_cue(cue), events)
+    record = TrainingRecord(job, policy.with_cue(cue))
     reads_reference = {"reference", "sampler"} <= settings.needs
     candidates = candidates_of(settings)
     backend = choose_backend(job.backend, "sample" if candidates is None else candidates.strategy).name
@@ -367,7 +353,7 @@ def train(job: Job) -> None:
     sampling = s.get("sampling", s["evaluation"])
     context = TrainContext(
         seed=s["seed"],
-        sampler=sampler_of(job, policy, backend) if "sampler" in settings.needs else None,
+        sampler=job.sampler(policy, backend) if "sampler" in settings.needs else None,
         reward=reward if "reward" in settings.needs else None,
         reference=(unadapted or job.services.fixed_policy(job.ref())) if reads_reference else None,
         watch=record.watch,
@@ -379,7 +365,7 @@ def train(job: Job) -> None:
         stop=tuple(sampling["stop"]),
     )
     trainer = stage_helpers.trainer(settings, context_of(policy, job.ref()))
-    with closing(events):
+    with closing(record):
         result = trainer.fit(policy, inputs, context)
     job.seconds.update(train=record.trained, curve=record.seconds)
     parts, names = record.parts, record.parts[0] if record.parts else ()
@@ -443,106 +429,14 @@ def _sampled(job: Job, role: str) -> dict[str, list[Candidates]]:
     return {name.removeprefix(role): job.candidates(name) for name in job.inputs if name.startswith(role)}
 
 
-class _Record:
-    """The notes of a training run: its log, what it made, and its rewards on the dev prompts at fixed fractions."""
-
-    def __init__(self, job: Job, policy: TransformersPolicy, events: Events) -> None:
-        self.job = job
-        self.policy = policy
-        self.events = events
-        self.log: list[Mapping[str, float]] = []
-        self.parts: list[Mapping[str, float]] = []  # seconds of each iteration
-        self.made: list[Candidates] = []  # while training
-        self.points: list[CurvePoint] = []
-        self.seconds: list[tuple[float, float]] = []  # (fraction, training seconds so far)
-        self._before = 0.0  # training seconds of what was resumed
-        self._watching = 0.0  # seconds of evaluation, which are not the method's
-        self._due = 0
-        self._started = time.monotonic()
-
-    @property
-    def trained(self) -> float:
-        """Return the seconds that the method has trained so far."""
-        return self._before + time.monotonic() - self._started - self._watching
-
-    def add(self, metrics: Mapping[str, float]) -> None:
-        """Record the metrics of one step."""
-        self.log.append(metrics)
-        self.events.add(int(metrics["step"]), {name: value for name, value in metrics.items() if name != "step"})
-
-    def add_point(self, point: CurvePoint) -> None:
-        """Record the rewards on the dev prompts under one decoding."""
-        self.points.append(point)
-        means = {"reward": sum(point.rewards) / len(point.rewards)}
-        if point.golds is not None:
-            means["gold"] = sum(point.golds) / len(point.golds)
-        self.events.add(point.step, {f"dev/{name}/{point.decoding}": mean for name, mean in means.items()})
-
-    def state(self) -> dict[str, Any]:
-        points, made = to_json(self.points), to_json(self.made)
-        curve = {"points": points, "seconds": self.seconds, "due": self._due, "trained": self.trained}
-        return {"log": self.log, "parts": self.parts, "made": made, "curve": curve}
-
-    def load(self, state: Mapping[str, Any]) -> None:
-        curve = state["curve"]
-        self.log.clear()
-        for metrics in state["log"]:
-            self.add(metrics)
-        self.points.clear()
-        for point in curve["points"]:
-            self.add_point(from_json(CurvePoint, point, "checkpoint"))
-        self.parts[:] = state["parts"]
-        self.made[:] = [from_json(Candidates, group, "checkpoint") for group in state["made"]]
-        self.seconds[:] = [(fraction, seconds) for fraction, seconds in curve["seconds"]]
-        self._due, self._before = curve["due"], curve["trained"]
-
-    def watch(self, progress: Progress, policy: Policy) -> None:
-        """Add a point to the curve if one is due. Raises Diverged if the reward of a reply is not finite."""
-        job, s = self.job, self.job.settings
-        job.progress(round(1000 * progress.fraction), 1000)
-        passed = progress.fraction * s["curve_points"]
-        if passed < self._due - 1e-9:
-            return
-        self._due = int(passed + 1e-9) + 1
-        began = time.monotonic()
-        self.seconds.append((progress.fraction, self.trained))
-        prompts = [pair.prompt for pair in job.pairs("dev")]
-        sampler = sampler_of(job, self.policy, job.backend)
-        reward, gold = job.services.reward(job.ref("reward model")), job.gold
-        for decoding, spec in decodings(s["evaluation"], s["seed"], "curve").items():
-            texts = [row.responses[0].text for row in sampler.sample(prompts, spec)]
-            place = f"step {progress.step}, {decoding} replies to the dev prompts"
-            rewards = tuple(require_finite(reward.score(prompts, texts), prompts, place, texts).tolist())
-            golds = None if gold is None else tuple(gold.score(prompts, texts).tolist())
-            where = (progress.fraction, progress.step, progress.sampled_tokens)
-            self.add_point(CurvePoint(job.row or "", s["seed"], decoding, *where, rewards, golds))
-        self._watching += time.monotonic() - began
-
-
-def decodings(evaluation: Mapping[str, Any], seed: int, purpose: str) -> dict[Decoding, SamplingSpec]:
-    """Return the arena's ways to decode: one reply a prompt."""
-    return {
-        decoding: SamplingSpec(
-            n=1,
-            temperature=0.0 if decoding == "greedy" else evaluation["temperature"],
-            top_k=0 if decoding == "greedy" else evaluation["top_k"],
-            max_new_tokens=evaluation["max_new_tokens"],
-            seed=seed,
-            purpose=f"{purpose}/{decoding}",
-            stop=tuple(evaluation["stop"]),
-        )
-        for decoding in evaluation["decoding"]
-    }
-
-
 def evaluate(job: Job) -> None:
     """Write judged replies to the evaluation prompts in every decoding, and log-probs of the held-out pairs."""
     s = job.settings
     initial = job.services.fixed_policy(job.ref())
     judges = _judges(job)  # before the policy, or they could be dropped to make room for it
     policy = job.services.policy(job.ref("trained")) if "trained" in job.inputs else initial
-    sampler: Sampler = sampler_of(job, policy, job.backend)
-    specs = decodings(s["evaluation"], s["seed"], "evaluate")
+    sampler: Sampler = job.sampler(policy)
+    specs = stage_helpers.decodings(s["evaluation"], s["seed"], "evaluate")
     test, row, seed = job.pairs("test"), job.row or "", s["seed"]
     pairs = [pair for pair in test if pair.rejected is not None]
     reference: TransformersPolicy | None = initial
@@ -558,12 +452,20 @@ def evaluate(job: Job) -> None:
 
 
 def evaluate_pairs(job: Job) -> None:
-    """Write the data set's chosen or rejected replies to the evaluation prompts with the verdicts of the judges."""
+    """Write the data set's chosen or rejected replies to the evaluation prompts with the verdicts of the judges.
+
+    Their length is counted in the policy's tokens.
+    """
     reply = job.settings["reply"]
     pairs = job.pairs("test")[: job.settings["prompts"]]
     rows = [(c.prompt, r) for c in pair_candidates(pairs) for r in c.responses if r.source == reply]
-    policy = job.services.fixed_policy(job.ref())
-    write_jsonl(job.out / "evaluated.jsonl", stage_helpers.evaluate_given(reply, rows, _judges(job), policy))
+    tokenization = job.services.fixed_policy(job.ref()).tokenization
+    verdicts = _judges(job).verdicts(rows, f"{reply} replies")
+    records = [
+        Evaluated(reply, 0, "given", p, r.text, r.finish, len(tokenization.response_ids(r.text, ended=True)), **verdict)
+        for (p, r), verdict in zip(rows, verdicts, strict=True)
+    ]
+    write_jsonl(job.out / "evaluated.jsonl", records)
 
 
 def _judges(job: Job) -> stage_helpers.Judges:

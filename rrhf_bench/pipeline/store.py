@@ -67,24 +67,20 @@ class Store:
 
         Raises StoreError if the manifest cannot be read.
         """
-        return self.manifest(key) is not None and self.damage(key, "sizes") is None
+        return self.is_intact(key, "sizes")
 
-    def is_intact(self, key: str) -> bool:
+    def is_intact(self, key: str, depth: Depth = "contents") -> bool:
         """Return True if the artifact is complete and unchanged."""
-        return self.manifest(key) is not None and self.damage(key) is None
+        return self.manifest(key) is not None and self.damage(key, depth) is None
 
     def damage(self, key: str, depth: Depth = "contents") -> str | None:
-        """Return one line about a change in a complete artifact, or None if there is no change or no artifact.
-
-        Small files are compared by content, large ones by size and, if they are newer than the manifest, by content.
-        """
+        """Return one line about a change in a complete artifact, or None if there is no change or no artifact."""
         manifest = self.manifest(key)
         return None if manifest is None else next(self._faults(key, manifest, depth), None)
 
     def require(self, key: str, name: str) -> Path:
         """Return the folder of an intact artifact. Raises StoreError if there is none."""
-        damage = self.damage(key)
-        if damage is not None:
+        if (damage := self.damage(key)) is not None:
             raise StoreError(f"{name}: {damage}; run the experiment again, which makes it again")
         if self.manifest(key) is None:
             raise StoreError(f"{name} is not complete in {self.root}; run the experiment again")
@@ -110,15 +106,15 @@ class Store:
         The caller holds ``exclusive_lock`` if other processes may make the same artifact or sweep the store. The
         scratch folder of an artifact is removed when the artifact is complete.
         """
-        try:
-            self.root.mkdir(parents=True, exist_ok=True)
-            temporary = Path(tempfile.mkdtemp(prefix=f".{key[:32]}-", dir=self.root))
-        except OSError as error:
-            raise StoreError(f"{self.root}: cannot be written ({error.strerror}); choose another --runs DIR") from error
+        temporary = _temporary_folder(self.root, f".{key[:32]}-", self.root, "choose another --runs DIR")
         replaced = temporary.with_name(f"{temporary.name}.old")
         try:
             yield temporary
-            manifest = {"key": key, **about, "files": _checksums(temporary)}
+            files = {
+                name: None if name == TIMING else {"size": path.stat().st_size, "sha256": _sha256(path)}
+                for name, path in _files(temporary)
+            }
+            manifest = {"key": key, **about, "files": files}
             (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1, ensure_ascii=False), encoding="utf-8")
             _sync_all(temporary)
             final = self.folder(key)
@@ -184,37 +180,40 @@ class Store:
 
     def _faults(self, key: str, manifest: Mapping[str, Any], depth: Depth) -> Iterator[str]:
         """Yield one line a change, the cheapest comparisons first."""
-        folder = self.folder(key)
+        folder, changed = self.folder(key), "{} has changed since it was written".format
         path = folder / MANIFEST
-        if manifest.get("key") != key:
-            yield f"{path} has changed since it was written"
-            return
         try:
-            written = path.stat().st_mtime_ns
-            expected = {name: (want["size"], want["sha256"]) for name, want in manifest["files"].items() if want}
-            expected |= {name: (None, None) for name, want in manifest["files"].items() if not want}
+            missing = {name: want and (want["size"], want["sha256"]) for name, want in manifest["files"].items()}
         except (AttributeError, KeyError, TypeError):
-            yield f"{path} has changed since it was written"
+            missing = None
+        if missing is None or manifest.get("key") != key:
+            yield changed(path)
             return
+        written = path.stat().st_mtime_ns
         for name, file in _files(folder):
-            if name not in expected:
+            if name not in missing:
                 if not name.startswith("."):  # a file manager's own
                     yield f"{file} is not part of it"
                 continue
-            size, sha256 = expected.pop(name)
-            status = file.stat()
-            if name == TIMING:
-                with suppress(ValueError):
-                    if is_unchanged(json.loads(file.read_text(encoding="utf-8"))):
-                        continue
-                yield f"{file} has changed since it was written"
-            elif status.st_size != size:
-                yield f"{file} has {status.st_size} bytes and was written with {size}"
+            wanted, status = missing.pop(name), file.stat()
+            if wanted is None:
+                if not _has_checksum(file):
+                    yield changed(file)
+            elif status.st_size != wanted[0]:
+                yield f"{file} has {status.st_size} bytes and was written with {wanted[0]}"
             elif depth != "sizes":
                 compare = depth == "all" or status.st_size < SMALL_BYTES or status.st_mtime_ns > written
-                if compare and _sha256(file) != sha256:
-                    yield f"{file} has changed since it was written"
-        yield from (f"{folder / name} is missing" for name in expected)
+                if compare and _sha256(file) != wanted[1]:
+                    yield changed(file)
+        yield from (f"{folder / name} is missing" for name in missing)
+
+
+def _has_checksum(file: Path) -> bool:
+    """Return True if a JSON file holds an unchanged object that ``with_checksum`` made."""
+    try:
+        return is_unchanged(json.loads(file.read_text(encoding="utf-8")))
+    except ValueError:
+        return False
 
 
 _LEFTOVER = re.compile(r"\.([0-9a-f]{32})(?:-.*|\.lock)")
@@ -224,14 +223,6 @@ def _files(folder: Path) -> list[tuple[str, Path]]:
     """Return (name within the folder, path) of the files that a manifest lists, in a fixed order."""
     found = ((path.relative_to(folder).as_posix(), path) for path in sorted(folder.rglob("*")) if path.is_file())
     return [(name, path) for name, path in found if name != MANIFEST]
-
-
-def _checksums(folder: Path) -> dict[str, dict[str, Any] | None]:
-    """Return the size and sha256 of each file, and None for TIMING."""
-    return {
-        name: None if name == TIMING else {"size": path.stat().st_size, "sha256": _sha256(path)}
-        for name, path in _files(folder)
-    }
 
 
 def _sha256(path: Path) -> str:
@@ -329,16 +320,12 @@ def replace_path(path: Path, *, over: bool = False) -> Iterator[Path]:
     """
     if not over and path.is_dir() and any(path.iterdir()):
         raise StoreError(f"{path}: is a folder that is not empty; name a new one, nothing is overwritten")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
-    except OSError as error:
-        raise StoreError(f"{path}: cannot be written ({error.strerror}); name another place") from error
+    temporary = _temporary_folder(path.parent, f".{path.name}-", path, "name another place")
+    earlier = temporary / f"{path.name}.earlier"
     try:
         with disk_errors(path.parent, "name another place"):
             yield temporary / path.name
             _sync_all(temporary)
-            earlier = temporary / f"{path.name}.earlier"
             if path.is_dir():
                 os.rename(path, earlier)  # no folder can take the name of one that is not empty
             try:
@@ -350,6 +337,14 @@ def replace_path(path: Path, *, over: bool = False) -> Iterator[Path]:
             _sync(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _temporary_folder(parent: Path, prefix: str, place: Path, instead: str) -> Path:
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        return Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+    except OSError as error:
+        raise StoreError(f"{place}: cannot be written ({error.strerror}); {instead}") from error
 
 
 def folder_identity(folder: Path) -> str:

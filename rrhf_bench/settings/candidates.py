@@ -8,9 +8,9 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from functools import cache
-from typing import Annotated, Any, ClassVar, Literal, Self, TypeAlias, get_args
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeAlias
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag, TypeAdapter, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from rrhf_bench.settings.base import Names, Settings
 
@@ -25,6 +25,7 @@ Width = Annotated[int, Field(ge=1, le=1024)]
 class Draw(Settings):
     """Responses that are drawn from the policy."""
 
+    table: ClassVar[str] = ' with strategy = "sample"'
     strategy: Literal["sample"] = "sample"
     n: Width = 4  # responses a prompt
     temperature: Annotated[float, Field(ge=0.0, le=10.0)] = 1.0
@@ -59,12 +60,14 @@ class Search(Settings):
 class Beams(Search):
     """Beam search."""
 
+    table: ClassVar[str] = ' with strategy = "beam"'
     strategy: Literal["beam"] = "beam"
 
 
 class DiverseBeams(Search):
     """Beam search in groups of equal size, each of which is pushed away from the groups before it."""
 
+    table: ClassVar[str] = ' with strategy = "diverse-beam"'
     strategy: Literal["diverse-beam"] = "diverse-beam"
     groups: Annotated[int, Field(ge=1)] = 4
     diversity_penalty: Annotated[float, Field(ge=0.0)] = 1.0  # between groups
@@ -103,6 +106,7 @@ class CandidateSettings(Settings):
 class GivenCandidates(CandidateSettings):
     """Candidates without samples of the policy: the data set's own replies, and those of [sources]."""
 
+    table: ClassVar[str] = ' without "model" in sources'
     strategy: ClassVar[Strategy] = "sample"
     n: ClassVar[int] = 0
     rounds: ClassVar[int] = 1
@@ -217,51 +221,47 @@ def expand(table: Any) -> Any:
             raise ValueError(f"recipe: found {table['recipe']!r}; allowed are {allowed} (n rounds, k optimiser steps)")
         beside = {key: value for key, value in table.items() if key != "recipe"}
         table = merge(recipe, beside, row=True)
-    strategy = table.get("strategy", "sample")
-    if strategy not in get_args(Strategy):
-        raise ValueError(f"strategy: found {strategy!r}; allowed are {', '.join(STRATEGIES)}")
     return table
 
 
-GIVEN = "given"  # the tag of a table without samples of the policy
+def of_strategy(classes: Mapping[str, type[Settings]], table: Mapping[str, Any]) -> Any:
+    """Return the settings of a table by the class of its strategy. Raises ValueError for an unknown strategy."""
+    strategy = table.get("strategy", "sample")
+    if not isinstance(strategy, str) or strategy not in classes:
+        raise ValueError(f"strategy: found {strategy!r}; allowed are {', '.join(STRATEGIES)}")
+    return classes[strategy].model_validate(table)
 
 
-def strategy_of(table: Any) -> str:
-    """Return which of STRATEGIES a table, or settings made from one, follow."""
-    return table.get("strategy", "sample") if isinstance(table, dict) else str(table.strategy)
+_OF_STRATEGY: Mapping[str, type[Settings]] = {
+    "sample": DrawnCandidates,
+    "beam": BeamCandidates,
+    "diverse-beam": DiverseBeamCandidates,
+}
 
 
-def _tag(table: Any) -> str:
-    if not isinstance(table, dict):
-        return GIVEN if isinstance(table, GivenCandidates) else strategy_of(table)
+def _defaults(table: Any) -> Any:
+    table = expand(table)
+    return table if isinstance(table, Settings) else of_strategy(_OF_STRATEGY, table)
+
+
+def _of_row(table: Any) -> Any:
+    table = expand(table)
+    if isinstance(table, Settings):
+        return table
     sources = table.get("sources", ("model",))
-    return GIVEN if isinstance(sources, list | tuple) and "model" not in sources else strategy_of(table)
+    given = isinstance(sources, list | tuple) and "model" not in sources
+    return GivenCandidates.model_validate(table) if given else of_strategy(_OF_STRATEGY, table)
 
 
 # The candidates of a row. Its sources, and then its strategy, decide which keys the table has.
 Candidates = Annotated[
-    Annotated[GivenCandidates, Tag(GIVEN)]
-    | Annotated[DrawnCandidates, Tag("sample")]
-    | Annotated[BeamCandidates, Tag("beam")]
-    | Annotated[DiverseBeamCandidates, Tag("diverse-beam")],
-    Discriminator(_tag),
-    BeforeValidator(expand),
+    GivenCandidates | DrawnCandidates | BeamCandidates | DiverseBeamCandidates, BeforeValidator(_of_row)
 ]
-
 # [candidates]: the defaults of all rows and of the models of [sources], so its sources need not name the policy.
-CandidateDefaults = Annotated[
-    Annotated[DrawnCandidates, Tag("sample")]
-    | Annotated[BeamCandidates, Tag("beam")]
-    | Annotated[DiverseBeamCandidates, Tag("diverse-beam")],
-    Discriminator(strategy_of),
-    BeforeValidator(expand),
-]
+CandidateDefaults = Annotated[DrawnCandidates | BeamCandidates | DiverseBeamCandidates, BeforeValidator(_defaults)]
 
 
-@cache
-def _of_recipe(name: str) -> GivenCandidates | SampledCandidates:
-    adapter: TypeAdapter[GivenCandidates | SampledCandidates] = TypeAdapter(Candidates)
-    return adapter.validate_python({"recipe": name})
+_of_recipe = cache(lambda name: _of_row({"recipe": name}))
 
 
 def recipe_of(settings: Candidates) -> str | None:

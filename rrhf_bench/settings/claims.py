@@ -7,11 +7,12 @@ over-optimisation.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from typing import Annotated, Literal, Self, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, PlainSerializer, PlainValidator, model_validator
+from pydantic import BeforeValidator, Field, PlainSerializer, PlainValidator, SerializeAsAny, model_validator
 
+from rrhf_bench.errors import nearest
 from rrhf_bench.settings.base import Settings
 
 Margin = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
@@ -39,13 +40,15 @@ MEASURES: Mapping[str, str] = {
     "accuracy": "accuracy of p_i",
     "spread": "standard deviation of the training scores",
 }
+BOTH_SIDES = "found {!r} on both sides; a row cannot be compared with itself"
 Measure = Literal["reward", "gold", "nll", "kl", "accuracy", "spread"]
 
 
 class ClaimSettings(Settings):
     """One claim. Each class says what ``margin`` is of, and in which unit.
 
-    Keys that name rows hold names of [methods], "base", or the name of an initial policy.
+    Keys that name rows hold names of [methods], "base", or the name of an initial policy. Each class has the property
+    ``words``, what is claimed, and the method ``named``, the rows in the order of its keys.
     """
 
     kind: str
@@ -58,19 +61,20 @@ class ClaimSettings(Settings):
         return True
 
     @property
+    def words(self) -> str:
+        raise NotImplementedError
+
+    @property
     def sentence(self) -> str:
         """Return what is claimed, in words."""
-        return self.says or self._sentence()
+        return self.says or self.words
+
+    def named(self) -> Sequence[str]:
+        raise NotImplementedError
 
     def rows(self) -> tuple[str, ...]:
         """Return the rows that the claim names, each once, in the order of its keys."""
-        return tuple(dict.fromkeys(self._named()))
-
-    def _named(self) -> Iterator[str]:
-        raise AssertionError("every claim names its rows")
-
-    def _sentence(self) -> str:
-        raise AssertionError("every claim has its sentence")
+        return tuple(dict.fromkeys(self.named()))
 
 
 class DifferenceSettings(ClaimSettings):
@@ -94,48 +98,55 @@ class DifferenceSettings(ClaimSettings):
     def threshold(self) -> float:
         return self.margin if self.test == "superiority" else -self.margin
 
-    def _named(self) -> Iterator[str]:
-        for side in (self.higher, self.lower):
-            yield from rows_of(side)
-
-    def _sentence(self) -> str:
+    @property
+    def words(self) -> str:
         higher, lower = (", ".join(rows_of(side)) or f"{side:g}" for side in (self.higher, self.lower))
         more = "a higher" if self.test == "superiority" else "no lower"
         return f"{higher} has {more} {MEASURES[self.measure]} than {lower}."
 
+    def named(self) -> Sequence[str]:
+        return (*rows_of(self.higher), *rows_of(self.lower))
+
     @model_validator(mode="after")
     def _comparable(self) -> Self:
-        both = [row for row in rows_of(self.higher) if row in rows_of(self.lower)]
+        higher, lower = rows_of(self.higher), rows_of(self.lower)
+        both = [row for row in higher if row in lower]
         if both:
-            raise ValueError(f"lower: found {both[0]!r} on both sides; a row cannot be compared with itself")
-        if not (rows_of(self.higher) and rows_of(self.lower)):
-            if isinstance(self.higher, float) and isinstance(self.lower, float):
-                raise ValueError("lower: found a number on both sides; expected a row on one")
-            if self.measure == "spread":
-                raise ValueError('measure: "spread" compares the candidates of two rows; name two')
-        if not self.decoded and max(len(rows_of(side)) for side in (self.higher, self.lower)) > 1:
+            raise ValueError(f"lower: {BOTH_SIDES.format(both[0])}")
+        if not (higher or lower):
+            raise ValueError("lower: found a number on both sides; expected a row on one")
+        if not (higher and lower) and self.measure == "spread":
+            raise ValueError('measure: "spread" compares the candidates of two rows; name two')
+        if not self.decoded and max(len(higher), len(lower)) > 1:
             raise ValueError(f'measure: "{self.measure}" has no decoding to pick a row by; name one row on each side')
         return self
 
 
-class EquivalenceSettings(ClaimSettings):
-    """The reward of ``row`` is within ``margin``, on either side, of ``reference``'s."""
+class _Beside(ClaimSettings):
+    """A claim on one row beside a reference, which is another row."""
 
-    kind: Literal["equivalence"] = "equivalence"
     row: str
-    reference: str | None = None  # a row; none: the best of the row's own candidates on the same prompts (Eq. 7)
+    reference: str | None
 
-    def _named(self) -> Iterator[str]:
-        yield self.row
-        if self.reference is not None:
-            yield self.reference
-
-    def _sentence(self) -> str:
-        return f"The reward of {self.row} comes to that of {self.reference or 'the best of its candidates'}."
+    def named(self) -> Sequence[str]:
+        return (self.row,) if self.reference is None else (self.row, self.reference)
 
     @model_validator(mode="after")
     def _apart(self) -> Self:
-        return _two_rows(self, self.row, self.reference)
+        if self.row == self.reference:
+            raise ValueError(f"reference: {BOTH_SIDES.format(self.row)}")
+        return self
+
+
+class EquivalenceSettings(_Beside):
+    """The reward of ``row`` is within ``margin``, on either side, of ``reference``'s."""
+
+    kind: Literal["equivalence"] = "equivalence"
+    reference: str | None = None  # none: the best of the row's own candidates on the same prompts (Eq. 7)
+
+    @property
+    def words(self) -> str:
+        return f"The reward of {self.row} comes to that of {self.reference or 'the best of its candidates'}."
 
 
 class CorrelationSettings(ClaimSettings):
@@ -146,15 +157,16 @@ class CorrelationSettings(ClaimSettings):
     over: Annotated[tuple[str, ...], Field(strict=False, min_length=3)]  # rows that are trained on candidates
     measure: Literal["best_candidate", "mean_candidate"] = "mean_candidate"  # mean over prompts of the best, or of all
 
-    def _named(self) -> Iterator[str]:
-        yield from self.over
-
-    def _sentence(self) -> str:
+    @property
+    def words(self) -> str:
         what = "mean of the best candidates" if self.measure == "best_candidate" else "mean of the candidates"
         return f"The test reward follows the {what}."
 
+    def named(self) -> Sequence[str]:
+        return self.over
 
-class CompoundSettings(ClaimSettings):
+
+class CompoundSettings(_Beside):
     """From ``reference`` to ``row`` the quality of the text rises or falls, and the proxy reward too if it is named.
 
     Quality is the gold reward, or if the run has none the likelihood of the text. ``margin``: reward, proxy and gold
@@ -162,38 +174,22 @@ class CompoundSettings(ClaimSettings):
     """
 
     kind: Literal["compound"] = "compound"
-    row: str
     reference: str
     quality: Literal["rises", "falls"]
     proxy: Literal["rises", "falls"] | None = None
     nll_margin: Margin = 0.0
 
-    def _named(self) -> Iterator[str]:
-        yield from (self.row, self.reference)
-
-    def _sentence(self) -> str:
+    @property
+    def words(self) -> str:
         proxy = f"the proxy reward {self.proxy} and " if self.proxy else ""
         likely = "more" if self.quality == "rises" else "less"
         quality = f"the gold reward {self.quality} or the text grows {likely} likely"
         return f"From {self.reference} to {self.row} {proxy}{quality}."
 
-    @model_validator(mode="after")
-    def _apart(self) -> Self:
-        return _two_rows(self, self.row, self.reference)
-
 
 def rows_of(side: str | float | tuple[str, ...]) -> tuple[str, ...]:
     """Return the rows of one side of a difference; none for a number."""
     return side if isinstance(side, tuple) else () if isinstance(side, float) else (side,)
-
-
-C = TypeVar("C", bound=ClaimSettings)
-
-
-def _two_rows(claim: C, row: str, reference: str | None) -> C:
-    if row == reference:
-        raise ValueError(f"reference: found {row!r} on both sides; a row cannot be compared with itself")
-    return claim
 
 
 CLAIMS: dict[str, type[ClaimSettings]] = {
@@ -202,16 +198,18 @@ CLAIMS: dict[str, type[ClaimSettings]] = {
     "correlation": CorrelationSettings,
     "compound": CompoundSettings,
 }
-# The present form of a claim of an earlier kind, shown when one is refused.
-EARLIER_KINDS: Mapping[str, str] = {
-    "ordered": 'kind = "difference"',
-    "rrhf_reaches_ppo": 'kind = "difference", test = "non-inferiority", higher, lower',
-    "better_reward_model": 'kind = "difference", measure = "accuracy", higher, lower',
-    "base_below_chance": 'kind = "difference", measure = "accuracy", higher = 0.5, lower',
-    "spread_shrinks": 'kind = "difference", measure = "spread", higher (the wider), lower',
-    "best_of_n_learner": 'kind = "equivalence"',
-    "best_of_n_over_rows": 'kind = "correlation", measure = "best_candidate"',
-    "reward_rises_with_sampling_quality": 'kind = "correlation", measure = "mean_candidate"',
-    "overoptimises": 'kind = "compound", proxy = "rises", quality = "falls"',
-    "kl_repairs": 'kind = "compound", quality = "rises"',
-}
+
+
+def _claim(table: Any) -> Any:
+    """Return the settings of a table of [claims], whose ``kind`` is filled in."""
+    if isinstance(table, ClaimSettings):
+        return table
+    if not isinstance(table, dict):
+        raise ValueError(f"found {table!r}; expected a table of the claim's rows and margin")
+    kind = table["kind"]
+    if not isinstance(kind, str) or kind not in CLAIMS:
+        raise ValueError(f"kind: found {kind!r}; allowed are {', '.join(CLAIMS)}{nearest(str(kind), CLAIMS)}")
+    return CLAIMS[kind].model_validate(table)
+
+
+Claim = Annotated[SerializeAsAny[ClaimSettings], BeforeValidator(_claim)]

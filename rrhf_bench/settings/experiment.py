@@ -7,32 +7,35 @@ import re
 from collections.abc import Callable, Mapping
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
     AfterValidator,
     BeforeValidator,
-    Discriminator,
     Field,
     SerializeAsAny,
-    Tag,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
 
+from rrhf_bench.errors import nearest
 from rrhf_bench.records import STOP_STRINGS
+from rrhf_bench.registry import METHODS, settings_class
 from rrhf_bench.settings.base import Settings
 from rrhf_bench.settings.candidates import (
     RECIPES,
+    STRATEGY_KEYS,
     Beams,
     CandidateDefaults,
     DiverseBeams,
     Draw,
     DrawnCandidates,
     expand,
-    strategy_of,
+    merge,
+    of_strategy,
 )
-from rrhf_bench.settings.claims import ClaimSettings
+from rrhf_bench.settings.claims import Claim
 from rrhf_bench.settings.judge import JudgeSettings
 from rrhf_bench.settings.methods import MethodSettings, candidates_of
 from rrhf_bench.settings.reward import RewardTrainingSettings
@@ -61,11 +64,12 @@ def _borne(name: str) -> str:
     """A name that a folder can bear. Raises ValueError for the rest."""
     if not re.fullmatch(NAME, name):
         raise ValueError(
-            f"found {name[:60]!r}; expected letters, digits, - and _, at most 100 and no device of Windows"
+            f"found {name[:60]!r}; a name is letters, digits, - and _, at most 100, and no device of Windows"
         )
     return name
 
 
+Name = Annotated[str, AfterValidator(_borne)]
 ModelName = Annotated[str, AfterValidator(_looked_up)]
 
 # A switch that is no part of any key while it is off, such as whether code that comes with a model may run.
@@ -181,6 +185,7 @@ class RewardModelSettings(Settings):
 class FileSource(Settings):
     """A further candidate source: the responses of a file."""
 
+    table: ClassVar[str] = " of responses from a file"
     file: str  # JSON lines of {"query", "responses", "scores"}, as RRHF's train.py reads them
 
     @field_validator("file")
@@ -206,33 +211,66 @@ class BeamSource(Beams, ModelSource): ...
 class DiverseBeamSource(DiverseBeams, ModelSource): ...
 
 
-def _expand_source(table: Any) -> Any:
-    """Return the table of a source with its recipe expanded. What a recipe takes beside the samples is left out."""
-    name = table.get("recipe") if isinstance(table, dict) else None
-    if name is None:
-        return expand(table)
-    names = [name for name, recipe in RECIPES.items() if "strategy" in recipe]
-    if name not in names:
-        raise ValueError(f"recipe: found {name!r}; allowed for the samples of one source are {', '.join(names)}")
-    return {key: value for key, value in expand(table).items() if key != "sources" or key in table}
+_OF_STRATEGY: Mapping[str, type[Settings]] = {
+    "sample": DrawnSource,
+    "beam": BeamSource,
+    "diverse-beam": DiverseBeamSource,
+}
 
 
-FILE = "file"  # the tag of a source without samples
+def _source(table: Any, info: ValidationInfo) -> Any:
+    """Return the settings of a table of [sources]. Of a recipe, what it takes beside the samples is left out."""
+    if isinstance(table, dict) and "file" in table:
+        return FileSource.model_validate(table)
+    if isinstance(table, dict) and (shared := info.data.get("candidates")) is not None:
+        table = merge(shared.model_dump(include=STRATEGY_KEYS), table, row=False)
+    elif isinstance(table, dict):  # [candidates] is faulty, and so may be what lies over it
+        table = {key: value for key, value in table.items() if key == "model"}
+    expanded = expand(table)
+    if isinstance(expanded, Settings):
+        return expanded
+    if (name := table.get("recipe")) is not None:
+        names = [name for name, recipe in RECIPES.items() if "strategy" in recipe]
+        if name not in names:
+            raise ValueError(f"recipe: found {name!r}; allowed for the samples of one source are {', '.join(names)}")
+        expanded = {key: value for key, value in expanded.items() if key != "sources" or key in table}
+    return of_strategy(_OF_STRATEGY, expanded)
 
 
-def _source_tag(table: Any) -> str:
-    is_file = FILE in table if isinstance(table, dict) else isinstance(table, FileSource)
-    return FILE if is_file else strategy_of(table)
+Source = Annotated[FileSource | DrawnSource | BeamSource | DiverseBeamSource, BeforeValidator(_source)]
 
 
-Source = Annotated[
-    Annotated[FileSource, Tag(FILE)]
-    | Annotated[DrawnSource, Tag("sample")]
-    | Annotated[BeamSource, Tag("beam")]
-    | Annotated[DiverseBeamSource, Tag("diverse-beam")],
-    Discriminator(_source_tag),
-    BeforeValidator(_expand_source),
-]
+def _method(table: Any, info: ValidationInfo) -> Any:
+    """Return the settings of a row, whose ``kind`` is filled in, with its candidates over [candidates]."""
+    if isinstance(table, MethodSettings):
+        return table
+    if not isinstance(table, dict):
+        raise ValueError(f"found {table!r}; expected a table of the method's settings")
+    settings = _settings_class(table["kind"])
+    candidates = table.get("candidates", {})
+    reads = "candidates" in settings.requires or ("candidates" in table and "candidates" in settings.model_fields)
+    if reads and isinstance(candidates, dict):
+        shared = info.data.get("candidates")  # none: it is faulty, and so may be what lies over it
+        table = {**table, "candidates": {} if shared is None else merge(shared.model_dump(), candidates, row=True)}
+    return settings.model_validate(table)
+
+
+def _settings_class(kind: Any) -> type[MethodSettings]:
+    """Return the settings class of a ``kind``. Raises ValueError if it names no method."""
+    try:
+        if isinstance(kind, str):
+            return settings_class(kind)
+    except LookupError as error:
+        if ":" in kind:
+            raise ValueError(f"kind: found {kind!r}, which {error}") from error
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        reason = f"whose settings cannot be imported ({error}); mend the address or the module"
+        raise ValueError(f"kind: found {kind!r}, {reason}") from error
+    allowed = f"{', '.join(METHODS)}{nearest(str(kind), METHODS)}, or package.module:OBJECT"
+    raise ValueError(f"kind: found {kind!r}; allowed are {allowed}")
+
+
+Row = Annotated[SerializeAsAny[MethodSettings], BeforeValidator(_method)]
 
 
 class JudgeTable(Settings):
@@ -313,27 +351,27 @@ Grid = Annotated[tuple[float | int | str | bool, ...], Field(strict=False, min_l
 class Experiment(Settings):
     """One experiment, complete: every default filled in, every method's inheritance resolved."""
 
-    name: Annotated[str, AfterValidator(_borne)]
+    name: Name
     seeds: Annotated[tuple[int, ...], Field(strict=False, min_length=1)] = (0,)
     data: DataSettings = DataSettings()
     policy: PolicySettings = PolicySettings()
-    policies: Mapping[str, PolicySettings] = Field(default_factory=dict)
+    policies: Mapping[Name, PolicySettings] = Field(default_factory=dict)
     reward_model: RewardModelSettings = RewardModelSettings()
     # Further reward models, which are only compared: on held-out pairs and on samples of [policy].
-    reward_models: Annotated[Mapping[str, RewardModelSettings], Field(exclude_if=lambda models: not models)] = Field(
+    reward_models: Annotated[Mapping[Name, RewardModelSettings], Field(exclude_if=lambda models: not models)] = Field(
         default_factory=dict
     )
     perplexity_model: ModelSettings = ModelSettings()
     judge: JudgeTable | None = None
     sampling: SamplingSettings = SamplingSettings()
     candidates: CandidateDefaults = DrawnCandidates()  # of every row and source that does not say otherwise
-    sources: Mapping[str, Source] = Field(default_factory=dict)
-    methods: Mapping[str, SerializeAsAny[MethodSettings]] = Field(default_factory=dict)
+    sources: Mapping[Name, Source] = Field(default_factory=dict)
+    methods: Mapping[Name, Row] = Field(default_factory=dict)
     # By row: the values of its settings that are tried with the first seed. The trial with the highest reward on the
     # dev prompts, under the first decoding, is the row; the other seeds train with its settings.
     tune: Mapping[str, Mapping[str, Grid]] = Field(default_factory=dict)
     evaluation: EvaluationSettings = EvaluationSettings()
-    claims: Mapping[str, SerializeAsAny[ClaimSettings]] = Field(default_factory=dict)
+    claims: Mapping[Name, Claim] = Field(default_factory=dict)
     report: ReportSettings = ReportSettings()
     runtime: RuntimeSettings = RuntimeSettings()
 
@@ -354,9 +392,8 @@ class Experiment(Settings):
         candidates = candidates_of(method)
         if candidates is None:
             return 0
-        files = {name: 1 for name, source in self.sources.items() if isinstance(source, FileSource)}
         models = {name: source.n for name, source in self.sources.items() if not isinstance(source, FileSource)}
-        sizes = {**files, **models, "model": candidates.n}
+        sizes = {**models, "model": candidates.n}
         return sum(sizes.get(source, 1) for source in candidates.sources)
 
     def to_toml(self) -> str:

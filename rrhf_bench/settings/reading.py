@@ -6,25 +6,15 @@ import math
 import os
 import re
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_origin
+from typing import Any
 
-from pydantic import BaseModel, Tag, TypeAdapter, ValidationError
+from pydantic import ValidationError
 
-from rrhf_bench.errors import SIGNED_URL, ConfigError, nearest, visible
-from rrhf_bench.registry import METHODS, settings_class
-from rrhf_bench.settings.candidates import (
-    CANDIDATE_KEYS,
-    GIVEN,
-    STRATEGY_KEYS,
-    CandidateDefaults,
-    CandidateSettings,
-    SampledCandidates,
-    merge,
-)
-from rrhf_bench.settings.claims import CLAIMS, EARLIER_KINDS, ClaimSettings
-from rrhf_bench.settings.experiment import FILE, NAME, Experiment, ModelSource, SamplingSettings
+from rrhf_bench.errors import SIGNED_URL, ConfigError, visible
+from rrhf_bench.settings.candidates import merge
+from rrhf_bench.settings.experiment import Experiment
 from rrhf_bench.settings.methods import MethodSettings
 from rrhf_bench.settings.reward import RewardTrainingSettings
 from rrhf_bench.settings.validation import contradictions
@@ -33,13 +23,9 @@ DEEPEST = 16  # tables and lists inside each other; an experiment has four
 
 
 def load_experiment(path: Path, overrides: Sequence[str] = ()) -> Experiment:
-    """The experiment of a file, with ``key.path=value`` overrides applied. Raises ConfigError listing every fault."""
+    """Return the experiment of a file under ``key.path=value`` overrides. Raises ConfigError listing every fault."""
     table = _read(path, ())
-    faults: list[str] = []
-    for override in overrides:
-        fault = _override(table, override)
-        if fault:
-            faults.append(fault)
+    faults = [fault for override in overrides if (fault := _override(table, override))]
     table.setdefault("name", path.stem)
     # A path in a file is relative to where the command runs, as on the command line: the two can override each other.
     experiment = _validate(table, faults)
@@ -50,13 +36,13 @@ def load_experiment(path: Path, overrides: Sequence[str] = ()) -> Experiment:
 
 
 def parse_method(kind: str, assignments: Sequence[str]) -> MethodSettings:
-    """A method's settings from ``key=value`` words alone, for the plain-file steps. Raises ConfigError."""
+    """Return a method's settings from ``key=value`` words alone, for the plain-file steps. Raises ConfigError."""
     table: dict[str, Any] = {"method": {"kind": kind}}
     faults = [fault for word in assignments if (fault := _override(table, f"method.{word}"))]
-    method = None if faults else _method("method", table["method"], _defaults({}), faults)
-    if faults or method is None:
+    faults = faults or _row_faults("method", table["method"], {})
+    if faults:
         raise ConfigError("\n".join(map(visible, faults)))
-    return method
+    return Experiment.model_validate({"name": "x", "methods": table}).methods["method"]
 
 
 def parse_reward_training(assignments: Sequence[str]) -> RewardTrainingSettings:
@@ -67,7 +53,7 @@ def parse_reward_training(assignments: Sequence[str]) -> RewardTrainingSettings:
         try:
             return RewardTrainingSettings.model_validate(table["method"])
         except ValidationError as error:
-            faults += _faults(error, RewardTrainingSettings, "method")
+            faults += [f"method.{fault}" for fault in _faults(error)]
     raise ConfigError("\n".join(map(visible, faults)))
 
 
@@ -100,24 +86,17 @@ def _read(path: Path, seen: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _parsed(path: str, content: bytes) -> dict[str, Any]:
-    """The table of a file. Raises ConfigError naming the line."""
+    """Return the table of a file. Raises ConfigError naming the line."""
     try:
-        text = content.decode()
+        return tomllib.loads(content.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise ConfigError(f"{path}: line {line}: is not UTF-8 text ({error.reason}); save the file as UTF-8") from error
-    if text.startswith("\ufeff"):
-        raise ConfigError(f"{path}: line 1: starts with a byte-order mark; save the file as UTF-8 without one")
-    try:
-        return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path}: is not TOML: {error}") from error
     except (RecursionError, ValueError) as error:  # the second: a whole number of thousands of digits
-        deep = isinstance(error, RecursionError)
-        lines = text.split("\n")
-        worst = max(lines, key=lambda line: sum(map(line.count, "[{" if deep else "0123456789")))
-        what = "values nested too deeply" if deep else "a whole number of too many digits"
-        raise ConfigError(f"{path}: is not TOML: {what} (about line {lines.index(worst) + 1})") from error
+        what = "values nested too deeply" if isinstance(error, RecursionError) else "a whole number of too many digits"
+        raise ConfigError(f"{path}: is not TOML: {what}; remove them") from error
 
 
 def _unusable(value: Any, where: tuple[str, ...] = ()) -> Iterator[str]:
@@ -175,235 +154,88 @@ def _override(table: dict[str, Any], override: str) -> str | None:
     return None
 
 
+OF_ROWS = ("policies", "sources", "methods", "claims")  # tables of tables, each of which has a name of its own
+
+
 def _validate(table: dict[str, Any], faults: list[str]) -> Experiment | None:
-    table = dict(table)
-    defaults = dict(_tables(table.pop("defaults", {}), "defaults", "[defaults.rrhf]", faults))
-    shared = _defaults(table.get("candidates", {}))
-    for kind in list(defaults):
-        if not _default(kind, defaults[kind], shared, faults):
-            del defaults[kind]
-    methods: dict[str, MethodSettings] = {}
-    for name, of_row in _tables(table.get("methods", {}), "methods", "[methods.rrhf]", faults).items():
-        if isinstance(of_row, dict):
-            of_row = _merged(defaults.get(str(of_row.get("kind", name)), {}), of_row, "methods", name)
-        method = _method(f"methods.{name}", of_row, shared, faults) if _nameable("methods", name, faults) else None
-        if method is not None:
-            methods[name] = method
-    claims: dict[str, ClaimSettings] = {}
-    for name, of_claim in _tables(table.get("claims", {}), "claims", "[claims.difference]", faults).items():
-        claim = _claim(f"claims.{name}", of_claim, faults) if _nameable("claims", name, faults) else None
-        if claim is not None:
-            claims[name] = claim
-    written = dict(table)
-    table |= {"methods": methods, "claims": claims}
-    if isinstance(sources := table.get("sources"), dict):
-        table["sources"] = {name: _source(source, shared) for name, source in sources.items()}
-    faulty: set[str] = set()  # tables with a faulty key
+    """Return the experiment of a file's table, or None; add its faults."""
+    table = _named_rows(table, faults)
+    faulty: set[tuple[str, ...]] = set()  # keys and rows with a fault
     try:
         experiment = Experiment.model_validate(table)
     except ValidationError as error:
-        faults.extend(_faults(error, Experiment, ""))
-        faulty = {str(fault["loc"][0]) for fault in error.errors()}
-        try:  # the sound tables, for the faults that only several keys together show
-            experiment = Experiment.model_validate({key: value for key, value in table.items() if key not in faulty})
+        faults.extend(_faults(error))
+        faulty = {tuple(map(str, f["loc"][: 2 if f["loc"][0] in OF_ROWS else 1])) for f in error.errors()}
+        sound = {key: value for key, value in table.items() if (key,) not in faulty}
+        for key in set(OF_ROWS) & set(sound):
+            sound[key] = {name: row for name, row in sound[key].items() if (key, name) not in faulty}
+        try:  # the sound ones, for the faults that only several keys together show
+            experiment = Experiment.model_validate(sound)
         except ValidationError:
             return None
-    # What a faulty table holds is named elsewhere, and cannot be looked at.
-    unread = {
-        str(name)
-        for key in ("policies", "sources", "methods")
-        if isinstance(of_key := written.get(key), dict)
-        for name in set(of_key) - set(getattr(experiment, key))
-    } | faulty
+    # What is faulty is named elsewhere, and cannot be looked at.
+    unread = {name for place in faulty for name in place[-1:]}
     found = contradictions(experiment, unread)
-    faults.extend(fault for fault in found if faulty.isdisjoint(re.split(r"[.:]", fault)[:1]))
+    faults.extend(fault for fault in found if (re.split(r"[.:]", fault)[0],) not in faulty)
     return experiment
 
 
-def _tables(found: Any, where: str, example: str, faults: list[str]) -> dict[str, Any]:
-    if isinstance(found, dict):
-        return found
-    faults.append(f"{where}: found {found!r}; expected tables such as {example}")
-    return {}
+def _named_rows(table: dict[str, Any], faults: list[str]) -> dict[str, Any]:
+    """Return a table whose rows and claims have their kinds, each row over [defaults] of its kind; add the faults."""
+    defaults = table.get("defaults", {})
+    if not isinstance(defaults, dict):
+        faults.append(f"defaults: found {defaults!r}; expected tables such as [defaults.rrhf]")
+        defaults = {}
+    usable: dict[str, Any] = {}
+    for kind, of_kind in defaults.items():
+        where = f"defaults.{kind}"
+        if isinstance(of_kind, dict) and "kind" in of_kind:
+            found = [f"{where}.kind: found {of_kind['kind']!r}; the table's name is the kind; remove the key"]
+        else:
+            named = {**of_kind, "kind": kind} if isinstance(of_kind, dict) else of_kind
+            found = _row_faults(where, named, table.get("candidates", {}))
+            found = [fault.replace(f"{where}.kind: ", f"{where}: ", 1) for fault in found]
+        usable |= {} if found else {kind: of_kind}
+        faults += found
+    table = {key: value for key, value in table.items() if key != "defaults"}
+    for key, below in {"methods": usable, "claims": {}}.items():
+        if isinstance(rows := table.get(key), dict):
+            table[key] = {
+                name: _merged(below.get(str(row.get("kind", name)), {}), {"kind": name, **row}, key, name)
+                if isinstance(row, dict)
+                else row
+                for name, row in rows.items()
+            }
+    return table
 
 
-def _nameable(where: str, name: str, faults: list[str]) -> bool:
-    """Return True if a table's name can be one of a row: it stands in tables, figures, logs and names of files."""
-    if not re.fullmatch(NAME, name):
-        faults.append(f"{where}.{name}: a name is letters, digits, - and _, at most 100; choose another")
-        return False
-    return True
-
-
-def _defaults(table: Any) -> dict[str, Any] | None:
-    """Return [candidates] with every key filled in, or None if it has a fault, which is found elsewhere."""
-    adapter: TypeAdapter[SampledCandidates] = TypeAdapter(CandidateDefaults)
+def _row_faults(where: str, row: Any, candidates: Any) -> list[str]:
+    """Return the faults of a row alone, whatever is wrong with [candidates]."""
     try:
-        return adapter.validate_python(table).model_dump()
-    except ValidationError:
-        return None
-
-
-def _source(table: Any, shared: Mapping[str, Any] | None) -> Any:
-    """Return a table of [sources] over the keys of [candidates] that say how a model is sampled."""
-    if not isinstance(table, dict) or FILE in table:
-        return table
-    if shared is None:
-        return {key: value for key, value in table.items() if key == "model"}
-    return merge({key: value for key, value in shared.items() if key in STRATEGY_KEYS}, table, row=False)
-
-
-def _default(kind: str, table: Any, shared: Mapping[str, Any] | None, faults: list[str]) -> bool:
-    """Return True if the defaults of a kind can be used; add the faults of those that cannot."""
-    before = len(faults)
-    where = f"defaults.{kind}"
-    if (fault := _unknown_kind(kind)) is not None:
-        faults.append(f"{where}: {fault}")
-    elif isinstance(table, dict) and "kind" in table:
-        faults.append(f"{where}.kind: found {table['kind']!r}; the table's name is the kind; remove the key")
-    else:
-        _method(where, {**table, "kind": kind} if isinstance(table, dict) else table, shared, faults)
-    return len(faults) == before
-
-
-def _unknown_kind(kind: Any) -> str | None:
-    """Return the fault of a ``kind`` that names no method, or None."""
-    if isinstance(kind, str):
-        try:
-            settings_class(kind)
-            return None
-        except LookupError as error:
-            if ":" in kind:
-                return f"found {kind!r}, which {error}"
-        except (ImportError, AttributeError, TypeError, ValueError) as error:
-            return f"found {kind!r}, whose settings cannot be imported ({error}); mend the address or the module"
-    return f"found {kind!r}; allowed are {', '.join(METHODS)}{nearest(str(kind), METHODS)}, or package.module:OBJECT"
-
-
-def _claim(where: str, table: Any, faults: list[str]) -> ClaimSettings | None:
-    name = where.rpartition(".")[2]
-    if not isinstance(table, dict):
-        faults.append(f"{where}: found {table!r}; expected a table of the claim's rows and margin")
-        return None
-    kind = table.get("kind", name)
-    if not isinstance(kind, str) or kind not in CLAIMS:
-        form = EARLIER_KINDS.get(kind) if isinstance(kind, str) else None
-        hint = f"; write {form}" if form else nearest(str(kind), CLAIMS)
-        faults.append(f"{where}.kind: found {kind!r}; allowed are {', '.join(CLAIMS)}{hint}")
-        return None
-    try:
-        return CLAIMS[kind].model_validate({**table, "kind": kind})
+        Experiment.model_validate({"name": "x", "candidates": candidates, "methods": {"row": row}})
+        return []
     except ValidationError as error:
-        faults.extend(_faults(error, CLAIMS[kind], where))
-        return None
+        start = "methods.row"
+        return [where + fault.removeprefix(start) for fault in _faults(error) if fault.startswith(start)]
 
 
-def _method(where: str, table: Any, shared: Mapping[str, Any] | None, faults: list[str]) -> MethodSettings | None:
-    """Return the settings of a row. ``shared``: [candidates], which its own candidates lie over; None is faulty."""
-    name = where.rpartition(".")[2]
-    if not isinstance(table, dict):
-        faults.append(f"{where}: found {table!r}; expected a table of the method's settings")
-        return None
-    kind = table.get("kind", name)
-    if (fault := _unknown_kind(kind)) is not None:
-        faults.append(f"{where}.kind: {fault}")
-        return None
-    settings = settings_class(kind)
-    candidates = table.get("candidates", {})
-    reads = "candidates" in settings.requires or ("candidates" in table and "candidates" in settings.model_fields)
-    if reads and isinstance(candidates, dict):
-        merged = {} if shared is None else merge(shared, candidates, row=True)
-        table = {**table, "candidates": merged}
-    try:
-        return settings.model_validate({**table, "kind": kind})
-    except ValidationError as error:
-        faults.extend(_faults(error, settings, where))
-        return None
-
-
-def _faults(error: ValidationError, model: type[BaseModel], prefix: str) -> Iterator[str]:
-    """pydantic's findings as one line each: where, what was found, what is allowed, the nearest valid key."""
-    found_at = [fault["loc"] for fault in error.errors()]
+def _faults(error: ValidationError) -> Iterator[str]:
+    """Yield pydantic's findings as one line each: where, what was found, what is allowed."""
+    places = [fault["loc"] for fault in error.errors()]
     for fault in error.errors():
-        if fault["type"] == "too_short" and any(loc[:-1] == fault["loc"] for loc in found_at):
+        if fault["type"] == "too_short" and any(loc[:-1] == fault["loc"] for loc in places):
             continue  # pydantic counts the valid items of a list only; the invalid ones are faults already
-        table, keys, tag = _table_at(model, fault["loc"])
-        where = ".".join(filter(None, [prefix, *keys]))
-        found = _shown(fault["input"])
-        if where.startswith("judge"):  # a key put into the wrong field must not come back in the message about it
-            found = "what is not shown here"
-        if fault["type"] == "extra_forbidden":
-            allowed, above = list(table.model_fields), where.rpartition(".")[0]
-            if moved := _moved(table, above, keys[-1]):
-                yield f"{where}: unknown key; it is {moved} now"
-            else:
-                which = _OF_TAG.get(tag, "")
-                yield f"{where}: unknown key{which}; allowed are {', '.join(allowed)}{nearest(keys[-1], allowed)}"
-        elif fault["type"] == "missing":
-            yield f"{where}: missing"
-        elif fault["type"] == "value_error":
+        where = ".".join(str(key) for key in fault["loc"] if key != "[key]")  # pydantic's mark of a name of a row
+        message = fault["msg"]
+        if fault["type"] == "value_error":
             # A message of a whole table starts with the key at fault.
             message = str(fault["ctx"]["error"])
-            yield f"{where}.{message}" if re.match(r"\w+: ", message) else f"{where}: {message}"
+            yield ".".join(filter(None, [where, message])) if re.match(r"\w+: ", message) else f"{where}: {message}"
+        elif fault["type"] == "missing":
+            yield f"{where}: missing"
         else:
-            message = fault["msg"]
+            found = repr(fault["input"])
+            found = found if len(found) <= 60 else found[:57] + "..."
+            if where.startswith("judge"):  # a key put into the wrong field must not come back in the message about it
+                found = "what is not shown here"
             yield f"{where}: found {found}; {message[0].lower()}{message[1:]}"
-
-
-# Which of several tables it is that has no such key.
-_OF_TAG: Mapping[str | None, str] = {
-    GIVEN: ' without "model" in sources',
-    "sample": ' with strategy = "sample"',
-    "beam": ' with strategy = "beam"',
-    "diverse-beam": ' with strategy = "diverse-beam"',
-    FILE: " of responses from a file",
-}
-
-
-def _moved(table: type[BaseModel], above: str, key: str) -> str | None:
-    """Return where a key of candidates is, if it stands in the table that candidates belong to."""
-    new = "recipe" if key == "policy" else key
-    if issubclass(table, CandidateSettings | ModelSource):
-        return f"{above}.{new}" if new != key else None
-    if new not in (*CANDIDATE_KEYS, "recipe"):
-        return None
-    if issubclass(table, SamplingSettings):
-        return f"candidates.{new}"
-    return f"{above}.candidates.{new}" if "candidates" in table.model_fields and table is not Experiment else None
-
-
-def _shown(value: Any) -> str:
-    """Return a value as one short piece of a message."""
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _table_at(model: type[BaseModel], place: Sequence[int | str]) -> tuple[type[BaseModel], list[str], str | None]:
-    """Return the table that holds a place of pydantic's, the keys of the place, and the table's tag in a union."""
-    keys: list[str] = []
-    tag: str | None = None
-    path = list(place)
-    while path:
-        keys.append(str(path.pop(0)))
-        field = model.model_fields.get(keys[-1])
-        if field is None:
-            break
-        if get_origin(field.annotation) is Mapping and path:
-            keys.append(str(path.pop(0)))  # the table's own name
-        tables = dict(_tables_of(field.annotation))
-        tag = str(path.pop(0)) if path and path[0] in tables else None
-        if not path or tag not in tables:
-            break
-        model = tables[tag]
-    return model, keys + [str(key) for key in path], tag
-
-
-def _tables_of(annotation: Any, tag: str | None = None) -> Iterator[tuple[str | None, type[BaseModel]]]:
-    """Yield (tag, class) of the tables that a key may hold."""
-    if get_origin(annotation) is Annotated:
-        annotation, *metadata = get_args(annotation)
-        tag = next((data.tag for data in metadata if isinstance(data, Tag)), tag)
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield tag, annotation
-    for inner in get_args(annotation):
-        yield from _tables_of(inner, tag)

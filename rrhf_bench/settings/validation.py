@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 
 from pydantic import ValidationError
 
 from rrhf_bench.errors import nearest
+from rrhf_bench.settings.claims import BOTH_SIDES
 from rrhf_bench.settings.experiment import (
-    NAME,
+    BY_METHOD,
     TOY_MODELS,
     WORLDS,
     Experiment,
     FileSource,
     ModelSettings,
     PolicySettings,
-    Source,
 )
 from rrhf_bench.settings.methods import MethodSettings, candidates_of
 
@@ -25,8 +24,9 @@ OWN_SOURCES = ("model", "chosen", "rejected", "reply")  # candidate sources that
 
 
 def contradictions(experiment: Experiment, unread: Collection[str]) -> Iterator[str]:
-    """Faults that no single key shows. ``unread``: names of tables with a fault of their own, which are not there."""
+    """Yield faults that no single key shows. ``unread``: names of tables that are missing for faults of their own."""
     evaluation = experiment.evaluation
+    rows = (*RESERVED_ROWS[:1], *experiment.policies, *experiment.methods)
     if experiment.name == "store":
         yield "name: found 'store', the folder beside the runs that holds the artifacts of them all; choose another"
     yield from _model_faults(experiment, unread)
@@ -38,37 +38,30 @@ def contradictions(experiment: Experiment, unread: Collection[str]) -> Iterator[
     if len(set(experiment.seeds)) < len(experiment.seeds):
         yield f"seeds: found {list(experiment.seeds)}; a seed may stand once only"
     for name, source in experiment.sources.items():
-        yield from (f"sources.{name}{fault}" for fault in _source_faults(experiment, name, source, unread))
-    rows = (*RESERVED_ROWS[:1], *experiment.policies, *experiment.methods)
+        if name in OWN_SOURCES:
+            yield f"sources.{name}: the name is taken; {', '.join(OWN_SOURCES)} need no table"
+        if not isinstance(source, FileSource):
+            models = (*experiment.policies, *_that_train(experiment))
+            yield from _unknown(f"sources.{name}.model", source.model, models, unread)
     for name, method in experiment.methods.items():
         if name in RESERVED_ROWS:
             yield f"methods.{name}: the name is taken; every table has the rows {', '.join(RESERVED_ROWS)} by itself"
-        if method.initial is not None and method.initial not in (*experiment.policies, *unread):
-            allowed = tuple(experiment.policies)
-            yield (
-                f"methods.{name}.initial: found {method.initial!r}; expected a table of [policies] "
-                f"({', '.join(allowed) or 'there is none'}){nearest(method.initial, allowed)}, or nothing for [policy]"
-            )
+        if method.initial is not None:
+            yield from _unknown(f"methods.{name}.initial", method.initial, (*experiment.policies,), unread)
         yield from (f"methods.{name}.candidates{fault}" for fault in _candidate_faults(experiment, method, unread))
     yield from _circles(experiment)
     yield from _tuning_faults(experiment, unread)
     for name, claim in experiment.claims.items():
         for row in claim.rows():
-            if row not in (*rows, *unread):
-                yield f"claims.{name}: found the row {row!r}; allowed are {', '.join(rows)}{nearest(row, rows)}"
-    against, trained = experiment.report.against, _that_train(experiment)
-    if against is not None and against not in (*trained, *unread):
-        yield (
-            f"report.against: found {against!r}; expected a row that trains ({', '.join(trained)})"
-            f"{nearest(against, trained)}"
-        )
+            yield from _unknown(f"claims.{name}", row, rows, unread)
+    if experiment.report.against is not None:
+        yield from _unknown("report.against", experiment.report.against, _that_train(experiment), unread)
     named = experiment.report.primary or ()
     for i, pair in enumerate(named):
         for row in pair:
-            if row not in (*rows, *unread):
-                yield f"report.primary: found the row {row!r}; allowed are {', '.join(rows)}{nearest(row, rows)}"
+            yield from _unknown("report.primary", row, rows, unread)
         if pair[0] == pair[1]:
-            yield f"report.primary: found {pair[0]!r} on both sides; a row cannot be compared with itself"
+            yield f"report.primary: {BOTH_SIDES.format(pair[0])}"
         elif pair in named[:i] or pair[::-1] in named[:i]:
             yield f"report.primary: found {list(pair)} twice; a comparison may stand once only"
 
@@ -101,6 +94,12 @@ def _tuning_faults(experiment: Experiment, unread: Collection[str]) -> Iterator[
     if len(set(counts.values())) > 1:
         found = ", ".join(f"{row} {count}" for row, count in counts.items())
         yield f"tune: found different numbers of trials ({found}); expected the same for each row, for equal footing"
+
+
+def _unknown(where: str, name: str, allowed: Sequence[str], unread: Collection[str]) -> Iterator[str]:
+    """Yield the fault of a key that names a row or policy which is not there."""
+    if name not in (*allowed, *unread):
+        yield f"{where}: found {name!r}; allowed are {', '.join(allowed) or 'none here'}{nearest(name, allowed)}"
 
 
 def _runtime_faults(experiment: Experiment) -> Iterator[str]:
@@ -138,9 +137,6 @@ def _model_faults(experiment: Experiment, unread: Collection[str]) -> Iterator[s
             yield f"{key}.source: texts have no pairs to train a reward model on; name a folder or a hub id"
         if reward.from_scratch and reward.layout != "classifier":
             yield f'{key}.layout: a reward model trained here is a "classifier"'
-    for name in experiment.reward_models:
-        if not re.fullmatch(NAME, name):
-            yield f"reward_models.{name}: a name is letters, digits, - and _; choose another"
     if experiment.data.margins_and_ties and (world or experiment.data.rows == "texts"):
         yield "data.margins_and_ties: has no effect; only pairs of files and of the hub have such columns; remove it"
     if experiment.data.rows == "texts" and experiment.data.source in WORLDS:
@@ -150,20 +146,15 @@ def _model_faults(experiment: Experiment, unread: Collection[str]) -> Iterator[s
     if experiment.policy.trained_by is not None:
         yield f"policy.source: found {experiment.policy.source!r}; only a table of [policies] may be a row's result"
     for name, policy in experiment.policies.items():
-        if not re.fullmatch(NAME, name):
-            yield f"policies.{name}: a name is letters, digits, - and _; choose another"
         if name in RESERVED_ROWS or name in experiment.methods or name == "policy":
             yield f"policies.{name}: the name is taken; it would be a row of the tables beside the one of that name"
         template = experiment.policy.template
         if policy.template != template and policy.trained_by is None:
             yield f"policies.{name}.template: found {policy.template!r}; expected {template!r}, that of [policy]"
         yield from (f"policies.{name}{fault}" for fault in _unused_faults(experiment, policy))
-        row = policy.trained_by
-        if row is not None and row not in (trained := _that_train(experiment)) and row not in unread:
-            yield (
-                f"policies.{name}.source: found {policy.source!r}; expected a row that trains "
-                f"({', '.join(trained)}){nearest(row, trained)}"
-            )
+        if policy.trained_by is not None:
+            trained = [f"{BY_METHOD}{row}" for row in _that_train(experiment)]
+            yield from _unknown(f"policies.{name}.source", policy.source, trained, [BY_METHOD + row for row in unread])
 
 
 def _unused_faults(experiment: Experiment, policy: PolicySettings) -> Iterator[str]:
@@ -182,50 +173,40 @@ def _that_train(experiment: Experiment) -> list[str]:
 
 
 def _circles(experiment: Experiment) -> Iterator[str]:
-    """Rows that would have to be trained before themselves."""
+    """Yield rows that would have to be trained before themselves."""
     seen: set[str] = set()
 
     def needed(row: str) -> Iterator[tuple[str, str]]:
-        """(what must be trained before this row: another, or none of [methods]; the key that says so)"""
+        """Yield (a policy or row that must be there before this row; the key that says so)."""
         method = experiment.methods[row]
-        if method.initial is not None and method.initial in experiment.policies:
-            yield experiment.policies[method.initial].trained_by or "", f"methods.{row}.initial"
+        if method.initial is not None:
+            yield method.initial, f"methods.{row}.initial"
         candidates = candidates_of(method)
         for name in () if candidates is None else candidates.sources:
-            source = experiment.sources.get(name)
-            if source is not None and not isinstance(source, FileSource) and name not in OWN_SOURCES:
-                model = source.model
-                policy = experiment.policies.get(model)
-                yield (policy.trained_by or "" if policy else model), f"sources.{name}.model"
+            if (model := getattr(experiment.sources.get(name), "model", None)) is not None and name not in OWN_SOURCES:
+                yield model, f"sources.{name}.model"
 
-    def visit(row: str, before: tuple[tuple[str, str], ...]) -> Iterator[str]:
+    def visit(row: str | None, before: tuple[tuple[str, str], ...]) -> Iterator[str]:
         """``before``: (row, the key by which it needs the next) on the way to this row."""
         rows = [name for name, _ in before]
         if row in rows:
             circle = before[rows.index(row) :]
-            afters = [*rows[rows.index(row) + 1 :], row]
-            ways = ", ".join(f"{one} needs {after} ({key})" for (one, key), after in zip(circle, afters, strict=True))
-            yield f"methods.{row}: would have to be trained before itself: {ways}; change one of these keys"
+            ways = [
+                f"{one} needs {two} ({key})"
+                for (one, key), (two, _) in zip(circle, circle[1:] + circle[:1], strict=True)
+            ]
+            yield (
+                f"methods.{row}: would have to be trained before itself: {', '.join(ways)}; change one of these keys"
+            )
         elif row in experiment.methods and row not in seen:
+            assert row is not None
             seen.add(row)
-            for other, key in needed(row):
-                yield from visit(other, (*before, (row, key)))
+            for name, key in needed(row):
+                policy = experiment.policies.get(name)
+                yield from visit(name if policy is None else policy.trained_by, (*before, (row, key)))
 
     for row in experiment.methods:
         yield from visit(row, ())
-
-
-def _source_faults(experiment: Experiment, name: str, source: Source, unread: Collection[str]) -> Iterator[str]:
-    if name in OWN_SOURCES:
-        yield f": the name is taken; {', '.join(OWN_SOURCES)} need no table"
-    if not re.fullmatch(NAME, name):
-        yield ": a name is letters, digits, - and _; choose another"
-    models = (*experiment.policies, *_that_train(experiment))
-    if not isinstance(source, FileSource) and source.model not in (*models, *unread):
-        yield (
-            f".model: found {source.model!r}; expected a table of [policies] or a row that trains "
-            f"({', '.join(models)}){nearest(source.model, models)}"
-        )
 
 
 def _candidate_faults(experiment: Experiment, method: MethodSettings, unread: Collection[str]) -> Iterator[str]:
