@@ -36,6 +36,8 @@ def variant_groups(view: View) -> list[list[str]]:
     groups = []
     for rows in view.rows_differing_only_in("variant"):
         candidates = candidates_of(view.methods[rows[0]])
+        if not isinstance(view.methods[rows[0]], RRHFSettings):
+            continue  # another method's key of the same name
         if candidates and not candidates.refresh and candidates.rounds == 1:  # else each has sampled its own candidates
             rows = sorted(rows, key=lambda row: list(COMPUTES).index(_variant(view, row)))
             if _variant(view, rows[0]) == REFERENCE and len(rows) > 1:
