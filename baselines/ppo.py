@@ -24,7 +24,7 @@ from baselines.ppo_settings import PPOSettings, RewardScaling
 from rrhf_bench.errors import Diverged
 from rrhf_bench.policy.batching import ResponseBatch
 from rrhf_bench.policy.policy import Policy
-from rrhf_bench.training.on_policy import Advantages, Minibatch, penalise_missing_ends
+from rrhf_bench.training.on_policy import Advantages, Minibatch, OnPolicyMethod, penalise_missing_ends
 from rrhf_bench.training.rollouts import Rollouts
 
 
@@ -59,9 +59,12 @@ class ValueFunction:
             logp_BT, hidden_BTD = _states(policy, batch)
         else:
             logp_BT, hidden_BTD = policy.token_logprobs(batch), _states(self.trunk, batch)[1]
-        mask_BT = batch.mask_BT.to(logp_BT.device)
+        return logp_BT, self.values(hidden_BTD, batch)
+
+    def values(self, hidden_BTD: Tensor, batch: ResponseBatch) -> Tensor:
+        """Return the (B, T) values of the trunk's states."""
         value_BT = hidden_BTD.to(self.weight_D.dtype) @ self.weight_D + self.bias
-        return logp_BT, value_BT.masked_fill(~mask_BT, 0.0)
+        return value_BT.masked_fill(~batch.mask_BT.to(value_BT.device), 0.0)
 
 
 def _states(policy: Policy, batch: ResponseBatch) -> tuple[Tensor, Tensor]:
@@ -105,8 +108,8 @@ class RewardScale:
         self.count = total
 
 
-class PPO:
-    """PPO as an OnPolicyMethod: one reply a prompt and iteration, advantages by GAE, a clipped surrogate.
+class PPO(OnPolicyMethod):
+    """PPO: one reply a prompt and iteration, advantages by GAE, a clipped surrogate.
 
     The score stands at a reply's last token.
     """

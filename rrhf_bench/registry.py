@@ -65,6 +65,7 @@ METHODS: Mapping[str, Method] = {
         "online DPO", "#2B2BFF", "online", "h",
     ),
     "ppo": Method("baselines.ppo_settings:PPOSettings", "baselines.ppo:PPO", "PPO", "#D55E00", "online"),
+    "nlpo": Method("baselines.nlpo_settings:NLPOSettings", "baselines.nlpo:NLPO", "NLPO", "#E815E8", "online", "*"),
     "vcb": Method("baselines.vcb_settings:VCBSettings", "baselines.vcb:VCB", "VCB", "#332288", "offline", "s"),
     "kto": Method("baselines.kto_settings:KTOSettings", "baselines.kto:KTO", "KTO", "#DDCC77", "offline", "^"),
     "simpo": Method(

@@ -25,6 +25,13 @@ def gather_logprobs(logits_NV: Tensor, token_N: Tensor, temperature: float = 1.0
     return logits_NV.gather(-1, token_N[:, None]).squeeze(-1) - logits_NV.logsumexp(-1)
 
 
+def outside_top_p(logits_NV: Tensor, top_p: float) -> Tensor:
+    """Return (N, V), True at tokens outside the smallest set of likeliest tokens that has probability ``top_p``."""
+    sorted_NV, order_NV = logits_NV.sort(descending=True)
+    before_NV = sorted_NV.softmax(-1).cumsum(-1) - sorted_NV.softmax(-1)
+    return torch.zeros_like(logits_NV, dtype=torch.bool).scatter(1, order_NV, before_NV >= top_p)
+
+
 def sequence_score(logp_BT: Tensor, mask_BT: Tensor, *, length_norm: LengthNorm = "response") -> Tensor:
     """Return one score for each response from its token log-probs: (B,).
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rrhf_bench.policy.logprobs import outside_top_p
 from rrhf_bench.policy.policy import Policy, TransformersPolicy
 from rrhf_bench.records import Candidates, Prompt
 from rrhf_bench.sampling.backend import choose_backend
@@ -166,10 +167,7 @@ def _draw(logits_BV: Tensor, spec: SamplingSpec, generators: Sequence[np.random.
         kth_B1 = logits_BV.topk(spec.top_k).values[:, -1:]
         logits_BV = logits_BV.masked_fill(logits_BV < kth_B1, -torch.inf)
     if spec.top_p < 1.0:
-        sorted_BV, order_BV = logits_BV.sort(descending=True)
-        before_BV = sorted_BV.softmax(-1).cumsum(-1) - sorted_BV.softmax(-1)
-        drop_BV = torch.zeros_like(logits_BV, dtype=torch.bool).scatter(1, order_BV, before_BV >= spec.top_p)
-        logits_BV = logits_BV.masked_fill(drop_BV, -torch.inf)
+        logits_BV = logits_BV.masked_fill(outside_top_p(logits_BV, spec.top_p), -torch.inf)
     logp_BV = logits_BV.log_softmax(-1)
     uniform_B1 = torch.tensor([[generator.random()] for generator in generators], dtype=torch.float64)
     cumulative_BV = logp_BV.exp().cumsum(-1)

@@ -71,6 +71,11 @@ class OnPolicySettings(OptimiserSettings):
         return 0
 
     @property
+    def rollout_top_p(self) -> float:
+        """Return the top-p of the rollouts. Below 1, the method's log-probs must be of the truncated distribution."""
+        return 1.0
+
+    @property
     def steps(self) -> int:
         """Optimiser steps of the whole run."""
         return self.iterations * self.update_epochs * math.ceil(self.rollouts / self.minibatch)

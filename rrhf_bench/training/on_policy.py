@@ -68,6 +68,9 @@ class OnPolicyMethod(Protocol):
         """Return a critic for this policy, or None if the method has none."""
         return None
 
+    def begin(self, policy: Policy) -> None:
+        """Prepare an iteration with this policy, before its rollouts."""
+
     @abstractmethod
     def advantages(self, rollouts: Rollouts, kl_coefficient: float) -> Advantages:
         """Return the advantages of an iteration's rollouts, with metrics of theirs."""
@@ -113,7 +116,8 @@ class _State:
 
 
 class OnPolicyTrainer:
-    """The Trainer of online methods. Replies are sampled at ``temperature`` from the full distribution.
+    """The Trainer of online methods. Replies are sampled at ``temperature``, and from the full distribution
+    unless the settings have a ``rollout_top_p``.
 
     Ratios are of the ids as they were sampled. The reward model reads the text, cut at the first stop string. An engine
     stops at the token that completes a stop string, so the only tokens trained on that the reward model does not read
@@ -169,6 +173,7 @@ class OnPolicyTrainer:
         spec = SamplingSpec(
             n=self.settings.replies - self.settings.reference_replies,
             temperature=self.settings.temperature,
+            top_p=self.settings.rollout_top_p,
             max_new_tokens=context.max_new_tokens,
             seed=context.seed,
             purpose=self.name,
@@ -186,6 +191,7 @@ class OnPolicyTrainer:
 
     def roll_out(self, sampler: RolloutSampler, inputs: TrainInputs, state: _State) -> Rollouts:
         """Return the rollouts of the next iteration, and count them in ``state``."""
+        self.method.begin(sampler.policy)
         count = self.settings.rollouts // self.settings.replies
         seed = sampler.context.seed
         prompts = cycle_prompts(inputs.prompts, state.iteration * count, count, seed, self.name)
