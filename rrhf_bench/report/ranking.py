@@ -27,7 +27,7 @@ from rrhf_bench.report.drawing import (
     thousands,
 )
 from rrhf_bench.report.section import Part, Sentence
-from rrhf_bench.report.table import DECODING_WORDS, Cell, Column, Table
+from rrhf_bench.report.table import DECODING_WORDS, Cell, Column, Table, number
 from rrhf_bench.report.view import BASE, MEASURE_WORDS, Found, Measure, View
 from rrhf_bench.settings.methods import candidates_of
 
@@ -106,16 +106,23 @@ def _means(view: View, rows: Sequence[str], decoding: Decoding, measure: Measure
 
 
 def _best_words(view: View, rows: Sequence[str], decoding: Decoding, measure: Measure) -> str | None:
-    """Return the sentence of the rows that may be the best."""
+    """Return the sentence of the row with the highest mean and of those that are tied with it."""
     found = places(view, rows, decoding, measure)
-    top = [row for row in _means(view, rows, decoding, measure) if found[row].first == 1]
-    if not top:
+    means = _means(view, rows, decoding, measure)
+    if not means:
         return None
+    first, *others = means
     kind = f"{MEASURE_WORDS[measure]}, {DECODING_WORDS[decoding]}"
-    if len(top) == 1:
-        return f"Highest {kind}: {top[0]}, above every other row."
-    rest = f"each of the {len(found) - len(top)} other rows is below some row"
-    return f"Highest {kind}: {', '.join(top)}, tied as far as this run can tell; {rest}."
+    words = f"Highest {kind}: {first}, {number(means[first].value, 2)}"
+    tied = [row for row in others if found[row].first == 1]
+    below = len(others) - len(tied)
+    if not tied:
+        return f"{words}, above each of the {below} other rows."
+    named = ", ".join(tied[:MOST_NAMED]) + (f" and {len(tied) - MOST_NAMED} more" if len(tied) > MOST_NAMED else "")
+    return f"{words}; tied with it as far as this run can tell: {named}. {below} rows are below some other row."
+
+
+MOST_NAMED = 6  # of the rows that are tied at the top
 
 
 def ranking_table(view: View, rows: Sequence[str]) -> Table:
@@ -237,7 +244,7 @@ def win_rates_table(view: View, rows: Sequence[str], decoding: Decoding, measure
 def win_rates_figure(view: View, rows: Sequence[str], measure: Measure) -> Made:
     """Return the matrix of win rates under each decoding; bold: the interval leaves out one half."""
     side = 0.9 + 0.27 * len(rows)
-    figure, axes = new_panels(1, len(view.decodings), height=side, width=max(7.2, 2 * side))
+    figure, axes = new_panels(1, len(view.decodings), height=side + 0.9, width=max(7.2, 2 * side + 1.8))
     for ax, decoding in zip(axes[0], view.decodings, strict=True):
         ordered = [*_means(view, rows, decoding, measure)]
         rates = np.full((len(ordered), len(ordered)), np.nan)
@@ -249,9 +256,9 @@ def win_rates_figure(view: View, rows: Sequence[str], measure: Measure) -> Made:
                     sure = not found.low <= 0.5 <= found.high
                     ax.text(
                         j, i, f"{100 * found.value:.0f}", ha="center", va="center", fontsize=5.5,
-                        color="black" if sure else "#707070", fontweight="bold" if sure else "normal",
+                        color="black" if sure else "#707070", fontweight="bold" if sure else "normal", in_layout=False,
                     )  # fmt: skip
-        ax.imshow(rates, cmap="PuOr_r", vmin=0.0, vmax=1.0, aspect="equal")
+        ax.imshow(rates, cmap="PuOr_r", vmin=0.0, vmax=1.0, aspect="auto")
         ax.set_xticks(range(len(ordered)), [short(row) for row in ordered], rotation=90)
         ax.set_yticks(range(len(ordered)), [short(row) for row in ordered])
         ax.grid(visible=False)
@@ -292,6 +299,8 @@ def cost_figure(view: View, rows: Sequence[str], measure: Measure) -> Made:
     """Return reward against each cost, with the rows that no other row beats in both."""
     decoding = view.decodings[0]
     figure, axes = new_panels(math.ceil(len(COSTS) / 2), 2, height=2.8 * math.ceil(len(COSTS) / 2))
+    for ax in axes.flat[len(COSTS) :]:
+        ax.set_axis_off()
     for ax, (cost, words) in zip(axes.flat, COSTS.items(), strict=False):
         points = {}
         for row in rows:
@@ -346,10 +355,28 @@ def _spread(points: Mapping[str, tuple[float, Estimate]]) -> dict[str, tuple[flo
 
 
 def _scatter(ax: Axes, view: View, points: Mapping[str, tuple[float, Estimate]]) -> None:
-    """Draw a point for each row with the interval of its reward and its name beside it."""
+    """Draw a point for each row with the interval of its reward and its name beside it.
+
+    A row far below the others stands at the lower edge with its reward, so that the others can be told apart.
+    """
     found = colours(view)
+    if not points:
+        return
+    low, high = np.quantile([reward.value for _, reward in points.values()], [0.25, 0.75])
+    least = low - FAR * (high - low)
     for row, (x, reward) in points.items():
         marker = view.method(row).marker if row in view.methods else "P"
-        error: Floats = np.array([[reward.value - reward.low], [reward.high - reward.value]])
-        ax.errorbar([x], [reward.value], error, fmt=marker, color=found[row], markersize=4, linewidth=0.5, alpha=0.9)
-        ax.annotate(short(row), (x, reward.value), (3, 2), textcoords="offset points", fontsize=5, color="#303030")
+        y, words = reward.value, short(row)
+        if y < least:
+            y, words = least, f"{words}, {number(reward.value, 2)} below the edge"
+        else:
+            error: Floats = np.array([[reward.value - max(reward.low, least)], [reward.high - reward.value]])
+            ax.errorbar([x], [y], error, color=found[row], linewidth=0.5, alpha=0.9)
+        ax.plot([x], [y], marker, color=found[row], markersize=4)
+        ax.annotate(
+            words, (x, y), (3, 2) if y > least else (-3, 2), textcoords="offset points", fontsize=5, color="#303030",
+            ha="left" if y > least else "right", in_layout=False,
+        )  # fmt: skip
+
+
+FAR = 4.0  # interquartile ranges below the lower quartile

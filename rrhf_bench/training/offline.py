@@ -281,7 +281,7 @@ def tally(examples: Sequence[Example], tokenization: Tokenization, max_length: i
         "responses_truncated": cut,
         "responses_with_special_tokens": sum(tokenization.names_special_token(r.text) for r in responses),
         "groups_with_ties": sum(len(set(r)) < len(r) for r in scored),
-        "groups_all_equal": sum(len(set(r)) == 1 for r in scored),
+        "groups_all_equal": sum(len(set(r)) == 1 < len(r) for r in scored),
     }
 
 

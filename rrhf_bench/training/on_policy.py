@@ -69,7 +69,8 @@ class OnPolicyMethod(Protocol):
         return None
 
     def begin(self, policy: Policy) -> None:
-        """Prepare an iteration with this policy, before its rollouts."""
+        """Prepare an iteration with this policy, before its rollouts. By default, do nothing."""
+        return
 
     @abstractmethod
     def advantages(self, rollouts: Rollouts, kl_coefficient: float) -> Advantages:
