@@ -656,7 +656,7 @@ says = "Training helps."
     assert load_experiment(tmp_path / "resolved.toml").claims == claims
     assert claims["mine"].sentence == "Training helps."
     path.write_text(text.replace('"base"', '"bass"'))
-    with pytest.raises(ConfigError, match=r"claims\.mine: found the row 'bass'.*did you mean 'base'"):
+    with pytest.raises(ConfigError, match=r"claims\.mine: found 'bass'.*did you mean 'base'"):
         load_experiment(path)
 
 

@@ -152,8 +152,8 @@ def test_another_row_asks_only_for_groups_that_were_not_judged(serve, store, jud
     other = Stage("others", "judge", stage.settings | {"seed": 1}, stage.inputs, "", recorded=stage.recorded)
     make(store, other)
     assert len(server.requests) == len(PAIRS)
-    fewer = Stage("fewer", "judge", stage.settings | {"sources": ["weak", "chosen"]}, stage.inputs, "", None, None,
-                  stage.recorded)  # fmt: skip
+    fewer = Stage("fewer", "judge", stage.settings | {"sources": ["weak", "chosen"]}, stage.inputs, "",
+                  recorded=stage.recorded)  # fmt: skip
     make(store, fewer)
     assert len(server.requests) == 2 * len(PAIRS)  # another group beside it is another question
 

@@ -326,9 +326,9 @@ def test_a_sampler_without_ids_and_a_run_without_prompts_are_refused() -> None:
     ("changes", "message"),
     [
         ({"rollouts": 66, "replies": 4}, "multiple of replies"),
-        ({"candidates": {}}, "not permitted"),
-        ({"top_k": 5}, "not permitted"),  # its ratios need log-probs of the full distribution
-        ({"max_length": 64}, "not permitted"),  # it trains on all that it sampled
+        ({"candidates": {}}, "unknown key"),
+        ({"top_k": 5}, "unknown key"),  # its ratios need log-probs of the full distribution
+        ({"max_length": 64}, "unknown key"),  # it trains on all that it sampled
         ({"temperature": 0.0}, "greater than 0"),
         ({"minibatch": 256}, "at most rollouts"),
         ({"kl": "adaptive"}, "kl_target"),
