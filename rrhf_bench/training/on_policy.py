@@ -69,8 +69,8 @@ class OnPolicyMethod(Protocol):
         return None
 
     def begin(self, policy: Policy) -> None:
-        """Prepare an iteration with this policy, before its rollouts. By default, do nothing."""
-        return
+        """Prepare an iteration with this policy, before its rollouts."""
+        return  # not abstract: mypy takes an empty body of a Protocol for that
 
     @abstractmethod
     def advantages(self, rollouts: Rollouts, kl_coefficient: float) -> Advantages:
@@ -86,6 +86,7 @@ class OnPolicyMethod(Protocol):
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Go on from such values."""
+        return
 
 
 @dataclass
