@@ -181,6 +181,7 @@ def threads():
     torch.set_num_threads(before)
 
 
+@pytest.mark.slow
 def test_step_from_end_to_end(tmp_path, threads):
     """Measured, written, and drawn again from the file alone: the same page."""
     out, first, second = tmp_path / "step.json", tmp_path / "first", tmp_path / "second"
@@ -207,6 +208,7 @@ def test_step_from_end_to_end(tmp_path, threads):
         CliRunner().invoke(scaling.app, ["--from", str(out)], catch_exceptions=False)
 
 
+@pytest.mark.slow
 def test_scaling_from_end_to_end(tmp_path, threads, monkeypatch):
     words, workloads = scaling.SCANS["vocabulary"]
     monkeypatch.setitem(scaling.SCANS, "vocabulary", (words, {8000: workloads[8000]}))

@@ -23,7 +23,8 @@ def cases() -> Iterator[Any]:
     for kind in METHODS:
         settings = settings_class(kind)(kind=kind)
         for check in testing.checks(settings):
-            yield pytest.param(settings, check, id=f"{kind}-{check.__name__}")
+            marks = [pytest.mark.slow] if check is testing.learns else []  # a minute for all methods
+            yield pytest.param(settings, check, id=f"{kind}-{check.__name__}", marks=marks)
 
 
 @pytest.mark.parametrize(("settings", "check"), list(cases()))
