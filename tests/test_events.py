@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -36,6 +37,7 @@ def test_a_resumed_training_shows_each_step_once(tmp_path: Path) -> None:
     for step in (3, 4):  # after the checkpoint, and not made again with the same numbers
         first.add({"step": step, "loss": -1.0})
     first.close()
+    time.sleep(1.1)  # TensorBoard orders the files of a folder by their second and then, as text, by a counter
     for place in (tmp_path, tmp_path / "another run"):  # which may resume what the first one began
         again = record(place)
         again.load(kept)
