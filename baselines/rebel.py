@@ -7,7 +7,6 @@ candidates come before training and the ratios are to the initial policy, which 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -15,9 +14,8 @@ from torch import Tensor
 
 from baselines.rebel_settings import REBELSettings
 from baselines.vcb import squared_differences
-from rrhf_bench.policy.logprobs import sequence_score
 from rrhf_bench.training.method import Example, LossOutput, MethodBatch, TrainInputs
-from rrhf_bench.training.pairs import order_accuracy, scored_groups
+from rrhf_bench.training.pairs import log_ratios, order_accuracy, scored_groups
 
 
 def rebel_loss(
@@ -46,11 +44,7 @@ class REBEL:
 
     def loss(self, logp_RT: Tensor, batch: MethodBatch) -> LossOutput:
         """Return the loss over the batch's prompts, which are its weight."""
-        assert batch.reference_RT is not None
-        s, mask_RT = self.settings, batch.responses.mask_BT.to(logp_RT.device)
-        ratio_RT = logp_RT - batch.reference_RT.to(logp_RT.device)
-        logratio_BG = batch.grouped(sequence_score(ratio_RT, mask_RT, length_norm="none"))
-        reward_BG = batch.grouped(batch.reward_R.to(logp_RT.device), absent=math.nan)
-        loss = rebel_loss(logratio_BG, reward_BG, eta=s.eta, form=s.form)
+        logratio_BG, reward_BG = log_ratios(logp_RT, batch)
+        loss = rebel_loss(logratio_BG, reward_BG, eta=self.settings.eta, form=self.settings.form)
         metrics = {"rewards/accuracies": order_accuracy(logratio_BG.detach(), reward_BG)}
         return LossOutput(loss, float(batch.prompts), metrics)

@@ -7,16 +7,14 @@ Letters: B prompts, G candidates of a prompt (NaN where a narrower group has non
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from baselines.vcb_settings import VCBSettings
-from rrhf_bench.policy.logprobs import sequence_score
 from rrhf_bench.training.method import Example, LossOutput, MethodBatch, TrainInputs
-from rrhf_bench.training.pairs import order_accuracy, scored_groups
+from rrhf_bench.training.pairs import log_ratios, order_accuracy, scored_groups
 
 
 def vcb_loss(logratio_BG: Tensor, reward_BG: Tensor, spread_B: Tensor, *, gamma: float) -> Tensor:
@@ -69,11 +67,8 @@ class VCB:
 
     def loss(self, logp_RT: Tensor, batch: MethodBatch) -> LossOutput:
         """Return the loss over the batch's prompts, which are its weight."""
-        assert batch.reference_RT is not None
-        s, mask_RT = self.settings, batch.responses.mask_BT.to(logp_RT.device)
-        ratio_RT = logp_RT - batch.reference_RT.to(logp_RT.device)
-        logratio_BG = batch.grouped(sequence_score(ratio_RT, mask_RT, length_norm=s.length_norm))
-        reward_BG = batch.grouped(batch.reward_R.to(logp_RT.device), absent=math.nan)
+        s = self.settings
+        logratio_BG, reward_BG = log_ratios(logp_RT, batch, s.length_norm)
         spread_B = reward_spread(reward_BG, correction=int(s.spread == "sample"), floor=s.spread_floor)
         loss = vcb_loss(logratio_BG, reward_BG, spread_B, gamma=s.gamma)
         metrics = {

@@ -5,6 +5,7 @@ Letters: B prompts, R responses (2 B of B pairs), G candidates of a prompt, T re
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -58,6 +59,16 @@ def scored_groups(inputs: TrainInputs, kind: str) -> Sequence[Example]:
             "responses to a prompt; raise candidates.n or check the reward model"
         )
     return examples
+
+
+def log_ratios(
+    logp_RT: Tensor, batch: MethodBatch, length_norm: Literal["none", "response"] = "none"
+) -> tuple[Tensor, Tensor]:
+    """Return the (B, G) log-ratios to the reference and rewards of scored groups; rewards are NaN where none is."""
+    assert batch.reference_RT is not None
+    ratio_RT = logp_RT - batch.reference_RT.to(logp_RT.device)
+    ratio_R = sequence_score(ratio_RT, batch.responses.mask_BT.to(logp_RT.device), length_norm=length_norm)
+    return batch.grouped(ratio_R), batch.grouped(batch.reward_R.to(logp_RT.device), absent=math.nan)
 
 
 def score_sides(logp_RT: Tensor, batch: MethodBatch, length_norm: Literal["none", "response"]) -> tuple[Tensor, Tensor]:
