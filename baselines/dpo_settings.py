@@ -21,11 +21,11 @@ class DPOSettings(PairSettings):
     label_smoothing: Annotated[float, Field(ge=0.0, lt=0.5)] = 0.0  # the assumed share of pairs with swapped labels
     # "none" sums a response's log-probs, as the DPO paper does; "response" divides by its tokens, as IPO's authors do.
     length_norm: Literal["none", "response"] = "none"
-    # Of SFT on the chosen response, beside the loss. RPO: the paper's code has 0.005 x beta on the sum over tokens, its
-    # second code 0.2 on the mean, and TRL a token mean.
+    # The weight of SFT on the chosen response, beside the loss. RPO: the paper's code has 0.005 x beta on the sum over
+    # tokens, its second code 0.2 on the mean, and TRL a token mean.
     nll_weight: Annotated[float, Field(ge=0.0)] = 0.0
     nll: Literal["sum", "mean"] = "sum"
-    # Of pairs, by how like the policy's own samples they are: capped at 1, as WPO's authors have it, or not, as TRL.
+    # WPO weighs a pair by how like the policy's own samples it is: capped at 1 (its authors), or not (TRL).
     weights: Literal["none", "wpo", "wpo_uncapped"] = "none"
 
     @property

@@ -39,8 +39,8 @@ class GRPOSettings(OnPolicySettings):
     # "cap" (Dr. GRPO): the sum over a reply's tokens by the length cap, then the mean over replies.
     aggregation: Literal["sequence", "group", "token", "cap"] = "sequence"
 
-    # Of kl_coefficient: k3 in the loss is the paper's, k2 there has the KL's own gradient, and "reward" subtracts the
-    # summed log-ratio from the score before the group is standardised.
+    # The estimator that kl_coefficient weighs. k3 in the loss is the paper's; k2 there has the KL's own gradient;
+    # "reward" subtracts the summed log-ratio from the score before the group is standardised.
     kl_penalty: Literal["loss-k3", "loss-k2", "reward"] = "loss-k3"
 
     overlong_tokens: Count | None = (

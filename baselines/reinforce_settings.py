@@ -19,8 +19,8 @@ class ReinforceSettings(OnPolicySettings):
 
     lr: Positive = 5e-4
 
-    # Of the rewards of all replies so far: "mean" (the paper's) weighs them alike, "ema" decays them iteration by
-    # iteration. "batch" is the mean of this iteration, "none" is 0.
+    # The baseline is taken over all replies so far: "mean" (the paper's) weighs them alike, "ema" decays them
+    # iteration by iteration. "batch" is the mean of this iteration, "none" is 0.
     baseline: Literal["mean", "ema", "batch", "none"] = "mean"
     # The paper does not say if the present replies are in the running baseline. Without them the gradient is unbiased,
     # but the first iteration, which has no earlier one, takes its own mean.

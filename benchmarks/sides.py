@@ -102,7 +102,7 @@ class Results(NamedTuple):
 
 
 class Steps(NamedTuple):
-    """What all sides do: one step for each group, from the weights of a seed."""
+    """Take one step for each group, from the weights of a seed, as all sides do."""
 
     shape: Shape
     groups: Sequence[Group]

@@ -30,7 +30,8 @@ def test_the_target_is_that_worked_by_hand_and_simulated() -> None:
     assert 1 / (2 * bonbon_target(8)) == pytest.approx(0.0275482, abs=1e-7)
     # Best-of-n has the density n U^(n-1) of a reward's quantile U, so the log-ratio is log n + (n - 1) log U.
     quantile = np.sort(np.random.default_rng(0).random((200_000, 4)), axis=1)
-    assert np.mean(3 * np.log(quantile[:, -1] / quantile[:, 0])) == pytest.approx(5.5, abs=0.05)
+    # The standard error of the simulated mean is 0.008; three of them.
+    assert np.mean(3 * np.log(quantile[:, -1] / quantile[:, 0])) == pytest.approx(5.5, abs=0.024)
 
 
 def test_the_loss_is_that_worked_by_hand() -> None:

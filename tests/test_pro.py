@@ -35,7 +35,8 @@ def test_the_losses_are_those_worked_by_hand() -> None:
     total = pro_loss(SCORE, REWARD, torch.tensor([[-12.0, -9.0, -8.0]], dtype=D)).item()
     assert total == pytest.approx(2.422384 + 2.4, abs=1e-6)
     # Broken on purpose: the ranking upside down, and sums of 10 tokens in place of means.
-    assert ranked(SCORE, -REWARD) != pytest.approx(2.422384, abs=1e-2)
+    # Upside down: log(1 + exp(3 - 1.05) + exp(3 - 2.5)) + log(1 + exp(.7 - 1)) = 2.269794 + .554355.
+    assert ranked(SCORE, -REWARD) == pytest.approx(2.824149, abs=1e-6)
     assert ranked(10 * SCORE, REWARD) > 10.0
 
 
@@ -56,7 +57,8 @@ def test_the_order_of_candidates_and_a_shift_of_rewards_do_not_count_but_their_u
     for order in ([2, 0, 1], [1, 2, 0]):
         assert ranked(SCORE[:, order], REWARD[:, order]) == pytest.approx(ranked(SCORE, REWARD))
     assert ranked(SCORE, REWARD + 5.0) == pytest.approx(ranked(SCORE, REWARD))
-    assert ranked(SCORE, 2.0 * REWARD) != pytest.approx(ranked(SCORE, REWARD), rel=1e-2)
+    # Twice the gaps: log(1 + exp(5 - 1.4) + exp(5 - 6)) + log(1 + exp(2.1 - 3.6)) = 3.636694 + .201413.
+    assert ranked(SCORE, 2.0 * REWARD) == pytest.approx(3.838107, abs=1e-6)
     near_tie = torch.tensor([[1.0, 1.0 - 1e-9]], dtype=D)
     assert ranked(SCORE[:, :2], near_tie) == pytest.approx(math.log(2))
 

@@ -26,7 +26,7 @@ from rrhf_bench.settings.experiment import RuntimeSettings
 
 
 class Reporter(Protocol):
-    """What shows the progress of a plan. ``seconds`` is None if another process made the stage."""
+    """Show the progress of a plan. ``seconds`` is None if another process made the stage."""
 
     def reused(self, stage: Stage) -> None: ...
     def started(self, stage: Stage) -> None: ...

@@ -7,6 +7,7 @@ over-optimisation.
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Self
 
@@ -61,16 +62,18 @@ class ClaimSettings(Settings):
         return True
 
     @property
+    @abstractmethod
     def words(self) -> str:
-        raise NotImplementedError
+        """Return what is claimed, made from the keys."""
 
     @property
     def sentence(self) -> str:
         """Return what is claimed, in words."""
         return self.says or self.words
 
+    @abstractmethod
     def named(self) -> Sequence[str]:
-        raise NotImplementedError
+        """Return the rows in the order of the claim's keys, which may repeat."""
 
     def rows(self) -> tuple[str, ...]:
         """Return the rows that the claim names, each once, in the order of its keys."""

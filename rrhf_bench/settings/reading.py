@@ -173,7 +173,7 @@ def _validate(table: dict[str, Any], faults: list[str]) -> Experiment | None:
             experiment = Experiment.model_validate(sound)
         except ValidationError:
             return None
-    # What is faulty is named elsewhere, and cannot be looked at.
+    # Faulty tables are already reported, so rules that need them are skipped.
     unread = {name for place in faulty for name in place[-1:]}
     found = contradictions(experiment, unread)
     faults.extend(fault for fault in found if (re.split(r"[.:]", fault)[0],) not in faulty)

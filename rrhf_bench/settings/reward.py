@@ -60,7 +60,7 @@ class RewardTrainingSettings(Settings):
     warmup: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0  # share of all optimiser steps
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
     max_length: Annotated[int, Field(ge=2)] | None = None  # prompt + reply + EOS tokens; none: the model's context
-    # Of Bradley-Terry. A tie is half a vote for each side, an outcome of its own, or left out (pair_losses.tie_nll).
+    # Bradley-Terry counts a tie as half a vote for each side or as an outcome of its own, or drops it (tie_nll).
     ties: Annotated[Literal["half", "rao-kupper", "drop"], _unless("half")] = "half"
     tie_threshold: Annotated[float, _unless(0.5, gt=0.0, le=20.0)] = 0.5  # of rao-kupper: log theta, in reward units
     margin_scale: Annotated[float, _unless(1.0, ge=0.0)] = 1.0  # times the margin of a row; 0 ignores margins
