@@ -80,7 +80,8 @@ def synthetic(folder: Path, *, gold_of: tuple[str, ...] = tuple(EFFECTS)) -> Run
         candidates={("rrhf", seed): tuple(_candidates("train", seed, 200)) for seed in SEEDS},
         test_candidates={("rrhf", seed): tuple(_candidates("test", seed, len(PROMPTS))) for seed in SEEDS},
         training={(row, seed): tuple(_log(row, seed)) for row in ("sft", "rrhf", "ppo") for seed in SEEDS},
-        counts={"candidates": {"duplicates": 12, "cut_at_length": 3}},
+        data_counts={None: {"duplicates": 12, "cut_at_length": 3}},
+        counts={},
         timings=tuple(_timings()),
         costs=_costs(),
         curve_seconds={(row, seed): tuple(_clock(row)) for row in ("rrhf", "ppo") for seed in SEEDS},
@@ -444,7 +445,8 @@ def test_hostile_text_is_inert_everywhere(records: RunRecords, tmp_path: Path) -
         evaluated=(*replies, *(replace(r, method=HOSTILE) for r in replies if r.method == "rrhf")),
         notes=(HOSTILE,),
         environment={"device": HOSTILE},
-        counts={HOSTILE: {HOSTILE: 1}},
+        data_counts={},
+        counts={(HOSTILE, 0): {HOSTILE: 1}},
         curves=(),  # of other rows
     )
     folder = write_report(hostile, tmp_path / "report").parent
