@@ -27,7 +27,7 @@ from rrhf_bench.pipeline.run_folder import load_run
 from rrhf_bench.pipeline.services import ModelRef, Services
 from rrhf_bench.pipeline.store import TIMING, Store
 from rrhf_bench.policy.batching import ResponseBatch
-from rrhf_bench.records import Candidates, Evaluated
+from rrhf_bench.records import Candidates, Evaluated, Preference
 from rrhf_bench.replication.departures import departures_table
 from rrhf_bench.report.view import View
 from rrhf_bench.sampling.backend import choose_backend
@@ -37,6 +37,8 @@ from tests.test_events import read_events
 
 ROOT = Path(__file__).parents[1]
 SMOKE = ROOT / "experiments" / "smoke.toml"
+
+SPLITS = ("train", "dev", "test")
 
 # Every stage of the smoke experiment, on less of everything. vLLM, whose import takes longest, samples in the chain.
 TINY = "{vocabulary=400,hidden=32,layers=1,heads=1,ffn=64,epochs=1,raw_epochs=1}"
@@ -234,6 +236,18 @@ def test_the_run_folder_says_what_was_run(smoke: Smoke) -> None:
     assert all(float(row["seconds"]) > 0 for row in timings)
     measured = reset_peak(torch.device("cpu"))  # elsewhere the field is empty
     assert all(float(row["peak_mib"]) > 0 if measured else row["peak_mib"] == "" for row in timings)
+
+
+def test_no_policy_is_aligned_or_tuned_on_a_held_out_topic(smoke: Smoke) -> None:
+    (key,) = (key for key, stage in smoke.json["stages"].items() if stage["kind"] == "prompts")
+    folder = smoke.store.folder(key)
+    about = json.loads((folder / "about.json").read_text())
+    held_out = set(about["held_out_topics"])
+    assert len(held_out) == 16
+    assert about["counts"]["train_held_out_topic"] > 0
+    topics = {split: [p.cluster for p in read_jsonl(folder / f"{split}.jsonl", Preference)] for split in SPLITS}
+    assert held_out.isdisjoint([*topics["train"], *topics["dev"]])
+    assert [topic in held_out for topic in topics["test"]] == [i % 4 == 3 for i in range(len(topics["test"]))]
 
 
 def test_a_row_costs_all_stages_that_it_needs(smoke: Smoke) -> None:

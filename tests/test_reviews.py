@@ -168,7 +168,7 @@ def test_bad_size(part: str, size: Any) -> None:
 
 def test_too_many_held_out_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reviews, "write_prompt", lambda rng, openings: openings[int(rng.integers(3))])
-    with pytest.raises(DataError, match=r"dev \+ test = 5; found 3 distinct held-out prompts in 250 draws; ask for"):
+    with pytest.raises(DataError, match=r"asked for 5 and found 3 distinct held-out prompts in 250 draws; ask for"):
         reviews._held_out_pairs(0, 5, [OPENING, BEGUN, "x"])
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import math
 import random
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -125,7 +126,7 @@ def test_tables_are_unambiguous() -> None:
         assert not set(sentence[:-1]) & set(".!?")
         assert not sentence.lower().startswith(tuple(c.lower() + " " for c in grammar.CONNECTIVES))
     turns = [turn for topic in grammar.TOPICS for turn in set(grammar.ways_to_ask(topic))]
-    assert len(set(turns)) == len(turns) == 40 * 42
+    assert len(set(turns)) == len(turns) == 60 * 42
 
 
 def tolerance(p: float, n: int) -> float:
@@ -166,12 +167,12 @@ def test_parts_stay_what_they_are() -> None:
     }
     found = {part: hashlib.sha256("\0".join(of).encode()).hexdigest()[:16] for part, of in texts.items()}
     assert found == {
-        "raw_corpus": "db66f55a520e1499",
-        "corpus": "fa592ed4fab2f91b",
-        "perplexity_corpus": "d65eda873b4a84a1",
-        "preferences": "6395ea29c7cb8e9e",
-        "dev": "2622b0e409f3406a",
-        "test": "0ec42e0533d5639a",
+        "raw_corpus": "03fb1fec53e3c6dd",
+        "corpus": "cf78903e094948ab",
+        "perplexity_corpus": "059644987df15162",
+        "preferences": "9e186def783df155",
+        "dev": "07c70ac92d2a9a30",
+        "test": "e0787cc24618bf4c",
     }
 
 
@@ -217,6 +218,22 @@ def test_first_test_prompts_are_a_fair_sample() -> None:
     assert p > 0.40 + tolerance(0.40, 1500)
 
 
+def test_topics_are_held_out_of_dev_prompts_and_of_all_but_every_fourth_test_prompt(built: world.World) -> None:
+    held_out = built.held_out_topics
+    kinds = [topic.kind for topic in grammar.TOPICS if topic.name in held_out]
+    assert Counter(kinds) == dict.fromkeys(("how-to", "factual", "advice", "harmful"), 4)
+    assert [pair.cluster in held_out for pair in built.test] == [i % 4 == 3 for i in range(SIZES["test"])]
+    assert not any(pair.cluster in held_out for pair in built.dev)
+    for topic in held_out:  # unlike the alignment prompts, the labelled pairs and the corpora know them
+        assert any(pair.cluster == topic for pair in built.preferences)
+        assert all(any(topic in text for text in corpus) for corpus in (built.corpus, built.perplexity_corpus))
+    assert world.build_world(seed=1, **{**SIZES, "test": 4}).held_out_topics != held_out
+    harmful = {topic.name for topic in grammar.HARMFUL}
+    for group in (built.test[3::4], [pair for i, pair in enumerate(built.test) if i % 4 != 3]):
+        share = float(np.mean([pair.cluster in harmful for pair in group]))
+        assert abs(share - 0.20) <= tolerance(0.20, len(group))
+
+
 def test_pairs_differ(built: world.World) -> None:
     assert all(pair.chosen != pair.rejected for pair in built.preferences + built.dev + built.test)
 
@@ -242,7 +259,9 @@ def test_bad_size(part: str, size: object) -> None:
 
 def test_too_many_held_out_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(world, "DRAWS_PER_PROMPT", 1)  # a single repeat, and 600 draws cannot give 600 prompts
-    with pytest.raises(DataError, match=r"dev \+ test = 600; found [3-5]\d\d distinct held-out prompts in 600 draws"):
+    with pytest.raises(
+        DataError, match=r"asked for 125 and found (\d\d|1[01]\d) distinct held-out prompts in 125 draws"
+    ):
         world.build_world(seed=0, raw_corpus=1, corpus=1, perplexity_corpus=1, preferences=1, dev=100, test=500)
 
 

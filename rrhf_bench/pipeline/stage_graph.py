@@ -46,6 +46,8 @@ VERSIONS = {
     "ensemble": 1,
 }
 
+# The version of the embedded world of dialogues. No other data depend on it.
+WORLD = 2
 # The version of the rules by which files and hub sets are read. The embedded worlds do not depend on them.
 READER = 2
 # The same for models of the hub and of folders: how their tokenizers are read, and which tokens end a reply.
@@ -185,6 +187,8 @@ class _Builder:
         if e.data.source not in WORLDS:
             del settings["toy"]
             settings["reader"] = READER
+        if e.data.source == "toy":
+            settings["world"] = WORLD
         content, recorded = None, {}
         if e.data.source == "files" and e.data.path is not None:  # what decides files is their content, not their path
             from rrhf_bench.data.rows import find_files

@@ -63,6 +63,7 @@ def data(job: Job) -> None:
         parts = world.preferences, world.dev, world.test
         corpora |= {"corpus": world.corpus, "perplexity_corpus": world.perplexity_corpus}
         about: dict[str, Any] = {"identity": f"{s['source']}, seed {s['seed']}", "gold": s["source"], "counts": {}}
+        about |= {"held_out_topics": world.held_out_topics} if world.held_out_topics else {}
     else:
         identity, read, places, split_counts, parts = _read(s)
         job.write_json("places.json", places)
@@ -182,14 +183,15 @@ def _given(settings: Mapping[str, Any]) -> ModelRef:
 def prompts(job: Job) -> None:
     """Write the training, dev and test pairs that every initial policy can be given.
 
-    A prompt must leave room for a reply in each context, and each chat template must render it.
+    A prompt must leave room for a reply in each context, and each chat template must render it. No training prompt is
+    on a held-out topic of the embedded world, see ``build_world``.
     """
     s = job.settings
     refs = [job.ref(role) for role in job.inputs if role == "policy" or role.startswith("policy ")]
     policies = [job.services.fixed_policy(ref) for ref in refs]
     context = min(map(context_of, policies, refs))
     about = job.read_json("data", "about.json")
-    counts = dict(about["counts"])
+    counts, held_out_topics = dict(about["counts"]), frozenset(about.get("held_out_topics", ()))
     rows = job.inputs["data"] / "places.json"  # absent in the embedded worlds
     places = json.loads(rows.read_text(encoding="utf-8")) if rows.is_file() else {}
 
@@ -200,6 +202,10 @@ def prompts(job: Job) -> None:
     for split, size in {"train": s["train_prompts"], "dev": None, "test": None}.items():
         pairs = [p for p in read_jsonl(job.inputs["data"] / f"{split}.jsonl", Preference) if not p.tie]
         distinct = list({pair.prompt: pair for pair in reversed(pairs)}.values())[::-1]  # the first of each prompt
+        if split == "train" and held_out_topics:
+            asked = len(distinct)
+            distinct = [pair for pair in distinct if pair.cluster not in held_out_topics]
+            counts["train_held_out_topic"] = asked - len(distinct)
         kept, fitted = fit_context(
             distinct,
             length,
@@ -211,6 +217,8 @@ def prompts(job: Job) -> None:
         refused = fitted["refused_by_template"]
         if size is not None and len(kept) < size:
             of_template = f" and {refused} that the chat template refuses" if refused else ""
+            if left_out := counts.get("train_held_out_topic"):
+                of_template += f", and {left_out} on held-out topics"
             raise DataError(
                 f"data.train_prompts: found {len(kept)} that leave room for a reply, and {fitted['long_prompt']} that "
                 f"do not{of_template}; expected {size}; lower data.train_prompts or give more data"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import TypeVar
 
 import numpy as np
@@ -16,6 +18,9 @@ from rrhf_bench.seeding import generator
 
 # Of the 42 different last human turns of each topic, those that only held-out prompts end with.
 HELD_OUT_TURNS = 10
+# Of the 15 topics of each kind, those that no alignment method trains on; of the test prompts, every fourth is on one.
+HELD_OUT_TOPICS = 4
+HELD_OUT_EVERY = 4
 # Quality of the replies, Beta(a, b). The labelled pairs are somewhat worse than what the initial policy learns from:
 # in arXiv 2304.05302 too, SFT on the chosen replies falls below its starting point. Raw text is worse than both.
 CORPUS_QUALITY = (2.0, 1.4)
@@ -41,6 +46,8 @@ class World:
     preferences: tuple[Preference, ...]
     dev: tuple[Preference, ...]  # held out: curves and tuning
     test: tuple[Preference, ...]  # held out: the evaluation prompts with their pairs; any first n are a fair sample
+    # The clusters of the pairs that no policy may be aligned on; the models that come before know these topics.
+    held_out_topics: tuple[str, ...] = ()
     raw_corpus: tuple[str, ...] = ()  # poor dialogues that run on, and prose: what a model reads before instruction
 
 
@@ -60,9 +67,16 @@ def build_world(
     the pairs): each topic keeps 10 of its 42 last turns (greeting and question) for held-out prompts, whatever the
     sizes are. Only the combination of greeting, template and topic is new in such a turn.
 
-    One skew remains: dev and test prompts are distinct, and only 400 held-out prompts have no earlier turn, so the more
-    prompts are drawn, the more of them have earlier turns (two thirds at the default sizes, 40% in training). Their
-    order is random: dev, test and the first n of test have the same mixture.
+    Held-out topics, 4 of the 15 of each kind, are new to the alignment methods alone: the corpora and the labelled
+    pairs ask about all topics, and the prompts that policies are aligned on leave out the pairs whose last question is
+    on one (stage "prompts"; an earlier turn may be). Dev prompts are on the other topics, so that nothing is tuned on
+    held-out ones. Test prompts 3, 7, 11, ... are on held-out topics, the rest on the other topics: the first n have the
+    same shares in every world if n is a multiple of 4.
+
+    One skew remains: dev and test prompts are distinct, and few held-out prompts have no earlier turn (440 on the other
+    topics, 160 on held-out ones), so the more prompts are drawn, the more of them have earlier turns (more than half
+    at the default sizes, 40% in training). Their order is random within both groups: dev, test and the first n of test
+    have the same mixture.
 
     Raises DataError if a size is not a positive whole number or more distinct prompts are asked for than were found.
     """
@@ -76,14 +90,18 @@ def build_world(
         test=test,
     )
     trained_on, held_out = _split(generator("toy world", seed, "split"))
-    judged = _held_out_pairs(seed, dev + test, held_out)
+    unseen = _held_out_topics(generator("toy world", seed, "held-out topics"))
+    seen = tuple(topic for topic in grammar.TOPICS if topic not in unseen)
+    of_unseen = iter(_held_out_pairs(seed, "held out, topics too", test // HELD_OUT_EVERY, held_out, unseen))
+    of_seen = iter(_held_out_pairs(seed, "held out", dev + test - test // HELD_OUT_EVERY, held_out, seen))
     rng = generator("toy world", seed, "preferences")
     return World(
         corpus=_dialogues(seed, "corpus", corpus, trained_on),
         perplexity_corpus=_dialogues(seed, "perplexity corpus", perplexity_corpus, trained_on),
         preferences=tuple(_labelled_pair(rng, *_draw_prompt(rng, trained_on)) for _ in range(preferences)),
-        dev=judged[:dev],
-        test=judged[dev:],
+        dev=tuple(islice(of_seen, dev)),
+        test=tuple(next(of_unseen if i % HELD_OUT_EVERY == HELD_OUT_EVERY - 1 else of_seen) for i in range(test)),
+        held_out_topics=tuple(topic.name for topic in unseen),
         raw_corpus=_raw_texts(seed, raw_corpus, trained_on),
     )
 
@@ -102,9 +120,9 @@ def draw_distinct(world: str, rng: np.random.Generator, count: int, draw: Callab
         found[draw()] = None
         if len(found) == count:
             break
-    else:
+    if len(found) < count:
         raise DataError(
-            f"embedded {world}: dev + test = {count}; found {len(found)} distinct held-out prompts in "
+            f"embedded {world}: asked for {count} and found {len(found)} distinct held-out prompts in "
             f"{DRAWS_PER_PROMPT * count} draws; ask for fewer"
         )
     prompts = list(found)
@@ -123,8 +141,18 @@ def _split(rng: np.random.Generator) -> tuple[Ways, Ways]:
     return trained_on, held_out
 
 
-def _draw_prompt(rng: np.random.Generator, ways: Ways) -> tuple[str, Topic]:
-    topic = grammar.draw_topic(rng)
+def _held_out_topics(rng: np.random.Generator) -> tuple[Topic, ...]:
+    """Return HELD_OUT_TOPICS random topics of each kind."""
+    of_kind: dict[str, list[Topic]] = defaultdict(list)
+    for topic in grammar.TOPICS:
+        of_kind[topic.kind].append(topic)
+    return tuple(
+        topics[i] for topics in of_kind.values() for i in sorted(rng.permutation(len(topics))[:HELD_OUT_TOPICS])
+    )
+
+
+def _draw_prompt(rng: np.random.Generator, ways: Ways, topics: Sequence[Topic] = grammar.TOPICS) -> tuple[str, Topic]:
+    topic = grammar.draw_topic(rng, topics)
     return grammar.write_prompt(rng, topic, ways), topic
 
 
@@ -154,11 +182,11 @@ def _running_dialogue(rng: np.random.Generator, ways: Ways) -> str:
     return text
 
 
-def _held_out_pairs(seed: int, count: int, ways: Ways) -> tuple[Preference, ...]:
-    rng = generator("toy world", seed, "held out")
-    return tuple(
-        _labelled_pair(rng, *drawn) for drawn in draw_distinct("world", rng, count, lambda: _draw_prompt(rng, ways))
-    )
+def _held_out_pairs(seed: int, part: str, count: int, ways: Ways, topics: Sequence[Topic]) -> tuple[Preference, ...]:
+    """Return ``count`` pairs of distinct prompts on some topics."""
+    rng = generator("toy world", seed, part)
+    drawn = draw_distinct("world", rng, count, lambda: _draw_prompt(rng, ways, topics))
+    return tuple(_labelled_pair(rng, *prompt) for prompt in drawn)
 
 
 def _labelled_pair(rng: np.random.Generator, text: str, topic: Topic) -> Preference:
