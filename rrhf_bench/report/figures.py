@@ -43,6 +43,7 @@ from rrhf_bench.report.drawing import (
     thousands,
 )
 from rrhf_bench.report.frontier import frontiers
+from rrhf_bench.report.gains import gains
 from rrhf_bench.report.table import DECODING_WORDS
 from rrhf_bench.report.view import BASE, GIVEN, MEASURE_WORDS, Measure, View
 from rrhf_bench.seeding import generator
@@ -78,6 +79,7 @@ def _save(figure: Figure, path: Path) -> None:
 def own_figures(view: View) -> Iterator[Made]:
     """Yield the figures that the run has records for."""
     yield from test_reward(view)
+    yield from gains(view)
     for initial in view.policies:
         yield from reward_curves(view, initial)
     yield from training_curves(view)
