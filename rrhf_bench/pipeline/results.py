@@ -90,4 +90,5 @@ class RunRecords:
     failures: Mapping[Row, str] = field(default_factory=dict)  # rows without records: the stage that failed, and why
     tuned: Mapping[str, tuple[Trial, ...]] = field(default_factory=dict)  # by row; the experiment holds what was picked
     clusters: Mapping[str, str] = field(default_factory=dict)  # prompt id -> cluster, of the prompts that have one
+    held_out: frozenset[str] = frozenset()  # ids of the test prompts on topics that no method was aligned on
     reward_models: tuple[JudgedReward, ...] = ()  # by name as in the experiment file, then by seed

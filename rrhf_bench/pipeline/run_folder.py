@@ -30,7 +30,7 @@ from rrhf_bench.pipeline.results import (
     Timing,
     Trial,
 )
-from rrhf_bench.pipeline.stage_graph import OWN_REPLIES, PAIR_ROWS, Plan, Stage
+from rrhf_bench.pipeline.stage_graph import BEST_ROW, OWN_REPLIES, PAIR_ROWS, Plan, Stage
 from rrhf_bench.pipeline.store import (
     TIMING,
     Store,
@@ -180,7 +180,7 @@ def load_run(folder: Path, store: Store | None = None) -> RunRecords:
         for part in ("wanted", "test scores")
     }
     run = replace(run, json={**run.json, **complete})
-    order = ["base", *experiment.policies, *experiment.methods, *PAIR_ROWS, "reply"]
+    order = ["base", *experiment.policies, *experiment.methods, *PAIR_ROWS, "reply", BEST_ROW]
     evaluations = sorted(run.wanted("evaluate", "evaluate pairs"), key=lambda stage: order.index(stage["row"]))
     evaluated: list[Evaluated] = []
     pairs: list[PairScored] = []
@@ -209,6 +209,7 @@ def load_run(folder: Path, store: Store | None = None) -> RunRecords:
     prompts = first["inputs"]["prompts"]
     about = run.read(prompts, "about.json")
     arena, arena_words = _arena(run, experiment, first, evaluated, about)
+    test, held_out_topics = run.records(prompts, "test.jsonl", Preference), frozenset(about.get("held_out_topics", ()))
     counts = {"data": about["counts"]}
     counts |= {f"{row}, seed {seed}": run.read(key, "about.json")["counts"] for (row, seed), key in trained.items()}
     for (row, seed), key in trained.items():
@@ -260,6 +261,7 @@ def load_run(folder: Path, store: Store | None = None) -> RunRecords:
             for pair in run.records(prompts, f"{split}.jsonl", Preference)
             if pair.cluster is not None
         },
+        held_out=frozenset(pair.prompt.id for pair in test if pair.cluster in held_out_topics),
         reward_models=tuple(_judged_reward(run, entry) for entry in run.json.get("reward models", ())),
     )
 

@@ -33,7 +33,8 @@ Measure = Literal["reward", "gold", "kl", "tokens", "nll"]
 Found: TypeAlias = Estimate | Missing
 
 BASE = "base"
-GIVEN = ("chosen", "rejected")
+BEST = "best"  # the best replies that the embedded world can write
+GIVEN = ("chosen", "rejected", BEST)  # rows of replies that no model wrote
 PAPER_FIRST: tuple[Decoding, ...] = ("greedy", "sample")
 REWARDS: tuple[Measure, ...] = ("reward", "gold")
 ABSENT = Missing("the run holds no such records of this row")
@@ -230,8 +231,13 @@ class View:
         """Every (row, decoding) that a table of all rows shows, whether or not it was measured."""
         return [
             *((row, decoding) for decoding in self.decodings for row in self.rows),
-            *((row, "given") for row in GIVEN),
+            *((row, "given") for row in self.given),
         ]
+
+    @property
+    def given(self) -> tuple[str, ...]:
+        """The rows of replies that no model wrote; the best ones only where a world has written them."""
+        return tuple(row for row in GIVEN if row != BEST or (row, "given") in self.blocks)
 
     @property
     def measures(self) -> tuple[Measure, ...]:
