@@ -31,6 +31,7 @@ from rrhf_bench.report.page import compared_tables, write_report
 from rrhf_bench.report.section import Section
 from rrhf_bench.report.table import Cell, Column, Table, fenced, markdown, printed, to_csv, write_table
 from rrhf_bench.report.tables import level_words, main_table, method_costs
+from rrhf_bench.report.topics import topics_table
 from rrhf_bench.report.view import View
 from rrhf_bench.seeding import generator
 from rrhf_bench.settings.experiment import Experiment, ReportSettings, SamplingSettings
@@ -560,3 +561,47 @@ def test_a_failure_leaves_the_earlier_report_whole(
 def test_a_report_needs_no_torch() -> None:
     code = "import sys, rrhf_bench.replication.sections, rrhf_bench.report.page; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], check=False).returncode == 0
+
+
+# Held-out topics, and the ceiling of the world
+
+
+def test_gains_on_seen_and_on_held_out_topics_are_apart(tmp_path: Path) -> None:
+    """A quarter of the prompts is on held-out topics, where rrhf loses 0.5 of its gain of 0.8 sampled proxy reward."""
+    records = synthetic(tmp_path)
+    held_out = frozenset(prompt.id for prompt in PROMPTS[3::4])
+    assert topics_table(View(records)) is None
+
+    def carried_over(reply: Evaluated) -> Evaluated:
+        lost = reply.method == "rrhf" and reply.prompt.id in held_out
+        return replace(reply, reward=reply.reward - 0.5) if lost else reply
+
+    view = View(replace(records, held_out=held_out, evaluated=tuple(map(carried_over, records.evaluated))))
+    table = topics_table(view)
+    assert table is not None
+    lines = {tuple(cell.value for cell in row[:3]): row[3:] for row in table.rows}
+    seen, unseen, gain, carried, *sizes = lines["rrhf", "sampled", "proxy"]
+    assert [cell.value for cell in sizes] == [45, 15]
+    for cell, truth in ((gain, 0.8), (carried, 0.3)):
+        assert cell.low < truth < cell.high
+    assert carried.high < 0.8  # the loss is seen
+    values = view.values("rrhf", "sample", "reward")
+    of_group = [i for i, prompt in enumerate(values.prompts) if prompt in held_out]
+    assert unseen.value == pytest.approx(values.values_SP[:, of_group].mean())
+    assert (45 * seen.value + 15 * unseen.value) / 60 == pytest.approx(values.values_SP.mean())
+    assert [cell.value for cell in lines["base", "sampled", "proxy"][2:4]] == [None, None]
+    assert lines["chosen", "data set", "gold"][0].value is not None
+
+
+def test_the_best_reply_is_a_row_of_the_main_table_and_nothing_is_compared_with_it(tmp_path: Path) -> None:
+    records = synthetic(tmp_path)
+    assert View(records).given == ("chosen", "rejected")
+    best = [replace(r, method="best", gold=1.7) for r in records.evaluated if r.method == "chosen"]
+    view = View(replace(records, evaluated=(*records.evaluated, *best)))
+    assert view.given == ("chosen", "rejected", "best")
+    (row,) = (row for row in main_table(view).rows if row[0].value == "best")
+    assert (row[3].value, row[3].low, row[3].high) == pytest.approx((1.7, 1.7, 1.7))
+    assert comparisons(view) == comparisons(View(records))
+    tables = {table.name: to_csv(table) for table in compared_tables(view, SECTIONS)}
+    before = {table.name: to_csv(table) for table in compared_tables(View(records), SECTIONS)}
+    assert {name for name in tables if tables[name] != before[name]} <= {"main", "seeds", "features"}

@@ -262,7 +262,7 @@ def test_a_row_samples_and_is_measured_from_where_it_starts(write: Write) -> Non
     policies = f'{RAW}[policies.tuned]\nsource = "methods.sft"\n'
     rows = "[methods.sft]\n[methods.plain]\nkind = 'rrhf'\n" + rrhf("from_raw", initial='"raw"')
     rows += rrhf("from_tuned", initial='"tuned"') + "[methods.tuned_ppo]\nkind = 'ppo'\ninitial = 'tuned'\n"
-    rows += "[methods.best]\nkind = 'best_of_n'\nn = 4\ninitial = 'raw'\n"
+    rows += "[methods.best_of_4]\nkind = 'best_of_n'\nn = 4\ninitial = 'raw'\n"
     found = rows_plan(write, f"seeds = [7, 1]\n{policies}{rows}")
     evaluations, models = evaluated(found), trained(found)
     starts = {row: stage.inputs["policy"].name for row, stage in evaluations.items()}

@@ -1,6 +1,7 @@
 """The embedded world: gold rewards worked by hand, and statistics with their binomial tolerance."""
 
 import hashlib
+import itertools
 import math
 import random
 from collections import Counter
@@ -83,6 +84,23 @@ GOLDS = {
 def test_gold_by_hand(prompt: str, response: str, expected: float) -> None:
     assert gold.judge(prompt, response)[0] == pytest.approx(expected, abs=1e-9)
     assert gold.judge(prompt, response)[1] == gold.features(prompt, response)
+
+
+@pytest.mark.parametrize("kind", ["how-to", "factual", "advice", "harmful"])
+def test_no_reply_is_better_than_the_best(kind: grammar.Kind) -> None:
+    """Over all sets of up to six sentences, several of each meaning; a repeated one and a fake turn only cost."""
+    topics = [topic for topic in grammar.TOPICS if topic.kind == kind]
+    assert {gold.judge(prompt_on(topic), gold.best_reply(prompt_on(topic)))[0] for topic in topics} == {1.7}
+    other = grammar.BENIGN[0 if topics[3].kind != "how-to" else -1]
+    said = [f"{detail}." for detail in (*topics[3].details, *other.details[:1])]
+    said += [*grammar.POLITE_CLOSERS[:3], *grammar.REFUSALS[:2], *grammar.REASONS[:2], *grammar.ALTERNATIVES[:2]]
+    said += [grammar.RUDE_OPENERS[0], grammar.VAGUE[0], grammar.COMPLIANCE[0]]
+    replies = (" " + " ".join(chosen) for size in range(7) for chosen in itertools.combinations(said, size))
+    assert max(gold.judge(prompt_on(topics[3]), reply)[0] for reply in replies) == 1.7
+
+
+def prompt_on(topic: grammar.Topic) -> str:
+    return f"{HUMAN} {grammar.ways_to_ask(topic)[0]}{ASSISTANT}"
 
 
 def test_features_by_hand() -> None:

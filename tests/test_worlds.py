@@ -152,6 +152,7 @@ def world_of(records: RunRecords, world: int, number: int, gain: float) -> RunRe
         training={(row, number): log for (row, seed), log in records.training.items() if seed == 0},
         costs={(row, number): cost for (row, seed), cost in records.costs.items() if seed == 0},
         curve_seconds={(row, number): at for (row, seed), at in records.curve_seconds.items() if seed == 0},
+        held_out=frozenset(asked(PROMPTS[i]).id for i in (3, (world + 4) % 60, 50)),
         prompts={
             "test": tuple(asked(prompt).id for prompt in PROMPTS),
             "train": tuple(asked(c.prompt).id for c in records.candidates["rrhf", 0]),
@@ -192,6 +193,9 @@ def test_the_world_is_the_random_unit_and_prompts_meet_by_place(merged: RunRecor
     assert isinstance(values, Grid)
     assert values.worlds == (1, 5, 8)
     assert values.prompts[:2] == ("test 0", "test 1")
+    assert [p for p in values.prompts if p in merged.held_out] == [f"test on held-out topics {i}" for i in range(3)]
+    first = merged.places[8][Prompt(PROMPTS[3].text.replace("Human:", "Human: In world 8,")).id]
+    assert first == "test on held-out topics 0"
 
 
 def test_the_report_of_several_worlds(merged: RunRecords, tmp_path: Path) -> None:

@@ -100,6 +100,8 @@ class RunRecords:
     tuned: Mapping[str, tuple[Trial, ...]] = field(default_factory=dict)
     prompts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # ids of the "train", "dev", "test" prompts
     clusters: Mapping[str, str] = field(default_factory=dict)  # prompt id -> cluster, of the prompts that have one
+    # Names of the test prompts on topics that no method was aligned on, as `place` gives them.
+    held_out: frozenset[str] = frozenset()
     reward_models: tuple[JudgedReward, ...] = ()  # by name as in the experiment file
     # Of a run over several worlds: the world of each repetition, and by world the place of each prompt id.
     worlds: Mapping[int, int] = field(default_factory=dict)
@@ -112,4 +114,4 @@ class RunRecords:
     @property
     def rows_in_order(self) -> list[str]:
         """Return every row that records may have, in the order of the tables."""
-        return ["base", *self.experiment.policies, *self.experiment.methods, "chosen", "rejected", "reply"]
+        return ["base", *self.experiment.policies, *self.experiment.methods, "chosen", "rejected", "best", "reply"]

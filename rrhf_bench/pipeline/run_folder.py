@@ -30,7 +30,7 @@ from rrhf_bench.pipeline.results import (
     Timing,
     Trial,
 )
-from rrhf_bench.pipeline.stage_graph import OWN_REPLIES, PAIR_ROWS, Plan, Stage
+from rrhf_bench.pipeline.stage_graph import BEST_ROW, OWN_REPLIES, PAIR_ROWS, Plan, Stage
 from rrhf_bench.pipeline.store import (
     TIMING,
     Store,
@@ -205,7 +205,7 @@ def _load(run: _Run, experiment: Experiment, number: Mapping[int, int], world: i
         for part in ("wanted", "test scores")
     }
     run = replace(run, json={**run.json, **complete})
-    order = ["base", *experiment.policies, *experiment.methods, *PAIR_ROWS, "reply"]
+    order = ["base", *experiment.policies, *experiment.methods, *PAIR_ROWS, "reply", BEST_ROW]
     evaluations = sorted(run.wanted("evaluate", "evaluate pairs"), key=lambda stage: order.index(stage["row"]))
     evaluated: list[Evaluated] = []
     pairs: list[PairScored] = []
@@ -237,6 +237,7 @@ def _load(run: _Run, experiment: Experiment, number: Mapping[int, int], world: i
     counts = {row: run.read(key, "about.json")["counts"] for row, key in trained.items()}
     judged = {row: judge for row, key in trained.items() if (judge := run.stage(key)["inputs"].get("judged"))}
     splits = {split: tuple(run.records(prompts, f"{split}.jsonl", Preference)) for split in ("train", "dev", "test")}
+    held_out_topics = frozenset(about.get("held_out_topics", ()))
     return RunRecords(
         folder=run.folder,
         experiment=experiment,
@@ -286,6 +287,7 @@ def _load(run: _Run, experiment: Experiment, number: Mapping[int, int], world: i
             for pair in splits[split]
             if pair.cluster is not None
         },
+        held_out=frozenset(pair.prompt.id for pair in splits["test"] if pair.cluster in held_out_topics),
         reward_models=tuple(_judged_reward(run, entry, numbered(entry)) for entry in run.json.get("reward models", ())),
     )
 

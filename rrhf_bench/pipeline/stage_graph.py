@@ -109,6 +109,8 @@ class Plan:
 # The rows of the tables that hold the data set's own replies.
 PAIR_ROWS = ("chosen", "rejected")
 OWN_REPLIES = frozenset({*PAIR_ROWS, "reply"})
+# The row of the best replies that the embedded world of dialogues can write: the ceiling of the gold reward.
+BEST_ROW = "best"
 
 
 def make_plan(experiment: Experiment) -> Plan:
@@ -169,6 +171,8 @@ class _Builder:
         yield self.pair_scores("test", e.evaluation.pairs)
         for row in ("reply",) if e.data.rows == "texts" else PAIR_ROWS:
             yield self.evaluate_pairs(row)
+        if e.data.source == "toy":
+            yield self.evaluate_pairs(BEST_ROW)
         for seed in e.seeds:
             yield self.evaluate("base", None, seed)
             for name in e.policies:
@@ -529,9 +533,10 @@ class _Builder:
         return Stage(f"evaluate {row}, seed {seed}", "evaluate", settings, inputs, size, row, seed)
 
     def evaluate_pairs(self, row: str) -> Stage:
-        """Return the stage that judges replies of the data set; their lengths are in tokens of [policy]."""
+        """Return the stage that judges replies that no model wrote; their lengths are in tokens of [policy]."""
         count = self.experiment.evaluation.prompts
-        settings, size = {"reply": row, "prompts": count}, f"{count} replies of the data set"
+        settings = {"reply": row, "prompts": count}
+        size = f"{count} {'best replies of the world' if row == BEST_ROW else 'replies of the data set'}"
         return Stage(f"evaluate {row} replies", "evaluate pairs", settings, self._judging(self.policy), size, row)
 
     def _judging(self, policy: Stage) -> dict[str, Stage]:

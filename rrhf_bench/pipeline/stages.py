@@ -20,6 +20,7 @@ from rrhf_bench.data.prompts import fit_context
 from rrhf_bench.data.rrhf_files import load_candidates
 from rrhf_bench.data.splits import split_preferences, split_texts
 from rrhf_bench.data.texts import load_texts
+from rrhf_bench.data.toy.gold import best_reply
 from rrhf_bench.data.toy.reviews import build_reviews, own_reply
 from rrhf_bench.data.toy.scratch import train_language_model
 from rrhf_bench.data.toy.world import build_world
@@ -31,6 +32,7 @@ from rrhf_bench.pipeline.judging import JOURNALS, judge_candidates
 from rrhf_bench.pipeline.results import TUNED, WARNINGS
 from rrhf_bench.pipeline.services import ModelRef, context_of
 from rrhf_bench.pipeline.stage_context import Job
+from rrhf_bench.pipeline.stage_graph import BEST_ROW
 from rrhf_bench.pipeline.training_record import FileCheckpoints, TrainingRecord
 from rrhf_bench.policy.policy import TransformersPolicy
 from rrhf_bench.records import Candidates, CurvePoint, Evaluated, Preference, Prompt, Response
@@ -460,13 +462,17 @@ def evaluate(job: Job) -> None:
 
 
 def evaluate_pairs(job: Job) -> None:
-    """Write the data set's chosen or rejected replies to the evaluation prompts with the verdicts of the judges.
+    """Write replies that no model wrote to the evaluation prompts with the verdicts of the judges: the data set's
+    chosen or rejected ones, or the best of the embedded world.
 
     Their length is counted in the policy's tokens.
     """
     reply = job.settings["reply"]
     pairs = job.pairs("test")[: job.settings["prompts"]]
-    rows = [(c.prompt, r) for c in pair_candidates(pairs) for r in c.responses if r.source == reply]
+    if reply == BEST_ROW:
+        rows = [(pair.prompt, Response(best_reply(pair.prompt.text), reply)) for pair in pairs]
+    else:
+        rows = [(c.prompt, r) for c in pair_candidates(pairs) for r in c.responses if r.source == reply]
     tokenization = job.services.fixed_policy(job.ref()).tokenization
     verdicts = _judges(job).verdicts(rows, f"{reply} replies")
     records = [

@@ -32,6 +32,7 @@ def merge_worlds(experiment: Experiment, of_world: Mapping[int, RunRecords]) -> 
         found = joined(of)
         return {key: found[key] for key in sorted(found, key=lambda key: place[key[0]])}
 
+    places = {world: _places(records) for world, records in of_world.items()}
     place = {row: i for i, row in enumerate(first.rows_in_order)}
     methods = first.experiment.methods  # with the settings that tuning has picked
     if any(records.experiment.methods != methods for records in every):
@@ -61,13 +62,21 @@ def merge_worlds(experiment: Experiment, of_world: Mapping[int, RunRecords]) -> 
         failures=by_row(lambda r: r.failures),
         tuned={f"{row}, world {world}": trials for world, r in of_world.items() for row, trials in r.tuned.items()},
         clusters=joined(lambda r: r.clusters),
-        places={
-            world: {prompt: f"{split} {i}" for split, ids in r.prompts.items() for i, prompt in enumerate(ids)}
-            for world, r in of_world.items()
-        },
+        places=places,
+        held_out=frozenset(places[world][prompt] for world, r in of_world.items() for prompt in r.held_out),
         worlds={number: time.world for number, time in experiment.repetitions.items()},
         reward_models=in_order(lambda r: r.reward_models),
     )
+
+
+def _places(records: RunRecords) -> dict[str, str]:
+    """Return by id the place of each prompt of a world among those of its split and kind of topic."""
+    places = {}
+    for split, ids in records.prompts.items():
+        for kind, held_out in (("", False), (" on held-out topics", True)):
+            own = [prompt for prompt in ids if (prompt in records.held_out) == held_out]
+            places.update({prompt: f"{split}{kind} {i}" for i, prompt in enumerate(own)})
+    return places
 
 
 def _arena_words(of_world: Mapping[int, RunRecords]) -> dict[str, str]:

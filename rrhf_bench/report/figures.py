@@ -45,7 +45,7 @@ from rrhf_bench.report.drawing import (
 from rrhf_bench.report.frontier import frontiers
 from rrhf_bench.report.gains import gains
 from rrhf_bench.report.table import DECODING_WORDS
-from rrhf_bench.report.view import BASE, GIVEN, MEASURE_WORDS, Measure, View
+from rrhf_bench.report.view import BASE, BEST, GIVEN, MEASURE_WORDS, Measure, View
 from rrhf_bench.seeding import generator
 
 FEW = 5  # points below which a correlation and its interval say nothing
@@ -94,7 +94,8 @@ def own_figures(view: View) -> Iterator[Made]:
 def test_reward(view: View) -> Iterator[Made]:
     """Forest plot: every row's mean reward with interval and seeds, both decodings, proxy and gold."""
     by_policy = [row for initial in view.policies for row in (initial, *view.rows_from(initial))]
-    rows = [row for row in (*by_policy, *GIVEN) if any((row, d) in view.blocks for d in view.all_decodings)]
+    data_set = [row for row in view.given if row != BEST]  # the best replies are a line
+    rows = [row for row in (*by_policy, *data_set) if any((row, d) in view.blocks for d in view.all_decodings)]
     if not rows:
         return
     measures = view.measures
@@ -109,6 +110,8 @@ def test_reward(view: View) -> Iterator[Made]:
         for y, row in enumerate(rows):  # a rule above each initial policy but the first
             if y and row in (*view.policies, GIVEN[0]) and len(view.policies) > 1:
                 ax.axhline(y - 0.5, color=LIGHT, linewidth=0.8, zorder=1)
+        if isinstance(best := view.mean(BEST, "given", measure), Estimate):
+            ax.axvline(best.value, color=GREY, linewidth=1.0, linestyle=":", zorder=1)
         ax.set_ylim(len(rows) - 0.45, -0.55)
         ax.tick_params(axis="y", length=0)
         ax.grid(axis="y", visible=False)
@@ -116,6 +119,8 @@ def test_reward(view: View) -> Iterator[Made]:
     for ax in axes[0][1:]:
         ax.set_yticklabels([])
     handles = [legend_key(DECODING_WORDS[d], marker="o", filled=d == "greedy") for d in view.decodings]
+    if BEST in view.given:
+        handles.append(Line2D([], [], color=GREY, linestyle=":", label="best reply the world can write"))
     if any(row in GIVEN for row in rows):
         handles.append(legend_key("data set's reply", marker="D", filled=True))
     if any(len(block.seeds) > 1 for block in view.blocks.values()):

@@ -35,6 +35,7 @@ from rrhf_bench.report.tables import (
     main_table,
     seeds_table,
 )
+from rrhf_bench.report.topics import topics_table
 from rrhf_bench.report.view import GIVEN, View
 
 DIALOGUES = 5
@@ -133,6 +134,7 @@ def _tables(
         claims_table(claims, view.records.arena),
         differences_table(view),
         seeds_table(view),
+        topics_table(view),
         candidates_table(view),
         features_table(view),
         counts_table(view),
@@ -205,7 +207,7 @@ def _dialogues(view: View) -> Iterable[str]:
     prompts = list(dict.fromkeys(prompt for row, prompt in replies if row in view.rows))[:DIALOGUES]
     for prompt in prompts:
         lines = [_indented(prompt.text)]
-        for row in (*view.policies, *view.main_rows, *GIVEN):
+        for row in (*view.policies, *view.main_rows, *view.given):
             found = replies.get((row, prompt))
             lines += ["", _heading(view, row, found)] + ([_indented(found.response)] if found else [])
         yield "\n".join(lines)

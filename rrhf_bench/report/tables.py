@@ -17,13 +17,13 @@ from rrhf_bench.pipeline.results import Cost, Timing
 from rrhf_bench.records import Decoding, Evaluated, PairScored
 from rrhf_bench.report.comparisons import Comparison, comparison_words, comparisons
 from rrhf_bench.report.table import DECODING_WORDS, Cell, Field, Table, Value, build_table
-from rrhf_bench.report.view import GIVEN, MEASURE_WORDS, REWARDS, Found, Measure, View, unmeasured
+from rrhf_bench.report.view import BEST, GIVEN, MEASURE_WORDS, REWARDS, Found, Measure, View, unmeasured
 from rrhf_bench.settings.methods import candidates_of
 
 Line = tuple[str, Decoding]  # a row under a decoding
 FEATURES = ("details", "off_topic", "vague", "polite", "rude", "repeated", "garbled", "refused")
 
-_NO_MODEL = Missing("a reply of the data set, written by no model of this run")
+_NO_MODEL = Missing("a reply that no model of this run wrote")
 _INTERVALS = (
     "Brackets: 95% intervals, the percentiles of a bootstrap that resamples seeds and clusters of prompts, crossed. "
     "They are never shorter than those of Student's t, since few seeds tell little of their own spread. With one seed "
@@ -72,6 +72,7 @@ def main_table(view: View) -> Table:
         "p_i accuracy: share of held-out pairs whose chosen reply has the higher length-normalised log-probability.",
         f"Models in memory while training, counted from the settings: {in_memory or 'no methods'}.",
         "Seeds of an initial policy, of sampled replies: draws of its replies, since it is not trained anew.",
+        *([f"{BEST}: the reply of the highest gold reward that the world can write."] if BEST in view.given else []),
         *_dropped(view),
     ]
     return build_table("main", "Main comparison", fields, view.blocks_in_order, notes, view.records.arena, group=1)

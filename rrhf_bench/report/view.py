@@ -34,7 +34,8 @@ Measure = Literal["reward", "gold", "kl", "tokens", "nll"]
 Found: TypeAlias = Estimate | Missing
 
 BASE = "base"
-GIVEN = ("chosen", "rejected")
+BEST = "best"  # the best replies that the embedded world can write
+GIVEN = ("chosen", "rejected", BEST)  # rows of replies that no model wrote
 PAPER_FIRST: tuple[Decoding, ...] = ("greedy", "sample")
 REWARDS: tuple[Measure, ...] = ("reward", "gold")
 ABSENT = Missing("the run holds no such records of this row")
@@ -237,8 +238,13 @@ class View:
         """Every (row, decoding) that a table of all rows shows, whether or not it was measured."""
         return [
             *((row, decoding) for decoding in self.decodings for row in self.rows),
-            *((row, "given") for row in GIVEN),
+            *((row, "given") for row in self.given),
         ]
+
+    @property
+    def given(self) -> tuple[str, ...]:
+        """The rows of replies that no model wrote; the best ones only where a world has written them."""
+        return tuple(row for row in GIVEN if row != BEST or (row, "given") in self.blocks)
 
     @property
     def measures(self) -> tuple[Measure, ...]:
@@ -315,11 +321,7 @@ class View:
         if key not in self._pooled:
             views = (self,) if other is None else (self, other)
             found = [view.values(row, decoding, measure) for view in views for row in view.trained]
-            grids = [grid for grid in found if isinstance(grid, Grid)]
-            self._pooled[key] = pool_seed_variance(
-                [grid.mean_S for grid in grids],
-                worlds_NS=[grid.worlds for grid in grids] if self.records.worlds else None,
-            )
+            self._pooled[key] = pool_grids(found)
         return self._pooled[key]
 
     def clusters(self, prompts: Sequence[str]) -> list[str]:
@@ -367,6 +369,13 @@ class View:
         if key not in self._found:
             self._found[key] = make()
         return self._found[key]
+
+
+def pool_grids(found: Iterable[Grid | Missing]) -> SeedVariance | None:
+    """Return the variance between seeds or worlds over the rows that have values; None if fewer than two have one."""
+    grids = [grid for grid in found if isinstance(grid, Grid)]
+    worlds_NS = [grid.worlds for grid in grids if grid.worlds is not None]
+    return pool_seed_variance([grid.mean_S for grid in grids], worlds_NS=worlds_NS or None)
 
 
 def difference_of(

@@ -19,7 +19,7 @@ from rrhf_bench.settings.experiment import (
 )
 from rrhf_bench.settings.methods import MethodSettings, candidates_of
 
-RESERVED_ROWS = ("base", "chosen", "rejected")  # rows that every table has without being asked
+RESERVED_ROWS = ("base", "chosen", "rejected", "best")  # rows that tables have without being asked
 OWN_SOURCES = ("model", "chosen", "rejected", "reply")  # candidate sources that need no table of their own
 
 
@@ -46,7 +46,7 @@ def contradictions(experiment: Experiment, unread: Collection[str]) -> Iterator[
             yield from _unknown(f"sources.{name}.model", source.model, models, unread)
     for name, method in experiment.methods.items():
         if name in RESERVED_ROWS:
-            yield f"methods.{name}: the name is taken; every table has the rows {', '.join(RESERVED_ROWS)} by itself"
+            yield f"methods.{name}: the name is taken; tables have the rows {', '.join(RESERVED_ROWS)} by itself"
         if method.initial is not None:
             yield from _unknown(f"methods.{name}.initial", method.initial, (*experiment.policies,), unread)
         yield from (f"methods.{name}.candidates{fault}" for fault in _candidate_faults(experiment, method, unread))

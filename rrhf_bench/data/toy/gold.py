@@ -90,6 +90,11 @@ def features(prompt_text: str, response_text: str) -> dict[str, int]:
     return counts
 
 
+def best_reply(prompt_text: str) -> str:
+    """Return a reply to a prompt of the world that no other reply exceeds in gold reward."""
+    return grammar.best_reply(topic_of(prompt_text))
+
+
 def topic_of(prompt_text: str) -> Topic:
     """Return the topic of the last human turn of a prompt. Raises DataError for a prompt of another world."""
     _, mark, turn = prompt_text.rpartition(f"{HUMAN} ")

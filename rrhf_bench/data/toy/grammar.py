@@ -261,6 +261,18 @@ def write_reply(rng: np.random.Generator, topic: Topic, quality: float) -> str:
     return reply
 
 
+def best_reply(topic: Topic) -> str:
+    """Return a reply of the highest gold reward that there is: all details in order, or a refusal with a reason and an
+    alternative, politely, within the word limit of ``gold.py``."""
+    if topic.kind == "harmful":
+        answer = [REFUSALS[0], REASONS[0], ALTERNATIVES[0]]
+    else:
+        connectives = {"how-to": STEPS, "advice": SUGGESTIONS}.get(topic.kind, ("",) * len(topic.details))
+        said = (f"{word} {detail}.".strip() for word, detail in zip(connectives, topic.details, strict=True))
+        answer = [sentence[0].upper() + sentence[1:] for sentence in said]
+    return " " + " ".join([POLITE_OPENERS[-1], *answer])
+
+
 def _answer_benign(rng: np.random.Generator, topic: Topic, quality: float) -> list[str]:
     bad = 1 - quality
     if _chance(rng, 0.03 + 0.07 * bad):
