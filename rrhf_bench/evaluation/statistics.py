@@ -67,11 +67,12 @@ POOLED_FREEDOM = (2.0, 4.0)
 class Estimate:
     """A number with what is needed to judge it.
 
-    ``low`` and ``high`` bound the interval at ``level``. ``n`` counts the prompts (or items; the prompts of one world if
-    there are several), ``clusters`` the groups of prompts that count as independent (None over worlds), ``seeds`` the
-    rows of values: training seeds, of all worlds together (1 if items have none). ``worlds`` counts the worlds if they
-    are the random unit. ``p`` is two-sided against zero; None if no test was made. ``error`` is the standard error and ``freedom`` the degrees of freedom of
-    the t statistic; None for an interval that is not Student's. ``method`` says how the interval was made.
+    ``low`` and ``high`` bound the interval at ``level``. ``n`` counts the prompts (or items), those of one world if
+    there are several; ``clusters`` the groups of prompts that count as independent (None over worlds); ``seeds`` the
+    rows of values, which are training seeds, of all worlds together (1 if items have none); ``worlds`` the worlds if
+    they are the random unit. ``p`` is two-sided against zero; None if no test was made. ``error`` is the standard error
+    and ``freedom`` the degrees of freedom of the t statistic; None for an interval that is not Student's. ``method``
+    says how the interval was made.
     """
 
     value: float
@@ -134,17 +135,21 @@ def pool_seed_variance(
 
     ``worlds_NS`` names the world of each seed mean. With two or more worlds the result is the variance between worlds
     of the rows' world means, centred in each world on the mean of all N rows (``_centred``). Pass every row that is
-    compared, the initial policy as well: it is another model in each world. Rows that lack a world are left out. The
-    centred rows have (N - 1)(W - 1) degrees of freedom together, of which a pair's own variance is W - 1; ``freedom``
-    is at most the (N - 2)(W - 1) that the other rows add. Returns None for fewer than three rows, which add nothing.
+    compared, the initial policy as well: it is another model in each world. Rows that lack a world are left out.
+    Returns None for fewer than three rows: two centred rows are one difference, whose variance the pair has itself.
+
+    Over worlds ``freedom`` is at most W - 1, so that the pooled variance never outweighs the pair's own. The initial
+    policy differs from trained rows far more between worlds than these among each other, and all its differences share
+    its deviation. With freedom up to 4 and three worlds, up to 9% of such families held a false verdict.
     """
     rows = [_finite("pool_seed_variance", "seed means", means_S).ravel() for means_S in means_NS]
     lowest, highest = POOLED_FREEDOM
     if worlds_NS is not None and len({world for worlds_S in worlds_NS for world in worlds_S}) > 1:
-        rows, spare = _centred(rows, worlds_NS)
-        if spare < 1:
+        rows = _centred(rows, worlds_NS)
+        if len(rows) < 3:
             return None
-        lowest, highest = min(lowest, spare), min(highest, spare)
+        own = len(rows[0]) - 1.0
+        lowest, highest = min(lowest, own), min(highest, own)
     varying = [row_S for row_S in rows if len(row_S) > 1 and row_S.min() < row_S.max()]
     if len(varying) < 2:
         return None
@@ -432,8 +437,8 @@ def _world_means(mean_S: Floats, world_S: NDArray[np.intp]) -> Floats:
     return np.bincount(world_S, mean_S) / np.bincount(world_S)
 
 
-def _centred(rows: Sequence[Floats], worlds_NS: Sequence[Sequence[int]]) -> tuple[list[Floats], int]:
-    """Return the rows' world means without the level of the world, and the degrees of freedom beyond a pair's own.
+def _centred(rows: Sequence[Floats], worlds_NS: Sequence[Sequence[int]]) -> list[Floats]:
+    """Return the world means, without the level of the world, of each row that has all worlds.
 
     The level of a world is the mean of the N rows in it. If the rows' own deviations are independent with variance v,
     a row less this mean has variance v (N - 1) / N. The centred rows are therefore multiplied by sqrt(N / (N - 1)), so
@@ -449,14 +454,13 @@ def _centred(rows: Sequence[Floats], worlds_NS: Sequence[Sequence[int]]) -> tupl
             )
         if set(worlds_S) == set(names):
             means.append(_world_means(mean_S, np.array([names.index(name) for name in worlds_S])))
-    if len(means) < 3:
-        return [], 0
+    if len(means) < 2:
+        return []
     mean_NW = np.stack(means)
     deviation_NW = mean_NW - mean_NW.mean(axis=0)
     deviation_NW -= deviation_NW.mean(axis=1, keepdims=True)
     deviation_NW[np.abs(deviation_NW) < 1e-12 * np.abs(mean_NW).max()] = 0.0
-    rows_N, worlds = mean_NW.shape
-    return list(deviation_NW * math.sqrt(rows_N / (rows_N - 1))), (rows_N - 2) * (worlds - 1)
+    return list(deviation_NW * math.sqrt(len(means) / (len(means) - 1)))
 
 
 def _student(
