@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import math
 import re
 import subprocess
@@ -28,12 +29,14 @@ from rrhf_bench.replication.sections import SECTIONS
 from rrhf_bench.report.comparisons import comparisons
 from rrhf_bench.report.findings import standing
 from rrhf_bench.report.page import compared_tables, write_report
+from rrhf_bench.report.rows import rows_table
 from rrhf_bench.report.section import Section
 from rrhf_bench.report.table import Cell, Column, Table, fenced, markdown, printed, to_csv, write_table
 from rrhf_bench.report.tables import level_words, main_table, method_costs
 from rrhf_bench.report.view import View
 from rrhf_bench.seeding import generator
 from rrhf_bench.settings.experiment import Experiment, ReportSettings, SamplingSettings
+from rrhf_bench.settings.reading import parse_method
 from rrhf_bench.training.rrhf_settings import RRHFSettings
 
 SEEDS = (0, 1, 2)
@@ -558,3 +561,11 @@ def test_a_failure_leaves_the_earlier_report_whole(
 def test_a_report_needs_no_torch() -> None:
     code = "import sys, rrhf_bench.replication.sections, rrhf_bench.report.page; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], check=False).returncode == 0
+
+
+def test_the_rows_table_marks_a_row_whose_rewards_are_permuted(records: RunRecords) -> None:
+    control = parse_method("rrhf", ["candidates.permute_rewards=true"])
+    experiment = records.experiment.model_copy(update={"methods": {**records.experiment.methods, "control": control}})
+    table = rows_table(View(replace(records, experiment=experiment)))
+    marked = {row["row"] for row in csv.DictReader(io.StringIO(to_csv(table))) if "permuted" in row["candidates"]}
+    assert marked == {"control"}
