@@ -50,7 +50,7 @@ class Run:
     pairs: dict[str, Grid] = field(default_factory=dict)
     dev: dict[tuple[str, str], float] = field(default_factory=dict)
     decodings: tuple[Decoding, ...] = ("greedy",)
-    trained: tuple[str, ...] = ()  # no pooling, unless a test names rows
+    pooled_rows: tuple[str, ...] = ()  # no pooling, unless a test names rows
     topics: dict[str, str] = field(default_factory=dict)
 
     def clusters(self, prompts: Sequence[str]) -> list[str]:
@@ -254,7 +254,7 @@ def test_a_margin_shifts_the_threshold_and_not_the_estimate() -> None:
 def test_the_variance_between_seeds_is_pooled_over_the_trained_rows() -> None:
     """Rows of equal spread: the pooled variance has its largest degrees of freedom, and p falls. The pooled variance is
     no larger than the pair's own, which then stands."""
-    run = Run(trained=("a", "c", "d"))
+    run = Run(pooled_rows=("a", "c", "d"))
     for row, mean in (("a", 0.3), ("c", 7.0), ("d", -7.0)):
         run.replies[row, "greedy", "reward"] = exact(mean)
     run.replies["b", "greedy", "reward"] = exact(0.0, (0, 0, 0))

@@ -81,8 +81,8 @@ class Evidence(Protocol):
         """The decodings of the run, greedy first."""
 
     @property
-    def trained(self) -> Sequence[str]:
-        """The rows that are trained once per seed, over which the variance between seeds is pooled."""
+    def pooled_rows(self) -> Sequence[str]:
+        """The rows over which the variance between seeds, or between worlds, is pooled."""
 
     def clusters(self, prompts: Sequence[str]) -> Sequence[str]:
         """The cluster of each prompt."""
@@ -282,7 +282,7 @@ class _Test:
         """Return the variance between seeds of a measure over the trained rows of the run, computed once."""
         key = measure, self.decoding
         if key not in self.pools:
-            grids = [found for row in self.evidence.trained if isinstance(found := self.grid(row, measure), Grid)]
+            grids = [found for row in self.evidence.pooled_rows if isinstance(found := self.grid(row, measure), Grid)]
             means_NS = [np.nanmean(found.values_SP, axis=1) for found in grids]
             several = [found.worlds for found in grids if found.worlds is not None]
             self.pools[key] = pool_seed_variance(means_NS, worlds_NS=several or None)

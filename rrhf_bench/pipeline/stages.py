@@ -27,7 +27,7 @@ from rrhf_bench.data.toy.world import build_world
 from rrhf_bench.errors import DataError, StageError
 from rrhf_bench.jsonl import read_jsonl, read_objects, write_jsonl
 from rrhf_bench.pipeline import preference_models, stage_helpers
-from rrhf_bench.pipeline.candidates import assemble, pair_candidates
+from rrhf_bench.pipeline.candidates import assemble, pair_candidates, permute_rewards
 from rrhf_bench.pipeline.judging import JOURNALS, judge_candidates
 from rrhf_bench.pipeline.results import TUNED, WARNINGS
 from rrhf_bench.pipeline.services import ModelRef, context_of
@@ -429,8 +429,11 @@ def train_inputs(job: Job, settings: MethodSettings) -> TrainInputs:
     if candidates is None:
         return TrainInputs(pairs, reference=reference)
     if "judged" in job.inputs:
-        return TrainInputs(pairs, job.candidates("judged"), reference)
-    scored = assemble(candidates.sources, _sampled(job, "scores "), job.candidates("pair scores"))
+        scored = job.candidates("judged")
+    else:
+        scored = assemble(candidates.sources, _sampled(job, "scores "), job.candidates("pair scores"))
+    if candidates.permute_rewards:
+        scored = permute_rewards(scored, job.settings["seed"])
     return TrainInputs(pairs, scored, reference)
 
 

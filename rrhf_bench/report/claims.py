@@ -21,7 +21,7 @@ class RunEvidence:
     def __init__(self, view: View) -> None:
         self.view = view
         self.decodings: tuple[Decoding, ...] = view.decodings
-        self.trained: Sequence[str] = view.trained
+        self.pooled_rows: Sequence[str] = view.pooled_rows
         self.clusters = view.clusters
 
     def values(self, row: str, decoding: Decoding, measure: Measure) -> Grid | Missing:

@@ -36,7 +36,7 @@ from rrhf_bench.report.tables import (
     seeds_table,
 )
 from rrhf_bench.report.topics import topics_table
-from rrhf_bench.report.view import GIVEN, View
+from rrhf_bench.report.view import View
 
 DIALOGUES = 5
 _LONGEST = 1200  # characters of a text in the page; the records hold all of it

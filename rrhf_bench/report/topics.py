@@ -76,4 +76,4 @@ def _grid(view: View, row: str, decoding: Decoding, measure: Measure, group: str
 
 def _pooled(view: View, decoding: Decoding, measure: Measure, group: str) -> SeedVariance | None:
     """Return the variance between seeds over the trained rows on one group of topics."""
-    return pool_grids(_grid(view, row, decoding, measure, group) for row in view.trained)
+    return pool_grids(_grid(view, row, decoding, measure, group) for row in view.pooled_rows)

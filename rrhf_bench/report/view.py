@@ -314,13 +314,21 @@ class View:
         """The rows that are trained once per seed."""
         return [row for row, settings in self.methods.items() if settings.family != "inference"]
 
+    @property
+    def pooled_rows(self) -> list[str]:
+        """Return the rows over which the variance between seeds, or between worlds, is pooled.
+
+        In each world the initial policies are other models as well.
+        """
+        return [*self.policies, *self.trained] if self.experiment.several_worlds else self.trained
+
     def pooled(self, decoding: Decoding, measure: Measure, other: View | None = None) -> SeedVariance | None:
         """Return the variance between seeds over all trained rows, of ``other`` as well if it is given; None if fewer
         than two rows have one."""
         key = decoding, measure, other
         if key not in self._pooled:
             views = (self,) if other is None else (self, other)
-            found = [view.values(row, decoding, measure) for view in views for row in view.trained]
+            found = [view.values(row, decoding, measure) for view in views for row in view.pooled_rows]
             self._pooled[key] = pool_grids(found)
         return self._pooled[key]
 

@@ -22,7 +22,7 @@ from pydantic import (
 from rrhf_bench.errors import nearest
 from rrhf_bench.records import STOP_STRINGS
 from rrhf_bench.registry import METHODS, settings_class
-from rrhf_bench.settings.base import Settings
+from rrhf_bench.settings.base import Settings, Switch
 from rrhf_bench.settings.candidates import (
     RECIPES,
     STRATEGY_KEYS,
@@ -71,9 +71,6 @@ def _borne(name: str) -> str:
 
 Name = Annotated[str, AfterValidator(_borne)]
 ModelName = Annotated[str, AfterValidator(_looked_up)]
-
-# A switch that is no part of any key while it is off, such as whether code that comes with a model may run.
-Switch = Annotated[bool, Field(exclude_if=lambda trusted: not trusted)]
 
 
 class ToySettings(Settings):
