@@ -136,6 +136,7 @@ class CurvePoint:
     sampled_tokens: int  # tokens sampled for training so far, the candidates before step 0 included
     rewards: tuple[float, ...]  # one per dev prompt, in dev order
     golds: tuple[float, ...] | None = None
+    kls: tuple[float, ...] | None = None  # log-ratio to the initial policy of each sampled reply, nats (curve_kl)
 
 
 @dataclass(frozen=True, slots=True)

@@ -118,7 +118,7 @@ class PlainSteps:
         usable, fitted = self._fit(read.groups, _prompt_length([policy]), limit, read.places)
         candidates = candidates_of(method)
         if candidates is not None and candidates.permute_rewards:
-            usable = permute_rewards(usable, seed)
+            usable = tuple(permute_rewards(usable, seed))
         prompts = {row.prompt for row in usable}
         inputs = TrainInputs([pair for pair in read.pairs if pair.prompt in prompts], usable)
         reads_reference = {"reference", "sampler"} <= needs

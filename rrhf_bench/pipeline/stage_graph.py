@@ -503,6 +503,7 @@ class _Builder:
             "method": method.model_dump(mode="json", exclude=unread, exclude_none=True),
             "seed": seed,
             "curve_points": e.evaluation.curve_points,
+            **({"curve_kl": True} if e.evaluation.curve_kl else {}),
             "evaluation": self._decoding(method.initial),
         }
         if "sampler" in method.needs:

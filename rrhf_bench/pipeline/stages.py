@@ -149,6 +149,7 @@ def reward_model(job: Job) -> None:
     log: list[Mapping[str, float]] = []
     pairs = read_jsonl(job.inputs["data"] / "train.jsonl", Preference)
     settings = RewardTrainingSettings.model_validate(s["training"])
+    pairs = pairs[: settings.pairs]
     steps_in_all = count_steps(pairs, settings)
 
     def note(metrics: Mapping[str, float]) -> None:
@@ -355,8 +356,11 @@ def train(job: Job) -> None:
     unadapted = stage_helpers.adapt(policy, settings, s["seed"])
     inputs = train_inputs(job, settings)
     cue = settings.cue or job.ref().cue
-    record = TrainingRecord(job, policy.with_cue(cue))
     reads_reference = {"reference", "sampler"} <= settings.needs
+    initial = unadapted
+    if initial is None and (reads_reference or s.get("curve_kl")):
+        initial = job.services.fixed_policy(job.ref())
+    record = TrainingRecord(job, policy.with_cue(cue), initial if s.get("curve_kl") else None)
     candidates = candidates_of(settings)
     backend = choose_backend(job.backend, "sample" if candidates is None else candidates.strategy).name
     assert job.scratch is not None
@@ -365,7 +369,7 @@ def train(job: Job) -> None:
         seed=s["seed"],
         sampler=job.sampler(policy, backend) if "sampler" in settings.needs else None,
         reward=reward if "reward" in settings.needs else None,
-        reference=(unadapted or job.services.fixed_policy(job.ref())) if reads_reference else None,
+        reference=initial if reads_reference else None,
         watch=record.watch,
         log=record.add,
         keep=record.made.extend,

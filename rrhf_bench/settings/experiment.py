@@ -311,6 +311,7 @@ class EvaluationSettings(Settings):
     top_k: Annotated[int, Field(ge=0)] = 0
     max_new_tokens: Positive = 64
     curve_points: Positive = 8
+    curve_kl: Switch = False  # KL of the sampled dev replies at every point; the initial policy stays in memory for it
     pool_prompts: Positive = 100  # the best-of-n curve: prompts, and samples a prompt
     pool_samples: Positive = 32
 

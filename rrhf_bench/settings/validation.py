@@ -77,8 +77,6 @@ def _world_faults(experiment: Experiment) -> Iterator[str]:
             f"worlds: found {list(worlds)} with data.source = {experiment.data.source!r}; only the embedded data "
             f"({', '.join(WORLDS)}) has several worlds; set worlds = [] and repeat with seeds = [0, 1, 2]"
         )
-    if experiment.several_worlds and experiment.reward_models:
-        yield f"worlds: found {list(worlds)} with [reward_models], which are compared in one world; name one world"
     if worlds and experiment.data.seed != type(experiment.data).model_fields["seed"].default:
         yield f"data.seed: found {experiment.data.seed}, but worlds = {list(worlds)} names them; remove one of the keys"
 
