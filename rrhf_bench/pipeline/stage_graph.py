@@ -40,7 +40,7 @@ VERSIONS = {
     "reference": 1,
     "train": 10,
     "tune": 1,
-    "evaluate": 4,
+    "evaluate": 5,
     "evaluate pairs": 1,
     "filter": 1,
     "ensemble": 1,

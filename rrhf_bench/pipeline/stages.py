@@ -456,13 +456,13 @@ def evaluate(job: Job) -> None:
     specs = stage_helpers.decodings(s["evaluation"], s["seed"], "evaluate")
     test, row, seed = job.pairs("test"), job.row or "", s["seed"]
     pairs = [pair for pair in test if pair.rejected is not None]
-    reference: TransformersPolicy | None = initial
-    if "method" in s:  # best-of-n: its distribution has no log-probs to compare with anything
+    sampled: TransformersPolicy | None = policy
+    if "method" in s:  # the initial policy, drawn from in another way: not the distribution of its own log-probs
         sampler = registry.build(_method(s["method"])).wrap(sampler, judges.reward)
         specs = {decoding: spec for decoding, spec in specs.items() if not spec.greedy}
-        reference, pairs = None, []
+        sampled, pairs = None, []
     prompts = [pair.prompt for pair in test[: s["prompts"]]]
-    records = stage_helpers.evaluate(row, seed, sampler, prompts, judges, specs, policy, reference)
+    records = stage_helpers.evaluate(row, seed, sampler, prompts, judges, specs, sampled, initial)
     write_jsonl(job.out / "evaluated.jsonl", records)
     scored = stage_helpers.score_pairs_by_likelihood(row, seed, policy, pairs, judges.batch)
     write_jsonl(job.out / "pairs.jsonl", scored)

@@ -267,8 +267,9 @@ def pairs_figure(models: Sequence[JudgedPairs]) -> Made:
     reliability.set_xlabel("predicted: sigma(|difference of rewards|)")
     reliability.set_ylabel("observed share right")
     legend_above(figure, [legend_key(m.name, _COLOURS[i % len(_COLOURS)]) for i, m in enumerate(models)])
-    lengths = "Left: accuracy with its 95% interval, in bins of about as many pairs. Right: c" if one_world else "C"
-    caption = f"{lengths}alibration; on the diagonal a difference of rewards means the probability that Bradley-Terry gives it."
+    caption = "Calibration: on the diagonal a difference of rewards means the probability that Bradley-Terry gives it."
+    if one_world:
+        caption = f"Left: accuracy with its 95% interval, in bins of about as many pairs. Right: {caption}"
     return Drawn("reward_models", "Reward models on held-out pairs", caption), figure
 
 

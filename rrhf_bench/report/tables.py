@@ -6,7 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -47,7 +47,8 @@ def main_table(view: View) -> Table:
         Field("PPL", lambda line: perplexity(view, *line), 2),
         Field("PPL per text", lambda line: perplexity(view, *line, per_text=True), 2),
         Field("NLL per token", lambda line: _nll(view, *line), 3),
-        Field("KL", lambda line: _kl(view, *line), 2),
+        Field("KL", lambda line: _of_draws(view, *line, "kl"), 2),
+        Field("entropy", lambda line: _of_draws(view, *line, "entropy"), 1),
         Field("length", lambda line: view.mean(*line, "tokens"), 1),
         Field("distinct-2", of_replies(view, _distinct), 3),
         Field("fake turn", of_replies(view, lambda block: _sized(metrics.fake_turn_share(block.items), block)), 3),
@@ -66,8 +67,10 @@ def main_table(view: View) -> Table:
         "PPL: exp(total NLL / total tokens) of the replies given their prompts, under the perplexity model; PPL per "
         "text: mean of each text's own; NLL per token: mean over texts of each text's mean NLL, in nats.",
         "KL: to the initial policy that the row started from, nats a reply, mean of the summed log-ratios of sampled "
-        "replies (k1). Length: mean tokens, end-of-text included. distinct-2: distinct word pairs over all, mean over "
-        "seeds.",
+        "replies (k1). Entropy: nats a reply, mean of minus the summed log-prob of each sampled reply under the "
+        "distribution that it was drawn from, its temperature included: one draw's estimate of the entropy of a "
+        "reply. Part of a sampled reward can come from a lower entropy alone.",
+        "Length: mean tokens, end-of-text included. distinct-2: distinct word pairs over all, mean over seeds.",
         "Fake turn, at cap: share of replies cut where they began another turn, or at the length cap.",
         "p_i accuracy: share of held-out pairs whose chosen reply has the higher length-normalised log-probability.",
         f"Models in memory while training, counted from the settings: {in_memory or 'no methods'}.",
@@ -125,17 +128,18 @@ def _sized(value: float, block: Block[Evaluated]) -> Cell:
     return Cell(value, n=len(block.prompts), seeds=len(block.seeds))
 
 
-def _kl(view: View, row: str, decoding: Decoding) -> Value:
+def _of_draws(view: View, row: str, decoding: Decoding, measure: Literal["kl", "entropy"]) -> Value:
+    """Return a mean over sampled replies that only the distribution they were drawn from can give, or why not."""
     if view.block(row, decoding) is None:
         return view.absent(row, decoding)
     if row in GIVEN:
         return _NO_MODEL
     if (n := view.reranked(row)) is not None:
-        bound = f"for n = {n} its KL is at most {best_of_n_kl(n):.2f}"
-        return Missing(f"{_no_weights(view, row).reason}; {bound}")
+        bound = f"; for n = {n} its KL is at most {best_of_n_kl(n):.2f}" if measure == "kl" else ""
+        return Missing(f"{_no_weights(view, row).reason}{bound}")
     if decoding != "sample":
-        return Missing("a KL is a mean over sampled replies")
-    return view.mean(row, decoding, "kl")
+        return Missing("KL and entropy are means over sampled replies")
+    return view.mean(row, decoding, measure)
 
 
 def _no_weights(view: View, row: str) -> Missing:
@@ -324,6 +328,8 @@ def orders(view: View, row: str) -> Grid | Missing:
         return _NO_MODEL
     if view.reranked(row) is not None:
         return _no_weights(view, row)
+    if row in view.methods and view.methods[row].family == "inference":
+        return Missing(f"it trains nothing: its weights are those of {view.initial(row)}")
     if row not in view.pairs:
         return view.absent(row)
     return view.pairs[row].grid(_right, one_model=view.one_model(row))
@@ -428,6 +434,7 @@ COST_NOTES = (
     "Models, models in memory: counted from the method's settings, not measured. They are what the algorithm needs "
     "while it trains.",
 )
+_NO_TRAINING = Missing("it trains nothing")
 _AT_INFERENCE = Missing("it trains nothing: its cost is at inference, n samples and n scores a reply")
 _NO_COST = Missing("no cost of this row was recorded")
 
@@ -445,7 +452,7 @@ def method_costs(view: View) -> Table:
             if row in costs:
                 return value(costs[row])
             if view.methods[row].family == "inference":
-                return _AT_INFERENCE
+                return _NO_TRAINING if view.reranked(row) is None else _AT_INFERENCE
             return view.absent(row) if row in view.failures else _NO_COST
 
         return read

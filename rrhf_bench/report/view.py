@@ -30,7 +30,7 @@ from rrhf_bench.seeding import generator
 from rrhf_bench.settings.candidates import recipe_of
 from rrhf_bench.settings.methods import MethodSettings, candidates_of
 
-Measure = Literal["reward", "gold", "kl", "tokens", "nll"]
+Measure = Literal["reward", "gold", "kl", "entropy", "tokens", "nll"]
 Found: TypeAlias = Estimate | Missing
 
 BASE = "base"
@@ -43,6 +43,7 @@ MEASURE_WORDS: Mapping[str, str] = {
     "reward": "proxy reward",
     "gold": "gold reward",
     "kl": "KL",
+    "entropy": "entropy",
     "tokens": "length",
 }
 
@@ -123,8 +124,9 @@ class View:
 
     def absent(self, row: str, decoding: Decoding | None = None) -> Missing:
         """Return why a row has no records, or no replies under a decoding."""
-        if decoding == "greedy" and self.reranked(row) is not None:
-            return Missing(f"greedy decoding leaves {self.method(row).label} nothing to choose from")
+        if decoding == "greedy" and row in self.methods and self.methods[row].family == "inference":
+            nothing = "greedy decoding has one reply, that of the initial policy, which leaves"
+            return Missing(f"{nothing} {self.method(row).label} nothing to change")
         return Missing(f"{row} failed: {self.failed_words(row)}") if row in self.failures else ABSENT
 
     @cached_property
@@ -288,6 +290,9 @@ class View:
         """Return why a row has no number for a field of its replies, or None if it has one."""
         if field == "kl" and decoding == "sample" and self.kl_missing is not None:
             return self.kl_missing  # whatever the records hold: older ones have log-ratios of truncated draws there
+        if field == "entropy" and decoding == "sample" and self.kl_missing is not None:
+            top_k = self.experiment.evaluation.top_k
+            return Missing(f"replies were drawn with top-k {top_k}: their log-probs estimate no entropy")
         return unmeasured(field, replies)
 
     @property

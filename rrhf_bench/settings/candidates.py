@@ -162,8 +162,8 @@ _OF_RECIPE = CANDIDATE_KEYS - {"scored_by", "permute_rewards"} | {"recipe"}
 def merge(below: Mapping[str, Any], above: Mapping[str, Any], *, row: bool) -> dict[str, Any]:
     """Return one table of candidate keys over another, without what the upper table makes meaningless.
 
-    A recipe replaces all keys below it but those about scores. A strategy drops the keys below that it does not read.
-    In the table of a row, sources without "model" drop all keys below about samples of the model.
+    A recipe replaces all keys below it but those about scores. A strategy drops the keys below that it does not
+    read. In the table of a row, sources without "model" drop all keys below about samples of the model.
     """
     unread: frozenset[str] = frozenset()
     strategy, sources = above.get("strategy"), above.get("sources", below.get("sources"))
