@@ -228,7 +228,7 @@ def log(settings: MethodSettings, row: str, seed: int) -> Iterator[dict[str, flo
 
 @cache
 def view_of(name: str, *overrides: str) -> View:
-    experiment = load_experiment(EXPERIMENTS / f"{name}.toml", ("seeds=[0, 1]", *overrides))
+    experiment = load_experiment(EXPERIMENTS / f"{name}.toml", ("worlds=[]", "seeds=[0, 1]", *overrides))
     return View(many(experiment, Path()))
 
 

@@ -124,3 +124,63 @@ def test_a_chat_template_that_writes_the_date_gives_the_same_tokens_every_day():
     tokenization = Tokenization(chat_tokenizer(dated), Template("chat"), "here")
     text = tokenization.tokenizer.decode(tokenization.prompt_ids(Prompt("\n\nHuman: Hi\n\nAssistant:")))
     assert text.startswith("26 Jul 2024 <|im_start|>")
+
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def chat_tokenizer(template: str = CHATML):
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def test_a_chat_model_is_trained_to_end_its_turn_and_may_end_by_any_of_its_ends():
+    """The tokenizer's end of text is <eos>; the template ends a turn with <|im_end|>, and the model lists a third."""
+    tokenizer = chat_tokenizer()
+    turn, third = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|im_start|>"])
+    chat = Tokenization(tokenizer, Template("chat"), "here", (tokenizer.eos_token_id, third))
+    assert chat.end_ids == (turn, tokenizer.eos_token_id, third)
+    assert chat.response_ids(" Mix it.", ended=True)[-1] == turn
+    transcript = Tokenization(tokenizer, Template(), "here", (third,))
+    assert transcript.end_ids == (tokenizer.eos_token_id, third)
+    spec = SamplingSpec(n=1, temperature=1.0, max_new_tokens=9, seed=0, purpose="test")
+    words = chat.response_ids(" Mix it.", ended=False)
+    for end in chat.end_ids:
+        reply = to_response(chat, spec, (*words, end), None)
+        assert (reply.finish, reply.text) == ("eos", " Mix it.")
+    assert to_response(transcript, spec, (*words, turn), None).finish == "length"
+
+
+def test_the_name_of_a_special_token_in_a_text_is_text(tokenizer):
+    tokenization = Tokenization(tokenizer, Template(), "here")
+    end, pad = tokenization.eos_id, tokenization.pad_id
+    for text in (" Mix flour.<eos>", "<eos> Mix", f" Mix {tokenizer.pad_token} it"):
+        ids = tokenization.response_ids(text, ended=True)
+        assert ids.count(end) == 1 and ids[-1] == end and pad not in ids[:-1]
+        assert tokenization.decode(ids) == text
+        assert tokenization.names_special_token(text)
+        assert end not in tokenization.prompt_ids(Prompt(f"\n\nHuman: {text}\n\nAssistant:"))
+    assert not tokenization.names_special_token(" Mix <eo s>.")
+
+
+def test_a_reply_that_the_cap_cuts_within_a_character_is_the_text_before_it(tokenizer):
+    tokenization = Tokenization(tokenizer, Template(), "here")
+    spec = SamplingSpec(n=1, temperature=1.0, max_new_tokens=9, seed=0, purpose="test")
+    ids = tokenization.response_ids(" mix 好", ended=False)
+    assert to_response(tokenization, spec, ids, None).text == " mix 好"
+    cut = to_response(tokenization, spec, ids[:-1], None)
+    assert (cut.text, cut.token_ids, cut.finish) == (" mix ", ids[:-1], "length")
+    kept = tokenization.response_ids(cut.text, ended=False)
+    assert ids[: len(kept)] == kept  # what is trained was sampled
+
+
+def test_a_chat_template_that_writes_the_date_gives_the_same_tokens_every_day():
+    dated = "{{ strftime_now('%d %b %Y') }} " + CHATML
+    tokenization = Tokenization(chat_tokenizer(dated), Template("chat"), "here")
+    text = tokenization.tokenizer.decode(tokenization.prompt_ids(Prompt("\n\nHuman: Hi\n\nAssistant:")))
+    assert text.startswith("26 Jul 2024 <|im_start|>")
