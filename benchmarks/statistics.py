@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy import stats
+from scipy import special
 
 from rrhf_bench.evaluation.statistics import Estimate, Floats, holm, paired_difference, pool_seed_variance
 from rrhf_bench.seeding import generator
@@ -277,7 +277,7 @@ def _with_known_spread(
                 effects = setting.between.effects
                 variance += effects[(row - 1) % len(effects)] ** 2 if row else setting.between.gain**2
         variance /= worlds
-        p.append(2 * float(stats.norm.sf(abs(estimate.value) / np.sqrt(variance))))
+        p.append(2 * float(special.ndtr(-abs(estimate.value) / np.sqrt(variance))))
     yield from (bool(q < ALPHA) for q, t in zip(holm(p), touched, strict=True) if t)
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from baselines.sft_settings import SFTSettings
 from benchmarks import statistics as simulation
-from benchmarks.statistics import REAL, SETTINGS, Noise, Setting
+from benchmarks.statistics import ONE_WORLD_SETTINGS, REAL, SETTINGS, WORLD_SETTINGS, Noise, Setting
 from rrhf_bench.evaluation import statistics
 from rrhf_bench.pipeline.results import RunRecords
 from rrhf_bench.records import Evaluated, Prompt
@@ -25,7 +25,7 @@ from rrhf_bench.settings.experiment import EvaluationSettings, Experiment
 WORLDS = 20
 PROMPTS = tuple(Prompt(f"\n\nHuman: Question {i}?\n\nAssistant:") for i in range(300))
 ROWS = ("a", "b", "c", "d")
-BY_NAME = {setting.name: setting for setting in SETTINGS}
+BY_NAME = {setting.name: setting for setting in (*SETTINGS, *WORLD_SETTINGS, *ONE_WORLD_SETTINGS)}
 
 
 def error(noise: Noise, seeds: int) -> float:
@@ -95,16 +95,18 @@ def test_the_detectable_difference_is_of_the_order_of_what_is_found() -> None:
 # --- families of 11, as in hh_compare
 
 
-def rates(name: str, worlds: int = 100, seeds: int = 3, comparisons: int = 11) -> simulation.Rates:
-    return simulation.rates(BY_NAME[name], seeds, comparisons, worlds)
+def rates(name: str, families: int = 100, seeds: int = 3, worlds: int = 1) -> simulation.Rates:
+    return simulation.rates(BY_NAME[name], seeds, 11, families, worlds)
 
 
 @pytest.mark.parametrize("name", ["greedy proxy", "sampled proxy", "one row spreads ten times as far"])
 def test_a_family_of_equal_rows_seldom_holds_a_verdict_and_planted_effects_are_found(name: str) -> None:
-    """100 worlds: 7% and 2 standard errors of 2.5% more. The effect is 3 (greedy) to 8 true standard errors."""
+    """100 families: 7% and 2 standard errors of 2.5% more. The effect is 3 (greedy) to 8 true standard errors."""
     found = rates(name)
     assert found.false_family <= 0.12
     assert found.miss <= 0.08
+    assert found.power is not None
+    assert found.power_alone is not None
     assert found.power >= 0.6
     assert found.power <= found.power_alone
 
@@ -117,22 +119,64 @@ def test_without_the_variance_between_seeds_most_families_hold_a_false_verdict(m
         return float(of_prompt_P.std(ddof=1) / np.sqrt(len(of_prompt_P))), len(of_prompt_P) - 1.0
 
     monkeypatch.setattr(statistics, "_error", over_prompts_alone)
-    assert rates("greedy gold, PPO spreads most", worlds=20).false_family > 0.5
+    assert rates("greedy gold, PPO spreads most", families=20).false_family > 0.5
 
 
 def test_without_pooling_three_seeds_find_next_to_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(simulation, "pool_seed_variance", lambda means: None)
-    assert rates("greedy proxy", worlds=40).power < 0.4
+    monkeypatch.setattr(simulation, "pool_seed_variance", lambda *_, **__: None)
+    power = rates("greedy proxy", families=40).power
+    assert power is not None
+    assert power < 0.4
+
+
+# --- worlds as the random unit
+
+
+@pytest.mark.parametrize("name", ["worlds, greedy proxy", "worlds, one row varies ten times as far"])
+def test_over_three_worlds_a_family_of_equal_rows_seldom_holds_a_verdict(name: str) -> None:
+    """100 families, as above. One of the six true effects, that against the initial policy, is too small to be found
+    ("greedy proxy"), and the other five are 4 true standard errors."""
+    found = rates(name, seeds=1, worlds=3)
+    assert found.false_family <= 0.12
+    assert found.miss <= 0.09
+    assert found.power is not None
+    assert found.power_alone is not None
+    assert 0.15 <= found.power <= found.power_alone
+
+
+@pytest.mark.parametrize("setting", ONE_WORLD_SETTINGS, ids=lambda setting: setting.name)
+def test_three_seeds_of_one_world_say_nothing_of_worlds(setting: Setting) -> None:
+    found = rates(setting.name, families=20)
+    assert found.false_family > 0.6
+    assert found.power is None
+
+
+def test_without_centring_the_level_of_the_worlds_hides_the_effects(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The level has three times the standard deviation of a row's effect."""
+    name = "worlds, rows vary alike, no common gain"
+    setting = BY_NAME[name]
+    assert setting.between is not None
+    monkeypatch.setitem(BY_NAME, name, replace(setting, between=replace(setting.between, level=0.3)))
+    centred = rates(name, families=40, seeds=1, worlds=5)
+    monkeypatch.setattr(statistics, "_centred", lambda rows, worlds_NS: list(rows))
+    raw = rates(name, families=40, seeds=1, worlds=5)
+    assert centred.power is not None
+    assert raw.power is not None
+    assert centred.power > raw.power + 0.3
+
+
+# --- the whole table
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seeds", [3, 5])
+@pytest.mark.parametrize("repetitions", [3, 5])
 @pytest.mark.parametrize("comparisons", [11, 33])
-@pytest.mark.parametrize("setting", SETTINGS, ids=lambda setting: setting.name)
+@pytest.mark.parametrize("setting", [*SETTINGS, *WORLD_SETTINGS], ids=lambda setting: setting.name)
 def test_at_most_seven_families_in_a_hundred_hold_a_false_verdict(
-    setting: Setting, comparisons: int, seeds: int
+    setting: Setting, comparisons: int, repetitions: int
 ) -> None:
-    """400 worlds; the bound allows 1.5 standard errors of 1.3% beyond 7%."""
-    found = simulation.rates(setting, seeds, comparisons, 400)
+    """400 families; the bound allows 1.5 standard errors of 1.3% beyond 7%. ``repetitions`` are seeds or worlds."""
+    seeds, worlds = (repetitions, 1) if setting in SETTINGS else (1, repetitions)
+    found = simulation.rates(setting, seeds, comparisons, 400, worlds)
     assert found.false_family <= 0.09
     assert found.miss <= 0.09

@@ -103,7 +103,7 @@ class Estimate:
         distance = self.value - threshold
         if self.error == 0.0:  # every difference is the same number
             return float(distance <= 0.0)
-        return float(stats.t.sf(distance / self.error, self.freedom))
+        return float(special.stdtr(self.freedom, -distance / self.error))  # Student's t, faster than stats.t
 
     def p_below(self, threshold: float) -> float:
         """Return the one-sided p of the claim that the true value lies below ``threshold``."""
@@ -310,7 +310,7 @@ def smallest_detectable_difference(estimate: Estimate, *, power: float = 0.8) ->
     if not 0.0 < power < 1.0:
         raise DataError(f"smallest_detectable_difference: found power {power}; expected between 0 and 1, such as 0.8")
     if estimate.error is not None and estimate.freedom is not None:
-        quantiles = (float(stats.t.ppf(share, estimate.freedom)) for share in (0.5 + estimate.level / 2, power))
+        quantiles = (float(special.stdtrit(estimate.freedom, share)) for share in (0.5 + estimate.level / 2, power))
         return estimate.error * sum(quantiles)
     z = stats.norm.ppf(0.5 + estimate.level / 2)
     return float((z + stats.norm.ppf(power)) * (estimate.high - estimate.low) / (2 * z))
@@ -417,8 +417,7 @@ def _over_worlds(
 def _with_interval(found: Estimate) -> Estimate:
     """Return the estimate with the interval and the p (against zero) of its standard error and freedom."""
     assert found.error is not None
-    assert found.freedom is not None
-    margin = found.error * float(stats.t.ppf(0.5 + found.level / 2, found.freedom))
+    margin = found.error * float(special.stdtrit(found.freedom, 0.5 + found.level / 2))
     p = min(1.0, 2 * min(found.p_above(0.0), found.p_below(0.0)))
     return replace(found, low=found.value - margin, high=found.value + margin, p=p)
 
