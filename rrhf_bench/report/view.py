@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from itertools import chain
 from operator import attrgetter
-from typing import Literal, Protocol, TypeAlias, TypeVar
+from typing import Any, Literal, Protocol, TypeAlias, TypeVar
 
 from rrhf_bench.evaluation.grid import Block, Grid, Missing, pair
 from rrhf_bench.evaluation.statistics import (
@@ -52,6 +52,7 @@ class _Prompted(Protocol):
 
 
 K = TypeVar("K")
+U = TypeVar("U")
 T = TypeVar("T", bound=_Prompted)
 
 
@@ -90,7 +91,7 @@ class View:
         self.records = records
         self.experiment = records.experiment
         self.methods: Mapping[str, MethodSettings] = records.experiment.methods
-        self._found: dict[tuple[str, ...], Found] = {}
+        self._found: dict[tuple[str, ...], Any] = {}
         self._pooled: dict[tuple[Decoding, Measure, View | None], SeedVariance | None] = {}
 
     @cached_property
@@ -320,7 +321,7 @@ class View:
         if len(grid.prompts) < 2:
             return Missing("one prompt only: its mean has no interval")
         clusters, rng = self.clusters(grid.prompts), generator("report", *name)
-        return self._once(name, lambda: bootstrap_mean(grid.values_SP, rng=rng, clusters_P=clusters, pooled=pooled))
+        return self.once(name, lambda: bootstrap_mean(grid.values_SP, rng=rng, clusters_P=clusters, pooled=pooled))
 
     def difference(self, a: str, b: str, decoding: Decoding, measure: Measure, other: View | None = None) -> Found:
         """Return the mean of row ``a`` minus row ``b`` on the prompts and seeds that both have.
@@ -338,10 +339,12 @@ class View:
             sides.append(found)
         return difference_of(sides[0], sides[1], self.clusters, self.pooled(decoding, measure, other))
 
-    def _once(self, key: tuple[str, ...], make: Callable[[], Found]) -> Found:
+    def once(self, key: tuple[str, ...], make: Callable[[], U]) -> U:
+        """Return what ``make`` returns; it is called once for each key, which names all that it depends on."""
         if key not in self._found:
             self._found[key] = make()
-        return self._found[key]
+        found: U = self._found[key]
+        return found
 
 
 def difference_of(
