@@ -1,4 +1,4 @@
-"""Folders that people have: adapters, heads that are missing, generation configurations that transformers cannot write."""
+"""Folders that people have: adapters, missing heads, generation configurations that transformers cannot write."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from rrhf_bench.pipeline.services import ModelRef, Services
 from rrhf_bench.policy.batching import ResponseBatch
 from rrhf_bench.policy.loading import architecture_of
 from rrhf_bench.policy.policy import TransformersPolicy
-from rrhf_bench.experiment import RuntimeSettings
 from rrhf_bench.rewards.hub import ClassifierReward
+from rrhf_bench.settings.experiment import RuntimeSettings
 
 BATCH = ResponseBatch.of_pairs([((3, 4, 5), (6, 7)), ((3, 4), (8,))])
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -50,7 +50,7 @@ def test_a_model_without_a_language_model_head_is_no_policy(tokenizer, tmp_path,
     config.num_labels, config.tie_word_embeddings = 1, False
     getattr(transformers, kind)(config).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(DataError, match="lm_head.weight"):
+    with pytest.raises(DataError, match=r"lm_head\.weight"):
         load(tmp_path)
 
 
@@ -60,7 +60,7 @@ def test_a_generation_configuration_that_transformers_cannot_write_is_saved_as_i
     path = tmp_path / "model" / "generation_config.json"
     own = {**json.loads(path.read_text()), "temperature": 0.9, "top_p": 0.6}
     path.write_text(json.dumps(own))
-    policy = Services(RuntimeSettings(device="cpu")).policy(ModelRef(str(tmp_path / "model")))
+    policy = Services(RuntimeSettings(device="cpu")).policy_to_train(ModelRef(str(tmp_path / "model")))
     policy.save(tmp_path / "saved")
     saved = json.loads((tmp_path / "saved" / "generation_config.json").read_text())
     assert {key: saved[key] for key in ("temperature", "top_p", "eos_token_id")} == {
@@ -74,7 +74,7 @@ def test_a_model_that_could_not_be_saved_is_refused_before_it_is_trained(llama_f
     monkeypatch.setattr(TransformersPolicy, "load", lambda *_, **__: policy)
     policy.model.config.odd = {1, 2}  # a set cannot be written as JSON
     with pytest.raises(DataError, match="could not be saved"):
-        Services(RuntimeSettings(device="cpu")).policy(ModelRef(str(llama_folder(0))))
+        Services(RuntimeSettings(device="cpu")).policy_to_train(ModelRef(str(llama_folder(0))))
 
 
 def adapter(base, task, targets, folder, tokenizer=None, **settings):
@@ -101,6 +101,7 @@ def test_an_adapter_folder_is_its_base_with_the_adapter_added(llama_folder, toke
     with torch.no_grad():
         torch.testing.assert_close(policy.model(ids).logits, expected(ids).logits, rtol=1e-5, atol=1e-5)
     assert not torch.equal(logprobs(policy), logprobs(load(llama_folder(0))))
+    assert all(parameter.requires_grad for parameter in policy.parameters())
     policy.save(tmp_path / "saved")
     torch.testing.assert_close(logprobs(load(tmp_path / "saved")), logprobs(policy), rtol=0, atol=0)
     assert architecture_of(str(tmp_path / "adapter"), None)[0] == str(llama_folder(0))

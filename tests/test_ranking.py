@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 
 from rrhf_bench.pipeline.results import RunRecords, Trial
 from rrhf_bench.report import ranking
-from rrhf_bench.report.ranking import pareto, places, ranking_parts, ranking_table, win_rate
+from rrhf_bench.report.ranking import pareto, places, ranking_parts, ranking_table, win_rate, win_rates_tables
 from rrhf_bench.report.rows import tuning_table
 from rrhf_bench.report.table import Missing, Table
 from rrhf_bench.report.view import View
@@ -94,3 +95,23 @@ def test_trials_are_listed_with_what_was_picked(records: RunRecords, tmp_path: P
         ["rrhf", "lr 0.001", 0.5, "yes"],
         ["rrhf", "lr 0.01", None, "no"],
     ]
+
+
+def test_places_and_win_rates_are_computed_once_a_report(records: RunRecords, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[tuple[str, ...]] = []
+    for name in ("_places", "_win_rate"):
+        plain = getattr(ranking, name)
+
+        def counted(view: View, *key: object, plain: Callable[..., object] = plain) -> object:
+            made.append((*map(str, key),))
+            return plain(view, *key)
+
+        monkeypatch.setattr(ranking, name, counted)
+    monkeypatch.setattr(ranking, "LEAST_KINDS", 3)
+    view = View(records)
+    assert len(list(ranking_parts(view))) > 3
+    tables = win_rates_tables(view)
+    assert len(made) == len(set(made)) > 40  # 20 pairs in either decoding, and places of both rewards in either
+    monkeypatch.undo()
+    monkeypatch.setattr(ranking, "LEAST_KINDS", 3)
+    assert tables == win_rates_tables(View(records))

@@ -41,13 +41,22 @@ def unpaired_gap(view: View, row: str, decoding: Decoding) -> float | Missing:
     return known if isinstance(known, Missing) else known[0] - known[1]
 
 
-def way(view: View, row: str, decoding: Decoding) -> float | Missing:
-    """Return the share of the way from the candidates' mean to their maximum that the test reward has covered."""
-    known = _values(candidate_mean(view, row), candidate_maximum(view, row), view.mean(row, decoding, "reward"))
+def way(view: View, row: str, decoding: Decoding, of: str | None = None) -> float | Missing:
+    """Return the share of the way from the candidates' mean to their maximum that the test reward has covered.
+
+    The test reward is that of the row, or ``of`` another one.
+    """
+    test_reward = view.mean(of or row, decoding, "reward")
+    known = _values(candidate_mean(view, row), candidate_maximum(view, row), test_reward)
     if isinstance(known, Missing):
         return known
     mean, maximum, test = known
     return (test - mean) / (maximum - mean) if maximum > mean else Missing("all candidates score the same")
+
+
+def untrained_way(view: View, row: str, decoding: Decoding) -> float | Missing:
+    """Return the same share for the policy that the row started from: what the decoding gives without training."""
+    return way(view, row, decoding, view.initial(row))
 
 
 def _values(*found: Found) -> list[float] | Missing:
@@ -71,14 +80,14 @@ def learner_sentences(view: View) -> Iterator[str]:
     gaps = {learner: gap for learner in learners(view) if isinstance(gap := paired_gap(view, *learner), Estimate)}
     if len({row for row, _ in gaps}) <= MANY:
         for (row, decoding), gap in gaps.items():
-            head, share = (
-                f"Eq. 7: **{markdown(row)}** ({DECODING_WORDS[decoding]}, exploratory)",
-                way(view, row, decoding),
-            )
+            head = f"Eq. 7: **{markdown(row)}** ({DECODING_WORDS[decoding]}, exploratory)"
+            share, untrained = way(view, row, decoding), untrained_way(view, row, decoding)
             if not isinstance(share, Missing):
                 head += (
                     f" stands at {100 * share:.0f}% of the way from the mean to the maximum of its training candidates"
                 )
+            if not isinstance(untrained, Missing):
+                head += f"; untrained, its policy stands at {100 * untrained:.0f}%"
             yield f"{head}. The best candidate on the same evaluation prompts minus its reward is {_words(gap)}."
         return
     for decoding in view.decodings:

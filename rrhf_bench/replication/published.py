@@ -303,6 +303,7 @@ def best_of_n_learning(view: View) -> Table:
         Field("test reward", lambda line: view.mean(*line, "reward"), 2, True),
         Field("paper: way", lambda line: theirs_of(*line)[0], 2),
         Field("way from mean to max", lambda line: eq7.way(view, *line), 2),
+        Field("untrained policy's own share of the way", lambda line: eq7.untrained_way(view, *line), 2),
         Field("paper: gap", lambda line: theirs_of(*line)[1], 2),
         Field("gap, unpaired", lambda line: eq7.unpaired_gap(view, *line), 2),
         Field("gap, paired", lambda line: eq7.paired_gap(view, *line), 2, True),
@@ -316,7 +317,10 @@ def best_of_n_learning(view: View) -> Table:
         "maximum.",
         "Gap: maximum minus test reward. Unpaired: the maximum is of the training prompts. Paired: the same "
         "candidate policy was drawn on the evaluation prompts, and the model's reward is subtracted on each; above "
-        "0 the model falls short.",
+        "0 the model falls short. An interval over 0, or a p above 0.05, does not say that the two are equal: only an "
+        "equivalence test among the claims can.",
+        "Untrained policy's own share of the way: where the policy that the row started from stands under the same "
+        "decoding, which is no effect of training.",
         *([theirs_words] if any(isinstance(row, str) for row in published) else []),
     )
     return _table(view, "eq7", "Test reward against the best candidate", fields, eq7.learners(view), notes)

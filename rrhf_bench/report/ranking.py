@@ -80,6 +80,10 @@ def places(view: View, rows: Sequence[str], decoding: Decoding, measure: Measure
 
     Two rows differ if Holm's p over all pairs is below 0.05. With one training seed the p covers prompts alone.
     """
+    return view.once(("places", *rows, decoding, measure), lambda: _places(view, rows, decoding, measure))
+
+
+def _places(view: View, rows: Sequence[str], decoding: Decoding, measure: Measure) -> dict[str, Place]:
     known = [row for row in rows if not isinstance(view.mean(row, decoding, measure), Missing)]
     pairs, found = [], []
     for a, b in combinations(known, 2):
@@ -202,6 +206,10 @@ def win_rate(view: View, a: str, b: str, decoding: Decoding, measure: Measure) -
 
     ``Estimate.p`` is of the share against one half.
     """
+    return view.once(("win rate", a, b, decoding, measure), lambda: _win_rate(view, a, b, decoding, measure))
+
+
+def _win_rate(view: View, a: str, b: str, decoding: Decoding, measure: Measure) -> Found:
     found = [view.values(row, decoding, measure) for row in (a, b)]
     if missing := [grid for grid in found if isinstance(grid, Missing)]:
         return missing[0]

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from itertools import chain
 from operator import attrgetter
-from typing import Literal, Protocol, TypeAlias, TypeVar
+from typing import Any, Literal, Protocol, TypeAlias, TypeVar
 
 from rrhf_bench.evaluation.grid import Block, Grid, Missing, pair
 from rrhf_bench.evaluation.statistics import (
@@ -54,6 +54,7 @@ class _Prompted(Protocol):
 
 
 K = TypeVar("K")
+U = TypeVar("U")
 T = TypeVar("T", bound=_Prompted)
 
 
@@ -93,7 +94,7 @@ class View:
         self.records = records
         self.experiment = records.experiment
         self.methods: Mapping[str, MethodSettings] = records.experiment.methods
-        self._found: dict[tuple[str, ...], Found] = {}
+        self._found: dict[tuple[str, ...], Any] = {}
         self._pooled: dict[tuple[Decoding, Measure, View | None], SeedVariance | None] = {}
 
     @cached_property
@@ -357,7 +358,7 @@ class View:
         if len(grid.prompts) < 2:
             return Missing("one prompt only: its mean has no interval")
         clusters, rng = self.clusters(grid.prompts), generator("report", *name)
-        return self._once(
+        return self.once(
             name,
             lambda: bootstrap_mean(grid.values_SP, rng=rng, clusters_P=clusters, pooled=pooled, worlds_S=grid.worlds),
         )
@@ -378,10 +379,12 @@ class View:
             sides.append(found)
         return difference_of(sides[0], sides[1], self.clusters, self.pooled(decoding, measure, other))
 
-    def _once(self, key: tuple[str, ...], make: Callable[[], Found]) -> Found:
+    def once(self, key: tuple[str, ...], make: Callable[[], U]) -> U:
+        """Return what ``make`` returns; it is called once for each key, which names all that it depends on."""
         if key not in self._found:
             self._found[key] = make()
-        return self._found[key]
+        found: U = self._found[key]
+        return found
 
 
 def pool_grids(found: Iterable[Grid | Missing]) -> SeedVariance | None:
