@@ -1,21 +1,26 @@
 """Simulate how often the report's verdicts are wrong, and how often they find a planted effect.
 
 ``python -m benchmarks.statistics`` prints a table; ``--out FOLDER`` also writes it as statistics.json and
-statistics.md. Letters: N rows (row 0 is the initial policy), S training seeds, P prompts.
+statistics.md. Letters: N rows (row 0 is the initial policy), S training seeds (of all worlds), P prompts.
 
-A world draws, for each row, a seed effect, an effect of its own on each topic and prompt, and noise, with the standard
+A family draws, for each row, a seed effect, an effect of its own on each topic and prompt, and noise, with the standard
 deviations that an analysis of variance found in real runs of hh_compare.toml (``REAL``). All comparisons of a family
 are then made by the code of the report: pooled variance, paired differences, Holm's adjustment, verdict at 0.05.
 
-``COLUMN_WORDS`` says what each column holds. At most 0.07 of the families of equal rows may hold a verdict.
+In the settings with worlds, each world adds its own level to all rows, a gain to all trained rows and an effect to each
+of them (``Between``). Truth is then what holds on average over worlds.
+
+``COLUMN_WORDS`` says what each column holds. At most 0.07 of the families of equal rows may hold a verdict, except in
+the settings that read the statistic of one world as a claim about worlds: they show why worlds are the random unit.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,12 +54,43 @@ REAL = {
 
 
 @dataclass(frozen=True)
+class Between:
+    """Standard deviations between worlds.
+
+    ``level`` is common to all rows, the initial policy included. ``gain`` is common to all trained rows: how much
+    training can gain in a world. ``effects`` are those of the trained rows, taken in turn.
+    """
+
+    level: float
+    gain: float
+    effects: tuple[float, ...]
+
+
+# Three worlds of hh_compare.toml, greedy. The level is that of the initial policy (proxy 1.64, 1.72, 1.60; gold 1.11,
+# 0.67, 0.93). PPO - RRHF (proxy 0.12, 0.30, 0.14; gold -0.38, -0.74, -0.79) has twice the variance of one row's effect,
+# and RRHF - initial policy (proxy 0.25, 0.86, 0.84; gold 0.17, 0.62, 0.40) that of an effect and of the gain.
+_EFFECT_PROXY = math.sqrt(np.var([0.12, 0.30, 0.14], ddof=1) / 2)
+_EFFECT_GOLD = math.sqrt(np.var([-0.38, -0.74, -0.79], ddof=1) / 2)
+PROXY_WORLDS = Between(
+    level=float(np.std([1.64, 1.72, 1.60], ddof=1)),
+    gain=math.sqrt(np.var([0.25, 0.86, 0.84], ddof=1) - _EFFECT_PROXY**2),
+    effects=(_EFFECT_PROXY,),
+)
+GOLD_WORLDS = Between(
+    level=float(np.std([1.11, 0.67, 0.93], ddof=1)),
+    gain=math.sqrt(np.var([0.17, 0.62, 0.40], ddof=1) - _EFFECT_GOLD**2),
+    effects=(_EFFECT_GOLD,),
+)
+
+
+@dataclass(frozen=True)
 class Setting:
-    """One kind of world. ``rows`` are the noises of the trained rows, taken in turn; the first row is the pivot.
+    """One kind of family. ``rows`` are the noises of the trained rows, taken in turn; the first row is the pivot.
 
     ``sampled``: the initial policy's replies are drawn anew for each seed; otherwise they are greedy and the same.
     ``interaction``: standard deviation of a row's own effect on each topic, and again on each prompt, the same for all
-    seeds. ``shared``: correlation of the rows' noise, as with common candidates and sampling seeds.
+    seeds of a world. ``shared``: correlation of the rows' noise, as with common candidates and sampling seeds.
+    ``between``: what worlds add; None: the truth is that of the one world at hand.
     """
 
     name: str
@@ -63,6 +99,7 @@ class Setting:
     effect: float
     interaction: float = 0.0
     shared: float = 0.0
+    between: Between | None = None
 
 
 def _named(*names: str) -> tuple[Noise, ...]:
@@ -81,22 +118,48 @@ SETTINGS = (
     Setting("rows with effects on topics", _named("rrhf, greedy, proxy"), False, 0.15, interaction=0.1),
     Setting("rows that share their noise", _named("rrhf, sampled, proxy"), True, 0.2, shared=0.8),
 )
+_GREEDY_PROXY = Setting("greedy proxy", _named("rrhf, greedy, proxy"), False, 0.3, 0.1, between=PROXY_WORLDS)
+_GREEDY_GOLD = Setting("greedy gold", _named("rrhf, greedy, gold"), False, 0.6, 0.1, between=GOLD_WORLDS)
+
+
+def _over_worlds(name: str, *effects: float, effect: float = 0.3) -> Setting:
+    """Return the proxy's setting with other effects of the rows, and no gain that trained rows share."""
+    between = Between(PROXY_WORLDS.level, 0.0, effects)
+    return replace(_GREEDY_PROXY, name=f"worlds, {name}", effect=effect, between=between)
+
+
+# Judged over worlds.
+WORLD_SETTINGS = (
+    replace(_GREEDY_PROXY, name="worlds, greedy proxy"),
+    replace(_GREEDY_GOLD, name="worlds, greedy gold"),
+    _over_worlds("one row varies ten times as far", *[0.05] * 4, 0.5),
+    _over_worlds("the pivot varies ten times as far", 0.5, *[0.05] * 40, effect=2.0),
+    _over_worlds("rows vary alike, no common gain", 0.1),
+)
+# Judged by the statistic of one world, although the claim is about worlds.
+ONE_WORLD_SETTINGS = tuple(
+    replace(setting, name=f"one world read as a claim about worlds, {setting.name}")
+    for setting in (_GREEDY_PROXY, _GREEDY_GOLD)
+)
 # Comparisons of each trained row with the pivot and with the initial policy: 2 x 6 - 1 and 2 x 17 - 1.
 FAMILIES = {11: 6, 33: 17}
 
 
 @dataclass(frozen=True)
 class Rates:
+    """The rates of one setting. ``seeds`` are those of one world. The power of a test with a false size is None."""
+
     setting: str
+    worlds: int
     seeds: int
     comparisons: int
     effect: float
     false_family: float
     miss: float
-    power: float
-    power_known_spread: float
-    power_alone: float
-    worlds: int
+    power: float | None
+    power_known_spread: float | None
+    power_alone: float | None
+    families: int
 
 
 def world(setting: Setting, trained: int, seeds: int, effect: float, draw: np.random.Generator) -> Floats:
@@ -118,13 +181,39 @@ def world(setting: Setting, trained: int, seeds: int, effect: float, draw: np.ra
     return values_NSP
 
 
-def family(values_NSP: Floats) -> list[tuple[int, int, Estimate]]:
-    """Return (a, b, estimate of a - b) of every comparison, made as the report makes them."""
+def several_worlds(
+    setting: Setting, trained: int, worlds: int, seeds: int, effect: float, draw: np.random.Generator
+) -> Floats:
+    """Draw the values (N, S, P) of ``worlds`` worlds of ``seeds`` seeds each, one world after the other."""
+    between = setting.between
+    if between is None:
+        assert worlds == 1
+        return world(setting, trained, seeds, effect, draw)
+    effect_N = np.array([0.0, *(between.effects[i % len(between.effects)] for i in range(trained))])
+    gain_N = np.array([0.0, *[between.gain] * trained])
+    drawn = []
+    for _ in range(worlds):
+        shift_N = between.level * draw.normal() + gain_N * draw.normal() + effect_N * draw.normal(size=trained + 1)
+        drawn.append(world(setting, trained, seeds, effect, draw) + shift_N[:, None, None])
+    return np.concatenate(drawn, axis=1)
+
+
+def family(values_NSP: Floats, worlds: int = 1) -> list[tuple[int, int, Estimate]]:
+    """Return (a, b, estimate of a - b) of every comparison, made as the report makes them.
+
+    Over several worlds the initial policy is pooled as well: it is another model in each of them.
+    """
     rows = len(values_NSP)
     pairs = [*((row, 1) for row in range(2, rows)), *((row, 0) for row in range(1, rows))]
-    pooled = pool_seed_variance([values_SP.mean(axis=1) for values_SP in values_NSP[1:]])
+    of_row = np.repeat(np.arange(worlds), values_NSP.shape[1] // worlds).tolist()
+    means = [values_SP.mean(axis=1) for values_SP in values_NSP[1 if worlds == 1 else 0 :]]
+    pooled = pool_seed_variance(means, worlds_NS=[of_row] * len(means))
     topics = (np.arange(PROMPTS) % TOPICS).tolist()
-    return [(a, b, paired_difference(values_NSP[a], values_NSP[b], clusters_P=topics, pooled=pooled)) for a, b in pairs]
+    found = []
+    for a, b in pairs:
+        sides = values_NSP[a], values_NSP[b]
+        found.append((a, b, paired_difference(*sides, clusters_P=topics, pooled=pooled, worlds_S=of_row)))
+    return found
 
 
 def verdicts(found: Sequence[tuple[int, int, Estimate]]) -> list[bool]:
@@ -132,42 +221,48 @@ def verdicts(found: Sequence[tuple[int, int, Estimate]]) -> list[bool]:
     return (holm([estimate.p for *_, estimate in found if estimate.p is not None]) < ALPHA).tolist()
 
 
-def rates(setting: Setting, seeds: int, comparisons: int, worlds: int) -> Rates:
-    """Simulate ``worlds`` families without any effect and as many with one."""
+def rates(setting: Setting, seeds: int, comparisons: int, families: int, worlds: int = 1) -> Rates:
+    """Simulate ``families`` families without any effect and as many with one."""
     trained = FAMILIES[comparisons]
     false: list[bool] = []
     missed: list[bool] = []
     called: list[bool] = []
     alone: list[bool] = []
     known: list[bool] = []
-    for i in range(worlds):
-        found = family(world(setting, trained, seeds, 0.0, generator("statistics", setting.name, seeds, i, "null")))
+    valid = worlds > 1 or setting.between is None
+    name = ("statistics", setting.name, seeds) if worlds == 1 else ("statistics", setting.name, worlds, seeds)
+    for i in range(families):
+        draw = generator(*name, i, "null")
+        found = family(several_worlds(setting, trained, worlds, seeds, 0.0, draw), worlds)
         false.append(any(verdicts(found)))
         missed += [not e.low <= 0.0 <= e.high for *_, e in found]
-        draw = generator("statistics", setting.name, seeds, i, "effect")
-        found = family(world(setting, trained, seeds, setting.effect, draw))
+        if not valid:
+            continue
+        draw = generator(*name, i, "effect")
+        found = family(several_worlds(setting, trained, worlds, seeds, setting.effect, draw), worlds)
         touched = [1 in (a, b) for a, b, _ in found]
         sign = [1 if a == 1 else -1 for a, *_ in found]
         right = [sign * e.value > 0 for sign, (*_, e) in zip(sign, found, strict=True)]
         called += [v and r for v, r, t in zip(verdicts(found), right, touched, strict=True) if t]
         alone += [e.significant and r for (*_, e), r, t in zip(found, right, touched, strict=True) if t]
-        known += _with_known_spread(setting, seeds, found, touched)
+        known += _with_known_spread(setting, seeds, worlds, found, touched)
     return Rates(
         setting.name,
+        worlds,
         seeds,
         comparisons,
         setting.effect,
         false_family=float(np.mean(false)),
         miss=float(np.mean(missed)),
-        power=float(np.mean(called)),
-        power_known_spread=float(np.mean(known)),
-        power_alone=float(np.mean(alone)),
-        worlds=worlds,
+        power=float(np.mean(called)) if valid else None,
+        power_known_spread=float(np.mean(known)) if valid else None,
+        power_alone=float(np.mean(alone)) if valid else None,
+        families=families,
     )
 
 
 def _with_known_spread(
-    setting: Setting, seeds: int, found: Sequence[tuple[int, int, Estimate]], touched: Sequence[bool]
+    setting: Setting, seeds: int, worlds: int, found: Sequence[tuple[int, int, Estimate]], touched: Sequence[bool]
 ) -> Iterator[bool]:
     """Yield which true effects a z test with the true standard errors finds under Holm's adjustment."""
     p = []
@@ -178,12 +273,16 @@ def _with_known_spread(
             rest = setting.rows[0].rest if not row and setting.sampled else noise.rest
             variance += (noise.seed**2 + (1 - setting.shared) * rest**2 / PROMPTS) / seeds
             variance += setting.interaction**2 * (1 / TOPICS + 1 / PROMPTS)
+            if setting.between is not None:
+                effects = setting.between.effects
+                variance += effects[(row - 1) % len(effects)] ** 2 if row else setting.between.gain**2
+        variance /= worlds
         p.append(2 * float(stats.norm.sf(abs(estimate.value) / np.sqrt(variance))))
     yield from (bool(q < ALPHA) for q, t in zip(holm(p), touched, strict=True) if t)
 
 
 COLUMNS = {
-    "setting": "setting", "seeds": "seeds", "comparisons": "comparisons", "effect": "effect",
+    "setting": "setting", "worlds": "worlds", "seeds": "seeds", "comparisons": "comparisons", "effect": "effect",
     "false_family": "false family", "miss": "miss", "power": "power", "power_known_spread": "power, known spread",
     "power_alone": "power alone",
 }  # fmt: skip
@@ -204,15 +303,20 @@ def page(found: Sequence[Rates]) -> str:
     return "\n".join([
         "# How often verdicts are wrong, and what they find",
         "",
-        f"Simulated with the code of the report: {PROMPTS} prompts in {TOPICS} topics, the seed noise of real runs, "
-        f"{found[0].worlds} worlds a row (a share of 0.05 is known to 0.011). The settings and their noise stand in "
-        "`benchmarks/statistics.py`.",
+        f"Simulated with the code of the report: {PROMPTS} prompts in {TOPICS} topics, the noise of real runs, "
+        f"{found[0].families} families a row (a share of 0.05 is known to 0.011). The settings and their noise stand "
+        "in `benchmarks/statistics.py`.",
         "",
         *words,
         "",
+        "Rows named *worlds* are judged over worlds, with one seed in each. Rows named *one world read as a claim "
+        "about worlds* draw one world, with the same variation between worlds, and judge it by its training seeds. "
+        "Their *false family* is how often such a verdict is true of that world alone. Their power is left out: a test "
+        "that is so often wrong finds anything.",
+        "",
         markdown(found),
         "",
-        f"Made by `python -m benchmarks.statistics --worlds {found[0].worlds} --out reports/statistics`.",
+        f"Made by `python -m benchmarks.statistics --families {found[0].families} --out reports/statistics`.",
         "",
     ])  # fmt: skip
 
@@ -220,26 +324,33 @@ def page(found: Sequence[Rates]) -> str:
 def markdown(found: Sequence[Rates]) -> str:
     """Return the table as Markdown."""
     lines = ["| " + " | ".join(COLUMNS.values()) + " |", "| :--- |" + " ---: |" * (len(COLUMNS) - 1)]
+    shares = ("false_family", "miss", "power", "power_known_spread", "power_alone")
     for row in found:
         values: dict[str, Any] = asdict(row)
-        shares = ("false_family", "miss", "power", "power_known_spread", "power_alone")
-        cells = [f"{values[key]:.3f}" if key in shares else str(values[key]) for key in COLUMNS]
+        values.update({key: f"{values[key]:.3f}" for key in shares if values[key] is not None})
+        cells = ["-" if values[key] is None else str(values[key]) for key in COLUMNS]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--worlds", type=int, default=400, help="worlds of each setting (400: 0.05 is +- 0.011)")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[3, 5])
+    parser.add_argument("--families", type=int, default=400, help="families of each setting (400: 0.05 is +- 0.011)")
+    parser.add_argument("--seeds", type=int, nargs="*", default=[3, 5], help="seeds of the settings of one world")
+    parser.add_argument("--worlds", type=int, nargs="*", default=[3, 5], help="worlds of the others, of one seed each")
     parser.add_argument("--comparisons", type=int, nargs="+", default=list(FAMILIES), choices=list(FAMILIES))
     parser.add_argument("--out", type=Path, default=None)
     options = parser.parse_args()
+    layouts = [
+        *((SETTINGS, 1, seeds) for seeds in options.seeds),
+        *((WORLD_SETTINGS, worlds, 1) for worlds in options.worlds),
+        *((ONE_WORLD_SETTINGS, 1, seeds) for seeds in options.seeds),
+    ]
     found = []
-    for seeds in options.seeds:
+    for settings, worlds, seeds in layouts:
         for comparisons in options.comparisons:
-            for setting in SETTINGS:
-                found.append(rates(setting, seeds, comparisons, options.worlds))
+            for setting in settings:
+                found.append(rates(setting, seeds, comparisons, options.families, worlds))
                 print(markdown(found[-1:]).splitlines()[-1], flush=True)
     text = markdown(found)
     print(f"\n{text}")

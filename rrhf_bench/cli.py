@@ -115,7 +115,7 @@ def plan(file: ExperimentFile, override: Overrides = None, runs: Runs = Path("ru
     made = make_plan(load_experiment(file, override or []))
     store = Store(runs / "store")
     experiment, backend = made.experiment, made.backend
-    shown = ("name", "kind", "row", "seed", "key", "size")
+    shown = ("name", "kind", "row", "seed", "key", "size", *(("world",) if experiment.several_worlds else ()))
     stages = [{key: getattr(s, key) for key in shown} | {"done": store.has(s.key)} for s in made.stages]
     methods: dict[str, dict[str, Any]] = {
         name: {

@@ -95,7 +95,8 @@ class Evaluated:
     """One reply to one evaluation prompt, judged. The unit of every table: prompt x method x seed x decoding.
 
     ``nll`` is the summed negative log-likelihood in nats of the reply under the perplexity model over ``nll_tokens`` of
-    *its* tokens; ``kl`` the summed log-ratio of the policy to the initial policy on the reply's own tokens (k1, nats).
+    *its* tokens; ``kl`` the summed log-ratio of the policy to the initial policy on the reply's own tokens (k1, nats);
+    ``entropy`` minus the reply's summed log-prob under the distribution that it was drawn from, in nats.
     """
 
     method: str
@@ -111,6 +112,7 @@ class Evaluated:
     nll: float | None = None
     nll_tokens: int | None = None
     kl: float | None = None
+    entropy: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +138,7 @@ class CurvePoint:
     sampled_tokens: int  # tokens sampled for training so far, the candidates before step 0 included
     rewards: tuple[float, ...]  # one per dev prompt, in dev order
     golds: tuple[float, ...] | None = None
+    kls: tuple[float, ...] | None = None  # log-ratio to the initial policy of each sampled reply, nats (curve_kl)
 
 
 @dataclass(frozen=True, slots=True)

@@ -41,6 +41,11 @@ METHODS: Mapping[str, Method] = {
         "baselines.best_of_n:BestOfN",
         "best-of-n", "#CC79A7", "inference", "D",
     ),
+    "tempered": Method(
+        "baselines.tempered_settings:TemperedSettings",
+        "baselines.tempered:Tempered",
+        "base at a lower temperature", "#808080", "inference", "P",
+    ),
     "dpo": Method("baselines.dpo_settings:DPOSettings", "baselines.dpo:DPO", "DPO", "#E69F00", "offline"),
     "rloo": Method("baselines.rloo_settings:RLOOSettings", "baselines.rloo:RLOO", "RLOO", "#56B4E9", "online"),
     "grpo": Method("baselines.grpo_settings:GRPOSettings", "baselines.grpo:GRPO", "GRPO", "#E8003D", "online", "P"),

@@ -121,11 +121,13 @@ def test_a_run_has_one_arena_whatever_its_rows(path: Path) -> None:
     plan = make_plan(load_experiment(path, overrides))
     evaluations = [stage for stage in plan.wanted if stage.kind == "evaluate"]
     assert evaluations
-    first = judged_by(evaluations[0])
-    assert all(judged_by(stage) == first for stage in evaluations)
     given = [stage for stage in plan.wanted if stage.kind == "evaluate pairs"]
-    assert {stage.inputs["reward model"].key for stage in given} == {first["reward"]}
-    assert {stage.inputs["prompts"].key for stage in (*given, *evaluations)} == {given[0].inputs["prompts"].key}
+    for world in {stage.world for stage in evaluations}:
+        own, its = ([stage for stage in stages if stage.world == world] for stages in (evaluations, given))
+        first = judged_by(own[0])
+        assert all(judged_by(stage) == first for stage in own)
+        assert {stage.inputs["reward model"].key for stage in its} == {first["reward"]}
+        assert {stage.inputs["prompts"].key for stage in (*its, *own)} == {its[0].inputs["prompts"].key}
 
 
 # Two runs

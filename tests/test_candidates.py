@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from rrhf_bench import registry
 from rrhf_bench.errors import DataError
 from rrhf_bench.jsonl import read_jsonl, write_jsonl
-from rrhf_bench.pipeline.candidates import assemble, pair_candidates
+from rrhf_bench.pipeline.candidates import assemble, pair_candidates, permute_rewards
 from rrhf_bench.pipeline.services import Services
 from rrhf_bench.pipeline.stage_context import Job
-from rrhf_bench.pipeline.stages import BODIES
+from rrhf_bench.pipeline.stages import BODIES, train_inputs
 from rrhf_bench.records import Candidates, Preference, Prompt, Response
 from rrhf_bench.settings.experiment import RuntimeSettings
+from rrhf_bench.settings.reading import parse_method
 
 PROMPTS = [Prompt(f"\n\nHuman: Question {i}?\n\nAssistant:") for i in range(3)]
 PAIRS = [Preference(prompt, f" Good {i}.", f" Bad {i}.") for i, prompt in enumerate(PROMPTS)]
@@ -76,6 +79,47 @@ def test_prompts_are_those_of_the_pairs() -> None:
 def test_sources_that_are_not_asked_for_add_nothing() -> None:
     sampled = {"model": [group(i, " a") for i in range(3)]}
     assert assemble(["chosen", "rejected"], sampled, pair_candidates(PAIRS)) == pair_candidates(PAIRS)
+
+
+# Permuted rewards
+
+
+def scored_groups(count: int) -> list[Candidates]:
+    """Groups of four replies with scores 0, 1, 2, 2, each of a prompt of its own."""
+    replies = tuple(Response(f" {k}", "model", "eos", score=float(min(k, 2))) for k in range(4))
+    return [Candidates(Prompt(f"\n\nHuman: {i}?\n\nAssistant:"), replies) for i in range(count)]
+
+
+def test_scores_are_permuted_within_each_prompt_by_seed_and_prompt_and_all_else_stays() -> None:
+    groups = scored_groups(200)
+    permuted = permute_rewards(groups, 0)
+    assert all(sorted(row.scores) == [0.0, 1.0, 2.0, 2.0] for row in permuted)
+    unscored = [[replace(r, score=None) for r in row.responses] for row in permuted]
+    assert unscored == [[replace(r, score=None) for r in row.responses] for row in groups]
+    # Each of the four scores comes first in a quarter of the prompts; 2 counts twice. Standard error: 0.06.
+    assert sum(row.scores[0] for row in permuted) / 200 == pytest.approx(1.25, abs=0.25)
+    assert permute_rewards(groups[50:60], 0) == permuted[50:60]  # whatever else is permuted
+    assert permute_rewards(groups, 1) != permuted
+
+
+@pytest.mark.parametrize("kind", ["rrhf", "dpo", "raft"])  # all candidates; the best and the worst; the best
+@pytest.mark.parametrize("judged", [False, True])
+def test_every_method_trains_on_permuted_rewards(tmp_path: Path, kind: str, judged: bool) -> None:
+    groups = scored_groups(20)
+    of = {"prompts": "train.jsonl", "judged" if judged else "scores model": "candidates.jsonl"}
+    of |= {} if judged else {"pair scores": "candidates.jsonl"}
+    records: dict[str, list[Any]] = {"prompts": [Preference(row.prompt, " good", " bad") for row in groups]}
+    for role, name in of.items():
+        (tmp_path / role).mkdir()
+        write_jsonl(tmp_path / role / name, records.get(role, groups))
+    job = Job("train", {"seed": 3}, {role: tmp_path / role for role in of}, tmp_path, None, "", lambda *_: None)  # type: ignore[arg-type]
+    settings = parse_method(kind, ["candidates.sources=['model']"])
+    plain = train_inputs(job, settings)
+    control = train_inputs(job, parse_method(kind, ["candidates.sources=['model']", "candidates.permute_rewards=true"]))
+    assert [row.scores for row in plain.candidates] == [row.scores for row in groups]
+    assert control.candidates == permute_rewards(plain.candidates, 3)
+    method = registry.build(settings)
+    assert method.examples(control) != method.examples(plain)
 
 
 # The stage that reads a file

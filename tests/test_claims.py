@@ -16,7 +16,7 @@ from scipy import stats
 from rrhf_bench.errors import ConfigError
 from rrhf_bench.evaluation import claims as rules
 from rrhf_bench.evaluation.claims import ClaimResult, Finding, Scores, evaluate_claims
-from rrhf_bench.evaluation.grid import Grid, Missing, pair
+from rrhf_bench.evaluation.grid import Grid, Missing, Paired, pair
 from rrhf_bench.evaluation.statistics import POOLED_FREEDOM, Estimate
 from rrhf_bench.pipeline.results import RunRecords
 from rrhf_bench.records import CurvePoint, Decoding
@@ -50,7 +50,7 @@ class Run:
     pairs: dict[str, Grid] = field(default_factory=dict)
     dev: dict[tuple[str, str], float] = field(default_factory=dict)
     decodings: tuple[Decoding, ...] = ("greedy",)
-    trained: tuple[str, ...] = ()  # no pooling, unless a test names rows
+    pooled_rows: tuple[str, ...] = ()  # no pooling, unless a test names rows
     topics: dict[str, str] = field(default_factory=dict)
 
     def clusters(self, prompts: Sequence[str]) -> list[str]:
@@ -254,7 +254,7 @@ def test_a_margin_shifts_the_threshold_and_not_the_estimate() -> None:
 def test_the_variance_between_seeds_is_pooled_over_the_trained_rows() -> None:
     """Rows of equal spread: the pooled variance has its largest degrees of freedom, and p falls. The pooled variance is
     no larger than the pair's own, which then stands."""
-    run = Run(trained=("a", "c", "d"))
+    run = Run(pooled_rows=("a", "c", "d"))
     for row, mean in (("a", 0.3), ("c", 7.0), ("d", -7.0)):
         run.replies[row, "greedy", "reward"] = exact(mean)
     run.replies["b", "greedy", "reward"] = exact(0.0, (0, 0, 0))
@@ -406,15 +406,19 @@ def test_over_optimisation_without_a_gold_reward_rests_on_the_text() -> None:
 def test_one_model_stands_against_every_seed_and_prompts_are_those_of_both() -> None:
     a = grid([[1.0, 2, 3, np.nan], [2, 3, 4, 0], [3, 4, 5, 0]])
     base = replace(grid([9.0, 0, 1, 1, 1]), prompts=("q", "p000", "p002", "p003", "p001"), one_model=True)
-    a_SP, b_SP, prompts = pair(a, base)  # type: ignore[misc]
+    found = pair(a, base)
+    assert isinstance(found, Paired)
+    a_SP, b_SP, prompts = found.a_SP, found.b_SP, found.prompts
     assert prompts == ("p000", "p001", "p002", "p003")
     assert a_SP[:, :3].tolist() == [[1, 2, 3], [2, 3, 4], [3, 4, 5]]
-    assert b_SP.tolist() == [[0, 1, 1, 1]]
+    assert b_SP.tolist() == [[0, 1, 1, 1]] * 3
     run = Run(replies={("a", "greedy", "reward"): a, ("base", "greedy", "reward"): base})
-    found = result(DifferenceSettings(margin=0.0, higher="a", lower="base"), run).estimate
-    assert found is not None
-    assert (found.n, found.value) == (3, pytest.approx(3 - 2 / 3))  # a seed has no number for the fourth prompt
-    a_SP, b_SP, _ = pair(a, replace(grid([[1.0] * 4, [2] * 4]), seeds=(2, 7)))  # type: ignore[misc]
+    estimate = result(DifferenceSettings(margin=0.0, higher="a", lower="base"), run).estimate
+    assert estimate is not None
+    assert (estimate.n, estimate.value) == (3, pytest.approx(3 - 2 / 3))  # a seed has no number for the fourth prompt
+    found = pair(a, replace(grid([[1.0] * 4, [2] * 4]), seeds=(2, 7)))
+    assert isinstance(found, Paired)
+    a_SP, b_SP = found.a_SP, found.b_SP
     assert a_SP.tolist() == [[3, 4, 5, 0]]
     assert b_SP.tolist() == [[1] * 4]
     for seeds, prompts in (((7,), a.prompts), ((0,), ("q", "r", "s", "t"))):

@@ -352,6 +352,7 @@ def row(candidates: str) -> str:
         (row("temperature = 0.0"), {"methods.rrhf.candidates.temperature": "n = 1"}),
         (row("rounds = 2, refresh = 8"), {"methods.rrhf.candidates.rounds": "refresh"}),
         (row("reward_kl = 0.1"), {"methods.rrhf.candidates.reward_kl": "refresh"}),
+        (row("permute_rewards = true, refresh = 8"), {"methods.rrhf.candidates.permute_rewards": "refresh"}),
         *(
             (row(f'recipe = "{name}"'), {"methods.rrhf.candidates.recipe": f"'{name}'; allowed are BP, "})
             for name in ("dp", "OP-0", "IP-x", "IP-0", "IP-100", "OP-", "OP-8+kl")

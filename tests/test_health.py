@@ -195,14 +195,16 @@ def test_every_table_counts_what_was_dropped_cut_and_tied(records: RunRecords) -
         replace(reply, finish=how, response="" if i == 0 else " x")
         for i, (reply, how) in enumerate(zip(greedy, finish, strict=True))
     )
-    counts = {"data": {"rows": 500, "test_long_prompt": 3, "label_pos": 9}, "x": {"examples": 9, "test_long_prompt": 1}}
-    view = View(replace(records, candidates={("rrhf", 0): (group,)}, evaluated=evaluated, counts=counts))
+    data = {None: {"rows": 500, "test_long_prompt": 3, "label_pos": 9}}
+    counts = {("x", 0): {"examples": 9, "test_long_prompt": 1}}
+    held = replace(records, candidates={("rrhf", 0): (group,)}, evaluated=evaluated, data_counts=data, counts=counts)
+    view = View(held)
     assert count_losses(view) == (
         "Counted over all rows and seeds: 1 of 4 training candidates repeat another to their prompt and 3 of 6 of "
         "their pairs tie; of 5 replies 2 were cut at the length cap, 1 at a fake turn, 1 say nothing; on the way: test "
         "long prompt 4 (table of counts)."
     )
-    empty = View(replace(records, candidates={}, evaluated=(), counts={}))
+    empty = View(replace(records, candidates={}, evaluated=(), data_counts={}, counts={}))
     assert count_losses(empty) == "Counted over all rows and seeds: on the way: nothing left out (table of counts)."
 
 

@@ -93,8 +93,9 @@ def many(experiment: Experiment, folder: Path) -> RunRecords:
         candidates={(row, seed): candidates(experiment, row, seed, TRAIN) for row in ranked for seed in seeds},
         test_candidates={(row, seed): candidates(experiment, row, seed, PROMPTS) for row in ranked for seed in seeds},
         training={(row, seed): tuple(log(methods[row], row, seed)) for row in trained for seed in seeds},
+        data_counts={},
         counts={
-            f"{row}, seed {seed}": {"rollouts": 2000, "rollouts_without_end": 3}
+            (row, seed): {"rollouts": 2000, "rollouts_without_end": 3}
             for row in trained
             for seed in seeds
             if methods[row].kind == "ppo"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import math
 import re
 import subprocess
@@ -28,6 +29,7 @@ from rrhf_bench.replication.sections import SECTIONS
 from rrhf_bench.report.comparisons import comparisons
 from rrhf_bench.report.findings import standing
 from rrhf_bench.report.page import compared_tables, write_report
+from rrhf_bench.report.rows import rows_table
 from rrhf_bench.report.section import Section
 from rrhf_bench.report.table import Cell, Column, Table, fenced, markdown, printed, to_csv, write_table
 from rrhf_bench.report.tables import level_words, main_table, method_costs
@@ -35,6 +37,7 @@ from rrhf_bench.report.topics import topics_table
 from rrhf_bench.report.view import View
 from rrhf_bench.seeding import generator
 from rrhf_bench.settings.experiment import Experiment, ReportSettings, SamplingSettings
+from rrhf_bench.settings.reading import parse_method
 from rrhf_bench.training.rrhf_settings import RRHFSettings
 
 SEEDS = (0, 1, 2)
@@ -81,7 +84,8 @@ def synthetic(folder: Path, *, gold_of: tuple[str, ...] = tuple(EFFECTS)) -> Run
         candidates={("rrhf", seed): tuple(_candidates("train", seed, 200)) for seed in SEEDS},
         test_candidates={("rrhf", seed): tuple(_candidates("test", seed, len(PROMPTS))) for seed in SEEDS},
         training={(row, seed): tuple(_log(row, seed)) for row in ("sft", "rrhf", "ppo") for seed in SEEDS},
-        counts={"candidates": {"duplicates": 12, "cut_at_length": 3}},
+        data_counts={None: {"duplicates": 12, "cut_at_length": 3}},
+        counts={},
         timings=tuple(_timings()),
         costs=_costs(),
         curve_seconds={(row, seed): tuple(_clock(row)) for row in ("rrhf", "ppo") for seed in SEEDS},
@@ -445,7 +449,8 @@ def test_hostile_text_is_inert_everywhere(records: RunRecords, tmp_path: Path) -
         evaluated=(*replies, *(replace(r, method=HOSTILE) for r in replies if r.method == "rrhf")),
         notes=(HOSTILE,),
         environment={"device": HOSTILE},
-        counts={HOSTILE: {HOSTILE: 1}},
+        data_counts={},
+        counts={(HOSTILE, 0): {HOSTILE: 1}},
         curves=(),  # of other rows
     )
     folder = write_report(hostile, tmp_path / "report").parent
@@ -603,3 +608,11 @@ def test_the_best_reply_is_a_row_of_the_main_table_and_nothing_is_compared_with_
     tables = {table.name: to_csv(table) for table in compared_tables(view, SECTIONS)}
     before = {table.name: to_csv(table) for table in compared_tables(View(records), SECTIONS)}
     assert {name for name in tables if tables[name] != before[name]} <= {"main", "seeds", "features"}
+
+
+def test_the_rows_table_marks_a_row_whose_rewards_are_permuted(records: RunRecords) -> None:
+    control = parse_method("rrhf", ["candidates.permute_rewards=true"])
+    experiment = records.experiment.model_copy(update={"methods": {**records.experiment.methods, "control": control}})
+    table = rows_table(View(replace(records, experiment=experiment)))
+    marked = {row["row"] for row in csv.DictReader(io.StringIO(to_csv(table))) if "permuted" in row["candidates"]}
+    assert marked == {"control"}

@@ -79,6 +79,7 @@ TEST_CANDIDATES = "candidates for test prompts (n=2, T=1.0), seed 0"
         ("reward_model.training.lr=3e-4", {"reward model"}),
         ("data.train_prompts=40", {"prompts"}),
         ("methods.rrhf.lr=5e-4", {"train rrhf, seed 0"}),
+        ("methods.rrhf.candidates.permute_rewards=true", {"train rrhf, seed 0"}),
         ("methods.ppo.kl_coefficient=0.2", {"train ppo, seed 0"}),
         ("methods.best_of_n.n=3", {"evaluate best_of_n, seed 0"}),
         ("evaluation.pool_samples=8", {"best-of-n pool, seed 0"}),
@@ -102,6 +103,7 @@ def test_a_setting_changes_the_keys_of_its_stage_and_of_those_below(override: st
         "runtime.kv_cache_mib=64",
         "runtime.gpu_memory=0.5",
         'report.primary=[["rrhf", "base"]]',
+        "methods.rrhf.candidates.permute_rewards=false",
     ],
 )
 def test_where_and_under_what_name_it_runs_changes_no_key(override: str) -> None:

@@ -266,6 +266,136 @@ def test_clusters_of_unequal_size_and_their_names_and_order():
         paired_difference(a, np.zeros(len(keep)), clusters_P=["x"] * 3)
 
 
+# --- worlds as the random unit
+
+
+def test_three_worlds_by_hand():
+    """3 worlds of 2, 1 and 1 seeds, 2 prompts. a - b by row: (1, 3), (3, 5); (5, 7); (0, 2).
+
+    World means: (2 + 4) / 2 = 3, 6 and 1; their mean 10/3 counts the world of two seeds once. Variance over worlds:
+    ((-1/3)^2 + (8/3)^2 + (-7/3)^2) / 2 = (1 + 64 + 49) / 18 = 19/3; standard error sqrt(19/9), 2 degrees of freedom.
+    """
+    difference = np.array([[1.0, 3.0], [3.0, 5.0], [5.0, 7.0], [0.0, 2.0]])
+    b = rng(1).normal(size=(4, 2))
+    found = paired_difference(b + difference, b, worlds_S=[7, 7, 3, 5], clusters_P=["x", "x"])
+    error = math.sqrt(19) / 3
+    assert (found.value, found.error, found.freedom) == pytest.approx((10 / 3, error, 2.0))
+    assert found.high - found.value == pytest.approx(4.302653 * error)  # t(0.975, 2)
+    assert found.p == pytest.approx(2 * stats.t.sf(10 / 3 / error, 2))
+    assert (found.n, found.seeds, found.worlds, found.clusters) == (2, 4, 3, None)
+    mean = bootstrap_mean(difference, rng=rng(), worlds_S=[7, 7, 3, 5], pooled=SeedVariance(99.0, 4.0, 5))
+    assert (mean.value, mean.low, mean.high) == pytest.approx((found.value, found.low, found.high))
+    assert (mean.p, mean.freedom, mean.worlds) == (None, 2.0, 3)
+
+
+def test_the_pooled_variance_over_worlds_counts_for_both_sides_and_cancels_only_between_two_models():
+    """World differences 1, 2, 6: mean 3, variance 7, 2 degrees of freedom; pooled 5 with 2 of its own."""
+    a, base = np.array([[1.0] * 2, [4.0] * 2, [9.0] * 2]), np.array([[0.0] * 2, [2.0] * 2, [3.0] * 2])
+    pooled = SeedVariance(variance=5.0, freedom=2.0, rows=4)
+    found = paired_difference(a, base, worlds_S=[0, 1, 2], pooled=pooled)
+    assert found.error == pytest.approx(math.sqrt((2 * 2 * 5 + 2 * 7) / 4 / 3))
+    assert found.freedom == 4.0
+    small = paired_difference(a, base, worlds_S=[0, 1, 2], pooled=SeedVariance(0.1, 2.0, 4))
+    assert small.error == pytest.approx(math.sqrt(7 / 3))  # never less than its own worlds show
+    number = paired_difference(a, np.full((3, 2), 4.0), worlds_S=[0, 1, 2], pooled=pooled)
+    assert number == paired_difference(a, np.full((3, 2), 4.0), worlds_S=[0, 1, 2])
+    itself = paired_difference(a, a, worlds_S=[0, 1, 2], pooled=pooled)
+    assert (itself.value, itself.low, itself.high, itself.p) == (0.0, 0.0, 0.0, 1.0)
+
+
+def test_one_world_is_bit_for_bit_what_it_is_without_worlds():
+    values, other = crossed(rng(1), seeds=3, prompts=40), crossed(rng(2), seeds=3, prompts=40)
+    topics = [p // 4 for p in range(40)]
+    means = [crossed(rng(i), seeds=3, prompts=5).mean(axis=1) for i in range(4)]
+    pooled = pool_seed_variance(means)
+    assert pool_seed_variance(means, worlds_NS=[[2] * 3] * 4) == pooled
+    for b in (other, other[0]):
+        expected = paired_difference(values, b, clusters_P=topics, pooled=pooled)
+        assert paired_difference(values, b, clusters_P=topics, pooled=pooled, worlds_S=[2] * 3) == expected
+    expected = bootstrap_mean(values, rng=rng(), clusters_P=topics, pooled=pooled)
+    assert bootstrap_mean(values, rng=rng(), clusters_P=topics, pooled=pooled, worlds_S=[2] * 3) == expected
+    assert expected.worlds is None
+
+
+def several_worlds(seed, rows=2, worlds=3, prompts=60):
+    """Values (N, W, P) of rows on worlds that differ by far more than the rows in any of them."""
+    generator = rng(seed)
+    level = 10 * generator.normal(size=(worlds, 1)) + 2 * generator.normal(size=(worlds, prompts))
+    return level + 0.1 * generator.normal(size=(rows, worlds, 1)) + 0.1 * generator.normal(size=(rows, worlds, prompts))
+
+
+def test_prompts_pair_within_their_world_and_in_no_other():
+    """Columns of one world in another order on both sides change nothing; rows paired across worlds are seen."""
+    a, b = several_worlds(1)
+    found = paired_difference(a, b, worlds_S=[0, 1, 2])
+    a_moved, b_moved = a.copy(), b.copy()
+    order = rng(2).permutation(60)
+    a_moved[1], b_moved[1] = a[1, order], b[1, order]
+    moved = paired_difference(a_moved, b_moved, worlds_S=[0, 1, 2])
+    assert (moved.value, moved.error, moved.p) == pytest.approx((found.value, found.error, found.p))
+    # Without worlds column p of one world would stand beside column p of another, whose order would then count.
+    crossed_found = paired_difference(a, b).error, paired_difference(a_moved, b_moved).error
+    assert crossed_found[0] != pytest.approx(crossed_found[1], rel=1e-6)
+    assert paired_difference(a, b[[1, 2, 0]], worlds_S=[0, 1, 2]).error > 20 * found.error
+    together = paired_difference(a[[2, 0, 1]], b[[2, 0, 1]], worlds_S=[2, 0, 1])
+    assert (together.value, together.error) == pytest.approx((found.value, found.error))
+
+
+def test_pooling_over_worlds_by_hand():
+    """Rows (0, 0, 0), (0, 3, 0), (0, 0, 3) on 3 worlds; the mean of the rows is (0, 1, 1) and the rows less this mean
+    (0, -1, -1), (0, 2, -1), (0, -1, 2), of variance 1/3, 7/3, 7/3, times N / (N - 1) = 3/2: 1/2, 7/2, 7/2.
+
+    log: mean (log(1/2) + 2 log(7/2)) / 3. With d = W - 1 = 2 degrees of freedom and f = 2, its bound at three worlds,
+    digamma(d/2) - log(d/2) and digamma(f/2) - log(f/2) cancel: v = (1/2 x 49/4)^(1/3).
+    """
+    rows = [[0.0, 0.0, 0.0], [0.0, 3.0, 0.0], [0.0, 0.0, 3.0]]
+    found = pool_seed_variance(rows, worlds_NS=[[0, 1, 2]] * 3)
+    assert found is not None
+    assert (found.variance, found.freedom, found.rows) == (pytest.approx((49 / 8) ** (1 / 3)), 2.0, 3)
+    # Two seeds of one world are one mean, in whatever order; a row that lacks a world is left out.
+    split = [[0.5, 3.0, 0.0, -0.5] if row == rows[1] else [row[0], row[1], row[2], row[0]] for row in rows]
+    assert pool_seed_variance([*split, [9.0, 1.0]], worlds_NS=[[0, 1, 2, 0]] * 3 + [[0, 1]]) == found
+
+
+def test_the_level_of_a_world_leaves_the_pooled_variance():
+    rows = rng(3).normal(size=(5, 4))
+    worlds = [[0, 1, 2, 3]] * 5
+    found = pool_seed_variance(list(rows), worlds_NS=worlds)
+    moved = pool_seed_variance(list(rows + np.array([100.0, -30.0, 0.0, 7.0])), worlds_NS=worlds)
+    assert found is not None
+    assert moved is not None
+    assert (moved.variance, moved.freedom) == pytest.approx((found.variance, found.freedom))
+    # Rows that differ by the level alone do not vary, although rounding leaves 0.1 + 0.2 beside 0.3.
+    level = [0.1, 1 / 3, 0.7, 0.3]
+    assert pool_seed_variance([np.add(level, row) for row in (0.1, 0.2, 0.7)], worlds_NS=worlds[:3]) is None
+    # Two centred rows are one difference, of which nobody learns more.
+    assert pool_seed_variance(list(rows[:2]), worlds_NS=worlds[:2]) is None
+
+
+def test_the_pooled_variance_over_worlds_is_that_of_one_row():
+    """300 families of 6 rows on 5 worlds, deviations of variance 4; without N / (N - 1) = 6/5 it would be 3.3."""
+    generator, found = rng(4), []
+    for _ in range(300):
+        means_NW = 9 * generator.normal(size=5) + 2 * generator.normal(size=(6, 5))
+        found.append(pool_seed_variance(list(means_NW), worlds_NS=[range(5)] * 6))
+    # Rows that vary alike have f at its bound, 4; v0 is then below their variance by this factor, as in Smyth's model.
+    below = math.exp(special.digamma(2.0) - math.log(2.0))
+    assert np.median([e.variance for e in found if e.freedom == 4.0]) / below == pytest.approx(4.0, rel=0.1)
+
+
+def test_equal_rows_of_several_worlds_are_told_apart_at_the_nominal_rate():
+    """400 draws of 3 worlds: 5% +- 4 standard errors. Three seeds of one world tell them apart far more often."""
+    generator, found, of_one = rng(20), [], []
+    for _ in range(400):
+        level = 3 * generator.normal(size=(3, 1))
+        a, b = (level + crossed(generator, seeds=3, prompts=40, seed_sd=0.3, prompt_sd=0.0) for _ in range(2))
+        found.append(paired_difference(a, b, worlds_S=range(3)))
+        of_one.append(paired_difference(a[0] - b[0] + 0.05 * generator.normal(size=(3, 40)), np.zeros(40)))
+    # 4 standard errors of sqrt(0.05 x 0.95 / 400) = 0.011.
+    assert share(e.p <= 0.05 for e in found) == pytest.approx(0.05, abs=0.044)
+    assert share(e.p <= 0.05 for e in of_one) > 0.2
+
+
 # --- paired differences
 
 
@@ -508,6 +638,10 @@ def test_arguments_are_left_alone():
         (lambda: bootstrap_mean([1.0, 2.0], rng=rng(), level=95), "found level 95"),
         (lambda: paired_difference([1.0, 2.0], [1.0, 2.0, 3.0], rng=rng()), "found 2 prompts in a and 3 in b"),
         (lambda: paired_difference(np.ones((2, 4)), np.ones((3, 4)), rng=rng()), "found 2 seeds in a and 3 in b"),
+        (lambda: paired_difference(np.ones((2, 4)), np.ones((2, 4)), worlds_S=[0, 1, 2]), "3 worlds of 2 rows"),
+        (lambda: paired_difference(np.ones((2, 4)), np.ones(4), worlds_S=[0, 1]), "found 2 rows in a and 1 in b"),
+        (lambda: bootstrap_mean(np.ones((2, 4)), rng=rng(), worlds_S=[0]), "found 1 worlds of 2 rows"),
+        (lambda: pool_seed_variance([[1.0, 2.0]] * 3, worlds_NS=[[0, 1, 2]] * 3), "found 3 worlds of 2 seed means"),
         (lambda: paired_difference([1.0, math.inf], [1.0, 2.0], rng=rng()), "values in a not finite"),
         (lambda: rank_correlation([1, 2], [1, 2], rng=rng()), "found 2 items"),
         (lambda: rank_correlation([1, 2, 3], [1, 2], rng=rng()), "expected two rows of equal length"),

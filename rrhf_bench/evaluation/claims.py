@@ -81,8 +81,8 @@ class Evidence(Protocol):
         """The decodings of the run, greedy first."""
 
     @property
-    def trained(self) -> Sequence[str]:
-        """The rows that are trained once per seed, over which the variance between seeds is pooled."""
+    def pooled_rows(self) -> Sequence[str]:
+        """The rows over which the variance between seeds, or between worlds, is pooled."""
 
     def clusters(self, prompts: Sequence[str]) -> Sequence[str]:
         """The cluster of each prompt."""
@@ -156,8 +156,9 @@ class ClaimResult(Finding):
         """Return the result in one form, whatever the verdict."""
         if self.estimate is None:
             return f"Not tested: {self.reason}."
-        seeds = self.estimate.seeds
-        sizes = [f"{self.estimate.n} {self.counted}", f"{seeds} {'seed' if seeds == 1 else 'seeds'}"]
+        unit = "seed" if self.estimate.worlds is None else "world"
+        units = self.estimate.worlds or self.estimate.seeds
+        sizes = [f"{self.estimate.n} {self.counted}", f"{units} {unit}{'s' if units > 1 else ''}"]
         sizes.append(f"detectable {self.detectable:.3f}")
         if self.p_holm is not None:
             sizes.insert(0, f"p {_p(self.p_holm)} after Holm")
@@ -281,8 +282,10 @@ class _Test:
         """Return the variance between seeds of a measure over the trained rows of the run, computed once."""
         key = measure, self.decoding
         if key not in self.pools:
-            grids = [found for row in self.evidence.trained if isinstance(found := self.grid(row, measure), Grid)]
-            self.pools[key] = pool_seed_variance([np.nanmean(found.values_SP, axis=1) for found in grids])
+            grids = [found for row in self.evidence.pooled_rows if isinstance(found := self.grid(row, measure), Grid)]
+            means_NS = [np.nanmean(found.values_SP, axis=1) for found in grids]
+            several = [found.worlds for found in grids if found.worlds is not None]
+            self.pools[key] = pool_seed_variance(means_NS, worlds_NS=several or None)
         return self.pools[key]
 
     def difference(self, a: str | float, b: str | float, measure: Measure, threshold: float) -> Finding:
@@ -307,7 +310,7 @@ class _Test:
         paired = pair(a, b)
         if isinstance(paired, Missing):
             raise _Untested(paired.reason)
-        a_SP, b_SP, prompts = paired
+        a_SP, b_SP, prompts = paired.a_SP, paired.b_SP, paired.prompts
         finite_P = np.isfinite(np.concatenate([a_SP, b_SP])).all(axis=0)  # a text without tokens has no NLL
         if finite_P.sum() < 2:
             raise _Untested("fewer than 2 prompts in common")
@@ -316,7 +319,7 @@ class _Test:
             raise _Untested("one training seed does not show how far another training run would differ")
         clusters = self.evidence.clusters([prompt for prompt, finite in zip(prompts, finite_P, strict=True) if finite])
         pooled = self.pooled(measure)
-        found = paired_difference(a_SP, b_SP, level=LEVEL, clusters_P=clusters, pooled=pooled)
+        found = paired_difference(a_SP, b_SP, level=LEVEL, clusters_P=clusters, pooled=pooled, worlds_S=paired.worlds)
         about = {"statistic": statistic, "unit": UNITS[measure], "counted": COUNTED.get(measure, "prompts")}
         return _above(found, threshold, found.p_above(threshold), found.p_below(threshold), **about)
 
@@ -406,8 +409,12 @@ def _linear_std(scores: Scores) -> Grid:
 
     A standard deviation s = sqrt(v) is no mean, but near its value it moves as one: a score x moves it by
     ((x - mean)^2 - v) / (2 s N). The sum of that over a prompt's scores, times S P, plus s is the prompt's value, so
-    that the t statistic of means gives s its standard error (the infinitesimal jackknife, or delta method).
+    that the t statistic of means gives s its standard error (the infinitesimal jackknife, or delta method). Over worlds
+    the t statistic reads one number a world, so each row of values is the standard deviation within its repetition.
     """
+    if scores.worlds is not None:
+        of_S = [np.concatenate([np.asarray(own) for own in items_P]).std() for items_P in scores.items_SP]
+        return replace(scores.grid(lambda _: 0.0), values_SP=np.repeat(np.array(of_S)[:, None], len(scores.prompts), 1))
     every = np.concatenate([np.asarray(of_prompt) for of_prompt in scores.items])
     mean, variance = every.mean(), every.var()
     spread = math.sqrt(variance)

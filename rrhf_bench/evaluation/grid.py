@@ -1,6 +1,6 @@
 """Measurements of one row by training seed and prompt, and the pairing of two rows.
 
-Letters: S seeds, P prompts.
+Letters: S seeds (with several worlds: seeds of worlds), P prompts.
 """
 
 from __future__ import annotations
@@ -25,12 +25,17 @@ class Missing:
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """Values (S, P) of one row, nan if a reply has none. ``one_model``: every seed evaluates the same model."""
+    """Values (S, P) of one row, nan if a reply has none. ``one_model``: every seed of a world evaluates one model.
+
+    ``worlds`` holds the world of each seed if the run has several worlds; a prompt is then named by its place in the
+    data of its world, and one name stands for another prompt in each world.
+    """
 
     seeds: tuple[int, ...]
     prompts: tuple[str, ...]
     values_SP: Floats
     one_model: bool = False
+    worlds: tuple[int, ...] | None = None
 
     @property
     def mean_S(self) -> Floats:
@@ -38,8 +43,9 @@ class Grid:
 
     def only(self, seeds: Sequence[int], prompts: Sequence[str]) -> Grid:
         """Return the values of these seeds and prompts, in their order."""
-        values_SP = self.values_SP[np.ix_(_places(self.seeds, seeds), _places(self.prompts, prompts))]
-        return Grid(tuple(seeds), tuple(prompts), values_SP, self.one_model)
+        rows, columns = _places(self.seeds, seeds), _places(self.prompts, prompts)
+        values_SP = self.values_SP[np.ix_(rows, columns)]
+        return Grid(tuple(seeds), tuple(prompts), values_SP, self.one_model, _chosen(self.worlds, rows))
 
 
 @dataclass(frozen=True)
@@ -50,6 +56,7 @@ class Block(Generic[T]):
     prompts: tuple[str, ...]  # ids, sorted
     items_SP: tuple[tuple[T, ...], ...]
     dropped: int = 0
+    worlds: tuple[int, ...] | None = None  # as in Grid
 
     @property
     def items(self) -> list[T]:
@@ -57,28 +64,59 @@ class Block(Generic[T]):
 
     def grid(self, value: Callable[[T], float], *, one_model: bool = False) -> Grid:
         values = [[value(item) for item in items_P] for items_P in self.items_SP]
-        return Grid(self.seeds, self.prompts, np.array(values, dtype=np.float64), one_model)
+        return Grid(self.seeds, self.prompts, np.array(values, dtype=np.float64), one_model, self.worlds)
 
     def only(self, seeds: Sequence[int], prompts: Sequence[str]) -> Block[T]:
         """Return the records of these seeds and prompts, in their order."""
-        columns = _places(self.prompts, prompts)
-        rows = (self.items_SP[s] for s in _places(self.seeds, seeds))
-        return Block(tuple(seeds), tuple(prompts), tuple(tuple(row[c] for c in columns) for row in rows))
+        rows, columns = _places(self.seeds, seeds), _places(self.prompts, prompts)
+        items_SP = tuple(tuple(self.items_SP[s][c] for c in columns) for s in rows)
+        return Block(tuple(seeds), tuple(prompts), items_SP, worlds=_chosen(self.worlds, rows))
 
 
-def pair(a: Grid, b: Grid) -> tuple[Floats, Floats, tuple[str, ...]] | Missing:
-    """Return the values of both rows on the seeds and prompts that both have, and these prompts.
+@dataclass(frozen=True, slots=True)
+class Paired:
+    """Values (S, P) of two rows on the seeds and prompts that both have; ``worlds`` as in Grid."""
 
-    One model with one seed stands against every seed.
+    a_SP: Floats
+    b_SP: Floats
+    prompts: tuple[str, ...]
+    worlds: tuple[int, ...] | None
+
+
+def pair(a: Grid, b: Grid) -> Paired | Missing:
+    """Return the values of both rows on the seeds and prompts that both have.
+
+    One model with one seed of its world stands against every seed of that world.
     """
-    alone = any(grid.one_model and len(grid.seeds) == 1 for grid in (a, b))
-    seeds, prompts = in_both(a.seeds, b.seeds), in_both(a.prompts, b.prompts)
-    if not (seeds or alone):
+    prompts = in_both(a.prompts, b.prompts)
+    if _alone(a) or _alone(b):
+        one, others = (a, b) if _alone(a) else (b, a)
+        place = {world: i for i, world in enumerate(_worlds(one))}
+        rows = [(place[world], i) for i, world in enumerate(_worlds(others)) if world in place]
+        rows = rows if one is a else [(i, j) for j, i in rows]
+    else:
+        rows = [(a.seeds.index(seed), b.seeds.index(seed)) for seed in in_both(a.seeds, b.seeds)]
+    if not rows:
         return Missing("no seed in common")
     if len(prompts) < 2:
         return Missing("fewer than 2 prompts in common")
-    a_SP, b_SP = (grid.only(grid.seeds if alone else seeds, prompts).values_SP for grid in (a, b))
-    return a_SP, b_SP, prompts
+    of_a, of_b = [i for i, _ in rows], [j for _, j in rows]
+    a_SP = a.values_SP[np.ix_(of_a, _places(a.prompts, prompts))]
+    b_SP = b.values_SP[np.ix_(of_b, _places(b.prompts, prompts))]
+    return Paired(a_SP, b_SP, prompts, _chosen(a.worlds, of_a))
+
+
+def _alone(grid: Grid) -> bool:
+    """Return True for one model that was evaluated with one seed in each world."""
+    return grid.one_model and len(set(_worlds(grid))) == len(grid.seeds)
+
+
+def _worlds(grid: Grid) -> tuple[int, ...]:
+    return grid.worlds or (0,) * len(grid.seeds)
+
+
+def _chosen(worlds: tuple[int, ...] | None, rows: Sequence[int]) -> tuple[int, ...] | None:
+    return None if worlds is None else tuple(worlds[row] for row in rows)
 
 
 def in_both(a: Sequence[T], b: Sequence[T]) -> tuple[T, ...]:

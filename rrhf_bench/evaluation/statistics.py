@@ -1,13 +1,16 @@
-"""Intervals, paired tests and correlations over values per training seed and prompt.
+"""Intervals, paired tests and correlations over values per training seed (or world and seed) and prompt.
 
-Letters: S training seeds, P prompts (or items), K clusters of prompts, R bootstrap replicates, N rows of a table. For
-best-of-n: B prompts, N samples drawn per prompt.
+Letters: S training seeds (rows of values), W worlds, P prompts (or items), K clusters of prompts, R bootstrap
+replicates, N rows of a table. For best-of-n: B prompts, N samples drawn per prompt.
 Functions that draw take their generator; nothing here reads a global random state. Bad input (not finite, empty, shapes
 that do not fit) raises DataError, a ValueError.
 
 **One statistic.** The interval of a difference, its p-value and its verdict come from one Student's t statistic. Its
-variance treats seeds and clusters of prompts as random and crossed (the two-way cluster-robust variance of Cameron,
-Gelbach and Miller 2011, doi 10.1198/jbes.2010.07136):
+random unit is the highest level that the values repeat: worlds if there are several, else training seeds and clusters.
+
+**One world.** All rows of values share one corpus, one initial policy, one reward model and one set of prompts. Seeds
+and clusters of prompts are random and crossed (the two-way cluster-robust variance of Cameron, Gelbach and Miller 2011,
+doi 10.1198/jbes.2010.07136):
 
     variance = between seeds / S  +  max(0, between clusters - seeds within clusters)
 
@@ -18,15 +21,25 @@ Gelbach and Miller 2011, doi 10.1198/jbes.2010.07136):
 * The degrees of freedom are Satterthwaite's (doi 10.2307/3002019) for the sum of the two non-negative parts. They are
   never fewer than the smaller of the parts' own, S - 1 or more and K - 1.
 
-**Pooled variance between seeds.** Three seeds leave two degrees of freedom, and Holm's adjustment over eleven
-comparisons then finds almost nothing. ``pool_seed_variance`` therefore estimates one variance between seeds from all
-trained rows of a decoding and reward (moderated t, Smyth 2004, doi 10.2202/1544-6115.1027) and
-``paired_difference(..., pooled=...)`` combines it with the pair's own. Departure from Smyth: rows differ in their
-spread (PPO's is several times SFT's), so a pair is never given a smaller variance than its own seeds show, and the
-degrees of freedom of the pooled part are bounded (``POOLED_FREEDOM``). ``python -m benchmarks.statistics`` simulates
-the error rates and the power that follow.
-
 One seed says nothing of the spread between seeds; the interval then covers prompts alone and ``method`` says so.
+
+**Several worlds** (``worlds_S`` names the world of each row of values). Every world has its own corpus, models and
+prompts, so column p of one world and column p of another are different prompts. Seeds and prompts are nested in worlds:
+
+    variance = between worlds / W,  Student's t with W - 1 degrees of freedom
+
+* The W numbers are the means over the seeds and prompts of a world. What varies below a world (seeds, topics, prompts)
+  moves these means and is therefore inside the variance between them; it is not added a second time.
+* Rows of a table are paired within a world and seed. The level of the world (how hard its prompts are, the scale of its
+  reward model) is common to all rows of the table and cancels in their differences.
+
+**Pooled variance.** Three seeds or worlds leave two degrees of freedom, and Holm's adjustment over eleven comparisons
+then finds almost nothing. ``pool_seed_variance`` therefore estimates one variance from all rows of a decoding and
+reward (moderated t, Smyth 2004, doi 10.2202/1544-6115.1027) and ``paired_difference(..., pooled=...)`` combines it with
+the pair's own. Over worlds the rows are first centred on their mean in each world, which removes the level of the
+world. Departure from Smyth: rows differ in their spread (PPO's is several times SFT's), so a pair is never given a
+smaller variance than its own seeds or worlds show, and the degrees of freedom of the pooled part are bounded
+(``POOLED_FREEDOM``). ``python -m benchmarks.statistics`` simulates the error rates and the power that follow.
 """
 
 from __future__ import annotations
@@ -54,10 +67,12 @@ POOLED_FREEDOM = (2.0, 4.0)
 class Estimate:
     """A number with what is needed to judge it.
 
-    ``low`` and ``high`` bound the interval at ``level``. ``n`` counts the prompts (or items), ``clusters`` the groups
-    of prompts that count as independent, ``seeds`` the training seeds (1 if items have none). ``p`` is two-sided
-    against zero; None if no test was made. ``error`` is the standard error and ``freedom`` the degrees of freedom of
-    the t statistic; None for an interval that is not Student's. ``method`` says how the interval was made.
+    ``low`` and ``high`` bound the interval at ``level``. ``n`` counts the prompts (or items), those of one world if
+    there are several; ``clusters`` the groups of prompts that count as independent (None over worlds); ``seeds`` the
+    rows of values, which are training seeds, of all worlds together (1 if items have none); ``worlds`` the worlds if
+    they are the random unit. ``p`` is two-sided against zero; None if no test was made. ``error`` is the standard error
+    and ``freedom`` the degrees of freedom of the t statistic; None for an interval that is not Student's. ``method``
+    says how the interval was made.
     """
 
     value: float
@@ -71,6 +86,7 @@ class Estimate:
     error: float | None = None
     freedom: float | None = None
     clusters: int | None = None
+    worlds: int | None = None
 
     @property
     def significant(self) -> bool:
@@ -96,14 +112,19 @@ class Estimate:
 
 @dataclass(frozen=True, slots=True)
 class SeedVariance:
-    """The variance between training seeds of one row's mean, pooled over ``rows`` rows, and its degrees of freedom."""
+    """The variance of one row's mean between training seeds, or between worlds with the level of the world removed.
+
+    It is pooled over ``rows`` rows and has ``freedom`` degrees of freedom.
+    """
 
     variance: float
     freedom: float
     rows: int
 
 
-def pool_seed_variance(means_NS: Sequence[ArrayLike]) -> SeedVariance | None:
+def pool_seed_variance(
+    means_NS: Sequence[ArrayLike], *, worlds_NS: Sequence[Sequence[int]] | None = None
+) -> SeedVariance | None:
     """Estimate one variance between seeds from the seed means of several rows (Smyth 2004, section 6.2).
 
     Each item of ``means_NS`` holds one row's mean per seed; rows may have different numbers of seeds. A row of one
@@ -111,8 +132,24 @@ def pool_seed_variance(means_NS: Sequence[ArrayLike]) -> SeedVariance | None:
 
     The row variances s2 with d degrees of freedom are taken as s2 ~ v chi2_d / d with 1 / v ~ chi2_f / (f v0): their
     logarithms give v0 (the result's ``variance``) and f (``freedom``), which is held within ``POOLED_FREEDOM``.
+
+    ``worlds_NS`` names the world of each seed mean. With two or more worlds the result is the variance between worlds
+    of the rows' world means, centred in each world on the mean of all N rows (``_centred``). Pass every row that is
+    compared, the initial policy as well: it is another model in each world. Rows that lack a world are left out.
+    Returns None for fewer than three rows: two centred rows are one difference, whose variance the pair has itself.
+
+    Over worlds ``freedom`` is at most W - 1, so that the pooled variance never outweighs the pair's own. The initial
+    policy differs from trained rows far more between worlds than these among each other, and all its differences share
+    its deviation. With freedom up to 4 and three worlds, up to 9% of such families held a false verdict.
     """
     rows = [_finite("pool_seed_variance", "seed means", means_S).ravel() for means_S in means_NS]
+    lowest, highest = POOLED_FREEDOM
+    if worlds_NS is not None and len({world for worlds_S in worlds_NS for world in worlds_S}) > 1:
+        rows = _centred(rows, worlds_NS)
+        if len(rows) < 3:
+            return None
+        own = len(rows[0]) - 1.0
+        lowest, highest = min(lowest, own), min(highest, own)
     varying = [row_S for row_S in rows if len(row_S) > 1 and row_S.min() < row_S.max()]
     if len(varying) < 2:
         return None
@@ -120,7 +157,6 @@ def pool_seed_variance(means_NS: Sequence[ArrayLike]) -> SeedVariance | None:
     # The expectation of log s2 is log v + digamma(d/2) - log(d/2), its variance trigamma(d/2).
     log_N = np.log([row_S.var(ddof=1) for row_S in varying]) - special.digamma(half_N) + np.log(half_N)
     excess = float(log_N.var(ddof=1) - special.polygamma(1, half_N).mean())
-    lowest, highest = POOLED_FREEDOM
     freedom = min(max(2 * _inverse_trigamma(excess), lowest), highest)
     centre = log_N.mean() + special.digamma(freedom / 2) - math.log(freedom / 2)
     return SeedVariance(float(np.exp(centre)), freedom, len(varying))
@@ -134,8 +170,9 @@ def bootstrap_mean(
     level: float = 0.95,
     clusters_P: Sequence[Hashable] | None = None,
     pooled: SeedVariance | None = None,
+    worlds_S: Sequence[int] | None = None,
 ) -> Estimate:
-    """Return the mean over seeds and prompts with a bootstrap interval.
+    """Return the mean over seeds and prompts with a bootstrap interval, or over worlds with Student's t interval.
 
     ``values_SP`` is (seeds, prompts), the same prompts in every row, or (prompts,) for one seed. Seeds and clusters of
     prompts are resampled independently and each replicate takes their product (the crossed bootstrap, doi
@@ -143,8 +180,14 @@ def bootstrap_mean(
     times. Whole clusters are resampled, not prompts within them again, which would count the spread within a cluster
     twice. Three seeds do not show their own spread to a bootstrap, so the interval of several seeds is never shorter
     than that of the t statistic (see the top of this file). Raises DataError on one prompt.
+
+    ``worlds_S`` names the world of each row of values. Several worlds are too few to resample, so the interval is then
+    that of the t statistic over worlds. ``clusters_P`` and ``pooled`` are not used: prompts lie within worlds, and the
+    pooled variance leaves out the level of the world, which a single row's mean contains.
     """
     values_SP = _seeds_by_prompts("bootstrap_mean", "values", values_SP)
+    if (world_S := _several_worlds("bootstrap_mean", worlds_S, len(values_SP))) is not None:
+        return replace(_over_worlds(values_SP, world_S, 1, level, None), p=None)
     cluster_P, clusters = _numbered("bootstrap_mean", clusters_P, values_SP.shape[1])
     error, freedom = _error(values_SP, cluster_P, clusters, _varying([values_SP]), pooled)
     found = _student(values_SP, error, freedom, clusters, level, pooled)
@@ -172,6 +215,7 @@ def paired_difference(
     level: float = 0.95,
     clusters_P: Sequence[Hashable] | None = None,
     pooled: SeedVariance | None = None,
+    worlds_S: Sequence[int] | None = None,
 ) -> Estimate:
     """Return the mean of a - b, paired on prompts and seeds, with the interval and p of one t statistic.
 
@@ -179,6 +223,11 @@ def paired_difference(
     model, the data set's replies) has one row, or one dimension, and stands against every row of the other.
     ``clusters_P`` names the cluster of each prompt; None: every prompt is its own. ``pooled`` is the variance between
     seeds of all rows that are read together (``pool_seed_variance``). See the top of this file for the statistic.
+
+    ``worlds_S`` names the world of each row of values. With two or more worlds both sides need as many rows, row s of
+    one and row s of the other being of one world and seed; ``clusters_P`` is not used. ``pooled`` then counts once for
+    each side that differs between worlds, the initial policy included. A side that is the same number in every world
+    (a threshold) has no world's level that could cancel, so ``pooled`` is not used.
 
     ``rng`` is accepted because every estimator of this file takes it; nothing is drawn. Raises DataError on sides that
     do not pair, and on one prompt.
@@ -195,6 +244,14 @@ def paired_difference(
             f"paired_difference: found {a_SP.shape[0]} seeds in a and {b_SP.shape[0]} in b; expected as many in both, "
             "or one in a side without training; keep the seeds that both have"
         )
+    if (world_S := _several_worlds("paired_difference", worlds_S, max(len(a_SP), len(b_SP)))) is not None:
+        if len(a_SP) != len(b_SP):
+            raise DataError(
+                f"paired_difference: found {len(a_SP)} rows in a and {len(b_SP)} in b; expected as many in both with "
+                "several worlds, a row for each world and seed; repeat the side without seeds within each world"
+            )
+        sides = _varying([a_SP, b_SP])
+        return _over_worlds(a_SP - b_SP, world_S, sides, level, pooled if sides == 2 else None)
     cluster_P, clusters = _numbered("paired_difference", clusters_P, a_SP.shape[1])
     difference_SP = a_SP - b_SP
     error, freedom = _error(difference_SP, cluster_P, clusters, _varying([a_SP, b_SP]), pooled)
@@ -324,14 +381,87 @@ def _error(
     within = clusters / (seeds * (seeds - 1) * (clusters - 1)) * float((cell_SK**2).sum())
     variance, freedom = float(seed_S.var(ddof=1)), seeds - 1.0
     if pooled is not None:
-        both = freedom + pooled.freedom
-        variance = max(variance, (pooled.freedom * sides * pooled.variance + freedom * variance) / both)
-        freedom = both
+        variance, freedom = _moderated(variance, freedom, sides, pooled)
     of_seeds, of_prompts = variance / seeds, max(0.0, between_clusters - within)
     total = of_seeds + of_prompts
     if total == 0.0:
         return 0.0, freedom
     return math.sqrt(total), total**2 / (of_seeds**2 / freedom + of_prompts**2 / (clusters - 1))
+
+
+def _moderated(variance: float, freedom: float, sides: int, pooled: SeedVariance) -> tuple[float, float]:
+    """Return a difference's own variance combined with the pooled one of each side, and the degrees of freedom."""
+    both = freedom + pooled.freedom
+    return max(variance, (pooled.freedom * sides * pooled.variance + freedom * variance) / both), both
+
+
+def _over_worlds(
+    values_SP: Floats, world_S: NDArray[np.intp], sides: int, level: float, pooled: SeedVariance | None
+) -> Estimate:
+    """Return the mean over worlds with the interval and the p of Student's t over the worlds' means."""
+    _check_level(level)
+    mean_W = _world_means(values_SP.mean(axis=1), world_S)
+    worlds = len(mean_W)
+    variance, freedom = float(mean_W.var(ddof=1)), worlds - 1.0
+    method = f"Student's t over {worlds} worlds, with seeds and prompts inside the variance between worlds"
+    if pooled is not None and values_SP.any():  # a row beside itself is the same in every other world too
+        variance, freedom = _moderated(variance, freedom, sides, pooled)
+        method += f", which is pooled over {pooled.rows} rows"
+    value, error = float(mean_W.mean()), math.sqrt(variance / worlds)
+    seeds, prompts = values_SP.shape
+    return _with_interval(
+        Estimate(value, value, value, prompts, seeds, None, method, level, error, freedom, worlds=worlds)
+    )
+
+
+def _with_interval(found: Estimate) -> Estimate:
+    """Return the estimate with the interval and the p (against zero) of its standard error and freedom."""
+    assert found.error is not None
+    assert found.freedom is not None
+    margin = found.error * float(stats.t.ppf(0.5 + found.level / 2, found.freedom))
+    p = min(1.0, 2 * min(found.p_above(0.0), found.p_below(0.0)))
+    return replace(found, low=found.value - margin, high=found.value + margin, p=p)
+
+
+def _several_worlds(where: str, worlds_S: Sequence[int] | None, rows: int) -> NDArray[np.intp] | None:
+    """Return the number of each row's world in order of first appearance, or None if all rows are of one world."""
+    if worlds_S is None:
+        return None
+    if len(worlds_S) != rows:
+        raise DataError(f"{where}: found {len(worlds_S)} worlds of {rows} rows of values; expected one of each row")
+    number = {name: w for w, name in enumerate(dict.fromkeys(worlds_S))}
+    return np.array([number[name] for name in worlds_S]) if len(number) > 1 else None
+
+
+def _world_means(mean_S: Floats, world_S: NDArray[np.intp]) -> Floats:
+    """Return the mean over the rows of each world, (W,); a world with more seeds weighs no more in what follows."""
+    return np.bincount(world_S, mean_S) / np.bincount(world_S)
+
+
+def _centred(rows: Sequence[Floats], worlds_NS: Sequence[Sequence[int]]) -> list[Floats]:
+    """Return the world means, without the level of the world, of each row that has all worlds.
+
+    The level of a world is the mean of the N rows in it. If the rows' own deviations are independent with variance v,
+    a row less this mean has variance v (N - 1) / N. The centred rows are therefore multiplied by sqrt(N / (N - 1)), so
+    that their variances have expectation v. Rounding leaves rows that differ by the level alone not quite constant;
+    deviations below 1e-12 of the largest value are set to 0.
+    """
+    names = sorted({world for worlds_S in worlds_NS for world in worlds_S})
+    means = []
+    for mean_S, worlds_S in zip(rows, worlds_NS, strict=True):
+        if len(mean_S) != len(worlds_S):
+            raise DataError(
+                f"pool_seed_variance: found {len(worlds_S)} worlds of {len(mean_S)} seed means; expected one of each"
+            )
+        if set(worlds_S) == set(names):
+            means.append(_world_means(mean_S, np.array([names.index(name) for name in worlds_S])))
+    if len(means) < 2:
+        return []
+    mean_NW = np.stack(means)
+    deviation_NW = mean_NW - mean_NW.mean(axis=0)
+    deviation_NW -= deviation_NW.mean(axis=1, keepdims=True)
+    deviation_NW[np.abs(deviation_NW) < 1e-12 * np.abs(mean_NW).max()] = 0.0
+    return list(deviation_NW * math.sqrt(len(means) / (len(means) - 1)))
 
 
 def _student(
@@ -341,17 +471,13 @@ def _student(
     _check_level(level)
     seeds, prompts = values_SP.shape
     value = float(values_SP.mean())
-    margin = error * float(stats.t.ppf(0.5 + level / 2, freedom))
     units = "prompts" if clusters == prompts else f"{clusters} clusters of prompts"
     method = f"Student's t over {units}; one seed, so the interval leaves out the variance between seeds"
     if seeds > 1:
         method = f"Student's t over seeds and {units}"
         if pooled is not None:
             method += f", variance between seeds pooled over {pooled.rows} rows"
-    found = Estimate(
-        value, value - margin, value + margin, prompts, seeds, None, method, level, error, freedom, clusters
-    )
-    return replace(found, p=min(1.0, 2 * min(found.p_above(0.0), found.p_below(0.0))))
+    return _with_interval(Estimate(value, value, value, prompts, seeds, None, method, level, error, freedom, clusters))
 
 
 def _varying(sides: Sequence[Floats]) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from rrhf_bench.records import Candidates, Preference, Response
+from rrhf_bench.seeding import generator
 
 
 def pair_candidates(pairs: Sequence[Preference]) -> list[Candidates]:
@@ -39,3 +40,16 @@ def assemble(
         if responses:
             groups.append(Candidates(row.prompt, responses))
     return groups
+
+
+def permute_rewards(groups: Sequence[Candidates], seed: int) -> list[Candidates]:
+    """Return the groups with the scores of each in a random order, which the seed and the prompt name.
+
+    It is a control: what a method still gains comes from the replies and not from their ranking.
+    """
+    permuted = []
+    for group in groups:
+        score_G = generator(seed, "permute rewards", group.prompt.id).permutation(group.scores).tolist()
+        responses = (replace(r, score=score) for r, score in zip(group.responses, score_G, strict=True))
+        permuted.append(replace(group, responses=tuple(responses)))
+    return permuted

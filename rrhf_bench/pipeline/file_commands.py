@@ -18,7 +18,7 @@ from rrhf_bench.data.toy.gold import topic_of
 from rrhf_bench.errors import ConfigError, DataError
 from rrhf_bench.jsonl import write_jsonl
 from rrhf_bench.pipeline import stage_helpers
-from rrhf_bench.pipeline.candidates import assemble, pair_candidates
+from rrhf_bench.pipeline.candidates import assemble, pair_candidates, permute_rewards
 from rrhf_bench.pipeline.services import FILE, DistinctTexts, ModelRef, Services, context_of
 from rrhf_bench.pipeline.store import replace_path
 from rrhf_bench.policy.policy import TransformersPolicy
@@ -116,6 +116,9 @@ class PlainSteps:
         # The offline loop itself leaves long prompts out and counts them; a sampler stops at the first.
         limit = context - max_new_tokens if "sampler" in needs else sys.maxsize
         usable, fitted = self._fit(read.groups, _prompt_length([policy]), limit, read.places)
+        candidates = candidates_of(method)
+        if candidates is not None and candidates.permute_rewards:
+            usable = tuple(permute_rewards(usable, seed))
         prompts = {row.prompt for row in usable}
         inputs = TrainInputs([pair for pair in read.pairs if pair.prompt in prompts], usable)
         reads_reference = {"reference", "sampler"} <= needs

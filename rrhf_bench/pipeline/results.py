@@ -10,7 +10,9 @@ from typing import Any
 from rrhf_bench.records import Candidates, CurvePoint, Evaluated, PairScored, PoolScored
 from rrhf_bench.settings.experiment import Experiment
 
-Row = tuple[str, int]  # (row of the tables: a method's name, "base", "chosen" or "rejected"; seed)
+# (row of the tables: a method's name, "base", "chosen" or "rejected"; number of the repetition). The number is the seed
+# if the run has one world.
+Row = tuple[str, int]
 STAGE_PEAK = "stage_peak_mib"  # in timing.json
 TUNED = "tuned.json"  # of a tune stage: its trials and the one that was picked
 FILTER = "filter.json"  # of an artifact of filtered pairs: what they were before and after
@@ -66,7 +68,10 @@ class JudgedReward:
 
 @dataclass(frozen=True)
 class RunRecords:
-    """The records of a run. All sequences are in a fixed order: rows as in the experiment file, then seeds."""
+    """The records of a run. All sequences are in a fixed order: rows as in the experiment file, then repetitions.
+
+    ``seed`` of a record is the number of its repetition (``Experiment.repetitions``).
+    """
 
     folder: Path
     experiment: Experiment
@@ -80,7 +85,7 @@ class RunRecords:
     candidates: Mapping[Row, tuple[Candidates, ...]]  # scored training candidates of the rows that use any
     test_candidates: Mapping[Row, tuple[Candidates, ...]]  # the same candidate policy on the evaluation prompts, scored
     training: Mapping[Row, tuple[Mapping[str, Any], ...]]  # one mapping of metrics a logged step
-    counts: Mapping[str, Mapping[str, int]]  # dropped, truncated, tied, ...: by stage or row
+    counts: Mapping[Row, Mapping[str, int]]  # dropped, truncated, tied, ...: while a row trained
     timings: tuple[Timing, ...]
     curve_seconds: Mapping[Row, tuple[tuple[float, float], ...]]  # (fraction, seconds incl. sampling before step 0)
     notes: tuple[str, ...]  # what the reader must know: a fall-back sampler, a cut run
@@ -88,7 +93,25 @@ class RunRecords:
     environment: Mapping[str, str]  # versions, device
     costs: Mapping[Row, Cost] = field(default_factory=dict)  # of the rows that train
     failures: Mapping[Row, str] = field(default_factory=dict)  # rows without records: the stage that failed, and why
-    tuned: Mapping[str, tuple[Trial, ...]] = field(default_factory=dict)  # by row; the experiment holds what was picked
+    # By world: what reading and splitting the data left out.
+    data_counts: Mapping[int | None, Mapping[str, int]] = field(default_factory=dict)
+    judge_counts: Mapping[Row, Mapping[str, int]] = field(default_factory=dict)  # the same of the judge of a row
+    # By row, or by row and world; the experiment holds what was picked if all worlds agree.
+    tuned: Mapping[str, tuple[Trial, ...]] = field(default_factory=dict)
+    prompts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # ids of the "train", "dev", "test" prompts
     clusters: Mapping[str, str] = field(default_factory=dict)  # prompt id -> cluster, of the prompts that have one
-    held_out: frozenset[str] = frozenset()  # ids of the test prompts on topics that no method was aligned on
-    reward_models: tuple[JudgedReward, ...] = ()  # by name as in the experiment file, then by seed
+    # Names of the test prompts on topics that no method was aligned on, as `place` gives them.
+    held_out: frozenset[str] = frozenset()
+    reward_models: tuple[JudgedReward, ...] = ()  # by name as in the experiment file
+    # Of a run over several worlds: the world of each repetition, and by world the place of each prompt id.
+    worlds: Mapping[int, int] = field(default_factory=dict)
+    places: Mapping[int, Mapping[str, str]] = field(default_factory=dict)
+
+    def place(self, prompt: str, repetition: int) -> str:
+        """Return the name under which the prompts of several repetitions meet: the id, or the place in its world."""
+        return self.places[self.worlds[repetition]][prompt] if self.worlds else prompt
+
+    @property
+    def rows_in_order(self) -> list[str]:
+        """Return every row that records may have, in the order of the tables."""
+        return ["base", *self.experiment.policies, *self.experiment.methods, "chosen", "rejected", "best", "reply"]

@@ -41,6 +41,7 @@ from rrhf_bench.pipeline.store import (
     with_checksum,
     write_file,
 )
+from rrhf_bench.pipeline.worlds import merge_worlds
 from rrhf_bench.records import Candidates, CurvePoint, Evaluated, PairScored, PoolScored, Preference
 from rrhf_bench.sampling.backend import installed
 from rrhf_bench.settings.experiment import Experiment
@@ -99,19 +100,23 @@ def _read_json(path: Path) -> Any:
 def _run_json(plan: Plan, command: str) -> dict[str, Any]:
     def words(stage: Stage) -> dict[str, Any]:
         own = {"name": stage.name, "kind": stage.kind, "row": stage.row, "seed": stage.seed}
+        own |= {} if stage.world is None else {"world": stage.world}
         return {**own, "inputs": stage.input_keys}
 
+    times = {number: time._asdict() for number, time in plan.experiment.repetitions.items()}
+    if not plan.experiment.several_worlds:
+        times = {number: {"seed": time["seed"]} for number, time in times.items()}
     rewards = [
-        {"name": name, "seed": seed, **{role: stage.key for role, stage in stages.items()}}
-        for (name, seed), stages in plan.reward_models.items()
+        {"name": name, **times[number], **{role: stage.key for role, stage in stages.items()}}
+        for (name, number), stages in plan.reward_models.items()
     ]
     return {
         "command": command,
         "notes": [plan.backend.note] if plan.backend.note else [],
         "wanted": [{**words(stage), "key": stage.key} for stage in plan.wanted],
         "test scores": [
-            {"row": row, "seed": seed, "sources": {name: stage.key for name, stage in sources.items()}}
-            for (row, seed), sources in plan.test_scores.items()
+            {"row": row, **times[number], "sources": {name: stage.key for name, stage in sources.items()}}
+            for (row, number), sources in plan.test_scores.items()
         ],
         **({"reward models": rewards} if rewards else {}),
         "stages": {stage.key: {**words(stage), "settings": stage.settings} for stage in plan.stages},
@@ -174,9 +179,29 @@ def load_run(folder: Path, store: Store | None = None) -> RunRecords:
     experiment = load_experiment(config)
     if run.json["config"] != hashlib.sha256(config.read_bytes()).hexdigest():
         raise StoreError(f"{config}: has changed since the run began; run the experiment again, which writes it again")
-    failures = _failures(run)
+    if not experiment.several_worlds:
+        return _load(run, experiment, {seed: seed for seed in experiment.seeds})
+    of_world = {world: _load_world(run, experiment, world) for world in experiment.worlds}
+    return merge_worlds(experiment, of_world)
+
+
+def _load_world(run: _Run, experiment: Experiment, world: int) -> RunRecords:
+    """Return the records of one of several worlds, with the numbers of repetitions in place of seeds."""
+    parts = ("wanted", "test scores", "reward models")
+    own = {part: [entry for entry in run.json.get(part, ()) if entry["world"] == world] for part in parts}
+    number = {time.seed: n for n, time in experiment.repetitions.items() if time.world == world}
+    return _load(replace(run, json={**run.json, **own}), experiment.in_world(world), number, world)
+
+
+def _load(run: _Run, experiment: Experiment, number: Mapping[int, int], world: int | None = None) -> RunRecords:
+    """Return the records of one world; ``number`` gives the number of the repetition of each seed."""
+
+    def numbered(entry: Mapping[str, Any]) -> int:
+        return number[entry["seed"] if entry["seed"] is not None else experiment.seeds[0]]
+
+    failures = _failures(run, numbered)
     complete = {
-        part: [entry for entry in run.json[part] if (entry["row"], entry["seed"]) not in failures]
+        part: [entry for entry in run.json[part] if (entry["row"], numbered(entry)) not in failures]
         for part in ("wanted", "test scores")
     }
     run = replace(run, json={**run.json, **complete})
@@ -187,7 +212,7 @@ def load_run(folder: Path, store: Store | None = None) -> RunRecords:
     trained: dict[Row, str] = {}
     tuned: dict[str, Any] = {}
     for stage in evaluations:
-        row, seed = stage["row"], stage["seed"] if stage["seed"] is not None else experiment.seeds[0]
+        row, seed = stage["row"], numbered(stage)
         records = run.records(stage["key"], "evaluated.jsonl", Evaluated)
         evaluated += [replace(record, method=row, seed=seed) for record in records]
         if stage["kind"] == "evaluate":
@@ -209,39 +234,39 @@ def load_run(folder: Path, store: Store | None = None) -> RunRecords:
     prompts = first["inputs"]["prompts"]
     about = run.read(prompts, "about.json")
     arena, arena_words = _arena(run, experiment, first, evaluated, about)
-    test, held_out_topics = run.records(prompts, "test.jsonl", Preference), frozenset(about.get("held_out_topics", ()))
-    counts = {"data": about["counts"]}
-    counts |= {f"{row}, seed {seed}": run.read(key, "about.json")["counts"] for (row, seed), key in trained.items()}
-    for (row, seed), key in trained.items():
-        if judged := run.stage(key)["inputs"].get("judged"):
-            counts[f"{row}, seed {seed}, judge"] = run.read(judged, "counts.json")
+    counts = {row: run.read(key, "about.json")["counts"] for row, key in trained.items()}
+    judged = {row: judge for row, key in trained.items() if (judge := run.stage(key)["inputs"].get("judged"))}
+    splits = {split: tuple(run.records(prompts, f"{split}.jsonl", Preference)) for split in ("train", "dev", "test")}
+    held_out_topics = frozenset(about.get("held_out_topics", ()))
     return RunRecords(
-        folder=folder,
+        folder=run.folder,
         experiment=experiment,
         arena=arena,
         arena_words=arena_words,
         evaluated=tuple(evaluated),
         pairs=tuple(pairs),
         reward_pairs=tuple(
-            PairScored("reward model", 0, row.prompt, row.scores[0], row.scores[1])
+            PairScored("reward model", number[experiment.seeds[0]], row.prompt, row.scores[0], row.scores[1])
             for row in run.scored(run.pair_stages["test"])
             if row.scores[1:]  # a data set of texts has single replies
         ),
-        pools=_pools(run),
+        pools=_pools(run, numbered),
         curves=tuple(  # tokens count from the first stage that the row needs, and so do seconds
             replace(point, method=row[0], seed=row[1], sampled_tokens=point.sampled_tokens + before[row].sampled_tokens)
             for row, key in trained.items()
             for point in run.records(key, "curve.jsonl", CurvePoint)
         ),
         candidates={row: groups for row, key in trained.items() if (groups := _candidates(run, experiment, row, key))},
-        test_candidates=_test_candidates(run, experiment),
+        test_candidates=_test_candidates(run, experiment, numbered),
         training={row: run.lines(key, "metrics.jsonl") for row, key in trained.items()},
+        data_counts={None: about["counts"]},
         counts=counts,
+        judge_counts={row: run.read(key, "counts.json") for row, key in judged.items()},
         timings=tuple(
             Timing(stage["kind"], stage["row"], stage["seed"], timing["seconds"], timing[STAGE_PEAK])
             for key, stage in run.json["stages"].items()
-            if run.store.has(key) and (timing := run.read(key, TIMING))  # else its row failed
-        ),
+            if stage.get("world") == world and run.store.has(key) and (timing := run.read(key, TIMING))
+        ),  # a stage without an artifact is of a row that failed
         curve_seconds={
             row: tuple((at, seconds + before[row].seconds) for at, seconds in run.read(key, TIMING)["curve"])
             for row, key in trained.items()
@@ -254,27 +279,28 @@ def load_run(folder: Path, store: Store | None = None) -> RunRecords:
             for row, found in tuned.items()
         },
         command=run.json["command"],
-        environment=_read_json(folder / "environment.json"),
+        environment=_read_json(run.folder / "environment.json"),
+        prompts={split: tuple(pair.prompt.id for pair in found) for split, found in splits.items()},
         clusters={
             pair.prompt.id: pair.cluster
             for split in ("train", "test")
-            for pair in run.records(prompts, f"{split}.jsonl", Preference)
+            for pair in splits[split]
             if pair.cluster is not None
         },
-        held_out=frozenset(pair.prompt.id for pair in test if pair.cluster in held_out_topics),
-        reward_models=tuple(_judged_reward(run, entry) for entry in run.json.get("reward models", ())),
+        held_out=frozenset(pair.prompt.id for pair in splits["test"] if pair.cluster in held_out_topics),
+        reward_models=tuple(_judged_reward(run, entry, numbered(entry)) for entry in run.json.get("reward models", ())),
     )
 
 
-def _failures(run: _Run) -> dict[Row, str]:
-    """Return by row and seed why its records are missing: a stage of it, or one that it needs, failed."""
+def _failures(run: _Run, numbered: Callable[[Mapping[str, Any]], int]) -> dict[Row, str]:
+    """Return by row and repetition why its records are missing: a stage of it, or one that it needs, failed."""
 
     def reason(key: str) -> str | None:
         own = run.store.failure(key)
         return own or next(filter(None, map(reason, run.stage(key)["inputs"].values())), None)
 
     missing = (stage for stage in run.json["wanted"] if not run.store.has(stage["key"]))
-    return {(s["row"], s["seed"]): why for s in missing if s["row"] is not None and (why := reason(s["key"]))}
+    return {(s["row"], numbered(s)): why for s in missing if s["row"] is not None and (why := reason(s["key"]))}
 
 
 def write_metrics(records: RunRecords) -> None:
@@ -343,7 +369,9 @@ def _candidates(run: _Run, experiment: Experiment, row: Row, key: str) -> tuple[
     return tuple(assemble(settings.sources, sampled, run.scored(run.pair_stages["train"])))
 
 
-def _test_candidates(run: _Run, experiment: Experiment) -> dict[Row, tuple[Candidates, ...]]:
+def _test_candidates(
+    run: _Run, experiment: Experiment, numbered: Callable[[Mapping[str, Any]], int]
+) -> dict[Row, tuple[Candidates, ...]]:
     """Return the candidates on the evaluation prompts, for the rows that have all their sources there."""
     pairs = run.scored(run.pair_stages["test"])[: experiment.evaluation.prompts]
     groups: dict[Row, tuple[Candidates, ...]] = {}
@@ -352,15 +380,15 @@ def _test_candidates(run: _Run, experiment: Experiment) -> dict[Row, tuple[Candi
         assert settings is not None
         sampled = {name: run.scored(key) for name, key in entry["sources"].items()}
         if set(settings.sources) <= {*sampled, *OWN_REPLIES}:
-            groups[entry["row"], entry["seed"]] = tuple(assemble(settings.sources, sampled, pairs))
+            groups[entry["row"], numbered(entry)] = tuple(assemble(settings.sources, sampled, pairs))
     return groups
 
 
-def _pools(run: _Run) -> dict[int, tuple[PoolScored, ...]]:
+def _pools(run: _Run, numbered: Callable[[Mapping[str, Any]], int]) -> dict[int, tuple[PoolScored, ...]]:
     pools = {}
     for stage in run.wanted("score"):
         if run.stage(stage["inputs"]["candidates"])["settings"]["split"] == "pool":
-            pools[stage["seed"]] = _pool(run, stage["key"])
+            pools[numbered(stage)] = _pool(run, stage["key"])
     return pools
 
 
@@ -374,8 +402,8 @@ def _pool(run: _Run, key: str) -> tuple[PoolScored, ...]:
     )
 
 
-def _judged_reward(run: _Run, entry: Mapping[str, Any]) -> JudgedReward:
-    """Return what the artifacts hold of one of [reward_models] and one seed."""
+def _judged_reward(run: _Run, entry: Mapping[str, Any], number: int) -> JudgedReward:
+    """Return what the artifacts hold of one of [reward_models] in one repetition."""
     inputs = run.stage(entry["model"])["inputs"]
     key = inputs.get("member 0", entry["model"])  # members read the same pairs
     counts = run.artifact(key) / "counts.json"
@@ -383,7 +411,7 @@ def _judged_reward(run: _Run, entry: Mapping[str, Any]) -> JudgedReward:
     filtered = run.read(data, FILTER) if data is not None and run.stage(data)["kind"] == "filter" else None
     return JudgedReward(
         entry["name"],
-        entry["seed"],
+        number,
         tuple(run.scored(entry["pairs"])),
         _pool(run, entry["pool"]),
         _read_json(counts)["pairs"] if counts.is_file() else None,

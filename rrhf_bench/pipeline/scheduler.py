@@ -158,7 +158,8 @@ def make(
             services = _services(runtime)
             services.begin_stage()
             trial = f"-trial{stage.trial}" if stage.trial else ""
-            shown = events / f"{stage.row}-seed{stage.seed}{trial}" if events is not None else None
+            world = "" if stage.world is None else f"-world{stage.world}"
+            shown = events / f"{stage.row}{world}-seed{stage.seed}{trial}" if events is not None else None
             job = Job(stage.kind, settings, inputs, folder, services, backend, progress, stage.row, scratch, shown)
             device = torch.device(services.device)
             measured = reset_peak(device)  # else a stage would report the peak of a stage before it

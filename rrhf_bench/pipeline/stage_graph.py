@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from rrhf_bench.settings.experiment import (
     FileSource,
     ModelSettings,
     PolicySettings,
+    Repetition,
     RewardModelSettings,
 )
 from rrhf_bench.settings.methods import MethodSettings, candidates_of
@@ -39,7 +40,7 @@ VERSIONS = {
     "reference": 1,
     "train": 10,
     "tune": 1,
-    "evaluate": 4,
+    "evaluate": 5,
     "evaluate pairs": 1,
     "filter": 1,
     "ensemble": 1,
@@ -65,6 +66,7 @@ class Stage:
     row: str | None = None
     seed: int | None = None
     trial: int = 0  # of tuning, from 1
+    world: int | None = None  # of several that a plan has
     recorded: Mapping[str, Any] = field(default_factory=dict)  # settings that decide nothing: where a file lies
 
     @cached_property
@@ -82,9 +84,10 @@ class Plan:
     experiment: Experiment
     backend: Backend
     wanted: tuple[Stage, ...]  # what the report reads, row by row; two rows of equal settings share a key
-    # By row and seed: scored samples of each of its sources on the evaluation prompts.
+    # By row and number of the repetition: scored samples of each of its sources on the evaluation prompts.
     test_scores: Mapping[tuple[str, int], Mapping[str, Stage]] = field(default_factory=dict)
-    # By name and seed of [reward_models]: its "model", and the scores of held-out "pairs" and of the "pool".
+    # By name of [reward_models] and number of the repetition: its "model", and the scores of held-out "pairs" and of
+    # the "pool".
     reward_models: Mapping[tuple[str, int], Mapping[str, Stage]] = field(default_factory=dict)
 
     @cached_property
@@ -113,21 +116,54 @@ BEST_ROW = "best"
 def make_plan(experiment: Experiment) -> Plan:
     """Return every stage of an experiment. Raises StoreError for a model folder that is not there."""
     backend = choose_backend(experiment.sampling.backend, device=experiment.runtime.device)
-    builder = _Builder(experiment, backend)
-    test_scores = {
-        (row, seed): builder.scores(row, method, "test", seed)
-        for seed in experiment.seeds
-        for row, method in experiment.methods.items()
-        if (candidates := candidates_of(method)) is not None and candidates.scored_by == "reward model"
-    }
-    return Plan(experiment, backend, tuple(builder.all(test_scores)), test_scores, builder.reward_models())
+    number = {repetition: n for n, repetition in experiment.repetitions.items()}
+    wanted: list[Stage] = []
+    test_scores: dict[tuple[str, int], Mapping[str, Stage]] = {}
+    reward_models: dict[tuple[str, int], Mapping[str, Stage]] = {}
+    perplexity_model: Stage | None = None
+    for world in experiment.worlds or (experiment.data.seed,):
+        builder = _Builder(experiment.in_world(world), backend, perplexity_model)
+        own_scores, own_models = builder.test_scores(), builder.reward_models()
+        named = _of_world(world if experiment.several_worlds else None)
+        perplexity_model = named(builder.perplexity_model)
+        wanted += map(named, builder.all(own_scores))
+        for found, own in ((test_scores, own_scores), (reward_models, own_models)):
+            for (name, seed), stages in own.items():
+                found[name, number[Repetition(world, seed)]] = {role: named(stage) for role, stage in stages.items()}
+    return Plan(experiment, backend, tuple(wanted), test_scores, reward_models)
+
+
+def _of_world(world: int | None) -> Callable[[Stage], Stage]:
+    """Return a function that names the world of a stage and of its inputs; it leaves a single world's as they are."""
+    found: dict[str, Stage] = {}
+
+    def named(stage: Stage) -> Stage:
+        if world is None or stage.world is not None:
+            return stage
+        if stage.key not in found:
+            inputs = {role: named(needed) for role, needed in stage.inputs.items()}
+            found[stage.key] = replace(stage, name=f"{stage.name}, world {world}", world=world, inputs=inputs)
+        return found[stage.key]
+
+    return named
 
 
 @dataclass(frozen=True)
 class _Builder:
     experiment: Experiment
     backend: Backend
+    # Of the run's first world; its corpus asks about every topic, so one model judges the replies of all worlds.
+    shared_perplexity_model: Stage | None = None
     trained: dict[tuple[str, int, int], Stage] = field(default_factory=dict)  # by row, rounds, seed
+
+    def test_scores(self) -> dict[tuple[str, int], Mapping[str, Stage]]:
+        """Return by row and seed the scored samples of its sources on the evaluation prompts."""
+        return {
+            (row, seed): self.scores(row, method, "test", seed)
+            for seed in self.experiment.seeds
+            for row, method in self.experiment.methods.items()
+            if (candidates := candidates_of(method)) is not None and candidates.scored_by == "reward model"
+        }
 
     def all(self, test_scores: Mapping[tuple[str, int], Mapping[str, Stage]]) -> Iterator[Stage]:
         e = self.experiment
@@ -212,7 +248,10 @@ class _Builder:
 
     @cached_property
     def perplexity_model(self) -> Stage:
-        return self._model("perplexity model", self.experiment.perplexity_model, "perplexity_corpus")
+        """Return the model that judges fluency, which all embedded worlds of a run share."""
+        return self.shared_perplexity_model or self._model(
+            "perplexity model", self.experiment.perplexity_model, "perplexity_corpus"
+        )
 
     @cached_property
     def reward_model(self) -> Stage:
@@ -238,9 +277,9 @@ class _Builder:
         together = {"ensemble": training.ensemble.model_dump(mode="json")}
         return Stage(name, "ensemble", together, {"data": data, **members}, training.ensemble.combine)
 
-    def reward_models(self) -> dict[tuple[str, int], dict[str, Stage]]:
+    def reward_models(self) -> dict[tuple[str, int], Mapping[str, Stage]]:
         """Return the stages of [reward_models]. A model that is trained here has one of each seed."""
-        found = {}
+        found: dict[tuple[str, int], Mapping[str, Stage]] = {}
         for name, settings in self.experiment.reward_models.items():
             for seed in self.experiment.seeds if settings.from_scratch else self.experiment.seeds[:1]:
                 model = self._reward_model(f"reward model {name}, seed {seed}", settings, seed)
@@ -464,6 +503,7 @@ class _Builder:
             "method": method.model_dump(mode="json", exclude=unread, exclude_none=True),
             "seed": seed,
             "curve_points": e.evaluation.curve_points,
+            **({"curve_kl": True} if e.evaluation.curve_kl else {}),
             "evaluation": self._decoding(method.initial),
         }
         if "sampler" in method.needs:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -120,30 +121,41 @@ def evaluate(
     prompts: Sequence[Prompt],
     judges: Judges,
     decodings: Mapping[Decoding, SamplingSpec],
-    policy: TransformersPolicy,
+    policy: TransformersPolicy | None,
     initial: TransformersPolicy | None,
 ) -> list[Evaluated]:
     """Return one record for each prompt and decoding. The sampler must hold the policy's weights.
 
-    The KL to ``initial`` is estimated only from draws of the policy's own distribution at the spec's temperature.
-    Greedy replies and draws truncated by top-k or top-p have no KL (None). A policy whose vocabulary differs from that
-    of ``initial`` has none either, because the two then give probabilities to different events.
+    KL to ``initial`` and entropy are estimated only from draws of the policy's own distribution at the spec's
+    temperature. Greedy replies and draws truncated by top-k or top-p have neither (None). A policy whose vocabulary
+    differs from that of ``initial`` has no KL, because the two then give probabilities to different events.
+
+    Without a ``policy`` the sampler draws from ``initial`` in a way of its own. The log-probs that it returns then
+    stand for the policy's; if it returns none, there is no KL and no entropy.
 
     Raises Diverged if the reward of a reply is not finite.
     """
-    comparable = initial is not None and policy.tokenization.has_vocabulary_of(initial.tokenization)
+    own = policy or initial
+    comparable = initial is not None and own is not None and own.tokenization.has_vocabulary_of(initial.tokenization)
     records = []
-    for decoding, spec in decodings.items():
+    for decoding, asked in decodings.items():
+        spec = replace(asked, logprobs=not (asked.greedy or asked.truncated))
         replies = [(c.prompt, c.responses[0]) for c in sampler.sample(prompts, spec)]
+        entropies = [None if reply.logprobs is None else -math.fsum(reply.logprobs) for _, reply in replies]
         kls: Sequence[float | None] = [None] * len(replies)
-        if comparable and not (spec.greedy or spec.truncated):
+        if comparable and spec.logprobs:
             assert initial is not None
-            kls = log_ratios(policy, initial, replies, spec.temperature, judges.batch)
+            if policy is not None:
+                kls = log_ratios(policy, initial, replies, spec.temperature, judges.batch)
+            elif None not in entropies:
+                logps = sampled_logprobs(initial, sampled_ids(initial, replies), spec.temperature, judges.batch)
+                kls = [-(entropy or 0.0) - logp for entropy, logp in zip(entropies, logps, strict=True)]
         verdicts = judges.verdicts(replies, f"{row}, {decoding} replies")
-        for (prompt, reply), verdict, kl in zip(replies, verdicts, kls, strict=True):
+        for (prompt, reply), verdict, kl, entropy in zip(replies, verdicts, kls, entropies, strict=True):
             assert reply.token_ids is not None
+            verdict |= {"kl": kl, "entropy": entropy}
             tokens = len(reply.token_ids)
-            records.append(Evaluated(row, seed, decoding, prompt, reply.text, reply.finish, tokens, kl=kl, **verdict))
+            records.append(Evaluated(row, seed, decoding, prompt, reply.text, reply.finish, tokens, **verdict))
     return records
 
 
@@ -180,17 +192,11 @@ def log_ratios(policy: Policy, initial: Policy, rows: Sequence[Row], temperature
     Both log-probs are at the temperature of the draw. If the replies are draws from pi at that temperature, not
     truncated, each value is the k1 estimate of KL(pi || pi_0). Each policy is given the prompt with its own cue.
     """
-    pairs, initial_pairs = (
-        [(model.tokenization.prompt_ids(prompt), cast(Ids, reply.token_ids)) for prompt, reply in rows]
-        for model in (policy, initial)
-    )
+    pairs, initial_pairs = (sampled_ids(model, rows) for model in (policy, initial))
     if pairs != initial_pairs:
-
-        def log_prob(model: Policy, pairs: Sequence[tuple[Ids, Ids]]) -> list[float]:
-            return compute_by_length(lambda batch: model.token_logprobs(batch).sum(-1), pairs, batch, temperature)
-
-        both = zip(log_prob(policy, pairs), log_prob(initial, initial_pairs), strict=True)
-        return [logp - initial_logp for logp, initial_logp in both]
+        logps = sampled_logprobs(policy, pairs, temperature, batch)
+        initial_logps = sampled_logprobs(initial, initial_pairs, temperature, batch)
+        return [logp - initial_logp for logp, initial_logp in zip(logps, initial_logps, strict=True)]
 
     def log_ratio(batch: ResponseBatch) -> Tensor:
         return (policy.token_logprobs(batch) - initial.token_logprobs(batch)).sum(-1)
@@ -199,6 +205,16 @@ def log_ratios(policy: Policy, initial: Policy, rows: Sequence[Row], temperature
 
 
 Ids = tuple[int, ...]
+
+
+def sampled_ids(model: Policy, rows: Sequence[Row]) -> list[tuple[Ids, Ids]]:
+    """Return (prompt ids, ids as they were sampled) of each reply; the prompt has the model's own cue."""
+    return [(model.tokenization.prompt_ids(prompt), cast(Ids, reply.token_ids)) for prompt, reply in rows]
+
+
+def sampled_logprobs(model: Policy, pairs: Sequence[tuple[Ids, Ids]], temperature: float, batch: int) -> list[float]:
+    """Return the summed log-prob of each reply at a temperature."""
+    return compute_by_length(lambda rows: model.token_logprobs(rows).sum(-1), pairs, batch, temperature)
 
 
 def _ids_within_context(policy: TransformersPolicy, rows: Sequence[Row]) -> list[tuple[Ids, Ids]]:

@@ -27,7 +27,7 @@ from rrhf_bench.data.toy.world import build_world
 from rrhf_bench.errors import DataError, StageError
 from rrhf_bench.jsonl import read_jsonl, read_objects, write_jsonl
 from rrhf_bench.pipeline import preference_models, stage_helpers
-from rrhf_bench.pipeline.candidates import assemble, pair_candidates
+from rrhf_bench.pipeline.candidates import assemble, pair_candidates, permute_rewards
 from rrhf_bench.pipeline.judging import JOURNALS, judge_candidates
 from rrhf_bench.pipeline.results import TUNED, WARNINGS
 from rrhf_bench.pipeline.services import ModelRef, context_of
@@ -149,6 +149,7 @@ def reward_model(job: Job) -> None:
     log: list[Mapping[str, float]] = []
     pairs = read_jsonl(job.inputs["data"] / "train.jsonl", Preference)
     settings = RewardTrainingSettings.model_validate(s["training"])
+    pairs = pairs[: settings.pairs]
     steps_in_all = count_steps(pairs, settings)
 
     def note(metrics: Mapping[str, float]) -> None:
@@ -355,8 +356,11 @@ def train(job: Job) -> None:
     unadapted = stage_helpers.adapt(policy, settings, s["seed"])
     inputs = train_inputs(job, settings)
     cue = settings.cue or job.ref().cue
-    record = TrainingRecord(job, policy.with_cue(cue))
     reads_reference = {"reference", "sampler"} <= settings.needs
+    initial = unadapted
+    if initial is None and (reads_reference or s.get("curve_kl")):
+        initial = job.services.fixed_policy(job.ref())
+    record = TrainingRecord(job, policy.with_cue(cue), initial if s.get("curve_kl") else None)
     candidates = candidates_of(settings)
     backend = choose_backend(job.backend, "sample" if candidates is None else candidates.strategy).name
     assert job.scratch is not None
@@ -365,7 +369,7 @@ def train(job: Job) -> None:
         seed=s["seed"],
         sampler=job.sampler(policy, backend) if "sampler" in settings.needs else None,
         reward=reward if "reward" in settings.needs else None,
-        reference=(unadapted or job.services.fixed_policy(job.ref())) if reads_reference else None,
+        reference=initial if reads_reference else None,
         watch=record.watch,
         log=record.add,
         keep=record.made.extend,
@@ -429,8 +433,11 @@ def train_inputs(job: Job, settings: MethodSettings) -> TrainInputs:
     if candidates is None:
         return TrainInputs(pairs, reference=reference)
     if "judged" in job.inputs:
-        return TrainInputs(pairs, job.candidates("judged"), reference)
-    scored = assemble(candidates.sources, _sampled(job, "scores "), job.candidates("pair scores"))
+        scored = job.candidates("judged")
+    else:
+        scored = assemble(candidates.sources, _sampled(job, "scores "), job.candidates("pair scores"))
+    if candidates.permute_rewards:
+        scored = permute_rewards(scored, job.settings["seed"])
     return TrainInputs(pairs, scored, reference)
 
 
@@ -449,13 +456,13 @@ def evaluate(job: Job) -> None:
     specs = stage_helpers.decodings(s["evaluation"], s["seed"], "evaluate")
     test, row, seed = job.pairs("test"), job.row or "", s["seed"]
     pairs = [pair for pair in test if pair.rejected is not None]
-    reference: TransformersPolicy | None = initial
-    if "method" in s:  # best-of-n: its distribution has no log-probs to compare with anything
+    sampled: TransformersPolicy | None = policy
+    if "method" in s:  # the initial policy, drawn from in another way: not the distribution of its own log-probs
         sampler = registry.build(_method(s["method"])).wrap(sampler, judges.reward)
         specs = {decoding: spec for decoding, spec in specs.items() if not spec.greedy}
-        reference, pairs = None, []
+        sampled, pairs = None, []
     prompts = [pair.prompt for pair in test[: s["prompts"]]]
-    records = stage_helpers.evaluate(row, seed, sampler, prompts, judges, specs, policy, reference)
+    records = stage_helpers.evaluate(row, seed, sampler, prompts, judges, specs, sampled, initial)
     write_jsonl(job.out / "evaluated.jsonl", records)
     scored = stage_helpers.score_pairs_by_likelihood(row, seed, policy, pairs, judges.batch)
     write_jsonl(job.out / "pairs.jsonl", scored)

@@ -29,9 +29,11 @@ class TrainingRecord:
     each step is shown once, whichever run began the training.
     """
 
-    def __init__(self, job: Job, policy: TransformersPolicy) -> None:
+    def __init__(self, job: Job, policy: TransformersPolicy, initial: Policy | None = None) -> None:
+        """Note the training of ``policy``; with ``initial`` also its distance from there at each point of the curve."""
         self.job = job
         self.policy = policy
+        self.initial = initial
         self.log: list[Mapping[str, float]] = []
         self.parts: list[Mapping[str, float]] = []  # seconds of each iteration
         self.made: list[Candidates] = []  # while training
@@ -109,12 +111,18 @@ class TrainingRecord:
         sampler = job.sampler(self.policy)
         reward, gold = job.services.reward(job.ref("reward model")), job.gold
         for decoding, spec in stage_helpers.decodings(s["evaluation"], s["seed"], "curve").items():
-            texts = [row.responses[0].text for row in sampler.sample(prompts, spec)]
+            rows = [(row.prompt, row.responses[0]) for row in sampler.sample(prompts, spec)]
+            texts = [reply.text for _, reply in rows]
             place = f"step {progress.step}, {decoding} replies to the dev prompts"
             rewards = tuple(require_finite(reward.score(prompts, texts), prompts, place, texts).tolist())
             golds = None if gold is None else tuple(gold.score(prompts, texts).tolist())
             where = (progress.fraction, progress.step, progress.sampled_tokens)
-            self.add_point(CurvePoint(job.row or "", s["seed"], decoding, *where, rewards, golds))
+            kls = None
+            if self.initial is not None and not (spec.greedy or spec.truncated):
+                batch = job.services.runtime.score_batch
+                ratios = stage_helpers.log_ratios(self.policy, self.initial, rows, spec.temperature, batch)
+                kls = tuple(ratios)
+            self.add_point(CurvePoint(job.row or "", s["seed"], decoding, *where, rewards, golds, kls))
         self._watching += time.monotonic() - began
 
 

@@ -113,6 +113,8 @@ def _method_settings(settings: MethodSettings, policy: str | None) -> Iterator[_
         yield "rrhf: rounds (n of IP-n)", paper, str(how.rounds)
     if how.scored_by != "reward model":
         yield "rrhf: scored_by", "reward model", how.scored_by
+    if how.permute_rewards:
+        yield "rrhf: permute_rewards", "false", "true"
 
 
 _PAPER: Mapping[str, Mapping[str, str]] = {

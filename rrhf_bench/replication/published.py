@@ -175,7 +175,7 @@ def _runs_of_dp(view: View) -> list[str]:
         found = view.values(str(row), decoding, "reward")
         if not isinstance(found, Missing) and len(found.seeds) > 1:
             ours = [number(value, 3) for value in found.mean_S.tolist()]
-            words += f" The seeds of {row}, {DECODING_WORDS[decoding]}: {', '.join(ours)}."
+            words += f" The {view.repetition}s of {row}, {DECODING_WORDS[decoding]}: {', '.join(ours)}."
     return [words]
 
 
@@ -422,7 +422,7 @@ def _samples(view: View, row: str) -> tuple[Value, Value, Value]:
     if "sampler" not in settings.requires:
         return 1.0, 0.0, 0.0
     seeds = [seed for name, seed in view.records.training if name == row]
-    rollouts = [view.records.counts.get(f"{row}, seed {seed}", {}).get("rollouts") for seed in seeds]
+    rollouts = [view.records.counts.get((row, seed), {}).get("rollouts") for seed in seeds]
     known = [count for count in rollouts if count is not None]
     if not known:
         return (Missing("the run's records hold no count of its rollouts"),) * 3

@@ -21,7 +21,7 @@ class RunEvidence:
     def __init__(self, view: View) -> None:
         self.view = view
         self.decodings: tuple[Decoding, ...] = view.decodings
-        self.trained: Sequence[str] = view.trained
+        self.pooled_rows: Sequence[str] = view.pooled_rows
         self.clusters = view.clusters
 
     def values(self, row: str, decoding: Decoding, measure: Measure) -> Grid | Missing:
@@ -38,7 +38,7 @@ class RunEvidence:
         if row not in self.view.rewarded:
             return Missing("its candidates were not scored by the reward model, and other scores are on another scale")
         scores_SP = tuple(tuple(group.scores for group in groups_P) for groups_P in block.items_SP)
-        return Scores(block.seeds, block.prompts, scores_SP)
+        return Scores(block.seeds, block.prompts, scores_SP, worlds=block.worlds)
 
     def best_candidates(self, row: str) -> Grid | Missing:
         block = self.view.test_candidates.get(row)
@@ -66,6 +66,7 @@ def claim_results(view: View) -> list[ClaimResult]:
 
 def claims_table(results: Sequence[ClaimResult], arena: str) -> Table:
     few = Missing("too few rows to test")
+    worlds = any(r.estimate is not None and r.estimate.worlds for r in results)
 
     def tested(value: Callable[[ClaimResult, Estimate], Value]) -> Callable[[ClaimResult], Value]:
         """Return the reason why a claim was not tested in place of the value."""
@@ -82,14 +83,19 @@ def claims_table(results: Sequence[ClaimResult], arena: str) -> Table:
         Field("verdict", lambda r: r.verdict),
         Field("detectable", tested(lambda _, estimate: smallest_detectable_difference(estimate)), 3),
         Field("prompts", tested(lambda _, estimate: estimate.n), 0),
-        Field("seeds", tested(lambda _, estimate: estimate.seeds), 0),
+        Field(
+            "worlds" if worlds else "seeds",
+            tested(lambda _, estimate: (estimate.worlds or 1) if worlds else estimate.seeds),
+            0,
+        ),
     )
     notes = (
         "Supported or refuted: Holm's p is below 0.05 and theta lies on the claimed or on the other side of the "
         "threshold; all else is inconclusive, which is no proof of the contrary. To reach a method is to be no worse "
         "by the margin; to come to a value is to lie within the margin on both sides of it (two one-sided tests).",
-        "p: two-sided, of the distance to the threshold, from the statistic of the interval (t over training seeds and "
-        "clusters of prompts; for correlations Fisher's z over rows). Holm: over all claims and decodings of this "
+        "p: two-sided, of the distance to the threshold, from the statistic of the interval (t over "
+        f"{'worlds' if worlds else 'training seeds and clusters of prompts'}; for correlations Fisher's z over rows). "
+        "Holm: over all claims and decodings of this "
         "table that have a p. Intervals are at 95%, each by itself.",
         "Claims of several parts (over-optimisation and its repair) show the part that decides; the sentences have "
         "all parts. If the run has a gold reward, it decides, and not the likelihood of the text.",

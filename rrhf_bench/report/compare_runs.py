@@ -10,7 +10,7 @@ from rrhf_bench.evaluation.statistics import Estimate
 from rrhf_bench.pipeline.results import RunRecords
 from rrhf_bench.report.comparisons import Comparison, compare
 from rrhf_bench.report.table import Missing, Table, build_table
-from rrhf_bench.report.tables import DIFFERENCE_FIELDS, DIFFERENCE_NOTES
+from rrhf_bench.report.tables import difference_fields, difference_notes
 from rrhf_bench.report.view import View
 
 
@@ -60,8 +60,9 @@ def comparison_table(a: RunRecords, b: RunRecords, compared: Sequence[Comparison
     """The comparisons as the report's table of differences has them."""
     name = a.experiment.name, b.experiment.name
     folders = f"{a.folder} - {b.folder}" if name[0] == name[1] else " - ".join(name)
-    notes = (f"Each row: of {a.folder} minus of {b.folder}.", *DIFFERENCE_NOTES)
-    return build_table("compare", folders, DIFFERENCE_FIELDS, compared, notes, a.arena, group=2)
+    view = View(a)
+    notes = (f"Each row: of {a.folder} minus of {b.folder}.", *difference_notes(view))
+    return build_table("compare", folders, difference_fields(view), compared, notes, a.arena, group=2)
 
 
 def comparison_json(a: RunRecords, b: RunRecords, compared: Sequence[Comparison]) -> dict[str, Any]:

@@ -43,6 +43,7 @@ from rrhf_bench.report.drawing import (
     thousands,
 )
 from rrhf_bench.report.frontier import frontiers
+from rrhf_bench.report.gains import gains
 from rrhf_bench.report.table import DECODING_WORDS
 from rrhf_bench.report.view import BASE, BEST, GIVEN, MEASURE_WORDS, Measure, View
 from rrhf_bench.seeding import generator
@@ -78,6 +79,7 @@ def _save(figure: Figure, path: Path) -> None:
 def own_figures(view: View) -> Iterator[Made]:
     """Yield the figures that the run has records for."""
     yield from test_reward(view)
+    yield from gains(view)
     for initial in view.policies:
         yield from reward_curves(view, initial)
     yield from training_curves(view)
@@ -122,11 +124,11 @@ def test_reward(view: View) -> Iterator[Made]:
     if any(row in GIVEN for row in rows):
         handles.append(legend_key("data set's reply", marker="D", filled=True))
     if any(len(block.seeds) > 1 for block in view.blocks.values()):
-        handles.append(legend_key("one seed", marker="|", filled=True))
+        handles.append(legend_key(f"one {view.repetition}", marker="|", filled=True))
     legend_above(figure, handles)
     caption = (
-        "Mean reward on the held-out prompts, 95% intervals of a bootstrap crossed over seeds and clusters of prompts; "
-        "ticks are single seeds. Proxy is the reward model that methods optimise"
+        f"Mean reward on the held-out prompts, 95% intervals over {view.random_units}; ticks are single "
+        f"{view.repetition}s. Proxy is the reward model that methods optimise"
         + ("; gold is the world's true reward, on a scale of its own." if "gold" in measures else ".")
     )
     if len(view.policies) > 1:
@@ -199,7 +201,8 @@ def reward_curves(view: View, initial: str) -> Iterator[Made]:
     shown = [row for row in rows if any(row in curves for _, _, curves in panels)]
     spent = Line2D([], [], color=GREY, linewidth=1, linestyle=(0, (1, 1.5)), label="candidates, before step 0")
     legend_above(figure, [*(legend_key(row, colour[row]) for row in shown), spent])
-    seeds = "mean over seeds; thin: each seed; band: least to most" if len(shown) <= MANY else "mean over seeds"
+    seeds = f"mean over {view.repetition}s"
+    seeds += f"; thin: each {view.repetition}; band: least to most" if len(shown) <= MANY else ""
     caption = (
         f"Rows that start from {initial}. Mean reward of the current policy on the same dev prompts (no KL term), at "
         f"fixed fractions of each budget. Bold: {seeds}. Sampling and scoring the candidates counts before step 0, so "
@@ -400,7 +403,7 @@ def best_of_n_curve(view: View) -> Iterator[Made]:
     caption = (
         "Best of n samples of the initial policy by proxy reward, estimated without bias from a pool of "
         f"{samples} samples on each of {len(pool.prompts)} prompts, against its KL log n - (n - 1) / n (an upper bound "
-        "where scores tie); bands: 95% bootstrap over seeds and clusters of prompts. "
+        f"where scores tie); bands: 95% intervals over {view.random_units}. "
         + _points_words(view)
         + _left_out(view, view.rows_from(BASE), rows)
     )
@@ -427,7 +430,7 @@ def _draw_best_of_n(ax: Axes, view: View, pool: Block[Any], measure: Measure, ns
         values_SP = [np.array([item.golds[:samples] for item in items_P]) for items_P in pool.items_SP]
     for n in ns:
         best_SP = [expected_best_of_n(s, n, value_BN=v) for s, v in zip(scores_SP, values_SP, strict=True)]
-        best = Grid(pool.seeds, pool.prompts, np.array(best_SP))
+        best = Grid(pool.seeds, pool.prompts, np.array(best_SP), worlds=pool.worlds)
         estimate = view.mean_of(best, "best of n", measure, str(n))
         if isinstance(estimate, Missing):
             return

@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 
 from rrhf_bench.evaluation.metrics import candidate_statistics
 from rrhf_bench.report.table import Table, markdown, number
@@ -102,7 +103,8 @@ def health_sentences(view: View) -> Iterator[str]:
     for row in view.trained:
         if "sampler" in view.methods[row].needs:
             logs = {seed: _rollouts(log) for (name, seed), log in view.records.training.items() if name == row}
-            parts = [f"seed {seed}: {', '.join(found)}" for seed, log in logs.items() if (found := collapses(log))]
+            words = view.experiment.repetition_words
+            parts = [f"{words(n)}: {', '.join(found)}" for n, log in logs.items() if (found := collapses(log))]
             if parts:
                 yield f"**{markdown(row)} did not train soundly** ({markdown('; '.join(parts))})."
 
@@ -138,7 +140,8 @@ def count_losses(view: View) -> str:
             f"{number(cut['stop'], 0)} at a fake turn, {number(empty, 0)} say nothing"
         )
     ways: Counter[str] = Counter()
-    for counts in view.records.counts.values():
+    every = (view.records.data_counts, view.records.counts, view.records.judge_counts)
+    for counts in chain.from_iterable(counted.values() for counted in every):
         ways.update({what: count for what, count in counts.items() if what not in SIZES and not _label(what)})
     lost = ", ".join(f"{what.replace('_', ' ')} {number(count, 0)}" for what, count in ways.items() if count)
     parts.append(f"on the way: {lost or 'nothing left out'} (table of counts)")

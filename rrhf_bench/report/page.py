@@ -36,7 +36,7 @@ from rrhf_bench.report.tables import (
     seeds_table,
 )
 from rrhf_bench.report.topics import topics_table
-from rrhf_bench.report.view import GIVEN, View
+from rrhf_bench.report.view import View
 
 DIALOGUES = 5
 _LONGEST = 1200  # characters of a text in the page; the records hold all of it
@@ -95,6 +95,7 @@ def _write(view: View, folder: Path, sections: Sequence[Section]) -> None:
         question=_methods_words(view),
         standing=standing(view.experiment),
         findings=findings(view),
+        repeated="worlds" if view.experiment.several_worlds else "training seeds",
         levels=level_words(view),
         claims=claim_sentences(claims),
         power=power_words(claims),
@@ -208,13 +209,11 @@ def _dialogues(view: View) -> Iterable[str]:
         lines = [_indented(prompt.text)]
         for row in (*view.policies, *view.main_rows, *view.given):
             found = replies.get((row, prompt))
-            lines += ["", _heading(row, found, (*view.policies, *GIVEN))] + (
-                [_indented(found.response)] if found else []
-            )
+            lines += ["", _heading(view, row, found)] + ([_indented(found.response)] if found else [])
         yield "\n".join(lines)
 
 
-def _heading(row: str, reply: Evaluated | None, one_model: Sequence[str]) -> str:
+def _heading(view: View, row: str, reply: Evaluated | None) -> str:
     name = visible(row)
     if reply is None:
         return f"[{name}] — no reply in the records"
@@ -223,7 +222,7 @@ def _heading(row: str, reply: Evaluated | None, one_model: Sequence[str]) -> str
         parts.append(f"gold {number(reply.gold, 2)}")
     counts = {name: (reply.features or {}).get(name, 0) for name in FEATURES}
     parts += [f"{name.replace('_', ' ')} {count}" for name, count in counts.items() if count]
-    seed = "" if row in one_model else f", seed {reply.seed}"
+    seed = "" if view.one_model(row) else f", {view.experiment.repetition_words(reply.seed)}"
     return f"[{name}, {DECODING_WORDS[reply.decoding]}{seed}] {', '.join(parts)}"
 
 

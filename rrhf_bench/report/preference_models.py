@@ -21,7 +21,7 @@ from rrhf_bench.evaluation.statistics import (
     paired_difference,
 )
 from rrhf_bench.records import Candidates, PoolScored
-from rrhf_bench.report.drawing import FREE_COLOURS, GREY, Drawn, Made, legend_above, legend_key, new_panels
+from rrhf_bench.report.drawing import FREE_COLOURS, GREY, WIDTH, Drawn, Made, legend_above, legend_key, new_panels
 from rrhf_bench.report.section import Part, Section, Sentence
 from rrhf_bench.report.table import Cell, Column, Missing, Table
 from rrhf_bench.report.view import View
@@ -45,6 +45,7 @@ class JudgedPairs:
     pool_clusters: Sequence[str] = ()
     trained_on: int | None = None  # pairs
     filtered: Mapping[str, Any] | None = None  # the pairs before and after the filter, with the first seed
+    worlds_S: Sequence[int] | None = None  # of several worlds, whose pairs differ
 
     @property
     def right_SP(self) -> Floats:
@@ -59,7 +60,8 @@ class JudgedPairs:
     def mean(self, value_SP: Floats, what: str, of_P: NDArray[np.bool_] | None = None) -> Estimate:
         of_P = np.ones(len(self.words_P), dtype=bool) if of_P is None else of_P
         clusters = [name for name, kept in zip(self.clusters_P, of_P, strict=True) if kept]
-        return bootstrap_mean(value_SP[:, of_P], rng=generator("reward model", self.name, what), clusters_P=clusters)
+        rng = generator("reward model", self.name, what)
+        return bootstrap_mean(value_SP[:, of_P], rng=rng, clusters_P=clusters, worlds_S=self.worlds_S)
 
 
 def judged_pairs(
@@ -131,10 +133,15 @@ def models_table(models: Sequence[JudgedPairs], arena: str) -> Table:
             missing = next((g for g in (gold, first) if isinstance(g, Missing)), None)
             cells.append(Cell.of(missing or _difference(model, models[0], gold, first, model.pool_clusters)))
         rows.append(tuple(cells))
-    pairs, seeds = models[0].gap_SP.shape[1], len(models[0].gap_SP)
+    pairs, seeds, worlds = models[0].gap_SP.shape[1], len(models[0].gap_SP), len(set(models[0].worlds_S or ()))
+    repeated = (
+        f"{pairs} held-out pairs in each of {worlds} worlds. Equal rewards count one half. 95% intervals over worlds"
+        if worlds
+        else f"{pairs} held-out pairs in {len(set(models[0].clusters_P))} clusters; training seeds: {seeds} of the "
+        "first row. Equal rewards count one half. 95% intervals over seeds and clusters of pairs"
+    )
     footnotes = [
-        f"{pairs} held-out pairs in {len(set(models[0].clusters_P))} clusters; training seeds: {seeds} of the first "
-        "row. Equal rewards count one half. 95% intervals over seeds and clusters of pairs; p is not adjusted.",
+        f"{repeated}; p is not adjusted.",
         "Log loss: -log sigma(r chosen - r rejected). Calibration error: |predicted - observed| over "
         f"{CONFIDENCE_BINS} bins of sigma(|difference|). Both presuppose a Bradley-Terry score: not a probability, and "
         "not the standardised score of an ensemble.",
@@ -158,7 +165,7 @@ def _difference(
         return Missing("it is the one that the others are compared with")
     if len(value_SP) != len(other_SP) and 1 not in (len(value_SP), len(other_SP)):
         return Missing("the two have different seeds")
-    return paired_difference(value_SP, other_SP, clusters_P=clusters_P)
+    return paired_difference(value_SP, other_SP, clusters_P=clusters_P, worlds_S=one.worlds_S)
 
 
 def _best_of_n(model: JudgedPairs) -> tuple[int, Floats | Missing]:
@@ -172,11 +179,17 @@ def _best_of_n(model: JudgedPairs) -> tuple[int, Floats | Missing]:
 
 
 def _gold_mean(model: JudgedPairs, gold_SP: Floats) -> Estimate:
-    return bootstrap_mean(gold_SP, rng=generator("reward model", model.name, "gold"), clusters_P=model.pool_clusters)
+    rng = generator("reward model", model.name, "gold")
+    return bootstrap_mean(gold_SP, rng=rng, clusters_P=model.pool_clusters, worlds_S=model.worlds_S)
 
 
-def lengths_table(models: Sequence[JudgedPairs], arena: str) -> Table:
-    """Return the accuracy of each model by how many words the chosen reply has more than the rejected one."""
+def lengths_table(models: Sequence[JudgedPairs], arena: str) -> Table | None:
+    """Return the accuracy of each model by how many words the chosen reply has more than the rejected one.
+
+    Of several worlds there is no such table, because each has pairs of other lengths.
+    """
+    if models[0].worlds_S is not None:
+        return None
     rows = [
         (
             Cell.of(model.name),
@@ -231,9 +244,10 @@ def filter_table(models: Sequence[JudgedPairs], arena: str) -> Table | None:
 
 def pairs_figure(models: Sequence[JudgedPairs]) -> Made:
     """Draw accuracy by difference of length, and observed against predicted shares."""
-    figure, axes = new_panels(1, 2, height=2.6)
-    by_length, reliability = axes[0]
-    bins = length_bins(models[0].words_P)
+    one_world = models[0].worlds_S is None
+    figure, axes = new_panels(1, 2 if one_world else 1, height=2.6, width=WIDTH if one_world else 4.0)
+    by_length, reliability = axes[0][0], axes[0][-1]
+    bins = length_bins(models[0].words_P) if one_world else []
     for i, model in enumerate(models):
         colour = _COLOURS[i % len(_COLOURS)]
         for x, (low, _, of_P) in enumerate(bins):
@@ -244,18 +258,18 @@ def pairs_figure(models: Sequence[JudgedPairs]) -> Made:
                 by_length.plot([at], [found.value], marker="o", color=colour)
         points = calibration(model)
         reliability.plot([p for p, *_ in points], [o for _, o, _ in points], marker="o", color=colour)
-    by_length.axhline(0.5, color=GREY, linewidth=0.8, linestyle=":")
-    by_length.set_xticks(range(len(bins)), [f"{low} to {high}" for low, high, _ in bins])
-    by_length.set_xlabel("words of the chosen reply less those of the rejected one")
-    by_length.set_ylabel("accuracy")
+    if one_world:
+        by_length.axhline(0.5, color=GREY, linewidth=0.8, linestyle=":")
+        by_length.set_xticks(range(len(bins)), [f"{low} to {high}" for low, high, _ in bins])
+        by_length.set_xlabel("words of the chosen reply less those of the rejected one")
+        by_length.set_ylabel("accuracy")
     reliability.plot([0.5, 1], [0.5, 1], color=GREY, linewidth=0.8, linestyle=":")
     reliability.set_xlabel("predicted: sigma(|difference of rewards|)")
     reliability.set_ylabel("observed share right")
     legend_above(figure, [legend_key(m.name, _COLOURS[i % len(_COLOURS)]) for i, m in enumerate(models)])
-    caption = (
-        "Left: accuracy with its 95% interval, in bins of about as many pairs. Right: calibration; on the diagonal a "
-        "difference of rewards means the probability that Bradley-Terry gives it."
-    )
+    caption = "Calibration: on the diagonal a difference of rewards means the probability that Bradley-Terry gives it."
+    if one_world:
+        caption = f"Left: accuracy with its 95% interval, in bins of about as many pairs. Right: {caption}"
     return Drawn("reward_models", "Reward models on held-out pairs", caption), figure
 
 
@@ -278,6 +292,7 @@ def _parts(view: View) -> Sequence[Part]:
             pool_clusters=view.clusters([row.prompt.id for row in of_name[0].pool]),
             trained_on=of_name[0].trained_on,
             filtered=of_name[0].filtered,
+            worlds_S=[view.records.worlds[reward.seed] for reward in of_name] if view.records.worlds else None,
         )
         for name, of_name in judged.items()
     ]

@@ -164,11 +164,10 @@ def ranking_table(view: View, rows: Sequence[str]) -> Table:
                     Cell(len(settings.models_in_memory()) if settings else 1),
                 )
             )
-    seeds = len(view.experiment.seeds)
     levels = (
-        "training seeds and clusters of prompts"
-        if seeds > 1
-        else ("prompts alone, because the run has one training seed: another seed can change the order")
+        view.random_units
+        if len(view.experiment.repetitions) > 1
+        else "prompts alone, because the run has one training seed: another seed can change the order"
     )
     notes = (
         f"Rank by {MEASURE_WORDS[measure]}: from 1 + the number of rows that are higher, to the number of rows less "
@@ -209,8 +208,10 @@ def win_rate(view: View, a: str, b: str, decoding: Decoding, measure: Measure) -
     paired = pair(*(grid for grid in found if isinstance(grid, Grid)))
     if isinstance(paired, Missing):
         return paired
-    a_SP, b_SP, prompts = paired
-    excess = paired_difference(np.sign(a_SP - b_SP) / 2, np.zeros_like(a_SP), clusters_P=view.clusters(prompts))
+    wins_SP = np.sign(paired.a_SP - paired.b_SP) / 2
+    excess = paired_difference(
+        wins_SP, np.zeros_like(wins_SP), clusters_P=view.clusters(paired.prompts), worlds_S=paired.worlds
+    )
     low, high = max(0.0, 0.5 + excess.low), min(1.0, 0.5 + excess.high)
     return Estimate(
         0.5 + excess.value, low, high, excess.n, excess.seeds, excess.p, excess.method, clusters=excess.clusters
@@ -227,8 +228,7 @@ def win_rates_table(view: View, rows: Sequence[str], decoding: Decoding, measure
     ]
     notes = (
         f"Share of prompts whose reply by the row has the higher {MEASURE_WORDS[measure]}, ties as halves, "
-        f"{DECODING_WORDS[decoding]} replies. Brackets: 95% intervals of Student's t over "
-        + ("training seeds and clusters of prompts." if len(view.experiment.seeds) > 1 else "clusters of prompts."),
+        f"{DECODING_WORDS[decoding]} replies. Brackets: 95% intervals of Student's t over {view.random_units}.",
     )
     name = f"win_rates_{decoding}"
     return Table(

@@ -73,7 +73,8 @@ def _sources_words(settings: Candidates | None) -> str:
     """Return where a row's candidates come from, such as "model (beam search, 4 beams), chosen, rejected"."""
     if settings is None:
         return ""
-    words = (f"model ({candidates_words(settings)})" if name == "model" else name for name in settings.sources)
+    words = [f"model ({candidates_words(settings)})" if name == "model" else name for name in settings.sources]
+    words += ["rewards permuted within each prompt: a control"] if settings.permute_rewards else []
     return ", ".join(words)
 
 

@@ -6,7 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -29,6 +29,11 @@ _INTERVALS = (
     "They are never shorter than those of Student's t, since few seeds tell little of their own spread. With one seed "
     "they leave that spread out: see the values of each seed."
 )
+_WORLD_INTERVALS = (
+    "Brackets: 95% intervals of Student's t over worlds. Worlds differ in how hard their prompts are and in the scale "
+    "of their reward model, which all rows share: the intervals of two rows may overlap when their paired difference "
+    "is clear. Read the table of differences for that."
+)
 
 
 def main_table(view: View) -> Table:
@@ -42,7 +47,8 @@ def main_table(view: View) -> Table:
         Field("PPL", lambda line: perplexity(view, *line), 2),
         Field("PPL per text", lambda line: perplexity(view, *line, per_text=True), 2),
         Field("NLL per token", lambda line: _nll(view, *line), 3),
-        Field("KL", lambda line: _kl(view, *line), 2),
+        Field("KL", lambda line: _of_draws(view, *line, "kl"), 2),
+        Field("entropy", lambda line: _of_draws(view, *line, "entropy"), 1),
         Field("length", lambda line: view.mean(*line, "tokens"), 1),
         Field("distinct-2", of_replies(view, _distinct), 3),
         Field("fake turn", of_replies(view, lambda block: _sized(metrics.fake_turn_share(block.items), block)), 3),
@@ -57,12 +63,14 @@ def main_table(view: View) -> Table:
     in_memory = "; ".join(f"{names} ({', '.join(rows)})" for names, rows in models.items())
     notes = [
         "Proxy: the reward model that methods optimise. Gold: the world's true reward, seen by no method.",
-        _INTERVALS,
+        _WORLD_INTERVALS if view.experiment.several_worlds else _INTERVALS,
         "PPL: exp(total NLL / total tokens) of the replies given their prompts, under the perplexity model; PPL per "
         "text: mean of each text's own; NLL per token: mean over texts of each text's mean NLL, in nats.",
         "KL: to the initial policy that the row started from, nats a reply, mean of the summed log-ratios of sampled "
-        "replies (k1). Length: mean tokens, end-of-text included. distinct-2: distinct word pairs over all, mean over "
-        "seeds.",
+        "replies (k1). Entropy: nats a reply, mean of minus the summed log-prob of each sampled reply under the "
+        "distribution that it was drawn from, its temperature included: one draw's estimate of the entropy of a "
+        "reply. Part of a sampled reward can come from a lower entropy alone.",
+        "Length: mean tokens, end-of-text included. distinct-2: distinct word pairs over all, mean over seeds.",
         "Fake turn, at cap: share of replies cut where they began another turn, or at the length cap.",
         "p_i accuracy: share of held-out pairs whose chosen reply has the higher length-normalised log-probability.",
         f"Models in memory while training, counted from the settings: {in_memory or 'no methods'}.",
@@ -87,7 +95,7 @@ def sizes(view: View) -> list[Field[Any]]:
     """Return the columns of the numbers of prompts and seeds."""
     return [
         Field("prompts", of_replies(view, lambda block: len(block.prompts)), 0),
-        Field("seeds", of_replies(view, lambda block: len(block.seeds)), 0),
+        Field(f"{view.repetition}s", of_replies(view, lambda block: len(set(block.worlds or block.seeds))), 0),
     ]
 
 
@@ -120,17 +128,18 @@ def _sized(value: float, block: Block[Evaluated]) -> Cell:
     return Cell(value, n=len(block.prompts), seeds=len(block.seeds))
 
 
-def _kl(view: View, row: str, decoding: Decoding) -> Value:
+def _of_draws(view: View, row: str, decoding: Decoding, measure: Literal["kl", "entropy"]) -> Value:
+    """Return a mean over sampled replies that only the distribution they were drawn from can give, or why not."""
     if view.block(row, decoding) is None:
         return view.absent(row, decoding)
     if row in GIVEN:
         return _NO_MODEL
     if (n := view.reranked(row)) is not None:
-        bound = f"for n = {n} its KL is at most {best_of_n_kl(n):.2f}"
-        return Missing(f"{_no_weights(view, row).reason}; {bound}")
+        bound = f"; for n = {n} its KL is at most {best_of_n_kl(n):.2f}" if measure == "kl" else ""
+        return Missing(f"{_no_weights(view, row).reason}{bound}")
     if decoding != "sample":
-        return Missing("a KL is a mean over sampled replies")
-    return view.mean(row, decoding, "kl")
+        return Missing("KL and entropy are means over sampled replies")
+    return view.mean(row, decoding, measure)
 
 
 def _no_weights(view: View, row: str) -> Missing:
@@ -174,39 +183,65 @@ def _estimated(value: Callable[[Comparison, Estimate], Value]) -> Callable[[Comp
     return lambda c: c.estimate if isinstance(c.estimate, Missing) else value(c, c.estimate)
 
 
-DIFFERENCE_FIELDS: Sequence[Field[Comparison]] = (
-    Field("comparison", lambda c: f"{c.a} - {c.b}"),
-    Field("decoding", lambda c: DECODING_WORDS[c.decoding]),
-    Field("reward", lambda c: MEASURE_WORDS[c.measure].split()[0]),
-    Field("difference", lambda c: c.estimate, 3, interval=True, decides=0.0),
-    Field("p", _estimated(lambda _, estimate: estimate.p), 4, decides=0.05),
-    Field("p (Holm)", _estimated(lambda c, _: _IN_NO_FAMILY[c.standing] if c.p is None else c.p), 4, decides=0.05),
-    Field("verdict", _estimated(lambda c, _: c.standing)),
-    Field("detectable", _estimated(lambda c, _: c.detectable), 3),
-    Field("prompts", _estimated(lambda _, estimate: estimate.n), 0),
-    Field("clusters", _estimated(lambda _, estimate: estimate.clusters), 0),
-    Field("seeds", _estimated(lambda _, estimate: estimate.seeds), 0),
-)
-DIFFERENCE_NOTES = (
-    "Difference: mean over the prompts and seeds that both have. Interval and p come from one t statistic, which "
-    "treats training seeds and clusters of prompts as random; its variance between seeds is pooled over the trained "
-    "rows of the same decoding and reward. The interval is at 95% and p is of this comparison alone.",
-    "Holm: p adjusted over the primary comparisons of the same decoding and reward. Higher or lower: this p is below "
-    "0.05, which aims at a false verdict in at most one family in twenty. Otherwise the difference is inside noise, "
-    "which is no proof of equality: read it with the next column. An exploratory comparison gets no verdict.",
-    "Detectable: the smallest true difference that this comparison alone would find four times in five; an order of "
-    "size, since few seeds tell little of their own spread, and more is needed in a family.",
-)
+def difference_fields(view: View) -> Sequence[Field[Comparison]]:
+    """Return the columns of a table of comparisons."""
+    several = view.experiment.several_worlds
+    clusters: Field[Comparison] = Field("clusters", _estimated(lambda _, estimate: estimate.clusters), 0)
+    repeated: Field[Comparison] = Field("seeds", _estimated(lambda _, estimate: estimate.seeds), 0)
+    if several:
+        repeated = Field("worlds", _estimated(lambda _, estimate: estimate.worlds), 0)
+    return (
+        Field("comparison", lambda c: f"{c.a} - {c.b}"),
+        Field("decoding", lambda c: DECODING_WORDS[c.decoding]),
+        Field("reward", lambda c: MEASURE_WORDS[c.measure].split()[0]),
+        Field("difference", lambda c: c.estimate, 3, interval=True, decides=0.0),
+        Field("p", _estimated(lambda _, estimate: estimate.p), 4, decides=0.05),
+        Field("p (Holm)", _estimated(lambda c, _: _IN_NO_FAMILY[c.standing] if c.p is None else c.p), 4, decides=0.05),
+        Field("verdict", _estimated(lambda c, _: c.standing)),
+        Field("detectable", _estimated(lambda c, _: c.detectable), 3),
+        Field("prompts", _estimated(lambda _, estimate: estimate.n), 0),
+        *(() if several else (clusters,)),
+        repeated,
+    )
+
+
+def difference_notes(view: View) -> tuple[str, ...]:
+    """Return the notes of a table of comparisons."""
+    pooled = (
+        "worlds as random; its variance between worlds, once the level that all rows of a world share is taken out,"
+        if view.experiment.several_worlds
+        else "training seeds and clusters of prompts as random; its variance between seeds"
+    )
+    return (
+        f"Difference: mean over the prompts and {view.repetition}s that both have. Interval and p come from one t "
+        f"statistic, which treats {pooled} is pooled over the trained rows of the same decoding and reward. The "
+        "interval is at 95% and p is of this comparison alone.",
+        "Holm: p adjusted over the primary comparisons of the same decoding and reward. Higher or lower: this p is "
+        "below 0.05, which aims at a false verdict in at most one family in twenty. Otherwise the difference is inside "
+        "noise, which is no proof of equality: read it with the next column. An exploratory comparison gets no "
+        "verdict.",
+        "Detectable: the smallest true difference that this comparison alone would find four times in five; an order "
+        f"of size, since few {view.repetition}s tell little of their own spread, and more is needed in a family.",
+    )
 
 
 def level_words(view: View) -> str:
     """Say which kinds of repetition the intervals cover, for a note."""
+    worlds, seeds = view.experiment.worlds, len(view.experiment.seeds)
     clusters = {name for row, decoding in view.blocks for name in view.clusters(view.blocks[row, decoding].prompts)}
     prompts = {prompt for block in view.blocks.values() for prompt in block.prompts}
-    seeds, grouped = len(view.experiment.seeds), len(clusters) < len(prompts)
-    words = f"Intervals cover {len(prompts)} evaluation prompts" + (f" in {len(clusters)} clusters" if grouped else "")
-    words += f" and {seeds} training seeds" if seeds > 1 else "; one seed, so training again is not covered"
-    words += ". They do not cover other data, another reward model or another initial policy: all rows share one."
+    words = f"Intervals cover {len(prompts)} evaluation prompts"
+    if view.experiment.several_worlds:
+        words = (
+            f"Intervals cover {len(worlds)} embedded worlds, each with its own text, labels, models and "
+            f"{len(prompts)} evaluation prompts, and {seeds} training seed{'s' if seeds > 1 else ''} in each. The "
+            "world is the random unit: seeds, topics and prompts lie within it. They do not cover other kinds of data "
+            "or larger models."
+        )
+    else:
+        words += f" in {len(clusters)} clusters" if len(clusters) < len(prompts) else ""
+        words += f" and {seeds} training seeds" if seeds > 1 else "; one seed, so training again is not covered"
+        words += ". They do not cover other data, another reward model or another initial policy: all rows share one."
     given = {name: by for name, policy in view.experiment.policies.items() if (by := policy.trained_by) is not None}
     for name, row in given.items():
         words += (
@@ -217,34 +252,40 @@ def level_words(view: View) -> str:
 
 def differences_table(view: View) -> Table:
     """Return the paired differences: those that are primary with Holm's p and a verdict, then the exploratory ones."""
-    notes, arena = (comparison_words(view), *DIFFERENCE_NOTES, level_words(view)), view.records.arena
-    return build_table("differences", "Paired differences", DIFFERENCE_FIELDS, comparisons(view), notes, arena, group=2)
+    notes, arena = (comparison_words(view), *difference_notes(view), level_words(view)), view.records.arena
+    return build_table(
+        "differences", "Paired differences", difference_fields(view), comparisons(view), notes, arena, group=2
+    )
 
 
 def seeds_table(view: View) -> Table:
-    """The mean rewards of each training seed: with few seeds these say more than an interval."""
+    """The mean rewards of each repetition: with few seeds or worlds these say more than an interval."""
 
     def mean(measure: Measure) -> Callable[[tuple[str, Decoding, int]], Value]:
         def value(line: tuple[str, Decoding, int]) -> Value:
-            row, decoding, seed = line
-            if seed in view.failures.get(row, ()):
-                return Missing(f"failed: {view.failures[row][seed]}")
+            row, decoding, number = line
+            if number in view.failures.get(row, ()):
+                return Missing(f"failed: {view.failures[row][number]}")
             found = view.values(row, decoding, measure)
-            return found if isinstance(found, Missing) else float(found.values_SP[found.seeds.index(seed)].mean())
+            return found if isinstance(found, Missing) else float(found.values_SP[found.seeds.index(number)].mean())
 
         return value
 
+    times = view.experiment.repetitions
+    world: Field[tuple[str, Decoding, int]] = Field("world", lambda line: times[line[2]].world, 0)
     fields: Sequence[Field[tuple[str, Decoding, int]]] = (
         Field("method", lambda line: line[0]),
         Field("decoding", lambda line: DECODING_WORDS[line[1]]),
-        Field("seed", lambda line: line[2], 0),
+        *((world,) if view.experiment.several_worlds else ()),
+        Field("seed", lambda line: times[line[2]].seed, 0),
         *(Field(MEASURE_WORDS[measure], mean(measure), 3) for measure in REWARDS),
     )
     lines = []
     for row, decoding in view.blocks_in_order:
         block = view.block(row, decoding)
         lines += [(row, decoding, seed) for seed in (*(block.seeds if block else ()), *view.failures.get(row, ()))]
-    return build_table("seeds", "Rewards of each seed", fields, lines, (), view.records.arena, group=1)
+    title = "Rewards of each world" if view.experiment.several_worlds else "Rewards of each seed"
+    return build_table("seeds", title, fields, lines, (), view.records.arena, group=1)
 
 
 def candidates_table(view: View) -> Table:
@@ -287,6 +328,8 @@ def orders(view: View, row: str) -> Grid | Missing:
         return _NO_MODEL
     if view.reranked(row) is not None:
         return _no_weights(view, row)
+    if row in view.methods and view.methods[row].family == "inference":
+        return Missing(f"it trains nothing: its weights are those of {view.initial(row)}")
     if row not in view.pairs:
         return view.absent(row)
     return view.pairs[row].grid(_right, one_model=view.one_model(row))
@@ -336,7 +379,13 @@ def features_table(view: View) -> Table | None:
 
 def counts_table(view: View) -> Table:
     """Everything dropped, truncated or tied on the way; what never happened is not listed."""
-    lines = [(where, *item) for where, counts in view.records.counts.items() for item in counts.items() if item[1]]
+    records, words = view.records, view.experiment.repetition_words
+    counted = {
+        **{"data" if w is None else f"data, world {w}": counts for w, counts in records.data_counts.items()},
+        **{f"{row}, {words(number)}": counts for (row, number), counts in records.counts.items()},
+        **{f"{row}, {words(number)}, judge": counts for (row, number), counts in records.judge_counts.items()},
+    }
+    lines = [(where, *item) for where, counts in counted.items() for item in counts.items() if item[1]]
     fields: Sequence[Field[tuple[str, str, int]]] = (
         Field("where", lambda line: line[0]),
         Field("what", lambda line: line[1].replace("_", " ")),
@@ -385,6 +434,7 @@ COST_NOTES = (
     "Models, models in memory: counted from the method's settings, not measured. They are what the algorithm needs "
     "while it trains.",
 )
+_NO_TRAINING = Missing("it trains nothing")
 _AT_INFERENCE = Missing("it trains nothing: its cost is at inference, n samples and n scores a reply")
 _NO_COST = Missing("no cost of this row was recorded")
 
@@ -402,7 +452,7 @@ def method_costs(view: View) -> Table:
             if row in costs:
                 return value(costs[row])
             if view.methods[row].family == "inference":
-                return _AT_INFERENCE
+                return _NO_TRAINING if view.reranked(row) is None else _AT_INFERENCE
             return view.absent(row) if row in view.failures else _NO_COST
 
         return read

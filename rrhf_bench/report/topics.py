@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from rrhf_bench.evaluation.grid import Grid, Missing
-from rrhf_bench.evaluation.statistics import SeedVariance, pool_seed_variance
+from rrhf_bench.evaluation.statistics import SeedVariance
 from rrhf_bench.records import Decoding
 from rrhf_bench.report.table import DECODING_WORDS, Field, Table, build_table
-from rrhf_bench.report.view import MEASURE_WORDS, Found, Measure, View, difference_of
+from rrhf_bench.report.view import MEASURE_WORDS, Found, Measure, View, difference_of, pool_grids
 
 Line = tuple[str, Decoding, Measure]
 GROUPS = {"seen": False, "held-out": True}  # of the topics
@@ -41,8 +41,8 @@ def topics_table(view: View) -> Table | None:
             row, decoding, measure = line
             if row not in view.trained:
                 return Missing("it is not trained")
-            sides = (_grid(view, of, decoding, measure, group) for of in (row, view.initial(row)))
-            return difference_of(*sides, view.clusters, _pooled(view, decoding, measure, group))
+            own, initial = (_grid(view, of, decoding, measure, group) for of in (row, view.initial(row)))
+            return difference_of(own, initial, view.clusters, _pooled(view, decoding, measure, group))
 
         return value
 
@@ -76,5 +76,4 @@ def _grid(view: View, row: str, decoding: Decoding, measure: Measure, group: str
 
 def _pooled(view: View, decoding: Decoding, measure: Measure, group: str) -> SeedVariance | None:
     """Return the variance between seeds over the trained rows on one group of topics."""
-    grids = [_grid(view, row, decoding, measure, group) for row in view.trained]
-    return pool_seed_variance([grid.mean_S for grid in grids if isinstance(grid, Grid)])
+    return pool_grids(_grid(view, row, decoding, measure, group) for row in view.pooled_rows)

@@ -1,6 +1,7 @@
 """A run's records, arranged for tables and figures: a block of replies per row and decoding, seeds by prompts.
 
-Letters: S seeds, P prompts. Prompts are sorted by id, so nothing here depends on the order of the records.
+Letters: S repetitions (training seeds; in several worlds the seeds of each), P prompts. Prompts are sorted by name, so
+nothing here depends on the order of the records.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from rrhf_bench.seeding import generator
 from rrhf_bench.settings.candidates import recipe_of
 from rrhf_bench.settings.methods import MethodSettings, candidates_of
 
-Measure = Literal["reward", "gold", "kl", "tokens", "nll"]
+Measure = Literal["reward", "gold", "kl", "entropy", "tokens", "nll"]
 Found: TypeAlias = Estimate | Missing
 
 BASE = "base"
@@ -42,6 +43,7 @@ MEASURE_WORDS: Mapping[str, str] = {
     "reward": "proxy reward",
     "gold": "gold reward",
     "kl": "KL",
+    "entropy": "entropy",
     "tokens": "length",
 }
 
@@ -55,29 +57,30 @@ K = TypeVar("K")
 T = TypeVar("T", bound=_Prompted)
 
 
-def _aligned(items: Iterable[tuple[K, int, T]]) -> dict[K, Block[T]]:
-    """Return the records of each key by seed, on the prompts that all of them have. A key with none is left out."""
+def _aligned(items: Iterable[tuple[K, int, T]], records: RunRecords) -> dict[K, Block[T]]:
+    """Return the records of each key by repetition, on the prompts that all have. A key with none is left out."""
     groups: dict[K, dict[int, list[T]]] = defaultdict(lambda: defaultdict(list))
-    for key, seed, item in items:
-        groups[key][seed].append(item)
+    for key, number, item in items:
+        groups[key][number].append(item)
     found = {}
-    for key, by_seed in groups.items():
-        keyed = {seed: _keyed(of_seed) for seed, of_seed in sorted(by_seed.items())}
+    for key, by_number in groups.items():
+        keyed = {number: _keyed(own, records, number) for number, own in sorted(by_number.items())}
         every = set().union(*keyed.values())
         common = sorted(every.intersection(*keyed.values()))
         if common:
             prompts = tuple(f"{prompt}/{k}" if k else prompt for prompt, k in common)
-            rows = tuple(tuple(of_seed[place] for place in common) for of_seed in keyed.values())
-            found[key] = Block(tuple(keyed), prompts, rows, len(every) - len(common))
+            rows = tuple(tuple(own[place] for place in common) for own in keyed.values())
+            worlds = tuple(records.worlds[number] for number in keyed) if records.worlds else None
+            found[key] = Block(tuple(keyed), prompts, rows, len(every) - len(common), worlds)
     return found
 
 
-def _keyed(items: Iterable[T]) -> dict[tuple[str, int], T]:
-    """By prompt id and, where a prompt comes more than once, which time it is."""
+def _keyed(items: Iterable[T], records: RunRecords, number: int) -> dict[tuple[str, int], T]:
+    """Return records by the name of the prompt and, where a prompt comes more than once, which time it is."""
     times: dict[str, int] = defaultdict(int)
     keyed = {}
     for item in items:
-        prompt = item.prompt.id
+        prompt = records.place(item.prompt.id, number)
         keyed[prompt, times[prompt]] = item
         times[prompt] += 1
     return keyed
@@ -96,30 +99,34 @@ class View:
     @cached_property
     def blocks(self) -> dict[tuple[str, Decoding], Block[Evaluated]]:
         """The replies by row and decoding."""
-        return _aligned(((reply.method, reply.decoding), reply.seed, reply) for reply in self.records.evaluated)
+        replies = (((reply.method, reply.decoding), reply.seed, reply) for reply in self.records.evaluated)
+        return _aligned(replies, self.records)
 
     @cached_property
     def pairs(self) -> dict[str, Block[PairScored]]:
         """p_i of the held-out pairs by row, and the reward model's own scores under "reward model"."""
         own = (("reward model", scored.seed, scored) for scored in self.records.reward_pairs)
-        return _aligned(chain(((scored.method, scored.seed, scored) for scored in self.records.pairs), own))
+        of_rows = ((scored.method, scored.seed, scored) for scored in self.records.pairs)
+        return _aligned(chain(of_rows, own), self.records)
 
     @cached_property
     def failures(self) -> dict[str, dict[int, str]]:
-        """The rows that could not finish, by seed: which stage, where and why."""
+        """The rows that could not finish, by repetition: which stage, where and why."""
         found: dict[str, dict[int, str]] = defaultdict(dict)
         for (row, seed), reason in self.records.failures.items():
             found[row][seed] = reason
         return dict(found)
 
     def failed_words(self, row: str) -> str:
-        """Return the seed, stage, place and reason of each failure of a row."""
-        return "; ".join(f"seed {seed} ({reason})" for seed, reason in self.failures[row].items())
+        """Return the repetition, stage, place and reason of each failure of a row."""
+        words = self.experiment.repetition_words
+        return "; ".join(f"{words(number)} ({reason})" for number, reason in self.failures[row].items())
 
     def absent(self, row: str, decoding: Decoding | None = None) -> Missing:
         """Return why a row has no records, or no replies under a decoding."""
-        if decoding == "greedy" and self.reranked(row) is not None:
-            return Missing(f"greedy decoding leaves {self.method(row).label} nothing to choose from")
+        if decoding == "greedy" and row in self.methods and self.methods[row].family == "inference":
+            nothing = "greedy decoding has one reply, that of the initial policy, which leaves"
+            return Missing(f"{nothing} {self.method(row).label} nothing to change")
         return Missing(f"{row} failed: {self.failed_words(row)}") if row in self.failures else ABSENT
 
     @cached_property
@@ -139,13 +146,15 @@ class View:
         return self._candidates(self.records.test_candidates)
 
     def _candidates(self, rows: Mapping[tuple[str, int], Sequence[Candidates]]) -> dict[str, Block[Candidates]]:
-        found = _aligned((row, seed, group) for (row, seed), groups in rows.items() for group in groups)
+        every = ((row, seed, group) for (row, seed), groups in rows.items() for group in groups)
+        found = _aligned(every, self.records)
         return {row: found[row] for row in self.rows if row in found}
 
     @cached_property
     def pool(self) -> Block[PoolScored] | None:
         """Samples of the initial policy on the first prompts."""
-        return _aligned((None, seed, scored) for seed, pool in self.records.pools.items() for scored in pool).get(None)
+        every = ((None, seed, scored) for seed, pool in self.records.pools.items() for scored in pool)
+        return _aligned(every, self.records).get(None)
 
     @property
     def rows(self) -> tuple[str, ...]:
@@ -260,7 +269,7 @@ class View:
         return int(getattr(settings, "n", 1))
 
     def one_model(self, row: str) -> bool:
-        """An initial policy, or a data set's reply, is the same for every training seed."""
+        """An initial policy, or a data set's reply, is the same for every training seed of a world."""
         return row not in self.methods
 
     def block(self, row: str, decoding: Decoding) -> Block[Evaluated] | None:
@@ -281,6 +290,9 @@ class View:
         """Return why a row has no number for a field of its replies, or None if it has one."""
         if field == "kl" and decoding == "sample" and self.kl_missing is not None:
             return self.kl_missing  # whatever the records hold: older ones have log-ratios of truncated draws there
+        if field == "entropy" and decoding == "sample" and self.kl_missing is not None:
+            top_k = self.experiment.evaluation.top_k
+            return Missing(f"replies were drawn with top-k {top_k}: their log-probs estimate no entropy")
         return unmeasured(field, replies)
 
     @property
@@ -290,9 +302,30 @@ class View:
         return Missing(f"replies were drawn with top-k {top_k}: their log-ratio estimates no KL") if top_k else None
 
     @property
+    def random_units(self) -> str:
+        """Return what the intervals and tests take as random, in words."""
+        if self.experiment.several_worlds:
+            return "worlds"
+        several = len(self.experiment.seeds) > 1
+        return "training seeds and clusters of prompts" if several else "clusters of prompts"
+
+    @property
+    def repetition(self) -> str:
+        """Return what a row is repeated over, in one word."""
+        return "world" if self.experiment.several_worlds else "seed"
+
+    @property
     def trained(self) -> list[str]:
         """The rows that are trained once per seed."""
         return [row for row, settings in self.methods.items() if settings.family != "inference"]
+
+    @property
+    def pooled_rows(self) -> list[str]:
+        """Return the rows over which the variance between seeds, or between worlds, is pooled.
+
+        In each world the initial policies are other models as well.
+        """
+        return [*self.policies, *self.trained] if self.experiment.several_worlds else self.trained
 
     def pooled(self, decoding: Decoding, measure: Measure, other: View | None = None) -> SeedVariance | None:
         """Return the variance between seeds over all trained rows, of ``other`` as well if it is given; None if fewer
@@ -300,12 +333,15 @@ class View:
         key = decoding, measure, other
         if key not in self._pooled:
             views = (self,) if other is None else (self, other)
-            found = [view.values(row, decoding, measure) for view in views for row in view.trained]
-            self._pooled[key] = pool_seed_variance([grid.mean_S for grid in found if isinstance(grid, Grid)])
+            found = [view.values(row, decoding, measure) for view in views for row in view.pooled_rows]
+            self._pooled[key] = pool_grids(found)
         return self._pooled[key]
 
     def clusters(self, prompts: Sequence[str]) -> list[str]:
-        """Return the cluster of each prompt of a block; a prompt without a label is a cluster of its own."""
+        """Return the cluster of each prompt of a block; a prompt without a label is a cluster of its own.
+
+        So is every prompt of a run over several worlds, where a name stands for another prompt in each world.
+        """
         named = self.records.clusters
         return [named.get(prompt.partition("/")[0], prompt) for prompt in prompts]
 
@@ -321,7 +357,10 @@ class View:
         if len(grid.prompts) < 2:
             return Missing("one prompt only: its mean has no interval")
         clusters, rng = self.clusters(grid.prompts), generator("report", *name)
-        return self._once(name, lambda: bootstrap_mean(grid.values_SP, rng=rng, clusters_P=clusters, pooled=pooled))
+        return self._once(
+            name,
+            lambda: bootstrap_mean(grid.values_SP, rng=rng, clusters_P=clusters, pooled=pooled, worlds_S=grid.worlds),
+        )
 
     def difference(self, a: str, b: str, decoding: Decoding, measure: Measure, other: View | None = None) -> Found:
         """Return the mean of row ``a`` minus row ``b`` on the prompts and seeds that both have.
@@ -345,6 +384,13 @@ class View:
         return self._found[key]
 
 
+def pool_grids(found: Iterable[Grid | Missing]) -> SeedVariance | None:
+    """Return the variance between seeds or worlds over the rows that have values; None if fewer than two have one."""
+    grids = [grid for grid in found if isinstance(grid, Grid)]
+    worlds_NS = [grid.worlds for grid in grids if grid.worlds is not None]
+    return pool_seed_variance([grid.mean_S for grid in grids], worlds_NS=worlds_NS or None)
+
+
 def difference_of(
     a: Grid | Missing,
     b: Grid | Missing,
@@ -359,8 +405,9 @@ def difference_of(
     found = pair(a, b)
     if isinstance(found, Missing):
         return found
-    a_SP, b_SP, prompts = found
-    return paired_difference(a_SP, b_SP, clusters_P=clusters(prompts), pooled=pooled)
+    return paired_difference(
+        found.a_SP, found.b_SP, clusters_P=clusters(found.prompts), pooled=pooled, worlds_S=found.worlds
+    )
 
 
 def changed(settings: MethodSettings) -> dict[str, object]:

@@ -10,6 +10,8 @@ from rrhf_bench.errors import nearest
 
 # TOML has lists only; strict mode would refuse them for a tuple.
 Names = Annotated[tuple[str, ...], Field(strict=False)]
+# A switch that is no part of any key while it is off, such as whether code that comes with a model may run.
+Switch = Annotated[bool, Field(exclude_if=lambda on: not on)]
 
 
 class Settings(BaseModel):

@@ -12,7 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self, TypeAlias
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from rrhf_bench.settings.base import Names, Settings
+from rrhf_bench.settings.base import Names, Settings, Switch
 
 Strategy = Literal["sample", "beam", "diverse-beam"]
 Scorer = Literal["reward model", "judge", "file"]
@@ -94,6 +94,7 @@ class CandidateSettings(Settings):
 
     sources: Names = ("model", "chosen", "rejected")  # or "reply", or tables of [sources]
     scored_by: Scorer = "reward model"  # whose scores rank the candidates
+    permute_rewards: Switch = False  # train on the scores permuted within each prompt: a control
 
     @model_validator(mode="after")
     def _once(self) -> Self:
@@ -129,6 +130,10 @@ class SampledCandidates(CandidateSettings):
             )
         if self.reward_kl and not self.refresh:
             raise ValueError("reward_kl: is of online sampling only; set refresh (k of OP-k), or remove it")
+        if self.refresh and self.permute_rewards:
+            raise ValueError(
+                "permute_rewards: is of candidates that are scored before training; remove it, or refresh (k of OP-k)"
+            )
         if self.refresh and self.scored_by != "reward model":
             raise ValueError(
                 f"scored_by: found {self.scored_by!r}; the reward model scores online candidates; remove the key"
@@ -151,14 +156,14 @@ class DiverseBeamCandidates(DiverseBeams, SampledCandidates):
 STRATEGY_KEYS = frozenset(key for samples in STRATEGIES.values() for key in samples.model_fields)
 SAMPLE_KEYS = STRATEGY_KEYS | set(SampledCandidates.model_fields) - set(CandidateSettings.model_fields)
 CANDIDATE_KEYS = SAMPLE_KEYS | set(CandidateSettings.model_fields)
-_OF_RECIPE = CANDIDATE_KEYS - {"scored_by"} | {"recipe"}
+_OF_RECIPE = CANDIDATE_KEYS - {"scored_by", "permute_rewards"} | {"recipe"}
 
 
 def merge(below: Mapping[str, Any], above: Mapping[str, Any], *, row: bool) -> dict[str, Any]:
     """Return one table of candidate keys over another, without what the upper table makes meaningless.
 
-    A recipe replaces all keys below it but ``scored_by``. A strategy drops the keys below that it does not read. In the
-    table of a row, sources without "model" drop all keys below about samples of the model.
+    A recipe replaces all keys below it but those about scores. A strategy drops the keys below that it does not
+    read. In the table of a row, sources without "model" drop all keys below about samples of the model.
     """
     unread: frozenset[str] = frozenset()
     strategy, sources = above.get("strategy"), above.get("sources", below.get("sources"))

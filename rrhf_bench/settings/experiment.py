@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Mapping
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
 from pydantic import (
     AfterValidator,
@@ -22,7 +22,7 @@ from pydantic import (
 from rrhf_bench.errors import nearest
 from rrhf_bench.records import STOP_STRINGS
 from rrhf_bench.registry import METHODS, settings_class
-from rrhf_bench.settings.base import Settings
+from rrhf_bench.settings.base import Settings, Switch
 from rrhf_bench.settings.candidates import (
     RECIPES,
     STRATEGY_KEYS,
@@ -71,9 +71,6 @@ def _borne(name: str) -> str:
 
 Name = Annotated[str, AfterValidator(_borne)]
 ModelName = Annotated[str, AfterValidator(_looked_up)]
-
-# A switch that is no part of any key while it is off, such as whether code that comes with a model may run.
-Switch = Annotated[bool, Field(exclude_if=lambda trusted: not trusted)]
 
 
 class ToySettings(Settings):
@@ -314,6 +311,7 @@ class EvaluationSettings(Settings):
     top_k: Annotated[int, Field(ge=0)] = 0
     max_new_tokens: Positive = 64
     curve_points: Positive = 8
+    curve_kl: Switch = False  # KL of the sampled dev replies at every point; the initial policy stays in memory for it
     pool_prompts: Positive = 100  # the best-of-n curve: prompts, and samples a prompt
     pool_samples: Positive = 32
 
@@ -348,11 +346,21 @@ class RuntimeSettings(Settings):
 Grid = Annotated[tuple[float | int | str | bool, ...], Field(strict=False, min_length=1)]
 
 
+class Repetition(NamedTuple):
+    """One time that an experiment is run: with one training seed, in one embedded world."""
+
+    world: int
+    seed: int
+
+
 class Experiment(Settings):
     """One experiment, complete: every default filled in, every method's inheritance resolved."""
 
     name: Name
     seeds: Annotated[tuple[int, ...], Field(strict=False, min_length=1)] = (0,)
+    # Embedded worlds by number: each has its own corpus, labels, models and prompts, and every seed runs in each.
+    # None: the world of data.seed.
+    worlds: Annotated[tuple[int, ...], Field(strict=False, exclude_if=lambda worlds: not worlds)] = ()
     data: DataSettings = DataSettings()
     policy: PolicySettings = PolicySettings()
     policies: Mapping[Name, PolicySettings] = Field(default_factory=dict)
@@ -374,6 +382,32 @@ class Experiment(Settings):
     claims: Mapping[Name, Claim] = Field(default_factory=dict)
     report: ReportSettings = ReportSettings()
     runtime: RuntimeSettings = RuntimeSettings()
+
+    @property
+    def several_worlds(self) -> bool:
+        return len(self.worlds) > 1
+
+    @property
+    def repetitions(self) -> dict[int, Repetition]:
+        """Return every run of the rows by number.
+
+        The number is the seed; in several worlds it is the world, or of several seeds in each a running number.
+        """
+        every = [Repetition(world, seed) for world in self.worlds or (self.data.seed,) for seed in self.seeds]
+        if not self.several_worlds:
+            return {repetition.seed: repetition for repetition in every}
+        return dict(enumerate(every)) if len(self.seeds) > 1 else {repetition.world: repetition for repetition in every}
+
+    def repetition_words(self, number: int) -> str:
+        """Return the world and the seed of a repetition, as far as the run has several of them."""
+        world, seed = self.repetitions[number]
+        if not self.several_worlds:
+            return f"seed {seed}"
+        return f"world {world}, seed {seed}" if len(self.seeds) > 1 else f"world {world}"
+
+    def in_world(self, world: int) -> Experiment:
+        """Return the experiment in one world."""
+        return self.model_copy(update={"worlds": (), "data": self.data.model_copy(update={"seed": world})})
 
     def initial(self, method: MethodSettings | None) -> PolicySettings:
         """The policy that a row starts from."""

@@ -7,7 +7,6 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from rrhf_bench.schedule import Schedule
 from rrhf_bench.settings.methods import OptimiserSettings, Requirement
 
 Positive = Annotated[float, Field(gt=0.0)]
@@ -22,9 +21,6 @@ class OnPolicySettings(OptimiserSettings):
     requires: ClassVar[frozenset[Requirement]] = frozenset({"sampler", "reward", "reference"})
     greedy: ClassVar[bool] = False  # True: each prompt also gets a greedy reply, which is scored and not trained on
     whole_groups: ClassVar[bool] = False  # True: the loss sees all replies to a prompt together, in order
-
-    schedule: Schedule = "constant"
-    warmup: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
 
     iterations: Count = 14
     rollouts: Annotated[int, Field(ge=2)] = 128  # replies an iteration

@@ -67,6 +67,7 @@ class RewardTrainingSettings(Settings):
     centring: Annotated[float, _unless(0.0, ge=0.0)] = 0.0  # weight of (r_chosen + r_rejected)^2
     # All pairs of so many prompts a step, each reply read once and each prompt counted alike, in place of batch_pairs.
     batch_prompts: Annotated[int | None, _unless(None, ge=1)] = None
+    pairs: Annotated[int | None, _unless(None, ge=1)] = None  # the first so many of the labelled pairs; none: all
     filter: Annotated[PerplexityFilterSettings | None, _unless(None)] = None
     ensemble: Annotated[EnsembleSettings | None, _unless(None)] = None
 

@@ -37,6 +37,7 @@ def contradictions(experiment: Experiment, unread: Collection[str]) -> Iterator[
         yield f"evaluation.pool_prompts: found {evaluation.pool_prompts}; expected at most {evaluation.prompts}"
     if len(set(experiment.seeds)) < len(experiment.seeds):
         yield f"seeds: found {list(experiment.seeds)}; a seed may stand once only"
+    yield from _world_faults(experiment)
     for name, source in experiment.sources.items():
         if name in OWN_SOURCES:
             yield f"sources.{name}: the name is taken; {', '.join(OWN_SOURCES)} need no table"
@@ -64,6 +65,20 @@ def contradictions(experiment: Experiment, unread: Collection[str]) -> Iterator[
             yield f"report.primary: {BOTH_SIDES.format(pair[0])}"
         elif pair in named[:i] or pair[::-1] in named[:i]:
             yield f"report.primary: found {list(pair)} twice; a comparison may stand once only"
+
+
+def _world_faults(experiment: Experiment) -> Iterator[str]:
+    """Yield what is wrong with ``worlds``."""
+    worlds = experiment.worlds
+    if len(set(worlds)) < len(worlds):
+        yield f"worlds: found {list(worlds)}; a world may stand once only"
+    if worlds and experiment.data.source not in WORLDS:
+        yield (
+            f"worlds: found {list(worlds)} with data.source = {experiment.data.source!r}; only the embedded data "
+            f"({', '.join(WORLDS)}) has several worlds; set worlds = [] and repeat with seeds = [0, 1, 2]"
+        )
+    if worlds and experiment.data.seed != type(experiment.data).model_fields["seed"].default:
+        yield f"data.seed: found {experiment.data.seed}, but worlds = {list(worlds)} names them; remove one of the keys"
 
 
 def _tuning_faults(experiment: Experiment, unread: Collection[str]) -> Iterator[str]:
