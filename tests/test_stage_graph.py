@@ -268,7 +268,7 @@ def test_a_row_samples_and_is_measured_from_where_it_starts(write: Write) -> Non
     found = rows_plan(write, f"seeds = [7, 1]\n{policies}{rows}")
     evaluations, models = evaluated(found), trained(found)
     starts = {row: stage.inputs["policy"].name for row, stage in evaluations.items()}
-    of_row = {"from_raw": "raw policy", "raw": "raw policy", "best": "raw policy"}
+    of_row = {"from_raw": "raw policy", "raw": "raw policy", "best_of_4": "raw policy"}
     of_row |= dict.fromkeys(("from_tuned", "tuned_ppo", "tuned"), "train sft, seed 7")  # the first seed's, for all
     of_row |= dict.fromkeys(("base", "sft", "plain"), "policy")
     assert starts == {(row, seed): start for row, start in of_row.items() for seed in (7, 1)}
@@ -277,7 +277,7 @@ def test_a_row_samples_and_is_measured_from_where_it_starts(write: Write) -> Non
         if model.settings["method"]["kind"] == "rrhf":
             assert sampled(model).inputs["policy"].key == evaluations[row].inputs["policy"].key
     assert evaluations["tuned", 1].inputs["policy"].key == models["sft", 7].key != models["sft", 1].key
-    assert {row for row, _ in evaluations} - {row for row, _ in models} == {"base", "raw", "tuned", "best"}
+    assert {row for row, _ in evaluations} - {row for row, _ in models} == {"base", "raw", "tuned", "best_of_4"}
 
 
 def test_policies_that_read_otherwise_shape_the_prompts_and_others_do_not(write: Write) -> None:
