@@ -102,11 +102,12 @@ def run(file: ExperimentFile, override: Overrides = None, runs: Runs = Path("run
 
 def _write_report(records: Any, folder: Path) -> Path:
     from rrhf_bench.replication.sections import SECTIONS
+    from rrhf_bench.report import overoptimization, preference_models
     from rrhf_bench.report.page import write_report
-    from rrhf_bench.report.preference_models import SECTION
 
+    own = (preference_models.SECTION, overoptimization.SECTION)
     with disk_errors(folder):
-        return write_report(records, folder / "report", (SECTION, *SECTIONS))
+        return write_report(records, folder / "report", (*own, *SECTIONS))
 
 
 @app.command()

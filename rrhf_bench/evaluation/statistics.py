@@ -417,6 +417,7 @@ def _over_worlds(
 def _with_interval(found: Estimate) -> Estimate:
     """Return the estimate with the interval and the p (against zero) of its standard error and freedom."""
     assert found.error is not None
+    assert found.freedom is not None
     margin = found.error * float(special.stdtrit(found.freedom, 0.5 + found.level / 2))
     p = min(1.0, 2 * min(found.p_above(0.0), found.p_below(0.0)))
     return replace(found, low=found.value - margin, high=found.value + margin, p=p)
