@@ -41,6 +41,12 @@ class Cost:
     reward_calls: int  # replies that the reward model scored for training
     steps: int  # of the optimiser
     train_peak_mib: float | None  # of its own last train stage; None when it was not measured
+    flops: float | None = None  # an estimate for training (pipeline/costs.py); None when its tokens were not recorded
+
+    @property
+    def tflops(self) -> float | None:
+        """Return the FLOPs in units of 10**12."""
+        return None if self.flops is None else self.flops / 1e12
 
 
 @dataclass(frozen=True)
@@ -89,5 +95,6 @@ class RunRecords:
     costs: Mapping[Row, Cost] = field(default_factory=dict)  # of the rows that train
     failures: Mapping[Row, str] = field(default_factory=dict)  # rows without records: the stage that failed, and why
     tuned: Mapping[str, tuple[Trial, ...]] = field(default_factory=dict)  # by row; the experiment holds what was picked
+    trials: Mapping[str, Cost] = field(default_factory=dict)  # of all trials of a tuned row together
     clusters: Mapping[str, str] = field(default_factory=dict)  # prompt id -> cluster, of the prompts that have one
     reward_models: tuple[JudgedReward, ...] = ()  # by name as in the experiment file, then by seed
