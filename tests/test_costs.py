@@ -119,6 +119,7 @@ class Made:
 
     costs: dict[Row, Cost]
     before: dict[Row, StageCost]
+    trials: dict[str, Cost]
 
     def seed(self, row: str, seed: int = 0) -> tuple[float, int, int]:
         cost = self.costs[row, seed]
@@ -135,7 +136,7 @@ def make_run(folder: Path, toml: str) -> Made:
         with store.new_artifact(stage.key, {}) as artifact:
             _write(stage, artifact)
     opened = run_folder._Run(folder, store, run_folder._run_json(plan, "run"))
-    return Made(*run_folder._costs(opened, experiment, _trained(plan)))
+    return Made(*run_folder._costs(opened, experiment, _trained(plan), {}))
 
 
 def _write(stage: Stage, artifact: Path) -> None:
@@ -145,6 +146,7 @@ def _write(stage: Stage, artifact: Path) -> None:
         seconds, tokens, steps = TRAINED[name]
         timing |= {"train": seconds + 2 * (stage.seed or 0), "curve": [[0.0, 0.0], [1.0, seconds]]}
         sampled = {"sampled_tokens": tokens, "sampled_replies": tokens // TOKENS}
+        sampled |= {"trained_tokens": 50, "forwarded_tokens": 7, "parameters": 10}
         (artifact / "about.json").write_text(json.dumps({**sampled, "steps": steps, "counts": {}}))
     if stage.kind in ("sample", "score", "score pairs", "judge"):
         reply = Response(" x", "model", token_ids=(1,) * TOKENS)
@@ -172,7 +174,7 @@ def test_dp_is_charged_for_its_search_and_scores(made: Made) -> None:
     """Search 8, scores 4, scores of the pairs 2, training 20. Both seeds share the search, and each is charged."""
     assert made.seed("dp") == (34.0, 100, 6)
     assert made.seed("dp", 1) == (36.0, 100, 6)
-    assert made.before["dp", 0] == StageCost(14.0, 100, 1, 2, 0)
+    assert made.before["dp", 0] == StageCost(14.0, 100, 1, 2, 0, 0, 100)
 
 
 def test_rounds_are_summed(made: Made) -> None:
@@ -183,7 +185,7 @@ def test_rounds_are_summed(made: Made) -> None:
     assert made.seed("ip2") == (67.0, 200, 12)
     assert made.seed("ip3") == (101.0, 300, 18)
     assert made.seed("ip3", 1) == (107.0, 300, 18)
-    assert made.before["ip3", 0] == StageCost(79.0, 300, 3, 4, 12)
+    assert made.before["ip3", 0] == StageCost(79.0, 300, 3, 4, 12, 2 * 50, 300 + 2 * 7)
 
 
 def test_rounds_are_summed_where_no_other_row_holds_them(tmp_path: Path) -> None:
@@ -200,7 +202,7 @@ def test_a_row_is_charged_for_the_training_of_its_teacher(made: Made) -> None:
     The judge scores the data set's reply too, so the reward model's scores of the pairs are not charged.
     """
     assert made.seed("wombat") == (110.0, 1200, 22)
-    assert made.before["wombat", 0] == StageCost(95.0, 1200, 12, 9, 16)
+    assert made.before["wombat", 0] == StageCost(95.0, 1200, 12, 9, 16, 50, 300 + 7)
 
 
 def test_an_initial_policy_that_is_a_row_is_given(made: Made) -> None:
@@ -216,6 +218,16 @@ def test_shared_stages_are_charged_to_each_row_and_marked(made: Made) -> None:
     assert shared == {
         "sft": 0.0, "ppo": 70.0, "dp": 34.0, "ip2": 67.0, "ip3": 67.0, "sft_p": 2.0, "two": 8.0, "wombat": 78.0,
     }  # fmt: skip
+
+
+def test_flops_are_six_a_trained_and_two_a_forwarded_token_and_parameter(made: Made) -> None:
+    """A train stage trains on 50 tokens and forwards 7, a sample stage forwards 100; the policy has 10 parameters.
+
+    sft: 10 x (6 x 50 + 2 x 7) = 3140. ip3: three train stages and three searches, 10 x (6 x 150 + 2 x 321) = 15420.
+    """
+    assert made.costs["sft", 0].flops == 3140.0
+    assert made.costs["ip3", 0].flops == 15420.0
+    assert made.costs["ip3", 0].tflops == 15420e-12
 
 
 def test_a_row_that_trains_nothing_has_no_cost(made: Made) -> None:

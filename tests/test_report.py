@@ -22,10 +22,11 @@ from baselines.ppo_settings import PPOSettings
 from baselines.sft_settings import SFTSettings
 from rrhf_bench.errors import StoreError
 from rrhf_bench.evaluation.statistics import Estimate
-from rrhf_bench.pipeline.results import Cost, RunRecords, Timing
+from rrhf_bench.pipeline.results import Cost, RunRecords, Timing, Trial
 from rrhf_bench.pipeline.run_folder import write_metrics
 from rrhf_bench.records import Candidates, CurvePoint, Evaluated, PairScored, PoolScored, Prompt, Response
 from rrhf_bench.replication.sections import SECTIONS
+from rrhf_bench.report.budgets import budgets_table
 from rrhf_bench.report.comparisons import comparisons
 from rrhf_bench.report.findings import standing
 from rrhf_bench.report.page import compared_tables, write_report
@@ -254,6 +255,10 @@ def test_candidates_and_eq7_are_recomputed(records: RunRecords, report: Path) ->
     gaps = [max(c.scores) - rewards[seed, c.prompt] for seed in SEEDS for c in records.test_candidates["rrhf", seed]]
     assert float(eq7["gap, paired"]) == pytest.approx(sum(gaps) / len(gaps), abs=1e-12)
     assert float(eq7["gap, unpaired"]) == pytest.approx(maximum - sum(rewards.values()) / len(rewards), abs=1e-12)
+    base = [r.reward for r in records.evaluated if (r.method, r.decoding) == ("base", "sample")]
+    mean = float(eq7["candidates: mean"])
+    own = (sum(base) / len(base) - mean) / (maximum - mean)
+    assert float(eq7["untrained policy's own share of the way"]) == pytest.approx(own, abs=1e-12)
 
 
 def test_a_planted_difference_is_called_and_equal_methods_are_inside_noise(report: Path) -> None:
@@ -515,7 +520,7 @@ def test_a_single_seed_and_prompts_that_a_seed_lacks(records: RunRecords) -> Non
     some = tuple(r for r in records.evaluated if not (r.method == "rrhf" and r.seed == 1 and r.prompt == lost))
     table = main_table(View(replace(records, evaluated=some)))
     row = next(row for row in table.rows if row[0].value == "rrhf" and row[1].value == "sampled")
-    assert row[14].value == 59
+    assert row[[column.name for column in table.columns].index("prompts")].value == 59
     assert any("rrhf (sampled): 1" in note for note in table.footnotes)
     one = View(replace(records, evaluated=tuple(r for r in records.evaluated if r.seed == 0)))
     found = one.mean("rrhf", "sample", "reward")
@@ -616,3 +621,33 @@ def test_the_rows_table_marks_a_row_whose_rewards_are_permuted(records: RunRecor
     table = rows_table(View(replace(records, experiment=experiment)))
     marked = {row["row"] for row in csv.DictReader(io.StringIO(to_csv(table))) if "permuted" in row["candidates"]}
     assert marked == {"control"}
+
+
+def test_budgets_are_counted_from_settings_costs_and_trials(records: RunRecords) -> None:
+    """sft reads one reply of each of 500 prompts, dpo and rrhf two; ppo none. rrhf was tuned in two trials."""
+    methods = {**records.experiment.methods, "dpo": parse_method("dpo", []), "ip": parse_method("rrhf", IP3)}
+    tuned = {"rrhf": (Trial({"lr": 1e-3}, 0.5, True), Trial({"lr": 1e-2}, None, False))}
+    costs = {**records.costs, ("ip", 0): Cost(1.0, 0.0, 9, 6_000, 7_000, 282, None)}
+    trials = {"rrhf": Cost(90.0, 0.0, 60_000, 2_000, 3_000, 188, None)}
+    experiment = records.experiment.model_copy(update={"methods": methods})
+    table = budgets_table(View(replace(records, experiment=experiment, costs=costs, tuned=tuned, trials=trials)))
+    assert {row[0].value: tuple(cell.value for cell in row[1:]) for row in table.rows} == {
+        "sft": (0.0, 0.0, 500, 94.0, 1, 0, 0, 0, 0),
+        "rrhf": (2000.0, 3000.0, 1000, 94.0, 1, 2, 2000, 3000, 188),
+        "ppo": (1800.0, 1800.0, 0, 224.0, 1, 0, 0, 0, 0),
+        "best_of_n": (0, 0, 0, 0, 0, 0, 0, 0, 0),
+        "dpo": (None, None, 1000, None, 1, 0, 0, 0, 0),
+        "ip": (6000.0, 7000.0, 1000, 282.0, 3, 0, 0, 0, 0),
+    }
+
+
+IP3 = ["candidates.recipe=IP-3"]
+
+
+def test_flops_stand_in_the_table_of_costs_if_all_seeds_have_them(records: RunRecords) -> None:
+    costs = {k: replace(c, flops=(1 + k[1]) * 1e12) if k[0] == "ppo" else c for k, c in records.costs.items()}
+    table = method_costs(View(replace(records, costs=costs)))
+    at = [column.name for column in table.columns].index("training TFLOPs")
+    assert {row[0].value: row[at].value for row in table.rows} == {
+        "sft": None, "rrhf": None, "ppo": 2.0, "best_of_n": None,
+    }  # fmt: skip

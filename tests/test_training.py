@@ -209,6 +209,19 @@ def test_a_loss_of_the_whole_step_does_not_depend_on_its_passes(policy):
     )
 
 
+@pytest.mark.parametrize("batch_prompts", [1, 3])
+def test_trained_tokens_are_those_of_every_example_in_every_epoch(policy, tmp_path, batch_prompts):
+    """A prompt is fed once for its only reply, and of the reply all tokens but the last."""
+    settings = SFTSettings(epochs=2, batch_prompts=batch_prompts)
+    result = OfflineTrainer(SFT(settings), settings).fit(policy, TrainInputs(PAIRS), context(tmp_path))
+    tokenization = policy.tokenization
+    fed = sum(
+        len(tokenization.prompt_ids(pair.prompt)) + len(tokenization.response_ids(pair.chosen, ended=True)) - 1
+        for pair in PAIRS
+    )
+    assert result.trained_tokens == 2 * fed
+
+
 def test_rrhf_trains_towards_the_better_replies(policy, tmp_path):
     log: list = []
     settings = RRHFSettings(epochs=6, lr=3e-3, batch_prompts=4)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from rrhf_bench.pipeline.results import Cost, Row
@@ -31,6 +31,9 @@ class StageCost:
     sampled_replies: int = 0
     reward_calls: int = 0  # replies that the reward model scored
     steps: int = 0  # of the optimiser
+    trained_tokens: int = 0  # fed to the policy with gradients
+    forwarded_tokens: int = 0  # of replies that passed a model without gradients, once for each model
+    parameters: int | None = None  # of the policy of a train stage; None of other stages and where it is not recorded
 
 
 def needed_stages(stages: Stages, trained: str, given: Collection[str]) -> list[str]:
@@ -71,23 +74,36 @@ def sampled_inputs(inputs: Mapping[str, str]) -> Iterable[tuple[str, str]]:
 def total(stages: Iterable[StageCost]) -> StageCost:
     """Return the sum over stages."""
     all_ = list(stages)
-    counts = ("sampled_tokens", "sampled_replies", "reward_calls", "steps")
+    counts = {field.name for field in fields(StageCost)} - {"seconds", "parameters"}
     sums = {name: sum(getattr(stage, name) for stage in all_) for name in counts}
     return StageCost(math.fsum(stage.seconds for stage in all_), **sums)
+
+
+def cost_of(stages: Iterable[StageCost], parameters: int | None, **own: Any) -> Cost:
+    """Return the cost of stages together, with FLOPs for a policy of that many parameters."""
+    whole = total(stages)
+    flops = None
+    if parameters is not None:
+        flops = float(parameters) * (6 * whole.trained_tokens + 2 * whole.forwarded_tokens)
+    shared = {field.name for field in fields(StageCost)} & {field.name for field in fields(Cost)}
+    return Cost(**{name: getattr(whole, name) for name in shared}, flops=flops, **own)
 
 
 def row_costs(
     needed: Mapping[Row, Collection[str]], spent: Mapping[str, StageCost], peaks_mib: Mapping[Row, float | None]
 ) -> dict[Row, Cost]:
-    """Return the cost of each row and seed from the stages that it needs; shared are those that another row needs."""
+    """Return the cost of each row and seed from the stages that it needs, its last train stage first.
+
+    Shared are the stages that another row needs.
+    """
     users: dict[str, set[str]] = defaultdict(set)
     for (row, _), keys in needed.items():
         for key in keys:
             users[key].add(row)
 
     def cost(keys: Collection[str], peak_mib: float | None) -> Cost:
-        whole = total(spent[key] for key in keys)
         shared = math.fsum(spent[key].seconds for key in keys if len(users[key]) > 1)
-        return Cost(**asdict(whole), shared_seconds=shared, train_peak_mib=peak_mib)
+        parameters = spent[next(iter(keys))].parameters
+        return cost_of((spent[key] for key in keys), parameters, shared_seconds=shared, train_peak_mib=peak_mib)
 
     return {row_and_seed: cost(keys, peaks_mib[row_and_seed]) for row_and_seed, keys in needed.items()}

@@ -43,6 +43,12 @@ class Cost:
     reward_calls: int  # replies that the reward model scored for training
     steps: int  # of the optimiser
     train_peak_mib: float | None  # of its own last train stage; None when it was not measured
+    flops: float | None = None  # an estimate for training (pipeline/costs.py); None when its tokens were not recorded
+
+    @property
+    def tflops(self) -> float | None:
+        """Return the FLOPs in units of 10**12."""
+        return None if self.flops is None else self.flops / 1e12
 
 
 @dataclass(frozen=True)
@@ -52,6 +58,7 @@ class Trial:
     changed: Mapping[str, Any]
     reward: float | None  # None: it could not finish
     picked: bool
+    world: int | None = None  # of several
 
 
 @dataclass(frozen=True)
@@ -96,9 +103,11 @@ class RunRecords:
     # By world: what reading and splitting the data left out.
     data_counts: Mapping[int | None, Mapping[str, int]] = field(default_factory=dict)
     judge_counts: Mapping[Row, Mapping[str, int]] = field(default_factory=dict)  # the same of the judge of a row
-    # By row, or by row and world; the experiment holds what was picked if all worlds agree.
+    # By row, of every world; the experiment holds what was picked if all worlds agree.
     tuned: Mapping[str, tuple[Trial, ...]] = field(default_factory=dict)
     prompts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # ids of the "train", "dev", "test" prompts
+    # By row: the cost of all trials of a tuned row together, mean over worlds.
+    trials: Mapping[str, Cost] = field(default_factory=dict)
     clusters: Mapping[str, str] = field(default_factory=dict)  # prompt id -> cluster, of the prompts that have one
     # Names of the test prompts on topics that no method was aligned on, as `place` gives them.
     held_out: frozenset[str] = frozenset()

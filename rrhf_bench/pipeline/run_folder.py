@@ -6,7 +6,7 @@ import hashlib
 import json
 import platform
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from rrhf_bench.errors import StoreError
 from rrhf_bench.jsonl import read_jsonl, read_objects, write_jsonl
 from rrhf_bench.pipeline.candidates import assemble
-from rrhf_bench.pipeline.costs import StageCost, needed_stages, row_costs, sampled_inputs, total
+from rrhf_bench.pipeline.costs import StageCost, cost_of, needed_stages, row_costs, sampled_inputs, total
 from rrhf_bench.pipeline.locks import exclusive_lock
 from rrhf_bench.pipeline.results import (
     FILTER,
@@ -211,6 +211,7 @@ def _load(run: _Run, experiment: Experiment, number: Mapping[int, int], world: i
     pairs: list[PairScored] = []
     trained: dict[Row, str] = {}
     tuned: dict[str, Any] = {}
+    tried: dict[str, list[str]] = {}
     for stage in evaluations:
         row, seed = stage["row"], numbered(stage)
         records = run.records(stage["key"], "evaluated.jsonl", Evaluated)
@@ -222,6 +223,7 @@ def _load(run: _Run, experiment: Experiment, number: Mapping[int, int], world: i
             key = stage["inputs"]["trained"]
             if run.stage(key)["kind"] == "tune":
                 tuned[row] = picked = run.read(key, TUNED)
+                tried[row] = [trial for trial in run.stage(key)["inputs"].values() if run.store.has(trial)]
                 key = run.stage(key)["inputs"][picked["role"]]
             trained[row, seed] = key
     methods = {
@@ -229,7 +231,7 @@ def _load(run: _Run, experiment: Experiment, number: Mapping[int, int], world: i
         for name, method in experiment.methods.items()
     }
     experiment = experiment.model_copy(update={"methods": methods})
-    costs, before = _costs(run, experiment, trained)
+    costs, before, trials = _costs(run, experiment, trained, tried)
     first = run.stage(evaluations[0]["key"])
     prompts = first["inputs"]["prompts"]
     about = run.read(prompts, "about.json")
@@ -278,6 +280,7 @@ def _load(run: _Run, experiment: Experiment, number: Mapping[int, int], world: i
             row: tuple(map(Trial, found["trials"], found["rewards"], (t == found["picked"] for t in found["trials"])))
             for row, found in tuned.items()
         },
+        trials=trials,
         command=run.json["command"],
         environment=_read_json(run.folder / "environment.json"),
         prompts={split: tuple(pair.prompt.id for pair in found) for split, found in splits.items()},
@@ -420,16 +423,26 @@ def _judged_reward(run: _Run, entry: Mapping[str, Any], number: int) -> JudgedRe
 
 
 def _costs(
-    run: _Run, experiment: Experiment, trained: Mapping[Row, str]
-) -> tuple[dict[Row, Cost], dict[Row, StageCost]]:
-    """Return by row what it costs in all, and the part of that before its last train stage, whose key is given."""
+    run: _Run,
+    experiment: Experiment,
+    trained: Mapping[Row, str],
+    tuned: Mapping[str, Sequence[str]],
+) -> tuple[dict[Row, Cost], dict[Row, StageCost], dict[str, Cost]]:
+    """Return by row what it costs in all, the part of that before its last train stage, whose key is given, and what
+    all trials of a tuned row cost together, whose train stages are given."""
     models = {name: getattr(source, "model", None) for name, source in experiment.sources.items()}
     given = {name for name, model in models.items() if model in experiment.policies}
     needed = {row: needed_stages(run.json["stages"], key, given) for row, key in trained.items()}
-    spent = {key: _stage_cost(run, key) for keys in needed.values() for key in keys}
+    tried = {
+        row: list(dict.fromkeys(key for trial in trials for key in needed_stages(run.json["stages"], trial, given)))
+        for row, trials in tuned.items()
+    }
+    spent = {key: _stage_cost(run, key) for keys in (*needed.values(), *tried.values()) for key in keys}
     peaks_mib = {row: run.read(key, TIMING)[STAGE_PEAK] for row, key in trained.items()}
     before = {row: total(spent[key] for key in keys if key != trained[row]) for row, keys in needed.items()}
-    return row_costs(needed, spent, peaks_mib), before
+    own: Any = {"shared_seconds": 0.0, "train_peak_mib": None}
+    trials = {row: cost_of((spent[k] for k in keys), spent[keys[0]].parameters, **own) for row, keys in tried.items()}
+    return row_costs(needed, spent, peaks_mib), before, trials
 
 
 def _stage_cost(run: _Run, key: str) -> StageCost:
@@ -438,10 +451,15 @@ def _stage_cost(run: _Run, key: str) -> StageCost:
     if kind == "train":
         about = run.read(key, "about.json")
         replies = about["sampled_replies"]
-        return StageCost(timing["train"], about["sampled_tokens"], replies, replies, about["steps"])
+        models = {name: about.get(name, 0) for name in ("trained_tokens", "forwarded_tokens")}
+        return StageCost(
+            timing["train"], about["sampled_tokens"], replies, replies, about["steps"], **models,
+            parameters=about.get("parameters"),
+        )  # fmt: skip
     if kind not in ("sample", "score", "score pairs"):
         return StageCost(timing["seconds"])
     responses = [response for group in run.scored(key) for response in group.responses]
     if kind == "sample":
-        return StageCost(timing["seconds"], sum(len(r.token_ids or ()) for r in responses), len(responses))
+        tokens = sum(len(r.token_ids or ()) for r in responses)
+        return StageCost(timing["seconds"], tokens, len(responses), forwarded_tokens=tokens)
     return StageCost(timing["seconds"], reward_calls=len(responses))

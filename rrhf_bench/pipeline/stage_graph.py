@@ -38,7 +38,7 @@ VERSIONS = {
     "judge": 1,
     "score pairs": 1,
     "reference": 1,
-    "train": 10,
+    "train": 11,
     "tune": 1,
     "evaluate": 5,
     "evaluate pairs": 1,

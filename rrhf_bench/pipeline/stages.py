@@ -45,7 +45,7 @@ from rrhf_bench.settings.candidates import STRATEGY_KEYS
 from rrhf_bench.settings.experiment import WORLDS, JudgeTable, ScratchSettings
 from rrhf_bench.settings.methods import MethodSettings, candidates_of
 from rrhf_bench.settings.reward import RewardTrainingSettings
-from rrhf_bench.training.method import TrainContext, TrainInputs
+from rrhf_bench.training.method import TrainContext, TrainInputs, TrainResult
 from rrhf_bench.training.reference import ResponseLogprobs, response_logprobs
 
 
@@ -392,9 +392,28 @@ def train(job: Job) -> None:
     if record.made:
         write_jsonl(job.out / "candidates.jsonl", record.made)
     about: dict[str, Any] = asdict(result)
+    about["parameters"] = sum(parameter.numel() for parameter in policy.model.parameters())
+    about["forwarded_tokens"] = _forwarded_tokens(settings, inputs, policy, result)
     if policy.layout_reason is not None:
         about["padded"] = policy.layout_reason
     job.write_json("about.json", about)
+
+
+def _forwarded_tokens(
+    settings: MethodSettings, inputs: TrainInputs, policy: TransformersPolicy, result: TrainResult
+) -> int:
+    """Return how many tokens of replies passed a model without gradients for this training, once for each model.
+
+    A row that samples while it trains has each of them pass every model that it holds: the policy writes it, the others
+    read it. Other rows have the reward model and the reference read what they train on.
+    """
+    if "sampler" in settings.needs:
+        return result.sampled_tokens * len(settings.models_in_memory())
+    candidates = candidates_of(settings)
+    readers = ("reference" in settings.needs) + (candidates is not None and candidates.scored_by == "reward model")
+    groups = pair_candidates(inputs.preferences) if candidates is None else inputs.candidates
+    replies = [reply for group in groups for reply in group.responses]
+    return readers * sum(len(policy.tokenization.response_ids(r.text, ended=r.ended)) for r in replies)
 
 
 def tune(job: Job) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from itertools import chain
 from typing import Any, TypeVar
 
-from rrhf_bench.pipeline.results import RunRecords
+from rrhf_bench.pipeline.results import Cost, RunRecords
 from rrhf_bench.pipeline.store import content_key
 from rrhf_bench.settings.experiment import Experiment
 
@@ -60,7 +61,13 @@ def merge_worlds(experiment: Experiment, of_world: Mapping[int, RunRecords]) -> 
         environment=first.environment,
         costs=by_row(lambda r: r.costs),
         failures=by_row(lambda r: r.failures),
-        tuned={f"{row}, world {world}": trials for world, r in of_world.items() for row, trials in r.tuned.items()},
+        tuned={
+            row: tuple(replace(trial, world=w) for w, r in of_world.items() for trial in r.tuned.get(row, ()))
+            for row in joined(lambda r: r.tuned)
+        },
+        trials={
+            row: _mean_cost([r.trials[row] for r in every if row in r.trials]) for row in joined(lambda r: r.trials)
+        },
         clusters=joined(lambda r: r.clusters),
         places=places,
         held_out=frozenset(places[world][prompt] for world, r in of_world.items() for prompt in r.held_out),
@@ -77,6 +84,22 @@ def _places(records: RunRecords) -> dict[str, str]:
             own = [prompt for prompt in ids if (prompt in records.held_out) == held_out]
             places.update({prompt: f"{split}{kind} {i}" for i, prompt in enumerate(own)})
     return places
+
+
+def _mean_cost(costs: Sequence[Cost]) -> Cost:
+    """Return the mean of costs; counts are rounded, and the peak is the largest."""
+    n = len(costs)
+    counts = ("sampled_tokens", "sampled_replies", "reward_calls", "steps")
+    seconds = ("seconds", "shared_seconds")
+    peaks = [cost.train_peak_mib for cost in costs if cost.train_peak_mib is not None]
+    flops = [cost.flops for cost in costs if cost.flops is not None]
+    return replace(
+        costs[0],
+        **{name: round(sum(getattr(cost, name) for cost in costs) / n) for name in counts},
+        **{name: sum(getattr(cost, name) for cost in costs) / n for name in seconds},
+        train_peak_mib=max(peaks, default=None),
+        flops=sum(flops) / n if len(flops) == n else None,
+    )
 
 
 def _arena_words(of_world: Mapping[int, RunRecords]) -> dict[str, str]:

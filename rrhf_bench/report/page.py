@@ -14,6 +14,7 @@ from rrhf_bench.errors import StoreError, visible
 from rrhf_bench.evaluation.claims import ClaimResult
 from rrhf_bench.pipeline.results import RunRecords
 from rrhf_bench.records import Evaluated, Prompt
+from rrhf_bench.report.budgets import budgets_table
 from rrhf_bench.report.claims import claim_results, claim_sentences, claims_table, power_words
 from rrhf_bench.report.drawing import Drawn, styled
 from rrhf_bench.report.figures import own_figures, write_figures
@@ -138,6 +139,7 @@ def _tables(
         candidates_table(view),
         features_table(view),
         counts_table(view),
+        budgets_table(view),
         *win_rates_tables(view),
     )
     amended = []

@@ -17,6 +17,7 @@ from matplotlib.axes import Axes
 from rrhf_bench.evaluation.grid import Grid, Missing, pair
 from rrhf_bench.evaluation.statistics import Estimate, Floats, holm, paired_difference
 from rrhf_bench.records import Decoding
+from rrhf_bench.report.budgets import labelled_prompts, mean_cost, spent
 from rrhf_bench.report.drawing import (
     Drawn,
     Made,
@@ -29,7 +30,6 @@ from rrhf_bench.report.drawing import (
 from rrhf_bench.report.section import Part, Sentence
 from rrhf_bench.report.table import DECODING_WORDS, Cell, Column, Table, number
 from rrhf_bench.report.view import BASE, MEASURE_WORDS, Found, Measure, View
-from rrhf_bench.settings.methods import candidates_of
 
 LEAST_KINDS = 5  # of trained methods from one initial policy, from which the report ranks them
 
@@ -163,8 +163,8 @@ def ranking_table(view: View, rows: Sequence[str]) -> Table:
                     *(Cell.of(view.mean(row, decoding, m)) for m in reversed(view.measures)),
                     Cell.of(view.mean(row, "sample", "kl")),
                     Cell.of(view.mean(row, decoding, "tokens")),
-                    *(_spent(view, row, name) for name in ("sampled_replies", "reward_calls")),
-                    Cell(_labelled(view, row)),
+                    *(spent(view, row, name) for name in ("sampled_replies", "reward_calls")),
+                    Cell(labelled_prompts(view, row)),
                     Cell(len(settings.models_in_memory()) if settings else 1),
                 )
             )
@@ -182,23 +182,6 @@ def ranking_table(view: View, rows: Sequence[str]) -> Table:
         "resident while the method trains, by its settings.",
     )
     return Table("ranking", "The methods, ranked", columns, tuple(lines), notes, view.records.arena, group=0)
-
-
-def _spent(view: View, row: str, name: str) -> Cell:
-    """Return the mean over seeds of a cost that training causes: none for what trains nothing."""
-    if row not in view.trained:
-        return Cell(0)
-    found = _cost(view, row, name)
-    return Cell.of(Missing("no cost of this row was recorded") if found is None else found)
-
-
-def _labelled(view: View, row: str) -> int:
-    """Return the number of prompts of which a row trains on the data set's own replies."""
-    if row not in view.trained or view.method(row).family != "offline":
-        return 0
-    candidates = candidates_of(view.methods[row])
-    own = candidates is None or not {"chosen", "rejected", "reply"}.isdisjoint(candidates.sources)
-    return view.experiment.data.train_prompts if own else 0
 
 
 def win_rate(view: View, a: str, b: str, decoding: Decoding, measure: Measure) -> Found:
@@ -300,6 +283,7 @@ COSTS: Mapping[str, str] = {
     "sampled_tokens": "sampled tokens",
     "reward_calls": "reward calls",
     "seconds": "seconds",
+    "tflops": "training TFLOPs (estimate)",
 }
 
 
@@ -312,7 +296,7 @@ def cost_figure(view: View, rows: Sequence[str], measure: Measure) -> Made:
     for ax, (cost, words) in zip(axes.flat, COSTS.items(), strict=False):
         points = {}
         for row in rows:
-            reward, spent = view.mean(row, decoding, measure), _cost(view, row, cost)
+            reward, spent = view.mean(row, decoding, measure), mean_cost(view, row, cost)
             if isinstance(reward, Estimate) and spent is not None:
                 points[row] = (spent, reward)
         if cost == "models":
@@ -342,14 +326,6 @@ def pareto(points: Mapping[str, tuple[float, float]]) -> list[str]:
             front.append(name)
             best = reward
     return front
-
-
-def _cost(view: View, row: str, name: str) -> float | None:
-    """Return the mean over seeds of a cost, or None if it was not recorded."""
-    if name == "models":
-        return float(len(view.methods[row].models_in_memory())) if row in view.methods else None
-    found = [getattr(cost, name) for (other, _), cost in view.records.costs.items() if other == row]
-    return math.fsum(found) / len(found) if found and None not in found else None
 
 
 def _spread(points: Mapping[str, tuple[float, Estimate]]) -> dict[str, tuple[float, Estimate]]:

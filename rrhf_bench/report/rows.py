@@ -42,8 +42,10 @@ def _changed_words(settings: MethodSettings) -> str:
 def tuning_table(view: View) -> Table:
     """Return the tuning trials of each tuned row with their rewards on the dev prompts."""
     decoding = DECODING_WORDS[view.experiment.evaluation.decoding[0]]
+    world: Field[tuple[str, Trial]] = Field("world", lambda line: line[1].world or 0, 0)
     fields: Sequence[Field[tuple[str, Trial]]] = (
         Field("row", lambda line: line[0]),
+        *((world,) if view.experiment.several_worlds else ()),
         Field("trial", lambda line: ", ".join(f"{k} {plain_words(value)}" for k, value in line[1].changed.items())),
         Field(f"dev proxy reward ({decoding})", lambda line: _reward(line[1]), 3),
         Field("picked", lambda line: "yes" if line[1].picked else "no"),

@@ -431,12 +431,24 @@ COST_NOTES = (
     "Train peak MiB: of the row's last train stage alone, the largest of its seeds, since other stages hold other "
     "models. It is the peak resident memory of the process while that stage ran, models and sampling engine that the "
     "process keeps for later stages included; on a GPU it is the peak of what PyTorch allocated there.",
+    "Training TFLOPs, an estimate in units of 10^12: 6 x P x trained tokens + 2 x P x forwarded tokens, P the "
+    "parameters of the policy. Trained: fed to the policy in optimiser steps, prompts included. Forwarded: tokens of "
+    "replies that pass a model without gradients, once for each of policy (sampling), reference, reward and value "
+    "model. Every model counts as one of P parameters, a beam as one sample, and adapters as full training; attention "
+    "is left out.",
     "Models, models in memory: counted from the method's settings, not measured. They are what the algorithm needs "
     "while it trains.",
 )
 _NO_TRAINING = Missing("it trains nothing")
 _AT_INFERENCE = Missing("it trains nothing: its cost is at inference, n samples and n scores a reply")
 _NO_COST = Missing("no cost of this row was recorded")
+
+
+def _tflops(costs: Sequence[Cost]) -> Value:
+    known = [cost.tflops for cost in costs if cost.tflops is not None]
+    if len(known) < len(costs):
+        return Missing("the run's artifacts do not record the tokens that were trained on")
+    return Cell(math.fsum(known) / len(known), seeds=len(known))
 
 
 def method_costs(view: View) -> Table:
@@ -469,6 +481,7 @@ def method_costs(view: View) -> Table:
         Field("sampled replies", mean(lambda cost: cost.sampled_replies), 0),
         Field("reward calls", mean(lambda cost: cost.reward_calls), 0),
         Field("optimiser steps", mean(lambda cost: cost.steps), 0),
+        Field("training TFLOPs", of_costs(_tflops), 2),
         Field("models", lambda row: _models(view, row), 0),
         Field("models in memory", lambda row: ", ".join(view.methods[row].models_in_memory())),
     )

@@ -193,6 +193,7 @@ class TrainResult:
     sampled_tokens: int
     sampled_replies: int = 0  # while training; each was scored once
     counts: Mapping[str, int] = field(default_factory=dict)  # dropped, truncated, tied: for the table's footnote
+    trained_tokens: int = 0  # fed to the policy with gradients, prompts included
 
 
 class Trainer(Protocol):

@@ -60,6 +60,11 @@ class Supply(Protocol):
         ...
 
     @property
+    def trained_tokens(self) -> int:
+        """Tokens fed to the policy in the steps of all examples so far; of fixed examples, of the whole run."""
+        ...
+
+    @property
     def counts(self) -> Mapping[str, int]:
         """Return the counts of responses that were dropped, cut or tied so far."""
         ...
@@ -113,6 +118,8 @@ class FixedExamples:
             own = response_logprobs(policy, unknown, max_length=settings.max_length or sys.maxsize)
             examples = with_reference(examples, inputs.reference | own)
         self.steps = step_count(len(examples), settings)
+        fed = (fed_tokens(policy, example, settings.max_length) for example in examples)
+        self.trained_tokens = settings.epochs * sum(fed)
         self.counts = {
             "examples": len(examples),
             "prompts_too_long": len(made) - len(examples),
@@ -182,7 +189,8 @@ class OfflineTrainer:
                 state = {"step": step + 1, "supply": examples, "optimiser": optimiser.state()}
                 context.checkpoints.offer(state)
         optimiser.close()
-        return TrainResult(total, supply.sampled_tokens, supply.sampled_replies, dict(supply.counts))
+        counts, sampled = dict(supply.counts), (supply.sampled_tokens, supply.sampled_replies)
+        return TrainResult(total, *sampled, counts, supply.trained_tokens)
 
     def accumulate(self, policy: Policy, batch: Sequence[Example]) -> tuple[dict[str, float], float]:
         """Gradients of the summed loss over the batch, in passes of the policy's pass_tokens, whole prompts each; the

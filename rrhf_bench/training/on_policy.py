@@ -93,7 +93,7 @@ class OnPolicyMethod(Protocol):
 class _State:
     """The state of a run, without the policy's weights."""
 
-    _COUNTS: ClassVar = ("iteration", "step", "sampled_tokens", "sampled_replies", "missing_ends")
+    _COUNTS: ClassVar = ("iteration", "step", "sampled_tokens", "sampled_replies", "trained_tokens", "missing_ends")
 
     critic: Critic | None
     optimiser: AdamW
@@ -102,6 +102,7 @@ class _State:
     step: int = 0  # optimiser steps done
     sampled_tokens: int = 0
     sampled_replies: int = 0
+    trained_tokens: int = 0  # fed to the policy in optimiser steps
     missing_ends: int = 0  # rollouts that the length cap cut
 
     def state(self) -> dict[str, Any]:
@@ -168,7 +169,7 @@ class OnPolicyTrainer:
             context.checkpoints.offer({**state.state(), "method": self.method.state()})
         state.optimiser.close()
         counts = {"rollouts": settings.iterations * settings.rollouts, "rollouts_without_end": state.missing_ends}
-        return TrainResult(state.step, state.sampled_tokens, state.sampled_replies, counts)
+        return TrainResult(state.step, state.sampled_tokens, state.sampled_replies, counts, state.trained_tokens)
 
     def sampler(self, policy: Policy, context: TrainContext, clock: Clock | None = None) -> RolloutSampler:
         """Return the sampler of the run's rollouts."""
@@ -267,6 +268,7 @@ class OnPolicyTrainer:
         ratio, deviation = 0.0, 0.0
         for part in rollouts.passes(policy, rows, self._unit):
             batch = rollouts.batch(part)
+            state.trained_tokens += policy.fed_tokens(batch)
             value_BT = None
             if state.critic is None:
                 logp_BT = policy.token_logprobs(batch)

@@ -27,7 +27,7 @@ from rrhf_bench.sampling.sampler import SamplingSpec
 from rrhf_bench.settings.candidates import SampledCandidates
 from rrhf_bench.settings.methods import OfflineSettings, candidates_of
 from rrhf_bench.training.method import Example, LossMethod, TrainContext, TrainInputs
-from rrhf_bench.training.offline import batches, fitting, step_count, tally, with_reference, with_tokens
+from rrhf_bench.training.offline import batches, fed_tokens, fitting, step_count, tally, with_reference, with_tokens
 from rrhf_bench.training.reference import ResponseLogprobs, response_logprobs
 from rrhf_bench.training.rollouts import RolloutSampler, sample_metrics, sampled_tokens
 
@@ -48,6 +48,8 @@ class OnlineExamples:
     could learn nothing from the first refresh; Diverged, with its place, where a reward is not finite, or where no
     response of a step has a token to train on.
     """
+
+    _TOTALS = ("sampled_tokens", "sampled_replies", "trained_tokens")
 
     def __init__(
         self,
@@ -70,7 +72,7 @@ class OnlineExamples:
         given = inputs.candidates or [Candidates(prompt, ()) for prompt in inputs.prompts]
         self.given = fitting(given, policy.tokenization, settings.max_length)
         self.steps = step_count(len(self.given), settings)
-        self.sampled_tokens = self.sampled_replies = 0
+        self.sampled_tokens = self.sampled_replies = self.trained_tokens = 0
         self.counts = Counter(examples=len(self.given), prompts_too_long=len(given) - len(self.given))
         self._first: Sequence[Candidates] = ()  # the groups of the first refresh
         self._refreshes = 0  # to begin with
@@ -81,12 +83,13 @@ class OnlineExamples:
         if self._within:
             return None
         first = [to_json(group) for group in self._first]
-        sampled = {"sampled_tokens": self.sampled_tokens, "sampled_replies": self.sampled_replies}
-        return {**sampled, "counts": dict(self.counts), "first": first}
+        tokens = {name: getattr(self, name) for name in self._TOTALS}
+        return {**tokens, "counts": dict(self.counts), "first": first}
 
     def resume(self, steps: int, state: Mapping[str, Any]) -> None:
         self._refreshes = math.ceil(steps / self.refresh)
-        self.sampled_tokens, self.sampled_replies = state["sampled_tokens"], state["sampled_replies"]
+        for name in self._TOTALS:
+            setattr(self, name, state[name])
         self.counts = Counter(state["counts"])
         self._first = [from_json(Candidates, group, "checkpoint") for group in state["first"]]
 
@@ -144,6 +147,7 @@ class OnlineExamples:
         examples = self._examples([group for group in groups if group.responses])
         if reference is not None and "reference" in self.settings.requires:
             examples = with_reference(examples, reference)
+        self.trained_tokens += sum(fed_tokens(self.policy, e, self.settings.max_length) for e in examples)
         counts = tally(examples, self.policy.tokenization, self.settings.max_length)
         self.counts.update({"refreshes": 1, "groups": len(groups), "responses_empty": empty, **counts})
         self.context.log({"step": done, "refresh": number + 1, "sampled_tokens": self.sampled_tokens, **metrics})
