@@ -1,6 +1,9 @@
 # Every target that needs the environment makes it first: .venv in this folder, set up once and reused while it is right.
 PYTHON ?= python3
 BIN := .venv/bin
+# Python keeps its bytecode, also where the shell says otherwise: without it every process, and each worker of a run,
+# compiles torch, transformers and vLLM again, for 20 s and more.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: help env run smoke test test-slow test-kill gpu-check check
 

@@ -58,3 +58,8 @@ class GRPOSettings(OnPolicySettings):
                 f'aggregation: found "{self.aggregation}" with ratio = "sequence"; expected "sequence", as in GSPO'
             )
         return self
+
+    @property
+    def most_clipped(self) -> float:
+        """Return 1 for the ratio of a sequence: its clip of a few 1e-4 is meant to clip most tokens (2507.18071)."""
+        return 1.0 if self.ratio == "sequence" else super().most_clipped

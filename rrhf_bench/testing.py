@@ -40,7 +40,7 @@ from rrhf_bench.settings.methods import MethodSettings, OfflineSettings, candida
 from rrhf_bench.settings.online import OnPolicySettings
 from rrhf_bench.training.method import Example, MethodBatch, Progress, TrainContext, TrainInputs
 from rrhf_bench.training.offline import OfflineTrainer
-from rrhf_bench.training.reference import response_logprobs
+from rrhf_bench.training.reference import ResponseLogprobs, response_logprobs
 
 PROMPTS = [
     Prompt(f"\n\nHuman: {a} {b}\n\nAssistant:") for a in ("ab", "cd", "abcd") for b in ("dead", "bad", "add", "b")
@@ -158,18 +158,24 @@ def _inputs() -> TrainInputs:
     return TrainInputs(pairs, groups)
 
 
+@cache
+def _reference() -> ResponseLogprobs:
+    """Return the log-probs of all candidates and pairs under the tiny policy."""
+    made = _inputs()
+    pairs = [
+        Candidates(p.prompt, (Response(p.chosen, "chosen"), Response(p.rejected or "", "rejected")))
+        for p in made.preferences
+    ]
+    policy = tiny_policy()
+    table = response_logprobs(policy, made.candidates, max_length=CONTEXT)
+    table |= response_logprobs(policy, pairs, max_length=CONTEXT)
+    return table
+
+
 def inputs_of(settings: MethodSettings) -> TrainInputs:
     """Return what a method is given here: pairs, or candidates if it trains on these, and the reference log-probs."""
     made = _inputs()
-    reference = None
-    if "reference" in settings.requires:
-        pairs = [
-            Candidates(p.prompt, (Response(p.chosen, "chosen"), Response(p.rejected or "", "rejected")))
-            for p in made.preferences
-        ]
-        policy = tiny_policy()
-        reference = response_logprobs(policy, made.candidates, max_length=CONTEXT)
-        reference |= response_logprobs(policy, pairs, max_length=CONTEXT)
+    reference = _reference() if "reference" in settings.requires else None
     return TrainInputs(made.preferences, made.candidates if candidates_of(settings) else (), reference)
 
 
@@ -298,15 +304,14 @@ def is_cut_into_passes(settings: MethodSettings) -> None:
     """A step in several passes has the gradient of the step in one."""
     assert isinstance(settings, OfflineSettings)
     examples = list(_examples(settings, inputs_of(settings)))
+    if "reference" in settings.requires:
+        rows = [Candidates(e.prompt, e.responses) for e in examples]
+        table = response_logprobs(tiny_policy(), rows, max_length=CONTEXT)
+        examples = [replace(e, reference=tuple(table.of(e.prompt, r) for r in e.responses)) for e in examples]
     gradients = []
     for tokens in (100_000, 1, 90):
         policy = tiny_policy()
         policy.pass_tokens = tokens
-        reference = policy.frozen_copy()
-        rows = [Candidates(e.prompt, e.responses) for e in examples]
-        if "reference" in settings.requires:
-            table = response_logprobs(reference, rows, max_length=CONTEXT)
-            examples = [replace(e, reference=tuple(table.of(e.prompt, r) for r in e.responses)) for e in examples]
         with torch.no_grad():
             for parameter in policy.parameters():
                 parameter.mul_(1.05)  # away from the reference

@@ -79,16 +79,19 @@ def test_the_pages_methods_run_to_their_report(folder: Path) -> None:
 
 
 def test_the_pages_method_conforms_and_a_broken_one_does_not(folder: Path) -> None:
+    broken = folder / "broken_methods"
+    broken.mkdir()
+    for path in (folder / "my_methods").glob("*.py"):
+        text = path.read_text(encoding="utf-8").replace("my_methods", "broken_methods")
+        text = text.replace("(chosen_B - ref_chosen_B)", "(ref_chosen_B - chosen_B)")
+        (broken / path.name).write_text(text, encoding="utf-8")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)]), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "my_methods/test_dpo.py"]
+    files = ["my_methods/test_dpo.py", "broken_methods/test_dpo.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "-rA", "-p", "no:cacheprovider", *files]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout
-    source = folder / "my_methods" / "dpo.py"
-    whole = source.read_text(encoding="utf-8")
-    source.write_text(whole.replace("(chosen_B - ref_chosen_B)", "(ref_chosen_B - chosen_B)"), encoding="utf-8")
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
-    source.write_text(whole, encoding="utf-8")
     assert done.returncode == 1
+    outcomes = dict(re.findall(r"^(PASSED|FAILED) (\w+)/", done.stdout, re.M))
+    assert outcomes == {"PASSED": "my_methods", "FAILED": "broken_methods"}, done.stdout
     assert "fails prefers_the_better_reply" in done.stdout
 
 

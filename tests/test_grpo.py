@@ -263,8 +263,11 @@ def test_micro_batches_do_not_change_the_gradient(changes: dict[str, Any]) -> No
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"std": "none", "aggregation": "cap", "lr": 5e-3}, {"ratio": "sequence", "clip_low": 0.02, "clip_high": 0.02}],
-    ids=["grpo", "dr_grpo", "gspo"],
+    [
+        pytest.param({}, id="grpo"),
+        pytest.param({"std": "none", "aggregation": "cap", "lr": 5e-3}, id="dr_grpo", marks=pytest.mark.slow),
+        pytest.param({"ratio": "sequence", "clip_low": 0.02, "clip_high": 0.02}, id="gspo", marks=pytest.mark.slow),
+    ],
 )
 def test_reward_rises(changes: dict[str, Any]) -> None:
     run = Run()

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from baselines.grpo_settings import GRPOSettings
 from rrhf_bench.pipeline.results import RunRecords
 from rrhf_bench.records import Candidates, Prompt, Response
 from rrhf_bench.report.compare_runs import compare_runs
@@ -77,6 +78,13 @@ def test_each_collapse_is_named_and_its_bound_is_sharp(sound: Log, collapsed: Lo
     assert collapses(sound) == []
     (found,) = collapses(collapsed)
     assert words in found
+
+
+def test_a_ratio_of_sequences_is_clipped_by_design() -> None:
+    log = with_value("policy/clipfrac_avg", 0.9, 3)
+    of_tokens = GRPOSettings().most_clipped
+    of_sequences = GRPOSettings(ratio="sequence", clip_low=3e-4, clip_high=4e-4).most_clipped
+    assert (len(collapses(log, of_tokens)), collapses(log, of_sequences)) == (1, [])
 
 
 def test_a_policy_that_never_varied_or_never_ended_has_not_collapsed() -> None:

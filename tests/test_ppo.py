@@ -74,6 +74,7 @@ def test_reward_rises_and_the_run_reports_it() -> None:
     assert set(START) <= set(run.log[0])  # what a report looks at to see a collapse
 
 
+@pytest.mark.slow
 def test_replies_shorten_where_length_is_charged_for() -> None:
     run = Run(lambda text: -float(len(text)))
     made = settings(
@@ -84,8 +85,7 @@ def test_replies_shorten_where_length_is_charged_for() -> None:
     assert run.log[-1]["completions/mean_length"] < 4.0
 
 
-@pytest.mark.parametrize("value", ["head", "separate"])
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize(("value", "temperature"), [("head", 0.7), ("separate", 1.0)])
 def test_every_fresh_rollout_starts_at_ratio_1(value: str, temperature: float, onednn: str) -> None:
     run = Run(stop=("ad",))
     assert (run.policy.onednn_layers > 0) == (onednn == "on")

@@ -299,6 +299,9 @@ def test_stages_of_further_reward_models() -> None:
     pairs_of = {key: own["model"].inputs["data"].key for key, own in found.items()}
     assert pairs_of["filtered", 0] == pairs_of["filtered", 1]
     assert pairs_of["random", 0] != pairs_of["random", 1]
+    filters = [stage for stage in plan.stages if stage.kind == "filter"]
+    assert len(filters) == 3
+    assert len({stage.inputs["perplexities"].key for stage in filters}) == 1
     assert found["filtered", 0]["pool"].inputs["candidates"].key == found["plain", 0]["pool"].inputs["candidates"].key
 
 

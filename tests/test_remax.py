@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
@@ -133,15 +132,6 @@ def test_a_killed_run_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
     found, lines, same = train(settings(iterations=3), tmp_path / "part")
     assert (lines, same) == (log, result)
     assert all(torch.equal(found[key], weights[key]) for key in weights)
-
-
-def test_reward_rises() -> None:
-    run = Run()
-    made = settings(iterations=10, rollouts=48, minibatch=12, lr=5e-3, kl_coefficient=0.01, missing_eos="none")
-    OnPolicyTrainer(ReMax(made), made).fit(run.policy, INPUTS, run.context)
-    rewards = [row["reward/mean"] for row in run.log]
-    # Slower than with a mean as baseline: an untrained model's greedy replies score unlike its samples.
-    assert np.mean(rewards[-2:]) > 2.0 * np.mean(rewards[:2]), rewards
 
 
 def test_settings() -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from rrhf_bench.data.dialogue import Template
 from rrhf_bench.data.preferences import load_pairs
@@ -32,6 +33,8 @@ from rrhf_bench.rewards.perplexity_filter import filter_pairs
 from rrhf_bench.rewards.train_head import Log, RewardTraining, count_steps, train_head
 from rrhf_bench.seeding import generator
 from rrhf_bench.settings.reward import EnsembleSettings, PerplexityFilterSettings, RewardTrainingSettings
+
+NLL = "nll.npy"  # (P, 2), in the artifact of the training pairs' perplexities
 
 
 def train_reward_model(
@@ -73,10 +76,8 @@ def member_loader(services: Services, ref: ModelRef) -> Callable[[str], Any]:
     return lambda source: load_reward(replace(ref, source=source), services.device, services.runtime.score_batch)
 
 
-def keep_pairs(
-    services: Services, policy: ModelRef, pairs: Sequence[Preference], settings: PerplexityFilterSettings, seed: int
-) -> tuple[list[Preference], dict[str, Any]]:
-    """Return (the pairs that pass the filter under this policy, what they were before and after)."""
+def pair_nll(services: Services, policy: ModelRef, pairs: Sequence[Preference]) -> NDArray[np.float64]:
+    """Return (P, 2): the mean negative log-likelihood of a token of each pair's replies under a policy."""
     model = services.fixed_policy(policy)
     rows = [
         (pair.prompt, Response(reply or "", source))
@@ -84,7 +85,13 @@ def keep_pairs(
         for source, reply in (("chosen", pair.chosen), ("rejected", pair.rejected))
     ]
     found = stage_helpers.reply_nll(model, rows, services.runtime.score_batch)
-    nll_P2 = np.array([nll / tokens for nll, tokens in found]).reshape(-1, 2)
+    return np.array([nll / tokens for nll, tokens in found]).reshape(-1, 2)
+
+
+def keep_pairs(
+    pairs: Sequence[Preference], nll_P2: NDArray[np.float64], settings: PerplexityFilterSettings, seed: int
+) -> tuple[list[Preference], dict[str, Any]]:
+    """Return (the pairs that pass the filter, what they were before and after)."""
     return filter_pairs(pairs, nll_P2, settings, generator(seed, "perplexity filter"))
 
 
@@ -112,7 +119,7 @@ def train_from_file(
         folder.mkdir()
         counts = {**read.counts, "refused_by_template": fitted["refused_by_template"]}
         if settings.filter is not None:
-            pairs, about = keep_pairs(steps.services, policy, pairs, settings.filter, seed)
+            pairs, about = keep_pairs(pairs, pair_nll(steps.services, policy, pairs), settings.filter, seed)
             (folder / FILTER).write_text(json.dumps(about, indent=1))
             counts["filtered_out"] = about["before"]["pairs"] - len(pairs)
         total = count_steps(pairs, settings) * (1 if settings.ensemble is None else settings.ensemble.members)
@@ -126,12 +133,18 @@ def train_from_file(
     return replace(result, counts={**counts, **result.counts})
 
 
+def pair_perplexity_stage(job: Job) -> None:
+    """Write the mean negative log-likelihoods of the replies of the training pairs under a policy."""
+    pairs = read_jsonl(job.inputs["data"] / "train.jsonl", Preference)
+    np.save(job.out / NLL, pair_nll(job.services, job.ref(), pairs))
+
+
 def filter_stage(job: Job) -> None:
     """Write the training pairs that pass a filter."""
     s = job.settings
     pairs = read_jsonl(job.inputs["data"] / "train.jsonl", Preference)
     settings = PerplexityFilterSettings.model_validate(s["filter"])
-    kept, about = keep_pairs(job.services, job.ref(), pairs, settings, s["seed"])
+    kept, about = keep_pairs(pairs, np.load(job.inputs["perplexities"] / NLL), settings, s["seed"])
     write_jsonl(job.out / "train.jsonl", kept)
     job.write_json(FILTER, about)
 

@@ -42,6 +42,7 @@ VERSIONS = {
     "tune": 1,
     "evaluate": 5,
     "evaluate pairs": 1,
+    "pair perplexity": 1,
     "filter": 1,
     "ensemble": 1,
 }
@@ -257,6 +258,12 @@ class _Builder:
     def reward_model(self) -> Stage:
         return self._reward_model("reward model", self.experiment.reward_model, self.experiment.data.seed)
 
+    @cached_property
+    def pair_perplexities(self) -> Stage:
+        """Return the stage that computes what all filters read, whatever their seed and options."""
+        inputs = {"data": self.data, "policy": self.policy}
+        return Stage("perplexities of the training pairs", "pair perplexity", {}, inputs, "under policy")
+
     def _reward_model(self, name: str, settings: RewardModelSettings, seed: int) -> Stage:
         if not settings.from_scratch:
             return Stage(name, "reward model", self._given(settings), {}, f"{settings.source}, as it is")
@@ -265,7 +272,8 @@ class _Builder:
             filter_ = training.filter.model_dump(mode="json", exclude_none=True)
             own = {"filter": filter_, "seed": seed if training.filter.keep == "random" else 0}
             size = f"{training.filter.keep}, by perplexity"
-            data = Stage(f"pairs of {name}", "filter", own, {"data": data, "policy": self.policy}, size)
+            inputs = {"data": data, "perplexities": self.pair_perplexities}
+            data = Stage(f"pairs of {name}", "filter", own, inputs, size)
         dump = training.model_dump(mode="json", exclude={"filter", "ensemble"})
         inputs, size = {"data": data, "policy": self.policy}, "Bradley-Terry on the labelled pairs"
         if training.ensemble is None:

@@ -539,6 +539,7 @@ _BODIES = (
 # By kind of stage: the name of the function in words.
 BODIES: dict[str, Callable[[Job], None]] = {
     **{body.__name__.replace("_", " "): body for body in (*_BODIES, evaluate_pairs)},
+    "pair perplexity": preference_models.pair_perplexity_stage,
     "filter": preference_models.filter_stage,
     "ensemble": preference_models.ensemble_stage,
 }

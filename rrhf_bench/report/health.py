@@ -11,6 +11,7 @@ from itertools import chain
 from rrhf_bench.evaluation.metrics import candidate_statistics
 from rrhf_bench.report.table import Table, markdown, number
 from rrhf_bench.report.view import View
+from rrhf_bench.settings.online import MOST_CLIPPED, OnPolicySettings
 
 # Sizes of what was read or made; every other count is of something that was left out, cut or tied.
 SIZES = {
@@ -19,7 +20,6 @@ SIZES = {
 }  # fmt: skip
 
 RATIO = 0.01  # of the mean ratio before the first step of an iteration, which is 1: ten times what bfloat16 rounds to
-CLIPPED = 0.5  # share of tokens: beyond it most of a pass moves nothing, for the step before went too far
 KL = 4.0  # nats a token: the initial policy gives an average token under 2% (exp -4) of what the policy gives it
 SURE = 0.05  # nats a token: an average token is drawn with 95% (exp -0.05), so no two rollouts differ
 VARIED = 0.1  # nats a token, from which falling below SURE is a fall
@@ -28,8 +28,10 @@ ENDLESS = 0.9  # share of rollouts that the length cap cuts: the policy has forg
 EXPLAINED = -1.0  # of the returns' variance: the values' errors vary twice as much as guessing the mean would
 
 
-def collapses(log: Sequence[Mapping[str, float]]) -> list[str]:
+def collapses(log: Sequence[Mapping[str, float]], most_clipped: float = MOST_CLIPPED) -> list[str]:
     """Return the collapses that an online run's metrics show, in words. ``log`` has one mapping an iteration.
+
+    ``most_clipped`` is the largest sound share of clipped tokens.
 
     The ratio and the clip fraction are checked in every iteration, the other metrics in the last one. A metric that was
     not recorded is not checked.
@@ -62,10 +64,10 @@ def collapses(log: Sequence[Mapping[str, float]]) -> list[str]:
             "rollouts and of updates disagree"
         )
     clipped = worst("policy/clipfrac_avg")
-    if clipped and clipped[1] > CLIPPED:
+    if clipped and clipped[1] > most_clipped:
         found.append(
             f"{100 * clipped[1]:.0f}% of the tokens are clipped in iteration {clipped[0]}, more than "
-            f"{100 * CLIPPED:.0f}%: the steps are too large"
+            f"{100 * most_clipped:.0f}%: the steps are too large"
         )
     kl, length = both("objective/kl"), both("completions/mean_length")
     if kl and length and length[1] > 0 and kl[1] / length[1] > KL:
@@ -101,10 +103,13 @@ def health_sentences(view: View) -> Iterator[str]:
     for row in view.failures:
         yield f"**{markdown(row)} failed**: {markdown(view.failed_words(row))}."
     for row in view.trained:
-        if "sampler" in view.methods[row].needs:
+        settings = view.methods[row]
+        if "sampler" in settings.needs:
+            most_clipped = settings.most_clipped if isinstance(settings, OnPolicySettings) else MOST_CLIPPED
             logs = {seed: _rollouts(log) for (name, seed), log in view.records.training.items() if name == row}
-            words = view.experiment.repetition_words
-            parts = [f"{words(n)}: {', '.join(found)}" for n, log in logs.items() if (found := collapses(log))]
+            found = {number: collapses(log, most_clipped) for number, log in logs.items()}
+            name = view.experiment.repetition_words
+            parts = [f"{name(number)}: {', '.join(words)}" for number, words in found.items() if words]
             if parts:
                 yield f"**{markdown(row)} did not train soundly** ({markdown('; '.join(parts))})."
 

@@ -12,6 +12,8 @@ from rrhf_bench.settings.methods import OptimiserSettings, Requirement
 Positive = Annotated[float, Field(gt=0.0)]
 Count = Annotated[int, Field(ge=1)]
 
+MOST_CLIPPED = 0.5  # share of tokens: beyond it most of a pass moves nothing, for the step before went too far
+
 MissingEos = Literal["penalty", "replace", "none"]
 
 
@@ -60,6 +62,11 @@ class OnPolicySettings(OptimiserSettings):
         if faults:
             raise ValueError("; ".join(faults))
         return self
+
+    @property
+    def most_clipped(self) -> float:
+        """Return the share of clipped tokens beyond which the report calls the steps too large."""
+        return MOST_CLIPPED
 
     @property
     def reference_replies(self) -> int:

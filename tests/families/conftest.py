@@ -6,7 +6,7 @@ from collections import defaultdict
 
 import pytest
 
-COSTLY = ("test_vllm", "test_ppo", "test_evaluate")
+COSTLY = ("test_vllm", "test_sft", "test_rrhf", "test_ppo", "test_evaluate")
 WORDS = {"passed": "ok", "failed": "FAILED", "error": "ERROR"}
 
 
