@@ -28,6 +28,7 @@ MIB = 2**20
 
 EXPERIMENT = """
 extends = "{world}"
+worlds = []
 seeds = [0, 1]
 
 [policies.raw]

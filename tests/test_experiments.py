@@ -28,7 +28,8 @@ FILES = (
 )
 
 SMALL = """
-seeds = [0, 1]
+worlds = [0, 1]
+seeds = [0]
 [data]
 train_prompts = 32
 toy = { raw_corpus = 600, corpus = 600, perplexity_corpus = 600, preferences = 600 }

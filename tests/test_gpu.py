@@ -164,7 +164,8 @@ def test_a_cut_of_hh_compare_gpu(device, tmp_path):
     assert done.returncode == 0, done.stderr[-4000:]
     said = json.loads(done.stdout)
     page = (tmp_path / said["report"]).read_text()
-    for row in ("base", "sft", "best_of_n", "rrhf", "rrhf_samples_only", "rrhf_pair_only", "ppo", "chosen", "rejected"):
+    trained = ("sft", "rrhf", "rrhf_official", "rrhf_samples_only", "rrhf_permuted", "ppo")
+    for row in ("base", "best_of_n", *trained, "base_cooler", "chosen", "rejected"):
         assert f"| {row} |" in page
     lines = [json.loads(line) for line in (tmp_path / said["run"] / "metrics.jsonl").read_text().splitlines()]
     ppo = [line for line in lines if line["method"] == "ppo"]
@@ -190,8 +191,9 @@ runtime = {{ device = "{device}", gpu_memory = 0.1 }}
 [methods]
 sft = {{ epochs = 1 }}
 rrhf = {{ epochs = 1 }}
+rrhf_official = {{ epochs = 1 }}
 rrhf_samples_only = {{ epochs = 1 }}
-rrhf_pair_only = {{ epochs = 1 }}
+rrhf_permuted = {{ epochs = 1 }}
 ppo = {{ iterations = 3, rollouts = 32, minibatch = 16, update_epochs = 2 }}
 
 [evaluation]

@@ -329,7 +329,7 @@ def test_a_published_row_without_a_counterpart_says_why() -> None:
 
 def test_another_objective_or_judge_stands_beside_no_published_row() -> None:
     view = view_of("rank_ablation")
-    assert counterparts(view, "Alpaca", "BP") == ["bp"]  # of six that sample so
+    assert counterparts(view, "Alpaca", "BP") == ["bp"]  # of seven that sample so
 
 
 # --- Tables 5 to 8 --------------------------------------------------------------------------------------------------
@@ -338,7 +338,10 @@ def test_another_objective_or_judge_stands_beside_no_published_row() -> None:
 def test_table_6_has_a_line_for_each_published_row_with_ours_in_it() -> None:
     view = view_of("sampling_quality")
     rows = rows_of(sampling_quality(view))
-    assert [row["paper: row"] for row in rows] == [r.name for r in load(TABLE_6)]  # all have a counterpart
+    others = ["dp_official", "p_official", "d_official", "d_permuted", "dp_permuted", "dp_double", "sp_op"]
+    published = [r.name for r in load(TABLE_6)]  # all have a counterpart
+    assert [row["paper: row"] for row in rows] == [*published, *(None for _ in others)]
+    assert [row["this run"] for row in rows[len(published) :]] == others
     by_name = {row["paper: row"]: row for row in rows}
     assert by_name["Alpaca IP-1"]["this run"] == by_name["Alpaca DP"]["this run"] == "dp"
     op = by_name["Alpaca OP-32"]
@@ -389,13 +392,17 @@ def test_table_7_compares_each_weight_with_the_full_objective() -> None:
     rows = rows_of(rank_ablation(view))
     assert [(row["paper: row"], row["this run"], row["weight of ranking"]) for row in rows] == [
         ("Alpaca BP", "bp", 1.0), ("Alpaca BP - L_rank", "bp_no_rank", 0.0), (None, "bp_rank10", 10.0),
-        (None, "bp_rank100", 100.0),
+        (None, "bp_rank100", 100.0), (None, "bp_official", 1.0), (None, "bp_official_no_rank", 0.0),
     ]  # fmt: skip
     assert [row["paper: reward"] for row in rows[:2]] == [-1.03, -1.14]
     assert rows[0]["less full, greedy"] is None
     replies = {(r.method, r.seed, r.prompt): r.reward for r in view.records.evaluated if r.decoding == "sample"}
     gaps = [x - replies["bp", seed, p] for (row, seed, p), x in replies.items() if row == "bp_no_rank"]
     assert rows[1]["less full, sampled"] == pytest.approx(np.mean(gaps), abs=1e-12)
+    gaps = [
+        x - replies["bp_official", seed, p] for (row, seed, p), x in replies.items() if row == "bp_official_no_rank"
+    ]
+    assert rows[5]["less full, sampled"] == pytest.approx(np.mean(gaps), abs=1e-12)  # within its variant
     assert rank_ablation(view_of("main_table")) is None
 
 
@@ -409,7 +416,7 @@ def test_table_8_counts_the_records() -> None:
     assert counted["op"] == ("n", 6.0, 4.0, 4.0, 1)
     assert counted["sft"] == ("fixed 1", 1.0, 0.0, 0.0, 1)
     rows = {row["method"]: row for row in rows_of(samples_a_query(view_of("main_table")))}
-    assert (rows["ppo"]["trained on"], rows["ppo"]["sampled in all"]) == (1.0, 2000 / 500)
+    assert (rows["ppo"]["trained on"], rows["ppo"]["sampled in all"]) == (1.0, 2000 / 300)
     assert (rows["best_of_n"]["trained on"], rows["best_of_n"]["inference"]) == (None, 4)
 
 
@@ -422,8 +429,8 @@ def test_table_10_stands_where_reviews_are_written_and_table_2_does_not() -> Non
     assert found == {
         ("SFT", "none"): "base", ("PPO", "w/o KL penalty"): "ppo", ("NLPO", "w/o KL penalty"): None,
         ("RRHF", "BP"): "bp", ("RRHF", "B"): "b", ("RRHF-OP-128", "w/o KL penalty"): "op",
-        ("PPO", "0.1 KL penalty"): "ppo_kl", ("NLPO", "0.1 KL penalty"): None,
-        ("RRHF-OP-128", "0.1 KL penalty"): "op_kl",
+        ("PPO", "0.1 KL penalty"): "ppo_kl", ("NLPO", "0.1 KL penalty"): "nlpo",
+        ("RRHF-OP-128", "0.1 KL penalty"): "op_kl", (None, None): "bp_official",
     }  # fmt: skip
     row = row_of(table, this_run="op")
     assert (row["samples as"], row["paper: reward"], row["paper: PPL"]) == ("OP-16", 0.99, 32.081)
@@ -452,7 +459,7 @@ def test_each_row_is_compared_with_the_policy_that_it_started_from() -> None:
 def test_of_many_rows_the_best_on_the_dev_prompts_are_compared() -> None:
     view = view_of("ppo_frontier")
     pairs, exploratory = comparison_pairs(view)
-    assert (len(pairs), exploratory) == (18 + 1, [])
+    assert (len(pairs), exploratory) == (21 + 1, [])
     end = {
         row: np.mean(
             [p.rewards for p in view.records.curves if (p.method, p.decoding, p.fraction) == (row, "greedy", 1)]
@@ -474,7 +481,7 @@ def test_of_many_rows_the_best_on_the_dev_prompts_are_compared() -> None:
 def test_many_rows_are_summed_up_in_a_sentence() -> None:
     sentences = findings(view_of("ppo_frontier"))
     (against,) = (s for s in sentences if s.startswith("Against **base** on the proxy reward, greedy"))
-    assert re.search("higher: 1[0-9] rows, from ", against)
+    assert re.search("higher: 21 rows, from ", against)
     assert len(list(learner_sentences(view_of("ppo_frontier")))) == 2  # one a decoding
 
 
@@ -517,9 +524,9 @@ def test_candidates_that_a_judge_scored_are_set_beside_no_reward() -> None:
 
 def test_variants_on_the_same_candidates_are_set_side_by_side() -> None:
     view = view_of("rank_ablation")
-    assert variant_groups(view) == [["bp", "bp_intended", "bp_official"]]
+    assert variant_groups(view) == [["bp", "bp_intended", "bp_official"], ["bp_no_rank", "bp_official_no_rank"]]
     rows = rows_of(variants_table(view))
-    assert [row["variant"] for row in rows] == ["paper", "intended", "official"] * 2
+    assert [row["variant"] for row in rows] == ["paper", "intended", "official"] * 2 + ["paper", "official"] * 2
     for measure in ("reward", "gold", "tokens"):
         values = {
             (r.method, r.seed, r.prompt): getattr(r, measure) for r in view.records.evaluated if r.decoding == "greedy"
@@ -543,7 +550,9 @@ def test_rows_that_sampled_their_own_candidates_are_no_variants_of_each_other() 
     view = view_of("rank_ablation")
     experiment = view.experiment.model_copy(update={"methods": rows})
     assert variant_groups(View(replace(view.records, experiment=experiment))) == []
-    assert variants_table(view_of("main_table")) is None
+    of_policies = [["dp", "dp_official"], ["raw_dp", "raw_dp_official"], ["sft_dp", "sft_dp_official"]]
+    assert variant_groups(view_of("main_table")) == of_policies
+    assert variants_table(view_of("online_sampling")) is None
 
 
 # --- rows, departures and figures -----------------------------------------------------------------------------------
@@ -653,9 +662,12 @@ def test_the_page_has_a_section_where_the_run_has_something_for_it(tmp_path: Pat
     for heading in (*sections, "Reward against distance", "Training candidates"):
         assert f"\n## {heading}\n" in page
     page = page_of(view_of("imdb_sentiment").records, tmp_path / "reviews", SECTIONS)
-    for heading in ("What the bug changed", "The ranking term", "Reward against distance"):
+    assert "\n## What the bug changed\n" in page
+    for heading in ("The ranking term", "Reward against distance"):
         assert f"\n## {heading}\n" not in page
     assert "Film reviews" in page
+    found = {section.title for section in SECTIONS if section.parts(view_of("online_sampling"))}
+    assert found & {*sections, "What the bug changed"} == {"Sampling quality beside the paper"}
 
 
 def test_a_run_without_rrhf_has_a_whole_report_that_names_no_paper(tmp_path: Path) -> None:

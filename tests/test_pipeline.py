@@ -48,6 +48,7 @@ CUTS = [
     f"policy.scratch={TINY}",
     f"perplexity_model.scratch={TINY}",
     "reward_model.training.epochs=1",
+    "reward_model.training.pairs=20",
     "sampling.backend=transformers",
     "sampling.max_new_tokens=24",
     "methods.ppo.iterations=2",
@@ -57,6 +58,7 @@ CUTS = [
     "evaluation.pairs=40",
     "evaluation.dev_prompts=6",
     "evaluation.curve_points=2",
+    "evaluation.curve_kl=true",
     "evaluation.max_new_tokens=24",
     "evaluation.pool_prompts=6",
     "evaluation.pool_samples=6",
@@ -273,6 +275,7 @@ def test_a_row_costs_all_stages_that_it_needs(smoke: Smoke) -> None:
         "rrhf": trained("rrhf") + shared + pairs,
         "rrhf_samples_only": trained("rrhf_samples_only") + shared,
         "rrhf_pair_only": trained("rrhf_pair_only") + pairs,
+        "rrhf_permuted": trained("rrhf_permuted") + shared + pairs,
     }
     assert {row: float(costs[row]["seconds"]) for row in seconds} == pytest.approx(seconds, rel=1e-12)
     assert float(costs["rrhf"]["of these shared"]) == pytest.approx(shared + pairs, rel=1e-12)
@@ -288,6 +291,28 @@ def test_a_row_costs_all_stages_that_it_needs(smoke: Smoke) -> None:
     assert {(point.sampled_tokens, point.step) for point in last} == {
         (records.costs["ppo", 0].sampled_tokens, records.costs["ppo", 0].steps)
     }
+
+
+def test_the_reward_model_is_trained_on_as_many_pairs_as_asked_for(smoke: Smoke) -> None:
+    keys = {stage["name"]: key for key, stage in smoke.json["stages"].items()}
+    counts = json.loads((smoke.store.folder(keys["reward model"]) / "counts.json").read_text())
+    labelled = read_jsonl(smoke.store.folder(keys["data"]) / "train.jsonl", Preference)
+    assert counts["pairs"] == 20 < len(labelled)
+
+
+def test_a_curve_holds_the_kl_of_its_sampled_replies(smoke: Smoke) -> None:
+    points = load_run(smoke.folder).curves
+    assert {point.decoding for point in points} == {"greedy", "sample"}
+    for point in points:
+        if point.decoding == "greedy":
+            assert point.kls is None
+        else:
+            assert point.kls is not None
+            assert len(point.kls) == len(point.rewards) == 6
+            if point.step == 0:
+                assert point.kls == pytest.approx([0.0] * 6, abs=1e-4)  # still the initial policy
+    (end,) = (p for p in points if (p.method, p.decoding, p.fraction) == ("ppo", "sample", 1.0))
+    assert max(map(abs, end.kls or ())) > 1e-3
 
 
 def test_every_number_of_a_row_follows_from_its_records(smoke: Smoke) -> None:
@@ -310,6 +335,7 @@ def test_every_number_of_a_row_follows_from_its_records(smoke: Smoke) -> None:
         "PPL per text": mean(math.exp(reply["nll"] / reply["nll_tokens"]) for reply in replies),
         "NLL per token": mean(reply["nll"] / reply["nll_tokens"] for reply in replies),
         "KL": mean(reply["kl"] for reply in replies),
+        "entropy": mean(reply["entropy"] for reply in replies),
         "length": mean(reply["tokens"] for reply in replies),
         "distinct-2": len(set(bigrams)) / len(bigrams),
         "fake turn": mean(reply["finish"] == "stop" for reply in replies),

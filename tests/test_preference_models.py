@@ -84,6 +84,15 @@ def test_prompts_with_one_pair_make_the_same_batches_as_pairs(llama_folder: Fold
     assert count_steps(pairs(16, of_prompt=4), by_pairs) == 4
 
 
+def test_the_first_pairs_alone_are_trained_on(llama_folder: Folder, tmp_path: Path) -> None:
+    few = RewardTrainingSettings(batch_pairs=4, pairs=8)
+    whole = train_head(llama_folder(0), pairs(16), few, tmp_path / "few", seed=0)
+    assert (whole.steps, whole.counts["pairs"], count_steps(pairs(16), few)) == (2, 8, 2)
+    train_head(llama_folder(0), pairs(8), RewardTrainingSettings(batch_pairs=4), tmp_path / "first", seed=0)
+    one, other = weights(tmp_path / "few"), weights(tmp_path / "first")
+    assert all(np.array_equal(one[name], other[name]) for name in one)
+
+
 def test_margins_push_apart_ties_pull_together_and_centring_holds_the_mean(
     llama_folder: Folder, tmp_path: Path
 ) -> None:
@@ -354,7 +363,9 @@ def test_bins_of_length_hold_each_pair_once_and_show_a_bias() -> None:
     assert sum(of_P.astype(int) for _, _, of_P in bins).tolist() == [1] * len(words)
     assert [(low, high) for low, high, _ in bins] == sorted((low, high) for low, high, _ in bins)
     longer = judged([[1.0 if w > 0 else -1.0 for w in words]], words)  # a model that has learnt length
-    accuracy = [row[3].value for row in report.lengths_table([longer], "x").rows]
+    table = report.lengths_table([longer], "x")
+    assert table is not None
+    accuracy = [row[3].value for row in table.rows]
     assert accuracy[0] == 0.0
     assert accuracy[-1] == 1.0
     assert report.length_bins(np.zeros(5, dtype=int))[0][2].all()  # one bin

@@ -28,6 +28,7 @@ WORLD = Path(__file__).parents[1] / "experiments" / "world.toml"
 EXPERIMENT = f"""
 name = "rounds"
 extends = {json.dumps(str(WORLD))}
+worlds = []
 seeds = [0]
 [data]
 train_prompts = 8

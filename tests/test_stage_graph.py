@@ -77,13 +77,15 @@ TEST_CANDIDATES = "candidates for test prompts (n=2, T=1.0), seed 0"
         ("policy.scratch.raw_epochs=5", {"raw policy"}),
         ("perplexity_model.scratch.lr=1e-3", {"perplexity model"}),
         ("reward_model.training.lr=3e-4", {"reward model"}),
+        ("reward_model.training.pairs=100", {"reward model"}),
         ("data.train_prompts=40", {"prompts"}),
         ("methods.rrhf.lr=5e-4", {"train rrhf, seed 0"}),
-        ("methods.rrhf.candidates.permute_rewards=true", {"train rrhf, seed 0"}),
+        ("methods.rrhf_samples_only.candidates.permute_rewards=true", {"train rrhf_samples_only, seed 0"}),
         ("methods.ppo.kl_coefficient=0.2", {"train ppo, seed 0"}),
         ("methods.best_of_n.n=3", {"evaluate best_of_n, seed 0"}),
         ("evaluation.pool_samples=8", {"best-of-n pool, seed 0"}),
         ("evaluation.curve_points=2", TRAININGS),
+        ("evaluation.curve_kl=true", TRAININGS),
         ("evaluation.prompts=30", {*EVALUATIONS, *PAIR_EVALUATIONS, TEST_CANDIDATES}),
         ("evaluation.temperature=0.9", {*EVALUATIONS, *TRAININGS, "best-of-n pool, seed 0"}),
         ("evaluation.top_k=50", {*EVALUATIONS, *TRAININGS, "best-of-n pool, seed 0"}),
@@ -104,6 +106,7 @@ def test_a_setting_changes_the_keys_of_its_stage_and_of_those_below(override: st
         "runtime.gpu_memory=0.5",
         'report.primary=[["rrhf", "base"]]',
         "methods.rrhf.candidates.permute_rewards=false",
+        "evaluation.curve_kl=false",
     ],
 )
 def test_where_and_under_what_name_it_runs_changes_no_key(override: str) -> None:
@@ -294,18 +297,20 @@ def test_policies_that_read_otherwise_shape_the_prompts_and_others_do_not(write:
 
 
 def test_rows_of_one_recipe_share_candidates_whatever_else_they_change() -> None:
-    ablation = trained(make_plan(load_experiment(ROOT / "experiments" / "rank_ablation.toml")))
-    assert len({sampled(model).key for model in ablation.values()}) == 1  # over 6 rows and 3 seeds
-    assert len({model.key for model in ablation.values()}) == len(ablation) == 18
-    found = make_plan(load_experiment(ROOT / "experiments" / "sampling_quality.toml"))
+    one_world = ["worlds=[]", "seeds=[0, 1, 2]"]
+    ablation = trained(make_plan(load_experiment(ROOT / "experiments" / "rank_ablation.toml", one_world)))
+    assert len({sampled(model).key for model in ablation.values()}) == 1  # over 7 rows and 3 seeds
+    assert len({model.key for model in ablation.values()}) == len(ablation) == 21
+    found = make_plan(load_experiment(ROOT / "experiments" / "sampling_quality.toml", one_world))
     models = trained(found)
     assert sampled(models["d", 0]).key == sampled(models["dp", 1]).key
     assert sampled(models["bp", 0]).key != sampled(models["dp", 0]).key != sampled(models["raw_dp", 0]).key
-    # Three seeds. Of the pool of best-of-n one a seed; two searches (dp = d, bp) of each of three initial policies, on
-    # training and evaluation prompts; the second round of ip2 (= ip3's) and the third of ip3, each seed and both
-    # splits. p samples nothing, the online rows while they train.
-    assert sum(stage.kind == "sample" for stage in found.stages) == 3 * 1 + 3 * 2 * 2 + 2 * 3 * 2
-    assert len({model.key for model in models.values()}) == 3 * (1 + 14)  # sft, and the rows that train on candidates
+    # Three seeds. Of the pool of best-of-n one a seed; two searches (dp = d, whatever the variant and the order of the
+    # rewards, and bp) of each of three initial policies and the wider one of dp_double, on training and evaluation
+    # prompts; the second round of ip2 (= ip3's), the third of ip3 and the draws of sp_op, each seed and both splits. p
+    # samples nothing, the online rows while they train.
+    assert sum(stage.kind == "sample" for stage in found.stages) == 3 * 1 + (3 * 2 + 1) * 2 + 3 * 3 * 2
+    assert len({model.key for model in models.values()}) == 3 * (1 + 21)  # sft, and the rows that train on candidates
 
 
 def test_what_rows_and_policies_are_called_and_what_is_claimed_of_them_changes_no_key(write: Write) -> None:

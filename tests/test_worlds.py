@@ -168,11 +168,21 @@ def same(one: Evaluated, other: Evaluated) -> bool:
 
 
 @pytest.fixture(scope="module")
-def merged(tmp_path_factory: pytest.TempPathFactory) -> RunRecords:
+def one(tmp_path_factory: pytest.TempPathFactory) -> RunRecords:
+    """Return synthetic records with the settings of several worlds."""
     records = synthetic(tmp_path_factory.mktemp("worlds"))
     experiment = records.experiment.model_copy(update={"worlds": tuple(GAINS), "seeds": (0,)})
-    one = replace(records, experiment=experiment)
-    return merge_worlds(experiment, {world: world_of(one, world, world, gain) for world, gain in GAINS.items()})
+    return replace(records, experiment=experiment)
+
+
+@pytest.fixture(scope="module")
+def of_worlds(one: RunRecords) -> dict[int, RunRecords]:
+    return {world: world_of(one, world, world, gain) for world, gain in GAINS.items()}
+
+
+@pytest.fixture(scope="module")
+def merged(one: RunRecords, of_worlds: dict[int, RunRecords]) -> RunRecords:
+    return merge_worlds(one.experiment, of_worlds)
 
 
 def test_the_world_is_the_random_unit_and_prompts_meet_by_place(merged: RunRecords) -> None:
@@ -212,8 +222,9 @@ def test_the_report_of_several_worlds(merged: RunRecords, tmp_path: Path) -> Non
     assert "clusters" not in header
 
 
-def test_a_world_with_other_labels_has_another_arena(merged: RunRecords) -> None:
-    worlds = {world: replace(merged, arena=f"{world}") for world in (1, 2)}
-    other = {**worlds, 2: replace(merged, arena="3")}
-    experiment = merged.experiment.model_copy(update={"worlds": (1, 2)})
-    assert merge_worlds(experiment, worlds).arena != merge_worlds(experiment, other).arena
+def test_a_world_with_other_labels_has_another_arena(
+    one: RunRecords, of_worlds: dict[int, RunRecords], merged: RunRecords
+) -> None:
+    assert merge_worlds(one.experiment, of_worlds).arena == merged.arena
+    other = {**of_worlds, 8: replace(of_worlds[8], arena="labels of another seed")}
+    assert merge_worlds(one.experiment, other).arena != merged.arena

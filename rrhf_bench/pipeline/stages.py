@@ -149,7 +149,6 @@ def reward_model(job: Job) -> None:
     log: list[Mapping[str, float]] = []
     pairs = read_jsonl(job.inputs["data"] / "train.jsonl", Preference)
     settings = RewardTrainingSettings.model_validate(s["training"])
-    pairs = pairs[: settings.pairs]
     steps_in_all = count_steps(pairs, settings)
 
     def note(metrics: Mapping[str, float]) -> None:
@@ -162,7 +161,7 @@ def reward_model(job: Job) -> None:
         job.services, policy, pairs, settings, folder, seed=s["seed"], log=note
     )
     write_jsonl(job.out / "metrics.jsonl", log)
-    job.write_json("counts.json", {"pairs": len(pairs), **result.counts})
+    job.write_json("counts.json", result.counts)
     preference_models.trained_ref(policy, settings).write(job.out)
 
 

@@ -95,15 +95,15 @@ def counterpart(view: View, part: str, setting: str) -> str | Missing:
     return Missing(f"no row of this run that starts from {' or '.join(starts)} {what}")
 
 
-def as_printed(view: View, row: str) -> bool:
-    """Return whether a row has the objective and the scores of the paper."""
+def as_printed(view: View, row: str, *, but: str = "") -> bool:
+    """Return whether a row has the objective and the scores of the paper, one of its weights (``but``) aside."""
     settings = view.methods[row]
     how = candidates_of(settings)
     return (
         view.kind(row) == RRHF
         and how is not None
         and how.scored_by == "reward model"
-        and all(getattr(settings, key) == value for key, value in _AS_PRINTED.items())
+        and all(getattr(settings, key) == value for key, value in _AS_PRINTED.items() if key != but)
     )
 
 

@@ -9,7 +9,7 @@ from rrhf_bench.replication.counterparts import RRHF, part_of, writes_reviews
 from rrhf_bench.report.rows import candidates_words, plain_words, search_words, source_words
 from rrhf_bench.report.table import Cell, Column, Table
 from rrhf_bench.report.view import View
-from rrhf_bench.settings.candidates import ONLINE_KL, REVIEWS_KL
+from rrhf_bench.settings.candidates import ONLINE_KL, REVIEWS_KL, recipe_of
 from rrhf_bench.settings.methods import MethodSettings, candidates_of
 
 
@@ -24,7 +24,7 @@ def departures_table(view: View) -> Table:
         paper = _PARTS[part] if part else "a model tuned on reviews" if writes_reviews(view) else "none"
         rows[f"initial policy: {initial}", paper, source] += view.rows_from(initial) or [initial]
     for row, settings in view.methods.items():
-        kept = _method_settings(settings, view.sampling_policy(row))
+        kept = _method_settings(settings)
         for setting in _of_reviews(kept) if writes_reviews(view) else kept:
             rows[setting].append(row)
     differing = tuple(
@@ -88,9 +88,10 @@ def _of_reviews(settings: Iterable[_Setting]) -> Iterator[_Setting]:
             yield option, paper, here
 
 
-def _method_settings(settings: MethodSettings, policy: str | None) -> Iterator[_Setting]:
-    """Yield the settings of a row that the paper gives. ``policy`` is the paper's sampling policy of the row."""
+def _method_settings(settings: MethodSettings) -> Iterator[_Setting]:
+    """Yield the settings of a row that the paper gives."""
     how = candidates_of(settings)
+    policy = how and recipe_of(how.model_copy(update={"permute_rewards": False}))  # the paper's sampling policy
     samples = how is not None and "model" in how.sources
     for key, paper in _PAPER.get(settings.kind, {}).items():
         of_candidates = how is not None and key in ("n", "sources")

@@ -359,7 +359,8 @@ def rank_ablation(view: View) -> Table | None:
         fields += [reward, _ours(f"less full, {DECODING_WORDS[decoding]}", less, 2, interval=True)]
 
     def beside(row: str) -> PublishedRow | None:
-        setting = {1.0: "BP", 0.0: "BP - L_rank"}.get(weights[row]) if view.sampling_policy(row) == "BP" else None
+        printed = view.sampling_policy(row) == "BP" and as_printed(view, row, but="rank_weight")
+        setting = {1.0: "BP", 0.0: "BP - L_rank"}.get(weights[row]) if printed else None
         return next((r for r in load(TABLE_7) if r.name == f"{part_of(view, row)} {setting}"), None)
 
     ordered = [row for rows in groups for row in sorted(rows, key=lambda row: (row != full[row], weights[row]))]
@@ -471,8 +472,9 @@ def _review_row(view: View, method: str, setting: str) -> str | Missing:
     free = setting.startswith("w/o")
     if method == "SFT":
         return BASE
-    if method == "PPO":
-        found = [r for r in view.rows_from(BASE, PPO) if bool(getattr(view.methods[r], "kl_coefficient", 0.0)) != free]
+    if method in ("PPO", "NLPO"):
+        rows = view.rows_from(BASE, method.lower())
+        found = [row for row in rows if bool(getattr(view.methods[row], "kl_coefficient", 0.0)) != free]
     elif method == "RRHF":
         found = [row for row in printed if view.sampling_policy(row) == setting]
     elif method.startswith("RRHF-OP"):

@@ -155,7 +155,11 @@ def train_head(
 def usable_pairs(
     preferences: Sequence[Preference], settings: RewardTrainingSettings
 ) -> tuple[Sequence[Preference], dict[str, int]]:
-    """Return (the pairs that training reads, counts). A classifier has no ties; ``ties = "drop"`` leaves them out."""
+    """Return (the pairs that training reads, counts): the first ``settings.pairs`` of those given.
+
+    A classifier has no ties; ``ties = "drop"`` leaves them out.
+    """
+    preferences = preferences[: settings.pairs]
     drops = settings.ties == "drop" or settings.objective == "classification"
     used = [pair for pair in preferences if not (drops and pair.tie)]
     ties = sum(pair.tie is True for pair in preferences)
