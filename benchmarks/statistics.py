@@ -292,7 +292,7 @@ COLUMN_WORDS = {
     "false family": "all rows are equal in truth, and at least one comparison of the family gets a verdict.",
     "miss": "the share of 95% intervals, each by itself, that leave out the true difference, which is 0.",
     "power": "the first row is better than all others by the effect; the share of its comparisons that are called so.",
-    "power, known spread": "the same if the variance between seeds were known: the price of estimating it is the rest.",
+    "power, known spread": "the same if the true spread were known: the price of estimating it is the rest.",
     "power alone": "the same if each comparison were the only one: the price of the family is the rest.",
 }
 
