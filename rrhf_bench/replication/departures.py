@@ -91,7 +91,7 @@ def _of_reviews(settings: Iterable[_Setting]) -> Iterator[_Setting]:
 def _method_settings(settings: MethodSettings) -> Iterator[_Setting]:
     """Yield the settings of a row that the paper gives."""
     how = candidates_of(settings)
-    policy = how and recipe_of(how.model_copy(update={"permute_rewards": False}))  # the paper's sampling policy
+    policy = None if how is None else recipe_of(how.model_copy(update={"permute_rewards": False}))
     samples = how is not None and "model" in how.sources
     for key, paper in _PAPER.get(settings.kind, {}).items():
         of_candidates = how is not None and key in ("n", "sources")
