@@ -77,4 +77,5 @@ def _json(c: Comparison) -> dict[str, Any]:
     found: Estimate = c.estimate
     numbers = {"difference": found.value, "low": found.low, "high": found.high, "p": found.p, "p_holm": c.p}
     sizes = {"prompts": found.n, "seeds": found.seeds}
+    sizes |= {} if found.worlds is None else {"worlds": found.worlds}
     return {**head, **numbers, "verdict": c.verdict, "detectable": c.detectable, **sizes}
