@@ -35,7 +35,7 @@ from rrhf_bench.replication.variants import variant_groups, variant_sentences, v
 from rrhf_bench.report.claims import RunEvidence
 from rrhf_bench.report.comparisons import Comparison, comparison_pairs, comparison_words
 from rrhf_bench.report.figures import best_of_n_curve, reward_curves, training_curves
-from rrhf_bench.report.figures import test_reward as forest
+from rrhf_bench.report.forest import test_reward as forest
 from rrhf_bench.report.findings import findings, trades
 from rrhf_bench.report.frontier import frontiers, no_frontier
 from rrhf_bench.report.page import compared_tables

@@ -29,7 +29,6 @@ from rrhf_bench.report.drawing import (
     DPI,
     FREE_COLOURS,
     GREY,
-    LIGHT,
     WIDTH,
     Drawn,
     Made,
@@ -42,10 +41,10 @@ from rrhf_bench.report.drawing import (
     styled,
     thousands,
 )
+from rrhf_bench.report.forest import gains, test_reward
 from rrhf_bench.report.frontier import frontiers
-from rrhf_bench.report.gains import gains
 from rrhf_bench.report.table import DECODING_WORDS
-from rrhf_bench.report.view import BASE, BEST, GIVEN, MEASURE_WORDS, Measure, View
+from rrhf_bench.report.view import BASE, MEASURE_WORDS, Measure, View
 from rrhf_bench.seeding import generator
 
 FEW = 5  # points below which a correlation and its interval say nothing
@@ -86,67 +85,6 @@ def own_figures(view: View) -> Iterator[Made]:
     yield from sampling_quality(view)
     yield from best_of_n_curve(view)
     yield from frontiers(view)
-
-
-# --- test reward ----------------------------------------------------------------------------------------------
-
-
-def test_reward(view: View) -> Iterator[Made]:
-    """Forest plot: every row's mean reward with interval and seeds, both decodings, proxy and gold."""
-    by_policy = [row for initial in view.policies for row in (initial, *view.rows_from(initial))]
-    data_set = [row for row in view.given if row != BEST]  # the best replies are a line
-    rows = [row for row in (*by_policy, *data_set) if any((row, d) in view.blocks for d in view.all_decodings)]
-    if not rows:
-        return
-    measures = view.measures
-    height = (0.34 if len(rows) <= 2 * MANY else 0.24) * len(rows) + 0.95
-    figure, axes = new_panels(1, len(measures), height=height, width=WIDTH if len(measures) > 1 else 4.6)
-    colour = colours(view)
-    for ax, measure in zip(axes[0], measures, strict=True):
-        for y, row in enumerate(rows):
-            for decoding in view.all_decodings:
-                _forest_point(ax, view, row, decoding, measure, y, colour[row])
-        ax.set_yticks(range(len(rows)), [short(row) for row in rows])
-        for y, row in enumerate(rows):  # a rule above each initial policy but the first
-            if y and row in (*view.policies, GIVEN[0]) and len(view.policies) > 1:
-                ax.axhline(y - 0.5, color=LIGHT, linewidth=0.8, zorder=1)
-        if isinstance(best := view.mean(BEST, "given", measure), Estimate):
-            ax.axvline(best.value, color=GREY, linewidth=1.0, linestyle=":", zorder=1)
-        ax.set_ylim(len(rows) - 0.45, -0.55)
-        ax.tick_params(axis="y", length=0)
-        ax.grid(axis="y", visible=False)
-        ax.set_xlabel(f"mean {MEASURE_WORDS[measure]} on the test prompts")
-    for ax in axes[0][1:]:
-        ax.set_yticklabels([])
-    handles = [legend_key(DECODING_WORDS[d], marker="o", filled=d == "greedy") for d in view.decodings]
-    if BEST in view.given:
-        handles.append(Line2D([], [], color=GREY, linestyle=":", label="best reply the world can write"))
-    if any(row in GIVEN for row in rows):
-        handles.append(legend_key("data set's reply", marker="D", filled=True))
-    if any(len(block.seeds) > 1 for block in view.blocks.values()):
-        handles.append(legend_key(f"one {view.repetition}", marker="|", filled=True))
-    legend_above(figure, handles)
-    caption = (
-        f"Mean reward on the held-out prompts, 95% intervals over {view.random_units}; ticks are single "
-        f"{view.repetition}s. Proxy is the reward model that methods optimise"
-        + ("; gold is the world's true reward, on a scale of its own." if "gold" in measures else ".")
-    )
-    if len(view.policies) > 1:
-        caption += " Rows stand below the initial policy that they started from."
-    yield Drawn("test_reward", "Test reward", caption), figure
-
-
-def _forest_point(ax: Axes, view: View, row: str, decoding: Decoding, measure: Measure, y: float, colour: str) -> None:
-    found, values = view.mean(row, decoding, measure), view.values(row, decoding, measure)
-    if isinstance(found, Missing) or isinstance(values, Missing):
-        return
-    y += {"greedy": -0.18, "sample": 0.18}.get(decoding, 0.0) if len(view.decodings) > 1 else 0.0
-    ax.plot([found.low, found.high], [y, y], color=colour, linewidth=1.4, solid_capstyle="butt", zorder=2)
-    if (seeds := len(values.seeds)) > 1:
-        ax.plot(values.mean_S, [y] * seeds, "|", color=colour, markersize=7, markeredgewidth=0.8, zorder=2)
-    marker = "D" if decoding == "given" else "o"
-    face = "white" if decoding == "sample" else colour
-    ax.plot([found.value], [y], marker, color=colour, markerfacecolor=face, markersize=4.5, zorder=3)
 
 
 # --- reward curves --------------------------------------------------------------------------------------------
