@@ -35,8 +35,8 @@ from rrhf_bench.replication.variants import variant_groups, variant_sentences, v
 from rrhf_bench.report.claims import RunEvidence
 from rrhf_bench.report.comparisons import Comparison, comparison_pairs, comparison_words
 from rrhf_bench.report.figures import best_of_n_curve, reward_curves, training_curves
-from rrhf_bench.report.forest import test_reward as forest
 from rrhf_bench.report.findings import findings, trades
+from rrhf_bench.report.forest import test_reward as forest
 from rrhf_bench.report.frontier import frontiers, no_frontier
 from rrhf_bench.report.page import compared_tables
 from rrhf_bench.report.rows import rows_table
@@ -687,7 +687,7 @@ def test_a_run_without_rrhf_has_a_whole_report_that_names_no_paper(tmp_path: Pat
     view = View(without)
     assert [section.title for section in SECTIONS if section.parts(view)] == []
     tables = {table.name for table in compared_tables(view, SECTIONS)}
-    assert tables == {"rows", "main", "differences", "seeds", "features", "counts"}
+    assert tables == {"rows", "main", "differences", "seeds", "features", "counts", "budgets"}
     assert comparison_pairs(view)[0][:1] == [("ppo", "sft")]  # sft is the first trained row
     page = page_of(without, tmp_path / "report", SECTIONS)
     for heading in ("Result", "Differences", "Reward while training", "Best-of-n", "Replies", "Cost"):
