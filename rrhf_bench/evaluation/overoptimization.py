@@ -2,8 +2,8 @@
 
 The gain R of the gold reward over the initial policy is a function of the distance d = sqrt(KL(policy || initial)):
 
-    "best_of_n":  R(d) = d (alpha - beta d),      peak at d* = alpha / (2 beta)
-    "trained":    R(d) = d (alpha - beta log d),  peak at d* = exp(alpha / beta - 1)
+    "quadratic":    R(d) = d (alpha - beta d),      peak at d* = alpha / (2 beta),        for best-of-n
+    "logarithmic":  R(d) = d (alpha - beta log d),  peak at d* = exp(alpha / beta - 1),   for trained policies
 
 Both are linear in alpha and beta, so least squares has one solution. Letters: M measured points. A repetition is a
 world or a training seed with its own points.
@@ -22,7 +22,7 @@ from scipy import special
 from rrhf_bench.errors import DataError
 from rrhf_bench.evaluation.statistics import Floats
 
-Form: TypeAlias = Literal["best_of_n", "trained"]
+Form: TypeAlias = Literal["quadratic", "logarithmic"]
 MIN_POINTS = 3  # two points fix alpha and beta and leave nothing that could contradict the form
 
 
@@ -39,7 +39,7 @@ class Overoptimization:
     """A form fitted to the points of one or more repetitions.
 
     ``alpha`` and ``beta`` are means over repetitions. ``peak`` is d* of these means, None if the gain does not fall
-    again (beta <= 0) or never rises (a best-of-n form with alpha <= 0). ``peak_measured`` tells if d* lies within
+    again (beta <= 0) or never rises (a quadratic form with alpha <= 0). ``peak_measured`` tells if d* lies within
     ``measured``, the smallest and the largest d of the points; a peak beyond them is an extrapolation. ``error`` is the
     root mean square of what the fits leave over, ``method`` says how the intervals were made.
     """
@@ -75,7 +75,7 @@ def fit_overoptimization(
     repetition the intervals come from a bootstrap over its points; they then leave out the variance between
     repetitions, and resamples that do not determine alpha and beta are left out.
 
-    Points need d > 0: both forms are 0 at d = 0, where the slope of the "trained" form is infinite. Raises DataError on
+    Points need d > 0: both forms are 0 at d = 0, where the slope of the "logarithmic" form is infinite. Raises DataError on
     points that are not finite, on a d that is not positive and on fewer than three different d in a repetition.
     """
     if not 0.0 < level < 1.0:
@@ -114,7 +114,7 @@ def predict_peak(form: Form, alpha: float, beta: float) -> float | None:
     """Return the distance d* > 0 at which the form is largest, or None if it has no such maximum."""
     if beta <= 0.0:
         return None
-    if form == "best_of_n":
+    if form == "quadratic":
         return alpha / (2 * beta) if alpha > 0.0 else None
     exponent = alpha / beta - 1
     return float(np.exp(exponent)) if exponent < np.log(np.finfo(np.float64).max) else None
@@ -122,7 +122,7 @@ def predict_peak(form: Form, alpha: float, beta: float) -> float | None:
 
 def _design(form: Form, distance_M: Floats) -> Floats:
     """Return the columns (M, 2) that alpha and beta multiply."""
-    bend_M = distance_M if form == "best_of_n" else np.log(distance_M)
+    bend_M = distance_M if form == "quadratic" else np.log(distance_M)
     return np.stack([distance_M, -distance_M * bend_M], axis=-1)
 
 

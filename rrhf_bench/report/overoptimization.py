@@ -50,7 +50,7 @@ def _best_of_n(view: View) -> Iterator[_Path]:
     for name, of_number in pools.items():
         if all(scored.golds is not None for pool in of_number.values() for scored in pool):
             points = {number: _best_of_n_points(pool) for number, pool in of_number.items()}
-            yield _Path(f"best of n by {name}", "best_of_n", points)
+            yield _Path(f"best of n by {name}", "quadratic", points)
 
 
 def _best_of_n_points(pool: Sequence[PoolScored]) -> tuple[Floats, Floats, Floats]:
@@ -82,7 +82,7 @@ def _trained(view: View) -> Iterator[_Path]:
                 d_M, gold_M, proxy_M = np.array(found, dtype=np.float64).T
                 points[number] = (d_M, gold_M, proxy_M)
         if points:
-            yield _Path(row, "trained", points)
+            yield _Path(row, "logarithmic", points)
 
 
 def _fit_table(view: View, paths: Sequence[_Path], fits: Sequence[Overoptimization | Missing]) -> Table:
@@ -98,7 +98,7 @@ def _fit_table(view: View, paths: Sequence[_Path], fits: Sequence[Overoptimizati
             rows.append((Cell.of(path.name), *[Cell.of(fit)] * (len(columns) - 1)))
             continue
         peak: float | Missing = Missing("the fitted gain does not fall again") if fit.peak is None else fit.peak**2
-        words = {"best_of_n": "d (alpha - beta d)", "trained": "d (alpha - beta log d)"}[fit.form]
+        words = {"quadratic": "d (alpha - beta d)", "logarithmic": "d (alpha - beta log d)"}[fit.form]
         cells = (path.name, words, _cell(fit.alpha), _cell(fit.beta), peak, "yes" if fit.peak_measured else "no",
                  fit.measured[1] ** 2, fit.error, float(fit.points), float(fit.repetitions))  # fmt: skip
         rows.append(tuple(cell if isinstance(cell, Cell) else Cell.of(cell) for cell in cells))
@@ -125,7 +125,7 @@ def _figure(view: View, paths: Sequence[_Path], fits: Sequence[Overoptimization 
     of_row = colours(view)
     handles = []
     for i, (path, fit) in enumerate(zip(paths, fits, strict=True)):
-        column = 0 if path.form == "best_of_n" else 1
+        column = 0 if path.form == "quadratic" else 1
         own = "black" if path.name.endswith(OWN_PROXY) else FREE_COLOURS[i % len(FREE_COLOURS)]
         colour = of_row.get(path.name, own)
         handles.append(legend_key(path.name.removeprefix("best of n by "), colour))
