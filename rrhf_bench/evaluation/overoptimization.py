@@ -75,8 +75,8 @@ def fit_overoptimization(
     repetition the intervals come from a bootstrap over its points; they then leave out the variance between
     repetitions, and resamples that do not determine alpha and beta are left out.
 
-    Points need d > 0: both forms are 0 at d = 0, where the slope of the "logarithmic" form is infinite. Raises DataError on
-    points that are not finite, on a d that is not positive and on fewer than three different d in a repetition.
+    Points need d > 0: both forms are 0 at d = 0, where the slope of the logarithmic form is infinite. Raises DataError
+    on points that are not finite, on a d that is not positive and on fewer than three different d in a repetition.
     """
     if not 0.0 < level < 1.0:
         raise DataError(f"fit_overoptimization: found level {level}; expected a share between 0 and 1, such as 0.95")
