@@ -187,14 +187,16 @@ class View:
 
     @cached_property
     def _ways(self) -> dict[str, list[str]]:
-        """The methods by initial policy, kind and way to come to candidates."""
+        """The methods by initial policy, kind, settings in words (such as a variant) and way to come to candidates."""
         groups: dict[str, list[str]] = defaultdict(list)
         for row in self.methods:
             groups[self._way(row)].append(row)
         return groups
 
     def _way(self, row: str) -> str:
-        return repr((self.initial(row), self.kind(row), candidates_of(self.methods[row])))
+        settings = self.methods[row]
+        words = {key: value for key in type(settings).model_fields if isinstance(value := getattr(settings, key), str)}
+        return repr((self.initial(row), words, candidates_of(settings)))
 
     def same_way(self, row: str) -> list[str]:
         """The rows that differ from this one in hyper-parameters alone, itself among them."""
