@@ -466,7 +466,9 @@ def test_of_many_rows_the_best_on_the_dev_prompts_are_compared() -> None:
         )
         for row in view.methods
     }
-    best = [max(view.rows_from("base", kind), key=lambda row: end[row]) for kind in ("ppo", "rrhf")]
+    # Another variant is another objective, and no row of the same search.
+    rows = {kind: [row for row in view.rows_from("base", kind) if "official" not in row] for kind in ("ppo", "rrhf")}
+    best = [max(rows[kind], key=lambda row: end[row]) for kind in ("ppo", "rrhf")]
     assert pairs[0] == tuple(best)
     curves = [
         replace(p, rewards=(99.0,)) if p.method == "dp_fast_rank10" and p.fraction == 1 else p
