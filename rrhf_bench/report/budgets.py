@@ -32,7 +32,7 @@ def budgets_table(view: View) -> Table:
         Field("labelled replies", lambda row: labelled_replies(view, row), 0),
         Field("optimiser steps", lambda row: spent(view, row, "steps"), 0),
         Field("rounds", lambda row: _rounds(view, row), 0),
-        Field("tuning trials", lambda row: len(view.experiment.trials(row)), 0),
+        Field("tuning trials", lambda row: _trials(view, row), 0),
         Field("sampled replies, trials", in_trials(lambda cost: cost.sampled_replies), 0),
         Field("reward calls, trials", in_trials(lambda cost: cost.reward_calls), 0),
         Field("optimiser steps, trials", in_trials(lambda cost: cost.steps), 0),
@@ -84,6 +84,12 @@ def _own_replies(view: View, row: str) -> int:
     if candidates is None:
         return 2 if isinstance(settings, PairSettings) else 1
     return len({*candidates.sources}.intersection(OWN_REPLIES))
+
+
+def _trials(view: View, row: str) -> int:
+    """Return the number of tuning trials of a row, which each of several worlds has for itself."""
+    trials = view.records.tuned.get(row, ())
+    return sum(trial.world == trials[0].world for trial in trials)
 
 
 def _rounds(view: View, row: str) -> int:

@@ -45,7 +45,7 @@ class Plain:
     def reply_ids(self, messages: Sequence[Message], reply: str) -> list[int]:
         """Return the ids that follow the prompt's in the whole conversation, up to the end of the reply."""
         if self.chat:
-            turns = [{"role": role, "content": text} for role, text in (*messages, ("assistant", reply.strip()))]
+            turns = [{"role": role, "content": text} for role, text in (*messages, ("assistant", reply.lstrip()))]
             text = self.tokenizer.apply_chat_template(turns, tokenize=False).replace(self.aside, "")
             ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         else:
