@@ -96,8 +96,9 @@ def test_scores_are_permuted_within_each_prompt_by_seed_and_prompt_and_all_else_
     assert all(sorted(row.scores) == [0.0, 1.0, 2.0, 2.0] for row in permuted)
     unscored = [[replace(r, score=None) for r in row.responses] for row in permuted]
     assert unscored == [[replace(r, score=None) for r in row.responses] for row in groups]
-    # Each of the four scores comes first in a quarter of the prompts; 2 counts twice. Standard error: 0.06.
-    assert sum(row.scores[0] for row in permuted) / 200 == pytest.approx(1.25, abs=0.25)
+    # Each of the four scores comes first in a quarter of the prompts; 2 counts twice. Three standard errors
+    # of 0.0586 = sqrt(0.6875 / 200).
+    assert sum(row.scores[0] for row in permuted) / 200 == pytest.approx(1.25, abs=0.176)
     assert permute_rewards(groups[50:60], 0) == permuted[50:60]  # whatever else is permuted
     assert permute_rewards(groups, 1) != permuted
 

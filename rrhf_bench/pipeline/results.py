@@ -112,7 +112,7 @@ class RunRecords:
     # Names of the test prompts on topics that no method was aligned on, as `place` gives them.
     held_out: frozenset[str] = frozenset()
     reward_models: tuple[JudgedReward, ...] = ()  # by name as in the experiment file
-    # Of a run over several worlds: the world of each repetition, and by world the place of each prompt id.
+    # These hold the world of each repetition, and by world the place of each prompt id; both are empty for one world.
     worlds: Mapping[int, int] = field(default_factory=dict)
     places: Mapping[int, Mapping[str, str]] = field(default_factory=dict)
 

@@ -153,7 +153,7 @@ def _of_world(world: int | None) -> Callable[[Stage], Stage]:
 class _Builder:
     experiment: Experiment
     backend: Backend
-    # Of the run's first world; its corpus asks about every topic, so one model judges the replies of all worlds.
+    # The perplexity model of the first world judges all worlds, because its corpus asks about every topic.
     shared_perplexity_model: Stage | None = None
     trained: dict[tuple[str, int, int], Stage] = field(default_factory=dict)  # by row, rounds, seed
 

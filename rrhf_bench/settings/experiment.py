@@ -125,8 +125,8 @@ class ScratchSettings(Settings):
     ffn: Positive = 256
     context: Annotated[int, Field(ge=64)] = 512
     epochs: Positive = 3
-    # Of the raw model that "toy" goes on from. One in place of two halves the longest training (224 to 116 s of
-    # processor time on a busy machine); greedily [policy]'s gold reward is then 0.89 in place of 0.97 (one world, 300
+    # The raw model, from which "toy" goes on, reads its text so often. One epoch in place of two halves the longest
+    # training (224 to 116 s of processor time on a busy machine); greedily [policy]'s gold reward is then 0.89 in place of 0.97 (one world, 300
     # prompts, standard error 0.03), and 0.7 in place of 0.3 sentences in 100 replies are garbled.
     raw_epochs: Positive = 1
     batch: Positive = 16

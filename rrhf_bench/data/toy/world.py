@@ -18,7 +18,7 @@ from rrhf_bench.seeding import generator
 
 # Of the 42 different last human turns of each topic, those that only held-out prompts end with.
 HELD_OUT_TURNS = 10
-# Of the 15 topics of each kind, those that no alignment method trains on; of the test prompts, every fourth is on one.
+# No alignment method trains on this many of the 15 topics of each kind. Every fourth test prompt is on one of them.
 HELD_OUT_TOPICS = 4
 HELD_OUT_EVERY = 4
 # Quality of the replies, Beta(a, b). The labelled pairs are somewhat worse than what the initial policy learns from:
