@@ -120,7 +120,7 @@ class RunRecords:
         """Return the name under which the prompts of several repetitions meet: the id, or the place in its world."""
         return self.places[self.worlds[repetition]][prompt] if self.worlds else prompt
 
-    @property
-    def rows_in_order(self) -> list[str]:
-        """Return every row that records may have, in the order of the tables."""
-        return ["base", *self.experiment.policies, *self.experiment.methods, "chosen", "rejected", "best", "reply"]
+
+def rows_in_order(experiment: Experiment) -> list[str]:
+    """Return every row that the records of a run may have, in the order of the tables."""
+    return ["base", *experiment.policies, *experiment.methods, "chosen", "rejected", "reply", "best"]

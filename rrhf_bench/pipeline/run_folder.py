@@ -29,8 +29,9 @@ from rrhf_bench.pipeline.results import (
     RunRecords,
     Timing,
     Trial,
+    rows_in_order,
 )
-from rrhf_bench.pipeline.stage_graph import BEST_ROW, OWN_REPLIES, PAIR_ROWS, Plan, Stage
+from rrhf_bench.pipeline.stage_graph import OWN_REPLIES, Plan, Stage
 from rrhf_bench.pipeline.store import (
     TIMING,
     Store,
@@ -205,7 +206,7 @@ def _load(run: _Run, experiment: Experiment, number: Mapping[int, int], world: i
         for part in ("wanted", "test scores")
     }
     run = replace(run, json={**run.json, **complete})
-    order = ["base", *experiment.policies, *experiment.methods, *PAIR_ROWS, "reply", BEST_ROW]
+    order = rows_in_order(experiment)
     evaluations = sorted(run.wanted("evaluate", "evaluate pairs"), key=lambda stage: order.index(stage["row"]))
     evaluated: list[Evaluated] = []
     pairs: list[PairScored] = []

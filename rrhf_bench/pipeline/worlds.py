@@ -7,7 +7,7 @@ from dataclasses import replace
 from itertools import chain
 from typing import Any, TypeVar
 
-from rrhf_bench.pipeline.results import Cost, RunRecords
+from rrhf_bench.pipeline.results import Cost, RunRecords, rows_in_order
 from rrhf_bench.pipeline.store import content_key
 from rrhf_bench.settings.experiment import Experiment
 
@@ -34,7 +34,7 @@ def merge_worlds(experiment: Experiment, of_world: Mapping[int, RunRecords]) -> 
         return {key: found[key] for key in sorted(found, key=lambda key: place[key[0]])}
 
     places = {world: _places(records) for world, records in of_world.items()}
-    place = {row: i for i, row in enumerate(first.rows_in_order)}
+    place = {row: i for i, row in enumerate(rows_in_order(experiment))}
     methods = first.experiment.methods  # with the settings that tuning has picked
     if any(records.experiment.methods != methods for records in every):
         methods = experiment.methods

@@ -126,8 +126,9 @@ class ScratchSettings(Settings):
     context: Annotated[int, Field(ge=64)] = 512
     epochs: Positive = 3
     # The raw model, from which "toy" goes on, reads its text so often. One epoch in place of two halves the longest
-    # training (224 to 116 s of processor time on a busy machine); greedily [policy]'s gold reward is then 0.89 in place of 0.97 (one world, 300
-    # prompts, standard error 0.03), and 0.7 in place of 0.3 sentences in 100 replies are garbled.
+    # training (224 to 116 s of processor time on a busy machine). Greedily [policy]'s gold reward is then 0.89 in place
+    # of 0.97 (one world, 300 prompts, standard error 0.03), and 0.7 in place of 0.3 sentences in 100 replies are
+    # garbled.
     raw_epochs: Positive = 1
     batch: Positive = 16
     lr: Annotated[float, Field(gt=0)] = 6e-3
