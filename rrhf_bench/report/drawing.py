@@ -19,6 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter
+from scipy.optimize import isotonic_regression
 
 from rrhf_bench.errors import visible
 from rrhf_bench.registry import METHODS
@@ -112,6 +113,28 @@ def legend_above(figure: Figure, handles: Sequence[Line2D]) -> None:
 
     columns = max((k for k in range(1, len(handles) + 1) if total(k) <= figure.get_figwidth()), default=1)
     figure.legend(handles=list(handles), loc="outside upper center", ncols=columns)
+
+
+def names_beside(ax: Axes, points: Sequence[tuple[str, float, float, str]]) -> None:
+    """Write the names of points (name, x, y, colour) in a column right of the panel, joined to their points by lines.
+
+    The names stand in the order of y, each as near to the height of its point as leaves room for the others.
+    """
+    points = sorted(points, key=lambda point: point[2])
+    low, high = ax.get_ylim()
+    wanted = np.array([(y - low) / (high - low) for _, _, y, _ in points])
+    gap = min(0.045, 1 / max(len(points) - 1, 1))  # of the panel's height
+    shift = gap * np.arange(len(points))
+    heights = np.clip(isotonic_regression(wanted - shift).x, 0, 1 - shift[-1]) + shift
+    for (name, x, y, colour), height in zip(points, heights, strict=True):
+        line = {
+            "arrowstyle": "-", "linewidth": 0.4, "color": colour, "alpha": 0.5, "shrinkA": 0, "shrinkB": 2,
+            "relpos": (0, 0.5),
+        }  # fmt: skip
+        ax.annotate(
+            name, (x, y), (1.03, height), textcoords="axes fraction", arrowprops=line, fontsize=5, color="#303030",
+            va="center", annotation_clip=False,
+        )  # fmt: skip
 
 
 def legend_key(words: str, colour: str = GREY, marker: str = "", filled: bool = True) -> Line2D:

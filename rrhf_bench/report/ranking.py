@@ -23,6 +23,7 @@ from rrhf_bench.report.drawing import (
     Made,
     colours,
     kl_axis,
+    names_beside,
     new_panels,
     short,
     thousands,
@@ -339,7 +340,7 @@ def _spread(points: Mapping[str, tuple[float, Estimate]]) -> dict[str, tuple[flo
 
 
 def _scatter(ax: Axes, view: View, points: Mapping[str, tuple[float, Estimate]]) -> None:
-    """Draw a point for each row with the interval of its reward and its name beside it.
+    """Draw a point for each row with the interval of its reward, and its name beside the panel.
 
     A row far below the others stands at the lower edge with its reward, so that the others can be told apart.
     """
@@ -348,6 +349,7 @@ def _scatter(ax: Axes, view: View, points: Mapping[str, tuple[float, Estimate]])
         return
     low, high = np.quantile([reward.value for _, reward in points.values()], [0.25, 0.75])
     least = low - FAR * (high - low)
+    drawn = []
     for row, (x, reward) in points.items():
         marker = view.method(row).marker if row in view.methods else "P"
         y, words = reward.value, short(row)
@@ -357,10 +359,8 @@ def _scatter(ax: Axes, view: View, points: Mapping[str, tuple[float, Estimate]])
             error: Floats = np.array([[reward.value - max(reward.low, least)], [reward.high - reward.value]])
             ax.errorbar([x], [y], error, color=found[row], linewidth=0.5, alpha=0.9)
         ax.plot([x], [y], marker, color=found[row], markersize=4)
-        ax.annotate(
-            words, (x, y), (3, 2) if y > least else (-3, 2), textcoords="offset points", fontsize=5, color="#303030",
-            ha="left" if y > least else "right", in_layout=False,
-        )  # fmt: skip
+        drawn.append((words, x, y, found[row]))
+    names_beside(ax, drawn)
 
 
 FAR = 4.0  # interquartile ranges below the lower quartile
