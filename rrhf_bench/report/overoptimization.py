@@ -11,12 +11,13 @@ from dataclasses import dataclass
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
 
 from rrhf_bench.errors import DataError
 from rrhf_bench.evaluation.overoptimization import Form, Overoptimization, Parameter, fit_overoptimization
 from rrhf_bench.evaluation.statistics import Floats, best_of_n_kl, expected_best_of_n
 from rrhf_bench.records import PoolScored
-from rrhf_bench.report.drawing import FREE_COLOURS, GREY, Drawn, Made, colours, legend_above, legend_key, new_panels
+from rrhf_bench.report.drawing import FREE_COLOURS, GREY, Drawn, Made, colours, legend_key, new_panels
 from rrhf_bench.report.section import Part, Section, Sentence
 from rrhf_bench.report.table import Cell, Column, Missing, Table
 from rrhf_bench.report.view import View
@@ -123,12 +124,13 @@ def _figure(view: View, paths: Sequence[_Path], fits: Sequence[Overoptimization 
     """Draw gold and proxy gains against sqrt(KL), best-of-n on the left and the trained rows on the right."""
     figure, axes = new_panels(2, 2, height=5.0, sharex="col", sharey="row")
     of_row = colours(view)
-    handles = []
+    # Each side has a legend of its own: a colour may stand for a proxy on the left and for a row on the right.
+    keys: tuple[list[Line2D], list[Line2D]] = ([], [])
     for i, (path, fit) in enumerate(zip(paths, fits, strict=True)):
         column = 0 if path.form == "quadratic" else 1
         own = "black" if path.name.endswith(OWN_PROXY) else FREE_COLOURS[i % len(FREE_COLOURS)]
         colour = of_row.get(path.name, own)
-        handles.append(legend_key(path.name.removeprefix("best of n by "), colour))
+        keys[column].append(legend_key(path.name.removeprefix("best of n by "), colour))
         for d_M, gold_M, proxy_M in path.points.values():
             for ax, gain_M in ((axes[0][column], gold_M), (axes[1][column], proxy_M)):
                 ax.plot(d_M, gain_M, "o", color=colour, markersize=2.5, alpha=0.6)
@@ -137,16 +139,17 @@ def _figure(view: View, paths: Sequence[_Path], fits: Sequence[Overoptimization 
             axes[0][column].plot(at, fit.gain(at), color=colour)
     for ax, name in ((axes[0][0], "gold gain"), (axes[1][0], "proxy gain")):
         ax.set_ylabel(name)
-    for ax, title in zip(axes[0], ("best of n", "while training"), strict=True):
+    for ax, title, handles in zip(axes[0], ("best of n by", "while training"), keys, strict=True):
         ax.set_title(title)
+        ax.legend(handles=handles, fontsize=6.5)
     for ax in axes[1]:
         _distance_axis(ax)
     for ax in axes.flat:
         ax.axhline(0.0, color=GREY, linewidth=0.8, linestyle=":")
-    legend_above(figure, handles)
     caption = (
         f"Gains in gold (above) and proxy reward (below) over the initial policy. A point is one {view.repetition} and "
-        "one n, or one point of a training curve; lines are the fitted forms of the gold gain."
+        "one n, or one point of a training curve; lines are the fitted forms of the gold gain. Each proxy has a scale of "
+        "its own."
     )
     return Drawn("overoptimization", "Gold and proxy reward against distance", caption), figure
 
