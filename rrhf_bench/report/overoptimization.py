@@ -148,8 +148,8 @@ def _figure(view: View, paths: Sequence[_Path], fits: Sequence[Overoptimization 
         ax.axhline(0.0, color=GREY, linewidth=0.8, linestyle=":")
     caption = (
         f"Gains in gold (above) and proxy reward (below) over the initial policy. A point is one {view.repetition} and "
-        "one n, or one point of a training curve; lines are the fitted forms of the gold gain. Each proxy has a scale of "
-        "its own."
+        "one n, or one point of a training curve; lines are the fitted forms of the gold gain. Each proxy has its own "
+        "scale."
     )
     return Drawn("overoptimization", "Gold and proxy reward against distance", caption), figure
 
