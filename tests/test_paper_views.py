@@ -506,10 +506,10 @@ def test_many_trades_are_told_in_a_sentence_a_decoding() -> None:
     rows = [f"row{i}" for i in range(9)]
     many = [c for decoding in ("greedy", "sample") for row in rows for c in trade(row, decoding)]
     assert [sentence.split(":")[0] for sentence in trades(many)] == [
-        f"**9 rows over-optimise the proxy** ({way})" for way in ("greedy", "sampled")
+        f"**9 rows trade gold for proxy reward** ({way})" for way in ("greedy", "sampled")
     ]
     assert all(sentence.endswith(f": {', '.join(rows)}.") for sentence in trades(many))
-    assert [s.split(" over-")[0] for s in trades(many[:4])] == ["**row0", "**row1"]
+    assert [s.split(" trades")[0] for s in trades(many[:4])] == ["**row0", "**row1"]
     assert not list(trades([replace(c, p=None) for c in many]))  # exploratory comparisons have no verdict
 
 

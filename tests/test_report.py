@@ -278,7 +278,7 @@ def test_a_planted_difference_is_called_and_equal_methods_are_inside_noise(repor
     row = row_of(table, comparison="ppo - rrhf", decoding="sampled", reward="proxy")
     assert float(row["p (Holm)"]) >= float(row["p"])
     page = (report / "report.md").read_text(encoding="utf-8")
-    assert "**ppo over-optimises the proxy** (sampled)" in page
+    assert "**ppo trades gold for proxy reward** (sampled)" in page
 
 
 def named_primary(records: RunRecords, *pairs: tuple[str, str]) -> View:

@@ -117,13 +117,13 @@ def trades(compared: Sequence[Comparison]) -> Iterator[str]:
         for decoding in dict.fromkeys(decoding for _, decoding in beaten):
             some = [markdown(a) for a, where in beaten if where == decoding]
             yield (
-                f"**{len(some)} rows over-optimise the proxy** ({DECODING_WORDS[decoding]}): each is higher than "
+                f"**{len(some)} rows trade gold for proxy reward** ({DECODING_WORDS[decoding]}): each is higher than "
                 f"another row on the proxy and lower on gold: {', '.join(some)}."
             )
         return
     for (a, decoding), rows in beaten.items():
         yield (
-            f"**{markdown(a)} over-optimises the proxy** ({DECODING_WORDS[decoding]}): it is higher than "
+            f"**{markdown(a)} trades gold for proxy reward** ({DECODING_WORDS[decoding]}): it is higher than "
             f"{markdown(' and '.join(rows))} on the proxy and lower on gold."
         )
 
