@@ -8,13 +8,13 @@ import multiprocessing
 import os
 import platform
 import re
-import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 from unittest.mock import patch
@@ -30,7 +30,6 @@ from rrhf_bench.pipeline.run_folder import environment as versions
 
 T = TypeVar("T")
 K = TypeVar("K", bound=Hashable)
-ROOT = Path(__file__).parents[1]
 
 # glibc in a process whose memory is measured: one arena, and every tensor of 64 KiB or more mapped on its own, so that
 # what is freed goes back to the system at once and the resident set is what is alive. It costs time: such a process is
@@ -68,8 +67,8 @@ def spread(values: Sequence[float]) -> Spread:
     """Return median and quartiles (linear interpolation). Raises ValueError for no values."""
     if not values:
         raise ValueError("no rounds were measured")
-    low, high = np.quantile(values, (0.25, 0.75))
-    return Spread(statistics.median(values), float(low), float(high))
+    low, median, high = np.quantile(values, (0.25, 0.5, 0.75)).tolist()
+    return Spread(median, low, high)
 
 
 def ratios(numerator: Sequence[float], denominator: Sequence[float]) -> Spread:
@@ -87,21 +86,19 @@ def order(sides: Sequence[T], round_: int) -> list[T]:
     return turned[::-1] if round_ % 2 else turned
 
 
-def measure_rounds(
-    sides: Mapping[K, Side], rounds: int, *, progress: Callable[[str], None] = lambda words: None
-) -> dict[K, list[float]]:
+def measure_rounds(name: str, sides: Mapping[K, Side], rounds: int) -> dict[K, list[float]]:
     """Return the seconds of every side, one number a round, after a round that does not count."""
-    seconds: dict[K, list[float]] = {name: [] for name in sides}
+    seconds: dict[K, list[float]] = {side: [] for side in sides}
     gc.collect()
     gc.freeze()  # what is there stays: collecting what a run leaves behind is quick then
     try:
         for round_ in range(-1, rounds):
-            progress("warm-up" if round_ < 0 else f"round {round_ + 1} of {rounds}")
-            for name in order(list(sides), round_):
-                sides[name].prepare()
-                took = timed(sides[name].run)
+            say(f"{name}: {'warm-up' if round_ < 0 else f'round {round_ + 1} of {rounds}'}")
+            for side in order(list(sides), round_):
+                sides[side].prepare()
+                took = timed(sides[side].run)
                 if round_ >= 0:
-                    seconds[name].append(took)
+                    seconds[side].append(took)
     finally:
         gc.unfreeze()
     return seconds
@@ -110,16 +107,12 @@ def measure_rounds(
 def timed(run: Callable[[], object]) -> float:
     """Return the seconds of one call, earlier garbage collected before it and a GPU's queue empty at both ends."""
     gc.collect()
-    _synchronise()
+    synchronise = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    synchronise()
     start = time.perf_counter()
     run()
-    _synchronise()
+    synchronise()
     return time.perf_counter() - start
-
-
-def _synchronise() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 # --- memory ---------------------------------------------------------------------------------------------------
@@ -132,11 +125,11 @@ def peak_above(run: Callable[[], object], device: torch.device) -> int | None:
     it, freed memory counts as used.
     """
     gc.collect()
-    if device.type == "cuda":
+    cuda = device.type == "cuda"
+    if cuda:
         torch.cuda.empty_cache()
     if not reset_peak(device):
         return None
-    cuda = device.type == "cuda"
     before = torch.cuda.memory_allocated(device) if cuda else psutil.Process().memory_info().rss
     run()
     return peak_bytes(device) - before
@@ -185,10 +178,12 @@ def begin(benchmark: str, device: torch.device, threads: int | None) -> dict[str
     if threads is not None:
         os.environ["OMP_NUM_THREADS"] = str(threads)  # which vLLM reads
         torch.set_num_threads(threads)
+    cpuinfo = Path("/proc/cpuinfo")
+    model = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.is_file() else None
     machine: dict[str, Any] = {
         **versions(),
         "commit": _commit(),
-        "processor": _processor(),
+        "processor": model[1].strip() if model else platform.processor() or platform.machine(),
         "cores": len(psutil.Process().cpu_affinity()) if hasattr(psutil.Process, "cpu_affinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "vector_instructions": torch.backends.cpu.get_cpu_capability(),
@@ -202,32 +197,30 @@ def begin(benchmark: str, device: torch.device, threads: int | None) -> dict[str
     return {"benchmark": benchmark, "command": command, "machine": machine}
 
 
-def _processor() -> str:
-    try:
-        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
-    except OSError:
-        found = None
-    return found[1].strip() if found else platform.processor() or platform.machine()
-
-
 def _commit() -> str:
     """Return the commit of the tree, with a plus if files differ from it."""
+    describe = ["git", "describe", "--always", "--exclude=*", "--dirty=+"]
     try:
-        said = subprocess.run(
-            ["git", "describe", "--always", "--exclude=*", "--dirty=+"], cwd=ROOT, capture_output=True, text=True
-        )
+        said = subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True, text=True).stdout
     except OSError:
-        return "unknown"
-    return said.stdout.strip() or "unknown"
+        said = ""
+    return said.strip() or "unknown"
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Make the folder of a file that is written in here. Raises StoreError if it cannot be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        raise StoreError(f"{path}: cannot be written ({error.strerror}); choose another place") from error
 
 
 def write_json(path: Path, record: Mapping[str, Any]) -> None:
     """Write a record. Raises StoreError if the file cannot be written."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with writing(path):
         path.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise StoreError(f"{path}: cannot be written ({error.strerror}); choose another file") from error
 
 
 def read_json(path: Path, benchmark: str) -> dict[str, Any]:

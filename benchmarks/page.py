@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib.style
 import numpy as np
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table as RichTable
 
-from benchmarks.measure import Spread, write_json
+from benchmarks.measure import Spread, write_json, writing
 from benchmarks.sides import COLOURS
-from rrhf_bench.errors import StoreError
-from rrhf_bench.report.drawing import LIGHT, STYLE, legend_above, legend_key, new_panels
+from rrhf_bench.report.drawing import LIGHT, legend_above, legend_key, new_panels, styled
 from rrhf_bench.report.table import markdown
 
 
@@ -31,7 +29,7 @@ class Panel(NamedTuple):
 
     label: str
     sides: Mapping[str, Mapping[Any, Spread]]
-    x_label: str = ""
+    x_label: str
 
 
 def spread_words(spread: Sequence[float] | None, digits: int) -> str:
@@ -52,7 +50,7 @@ def show(table: Table, title: str | None = None) -> None:
 
 def figure_of(panels: Sequence[Panel]) -> Figure:
     """Return panels beside one another with median and quartiles of each side: lines over numbers, dots over names."""
-    with matplotlib.style.context(["default", dict(STYLE)]):
+    with styled():
         figure, axes = new_panels(1, len(panels), height=2.9)
         for ax, panel in zip(axes[0], panels, strict=True):
             places = list(dict.fromkeys(x for found in panel.sides.values() for x in found))
@@ -72,7 +70,7 @@ def figure_of(panels: Sequence[Panel]) -> Figure:
                 ax.set_xscale("log", base=2)
                 ax.set_xticks(sorted(places))
                 ax.xaxis.set_major_formatter("{x:,.10g}")
-            ax.set_xlabel(panel.x_label)
+                ax.set_xlabel(panel.x_label)
             ax.set_ylabel(panel.label)
         names = dict.fromkeys(side for panel in panels for side in panel.sides)
         legend_above(figure, [legend_key(name, COLOURS[name], "o") for name in names])
@@ -97,20 +95,18 @@ def write_page(
     name = record["benchmark"]
     lines = [f"# {title}", "", lead, "", "```sh", " ".join(record["command"]), "```", ""]
     for columns, cells in tables:
-        lines += [_row(columns), _row(["---"] * len(columns)), *(_row(map(markdown, row)) for row in cells), ""]
-    lines += [f"![{caption}](figures/{name}.png)", "", f"*{caption}*", ""]
-    lines += [*(f"- {markdown(note)}" for note in notes), "", "| machine | |", "| --- | --- |"]
-    lines += [_row([key.replace("_", " "), markdown(str(value))]) for key, value in record["machine"].items()]
-    try:
-        (folder / "figures").mkdir(parents=True, exist_ok=True)
-        with matplotlib.style.context(["default", dict(STYLE)]):
-            figure.savefig(folder / "figures" / f"{name}.png", metadata={"Software": None})
-            figure.savefig(folder / "figures" / f"{name}.svg", metadata={"Date": None, "Creator": None})
-        (folder / f"{name}.md").write_text("\n".join([*lines, ""]), encoding="utf-8", newline="\n")
-    except OSError as error:
-        raise StoreError(f"{folder}: cannot be written ({error.strerror}); choose another folder") from error
+        lines += [*_rows([columns, ["---"] * len(columns), *(map(markdown, row) for row in cells)]), ""]
+    lines += [f"![{caption}](figures/{name}.png)", "", f"*{caption}*", "", *(f"- {markdown(note)}" for note in notes)]
+    machine = ([key.replace("_", " "), markdown(str(value))] for key, value in record["machine"].items())
+    lines += ["", "| machine | |", "| --- | --- |", *_rows(machine), ""]
+    figures = folder / "figures"
+    with writing(figures / name), styled():
+        figure.savefig(figures / f"{name}.png", metadata={"Software": None})
+        figure.savefig(figures / f"{name}.svg", metadata={"Date": None, "Creator": None})
+        (folder / f"{name}.md").write_text("\n".join(lines), encoding="utf-8", newline="\n")
     write_json(folder / f"{name}.json", record)
 
 
-def _row(cells: Any) -> str:
-    return f"| {' | '.join(cells)} |"
+def _rows(cells: Iterable[Iterable[str]]) -> list[str]:
+    """Return rows of cells as the lines of a Markdown table."""
+    return [f"| {' | '.join(row)} |" for row in cells]

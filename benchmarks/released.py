@@ -19,7 +19,7 @@ from benchmarks.workloads import IGNORE, Group, padded_rows
 
 
 def released_loss(logits_KLV: Tensor, label_KL: Tensor, reward_K: Tensor) -> tuple[Tensor, Tensor]:
-    """(loss, (K,) scores) of one prompt's K rows. ``label_KL[i, t]``: what position t predicts, IGNORE if not scored.
+    """Return (loss, (K,) scores) of a prompt's K rows. ``label_KL[i, t]`` is what position t predicts, or IGNORE.
 
     The log-softmax is in float32, as under the autocast of the script's launchers, whatever the model computes in.
     """
@@ -37,12 +37,11 @@ def released_loss(logits_KLV: Tensor, label_KL: Tensor, reward_K: Tensor) -> tup
 
 
 def released(model: Any) -> Callable[[Group], tuple[Tensor, Tensor]]:
-    """The forward pass of a step: (loss, scores) of a group."""
+    """Return the forward pass of a step: a function from a group to its loss and scores."""
 
     def forward(group: Group) -> tuple[Tensor, Tensor]:
         ids_KL, attention_KL, label_KL = padded_rows(group, model.device)
-        reward_K = torch.tensor(group.rewards, device=model.device)
         logits_KLV = model(input_ids=ids_KL, attention_mask=attention_KL, use_cache=False).logits
-        return released_loss(logits_KLV, label_KL, reward_K)
+        return released_loss(logits_KLV, label_KL, torch.tensor(group.rewards, device=model.device))
 
     return forward

@@ -12,55 +12,26 @@ from torch import Tensor
 
 from benchmarks.measure import measure_rounds, peak_above
 from benchmarks.released import released
-from benchmarks.workloads import IGNORE, Group, Shape, make_model, make_tokenization, padded_rows
+from benchmarks.workloads import IGNORE, Group, Workload, make_model, make_tokenization, padded_rows
 from rrhf_bench.errors import StageError
 from rrhf_bench.policy.policy import Computation, TransformersPolicy
 from rrhf_bench.training.rrhf import rrhf_loss
 
-Forward = Callable[[Group], tuple[Tensor, Tensor]]  # a group -> its loss and the (k,) scores p
-
-RELEASED, LABELLED, PADDED, PACKED, STEERED, CHECKPOINTED = (
-    "released", "labelled rows", "padded", "packed", "packed, oneDNN", "packed, checkpointed",
-)  # fmt: skip
-COLOURS = {
-    RELEASED: "#6b6b6b", LABELLED: "#E69F00", PADDED: "#CC79A7", PACKED: "#0072B2", STEERED: "#56B4E9",
-    CHECKPOINTED: "#009E73",
-}  # fmt: skip
+Forward = Callable[[Group], tuple[Tensor, Tensor]]  # a group -> its loss and the (K,) scores p
 
 
-class Ours:
-    """The forward pass of a step as the package trains."""
+def ours(model: Any, layout: Literal["packed", "padded"] = "packed", **how: Any) -> Forward:
+    """Return the forward pass of a step as the package trains; ``how`` are fields of Computation."""
+    policy = TransformersPolicy(model, make_tokenization(), Computation(**{"onednn": "off", **how}))
+    if layout == "packed" != policy.layout:
+        raise StageError(f"the model does not pack ({policy.layout_reason}), so there is nothing to compare")
+    policy.layout = layout
 
-    def __init__(self, computation: Computation, layout: Literal["packed", "padded"], model: Any) -> None:
-        self.policy = TransformersPolicy(model, make_tokenization(model.config.vocab_size), computation)
-        if layout == "packed" != self.policy.layout:
-            raise StageError(f"the model does not pack ({self.policy.layout_reason}), so there is nothing to compare")
-        self.policy.layout = layout
-
-    def __call__(self, group: Group) -> tuple[Tensor, Tensor]:
+    def forward(group: Group) -> tuple[Tensor, Tensor]:
         batch = group.batch
-        return _loss(self.policy.token_logprobs(batch), batch.mask_BT.to(self.policy.device), group)
+        return _loss(policy.token_logprobs(batch), batch.mask_BT.to(policy.device), group)
 
-
-def _loss(logp_KL: Tensor, scored_KL: Tensor, group: Group) -> tuple[Tensor, Tensor]:
-    """Return (loss, (K,) scores) of a group by the package's own RRHF loss."""
-    losses = rrhf_loss(
-        logp_KL[None],
-        scored_KL[None],
-        torch.tensor([group.rewards], device=logp_KL.device),
-        variant="official",
-        padded_length_B=torch.tensor([group.padded_length], device=logp_KL.device),
-    )
-    return losses.total, losses.score_BG[0]
-
-
-def labelled_logprobs(hidden_KLD: Tensor, label_KL: Tensor, head: Callable[[Tensor], Tensor]) -> Tensor:
-    """Return (K, L) log-probs of the labels in float32 or better, 0 where a position is not scored."""
-    scored_KL = label_KL != IGNORE
-    logits_NV = head(hidden_KLD[scored_KL])
-    logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
-    logp_N = logits_NV.gather(-1, label_KL[scored_KL][:, None]).squeeze(-1) - logits_NV.logsumexp(-1)
-    return logp_N.new_zeros(label_KL.shape).masked_scatter(scored_KL, logp_N)
+    return forward
 
 
 def labelled(model: Any) -> Forward:
@@ -77,14 +48,37 @@ def labelled(model: Any) -> Forward:
     return forward
 
 
+def labelled_logprobs(hidden_KLD: Tensor, label_KL: Tensor, head: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return (K, L) log-probs of the labels in float32 or better, 0 where a position is not scored."""
+    scored_KL = label_KL != IGNORE
+    logits_NV = head(hidden_KLD[scored_KL])
+    logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
+    logp_N = logits_NV.gather(-1, label_KL[scored_KL][:, None]).squeeze(-1) - logits_NV.logsumexp(-1)
+    return logp_N.new_zeros(label_KL.shape).masked_scatter(scored_KL, logp_N)
+
+
+def _loss(logp_KL: Tensor, scored_KL: Tensor, group: Group) -> tuple[Tensor, Tensor]:
+    """Return (loss, (K,) scores) of a group by the package's own RRHF loss."""
+    losses = rrhf_loss(
+        logp_KL[None],
+        scored_KL[None],
+        torch.tensor([group.rewards], device=logp_KL.device),
+        variant="official",
+        padded_length_B=torch.tensor([group.padded_length], device=logp_KL.device),
+    )
+    return losses.total, losses.score_BG[0]
+
+
+RELEASED, PACKED, STEERED = "released", "packed", "packed, oneDNN"
 SIDES: Mapping[str, Callable[[Any], Forward]] = {
     RELEASED: released,
-    LABELLED: labelled,
-    PADDED: partial(Ours, Computation(onednn="off"), "padded"),
-    PACKED: partial(Ours, Computation(onednn="off"), "packed"),
-    STEERED: partial(Ours, Computation(onednn="on"), "packed"),
-    CHECKPOINTED: partial(Ours, Computation(onednn="off", checkpoint_activations=True), "packed"),
+    "labelled rows": labelled,
+    "padded": partial(ours, layout="padded"),
+    PACKED: ours,
+    STEERED: partial(ours, onednn="on"),
+    "packed, checkpointed": partial(ours, checkpoint_activations=True),
 }
+COLOURS = dict(zip(SIDES, ("#6b6b6b", "#E69F00", "#CC79A7", "#0072B2", "#56B4E9", "#009E73"), strict=True))
 
 
 def sides_for(dtype: torch.dtype, device: torch.device) -> list[str]:
@@ -102,17 +96,15 @@ class Results(NamedTuple):
 
 
 class Steps(NamedTuple):
-    """Take one step for each group, from the weights of a seed, as all sides do."""
+    """The work of a side: one step for each prompt of a workload, from the weights of a seed."""
 
-    shape: Shape
-    groups: Sequence[Group]
+    workload: Workload
     seed: int
-    dtype: torch.dtype
     device: torch.device
     threads: int
 
     def model(self) -> Any:
-        return make_model(self.shape, seed=self.seed, dtype=self.dtype, device=self.device)
+        return make_model(self.workload.shape, seed=self.seed, dtype=self.workload.dtype, device=self.device)
 
 
 class Stepper:
@@ -121,7 +113,7 @@ class Stepper:
     def __init__(self, side: str, steps: Steps, model: Any = None) -> None:
         torch.set_num_threads(steps.threads)  # of this process, which may be a new one
         self.model = steps.model() if model is None else model
-        self.groups = steps.groups
+        self.groups = steps.workload.groups(steps.seed)
         self.forward = SIDES[side](self.model)
 
     def prepare(self) -> None:
@@ -149,7 +141,18 @@ class Stepper:
 
 def time_steps(names: Sequence[str], steps: Steps, rounds: int) -> dict[str, list[float]]:
     """Return the seconds of each side's step in each round; for a process of its own."""
-    return measure_rounds({name: Stepper(name, steps) for name in names}, rounds)
+    return measure_rounds(steps.workload.name, {name: Stepper(name, steps) for name in names}, rounds)
+
+
+def extra_memory(side: str, steps: Steps) -> int | None:
+    """Return the bytes that a step takes above weights and gradients at its peak; for a process of its own.
+
+    The step is the second of two whose gradients are added up, as in an accumulated batch: weights, gradients and what
+    libraries set up once are there before it. None if the system does not say.
+    """
+    own = Stepper(side, steps)
+    own.run()
+    return peak_above(own.run, steps.device)
 
 
 class Errors(NamedTuple):
@@ -166,17 +169,13 @@ def errors(found: Results, expected: Results) -> Errors:
     if found.gradients.keys() != expected.gradients.keys():
         names = ", ".join(sorted(found.gradients.keys() ^ expected.gradients.keys())[:4])
         raise StageError(f"gradients: only one of two sides has some for {names}")
-    difference = {name: (gradient - expected.gradients[name]).norm() for name, gradient in found.gradients.items()}
-    norm = {name: gradient.norm() for name, gradient in expected.gradients.items()}
-
-    def overall(norms: Mapping[str, Tensor]) -> float:
-        return torch.stack(list(norms.values())).norm().item()
-
+    gap_W = torch.stack([(found.gradients[name] - gradient).norm() for name, gradient in expected.gradients.items()])
+    norm_W = torch.stack([gradient.norm() for gradient in expected.gradients.values()])
     return Errors(
         abs(found.loss - expected.loss) / abs(expected.loss),
         ((found.score_N - expected.score_N).abs().max() / expected.score_N.abs().max()).item(),
-        overall(difference) / overall(norm),
-        max((difference[name] / norm[name]).item() for name in norm),
+        (gap_W.norm() / norm_W.norm()).item(),
+        (gap_W / norm_W).max().item(),
     )
 
 
@@ -184,16 +183,18 @@ def errors(found: Results, expected: Results) -> Errors:
 FLOAT32 = Errors(1e-5, 1e-5, 1e-5, 1e-5)
 
 
-def bfloat16_bound(layers: int) -> Errors:
-    """Return how far from the same step in float32 a step in bfloat16 may be.
+def reference(steps: Steps, found: Mapping[str, Results]) -> tuple[Results, Errors]:
+    """Return the results that all sides must agree with, the released computation in float32, and the bound.
 
-    A value is rounded to 8 bits about 12 times in each layer (two norms, seven products, rotation, attention, two sums)
-    and three times around the head, and its gradient as often on the way back. Independent roundings add up like a
-    random walk: 2^-8 x sqrt(2 (12 layers + 3)) for gradients. Scores and loss are means over hundreds of tokens, taken
-    in float32: no further off than one rounding to bfloat16 would put them.
+    In bfloat16 a value is rounded to 8 bits about 12 times in each layer (two norms, seven products, rotation,
+    attention, two sums) and three times around the head, and its gradient as often on the way back. Independent
+    roundings add up like a random walk: 2^-8 x sqrt(2 (12 layers + 3)) for gradients. Scores and loss are means over
+    hundreds of tokens, taken in float32: no further off than one rounding to bfloat16 would put them.
     """
-    walk = 2**-8 * math.sqrt(2 * (12 * layers + 3))
-    return Errors(2**-8, 2**-8, walk, walk)
+    if steps.workload.dtype == torch.float32:
+        return found[RELEASED], FLOAT32
+    walk = 2**-8 * math.sqrt(2 * (12 * steps.workload.shape.layers + 3))
+    return Stepper(RELEASED, steps, steps.model().float()).results(), Errors(2**-8, 2**-8, walk, walk)
 
 
 def check_equal(found: Mapping[str, Results], expected: Results, bound: Errors, where: str) -> dict[str, Errors]:
@@ -207,14 +208,3 @@ def check_equal(found: Mapping[str, Results], expected: Results, bound: Errors, 
                     f"relative to it; at most {limit:.2g} is rounding, so nothing was timed"
                 )
     return compared
-
-
-def extra_memory(side: str, steps: Steps) -> int | None:
-    """Return the bytes that a step takes above weights and gradients at its peak; for a process of its own.
-
-    The step is the second of two whose gradients are added up, as in an accumulated batch: weights, gradients and what
-    libraries set up once are there before it. None if the system does not say.
-    """
-    own = Stepper(side, steps)
-    own.run()
-    return peak_above(own.run, steps.device)

@@ -19,8 +19,8 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, astuple, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +101,12 @@ class Setting:
     shared: float = 0.0
     between: Between | None = None
 
+    def noise(self, row: int) -> Noise:
+        """Return the noise of a row; the initial policy, row 0, has no training seeds."""
+        if row == 0:
+            return Noise(0.0, self.rows[0].rest if self.sampled else 0.0)
+        return self.rows[(row - 1) % len(self.rows)]
+
 
 def _named(*names: str) -> tuple[Noise, ...]:
     return tuple(REAL[name] for name in names)
@@ -164,9 +170,7 @@ class Rates:
 
 def world(setting: Setting, trained: int, seeds: int, effect: float, draw: np.random.Generator) -> Floats:
     """Draw the values (N, S, P) of the initial policy and ``trained`` rows; the first of these is ``effect`` better."""
-    noises = [setting.rows[i % len(setting.rows)] for i in range(trained)]
-    initial = Noise(0.0, noises[0].rest if setting.sampled else 0.0)
-    seed_N, rest_N = np.array([(noise.seed, noise.rest) for noise in (initial, *noises)]).T
+    seed_N, rest_N = np.array([astuple(setting.noise(row)) for row in range(trained + 1)]).T
     shape = trained + 1, seeds, PROMPTS
     common_SP = draw.normal(size=shape[1:])
     rest_NSP = np.sqrt(setting.shared) * common_SP + np.sqrt(1 - setting.shared) * draw.normal(size=shape)
@@ -216,36 +220,40 @@ def family(values_NSP: Floats, worlds: int = 1) -> list[tuple[int, int, Estimate
     return found
 
 
-def verdicts(found: Sequence[tuple[int, int, Estimate]]) -> list[bool]:
-    """Return which comparisons of a family get a verdict."""
-    return (holm([estimate.p for *_, estimate in found if estimate.p is not None]) < ALPHA).tolist()
+def adjusted(found: Sequence[tuple[int, int, Estimate]]) -> Floats:
+    """Return the p of the comparisons of a family, adjusted by Holm."""
+    return holm([estimate.p for *_, estimate in found if estimate.p is not None])
 
 
 def rates(setting: Setting, seeds: int, comparisons: int, families: int, worlds: int = 1) -> Rates:
     """Simulate ``families`` families without any effect and as many with one."""
-    trained = FAMILIES[comparisons]
+    name = ("statistics", setting.name, *((worlds, seeds) if worlds > 1 else (seeds,)))
+    valid = worlds > 1 or setting.between is None
+
+    def simulate(i: int, kind: str, effect: float) -> list[tuple[int, int, Estimate]]:
+        draw = generator(*name, i, kind)
+        return family(several_worlds(setting, FAMILIES[comparisons], worlds, seeds, effect, draw), worlds)
+
     false: list[bool] = []
     missed: list[bool] = []
     called: list[bool] = []
-    alone: list[bool] = []
     known: list[bool] = []
-    valid = worlds > 1 or setting.between is None
-    name = ("statistics", setting.name, seeds) if worlds == 1 else ("statistics", setting.name, worlds, seeds)
+    alone: list[bool] = []
     for i in range(families):
-        draw = generator(*name, i, "null")
-        found = family(several_worlds(setting, trained, worlds, seeds, 0.0, draw), worlds)
-        false.append(any(verdicts(found)))
+        found = simulate(i, "null", 0.0)
+        false.append(bool((adjusted(found) < ALPHA).any()))
         missed += [not e.low <= 0.0 <= e.high for *_, e in found]
         if not valid:
             continue
-        draw = generator(*name, i, "effect")
-        found = family(several_worlds(setting, trained, worlds, seeds, setting.effect, draw), worlds)
-        touched = [1 in (a, b) for a, b, _ in found]
-        sign = [1 if a == 1 else -1 for a, *_ in found]
-        right = [sign * e.value > 0 for sign, (*_, e) in zip(sign, found, strict=True)]
-        called += [v and r for v, r, t in zip(verdicts(found), right, touched, strict=True) if t]
-        alone += [e.significant and r for (*_, e), r, t in zip(found, right, touched, strict=True) if t]
-        known += _with_known_spread(setting, seeds, worlds, found, touched)
+        found = simulate(i, "effect", setting.effect)
+        p_known = _with_known_spread(setting, seeds, worlds, found)
+        for (a, b, e), p, p_true in zip(found, adjusted(found), p_known, strict=True):
+            if 1 in (a, b):
+                right = (e.value if a == 1 else -e.value) > 0
+                called.append(p < ALPHA and right)
+                alone.append(e.significant and right)
+                known.append(p_true < ALPHA)
+
     return Rates(
         setting.name,
         worlds,
@@ -261,33 +269,23 @@ def rates(setting: Setting, seeds: int, comparisons: int, families: int, worlds:
     )
 
 
-def _with_known_spread(
-    setting: Setting, seeds: int, worlds: int, found: Sequence[tuple[int, int, Estimate]], touched: Sequence[bool]
-) -> Iterator[bool]:
-    """Yield which true effects a z test with the true standard errors finds under Holm's adjustment."""
-    p = []
-    for a, b, estimate in found:
-        variance = 0.0
-        for row in (a, b):
-            noise = setting.rows[(row - 1) % len(setting.rows)] if row else Noise(0.0, 0.0)
-            rest = setting.rows[0].rest if not row and setting.sampled else noise.rest
-            variance += (noise.seed**2 + (1 - setting.shared) * rest**2 / PROMPTS) / seeds
-            variance += setting.interaction**2 * (1 / TOPICS + 1 / PROMPTS)
-            if setting.between is not None:
-                effects = setting.between.effects
-                variance += effects[(row - 1) % len(effects)] ** 2 if row else setting.between.gain**2
-        variance /= worlds
-        p.append(2 * float(special.ndtr(-abs(estimate.value) / np.sqrt(variance))))
-    yield from (bool(q < ALPHA) for q, t in zip(holm(p), touched, strict=True) if t)
+def _with_known_spread(setting: Setting, seeds: int, worlds: int, found: Sequence[tuple[int, int, Estimate]]) -> Floats:
+    """Return the p of every comparison by a z test with the true standard errors, adjusted by Holm."""
+
+    def variance(row: int) -> float:
+        noise = setting.noise(row)
+        own = (noise.seed**2 + (1 - setting.shared) * noise.rest**2 / PROMPTS) / seeds
+        own += setting.interaction**2 * (1 / TOPICS + 1 / PROMPTS)
+        between = setting.between
+        if between is not None:
+            own += between.effects[(row - 1) % len(between.effects)] ** 2 if row else between.gain**2
+        return own / worlds
+
+    return holm([2 * special.ndtr(-abs(e.value) / np.sqrt(variance(a) + variance(b))) for a, b, e in found])
 
 
-COLUMNS = {
-    "setting": "setting", "worlds": "worlds", "seeds": "seeds", "comparisons": "comparisons", "effect": "effect",
-    "false_family": "false family", "miss": "miss", "power": "power", "power_known_spread": "power, known spread",
-    "power_alone": "power alone",
-}  # fmt: skip
-
-
+COLUMNS = {field.name: field.name.replace("_", " ") for field in fields(Rates) if field.name != "families"}
+COLUMNS["power_known_spread"] = "power, known spread"
 COLUMN_WORDS = {
     "false family": "all rows are equal in truth, and at least one comparison of the family gets a verdict.",
     "miss": "the share of 95% intervals, each by itself, that leave out the true difference, which is 0.",
@@ -299,7 +297,6 @@ COLUMN_WORDS = {
 
 def page(found: Sequence[Rates]) -> str:
     """Return the table as a Markdown page that says what it holds and how it was made."""
-    words = [f"* **{name}**: {text}" for name, text in COLUMN_WORDS.items()]
     return "\n".join([
         "# How often verdicts are wrong, and what they find",
         "",
@@ -307,7 +304,7 @@ def page(found: Sequence[Rates]) -> str:
         f"{found[0].families} families a row (a share of 0.05 is known to 0.011). The settings and their noise stand "
         "in `benchmarks/statistics.py`.",
         "",
-        *words,
+        *(f"* **{name}**: {words}" for name, words in COLUMN_WORDS.items()),
         "",
         "Rows named *worlds* are judged over worlds, with one seed in each. Rows named *one world read as a claim "
         "about worlds* draw one world, with the same variation between worlds, and judge it by its training seeds. "
@@ -336,24 +333,17 @@ def markdown(found: Sequence[Rates]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--families", type=int, default=400, help="families of each setting (400: 0.05 is +- 0.011)")
-    parser.add_argument("--seeds", type=int, nargs="*", default=[3, 5], help="seeds of the settings of one world")
-    parser.add_argument("--worlds", type=int, nargs="*", default=[3, 5], help="worlds of the others, of one seed each")
-    parser.add_argument("--comparisons", type=int, nargs="+", default=list(FAMILIES), choices=list(FAMILIES))
-    parser.add_argument("--out", type=Path, default=None)
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="write statistics.json and statistics.md")
     options = parser.parse_args()
-    layouts = [
-        *((SETTINGS, 1, seeds) for seeds in options.seeds),
-        *((WORLD_SETTINGS, worlds, 1) for worlds in options.worlds),
-        *((ONE_WORLD_SETTINGS, 1, seeds) for seeds in options.seeds),
-    ]
     found = []
-    for settings, worlds, seeds in layouts:
-        for comparisons in options.comparisons:
-            for setting in settings:
-                found.append(rates(setting, seeds, comparisons, options.families, worlds))
-                print(markdown(found[-1:]).splitlines()[-1], flush=True)
-    text = markdown(found)
-    print(f"\n{text}")
+    for settings, of_worlds in ((SETTINGS, False), (WORLD_SETTINGS, True), (ONE_WORLD_SETTINGS, False)):
+        for repetitions in (3, 5):
+            worlds, seeds = (repetitions, 1) if of_worlds else (1, repetitions)
+            for comparisons in FAMILIES:
+                for setting in settings:
+                    found.append(rates(setting, seeds, comparisons, options.families, worlds))
+                    print(markdown(found[-1:]).splitlines()[-1], flush=True)
+    print(f"\n{markdown(found)}")
     if options.out is not None:
         options.out.mkdir(parents=True, exist_ok=True)
         (options.out / "statistics.json").write_text(json.dumps([asdict(row) for row in found], indent=1) + "\n")

@@ -1,8 +1,11 @@
-"""Random Llamas, and prompts with ragged responses and rewards, on which the training step is measured."""
+"""Random Llamas, and prompts with ragged responses and rewards, on which the training step is measured.
+
+Letters: K responses of a prompt, L the longest prompt + response.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +18,8 @@ from rrhf_bench.policy.tokenization import Tokenization
 from rrhf_bench.seeding import generator, torch_seed
 
 PAD, EOS = 0, 1  # ids of the vocabulary that no text here has
-SHORTEST, LONGEST = 32, 128  # tokens of a response
+IGNORE = -100  # the label of a position that is not scored
+CONTEXT = 4096
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,7 @@ SHAPES: Mapping[str, Shape] = {
 
 @dataclass(frozen=True)
 class Group:
-    """A prompt with k responses and their rewards, no two of them equal: what one step trains on."""
+    """A prompt with K responses and their rewards, no two of them equal: the data of one step."""
 
     query: tuple[int, ...]
     responses: tuple[tuple[int, ...], ...]
@@ -49,12 +53,12 @@ class Group:
 
     @property
     def batch(self) -> ResponseBatch:
-        """Made anew each time: nothing that it remembers is carried from step to step."""
+        """Return a new batch at each call, so that nothing that a batch caches is carried from step to step."""
         return ResponseBatch((self.query,), self.responses, (0,) * len(self.responses))
 
     @property
     def padded_length(self) -> int:
-        """L, the longest query + response: what the released code pads to and divides by."""
+        """Return L, to which the released code pads and by which it divides."""
         return len(self.query) + max(map(len, self.responses))
 
 
@@ -72,7 +76,7 @@ class Workload:
     queries: tuple[int, ...]
     cut: int | None = None
     dtype: torch.dtype = torch.float32
-    responses: tuple[int, int] = (SHORTEST, LONGEST)  # bounds of their lengths, in tokens, both possible
+    responses: tuple[int, int] = (32, 128)  # bounds of their lengths, in tokens, both possible
     vocabulary: int | None = None  # another than the model's
 
     @property
@@ -81,19 +85,14 @@ class Workload:
         return replace(shape, vocabulary=self.vocabulary) if self.vocabulary else shape
 
     def quick(self) -> Workload:
-        """The same at a size that says whether everything runs, and nothing about speed."""
+        """Return the workload at a size that shows if everything runs, and nothing about speed."""
+        queries, cut = tuple(max(2, n // 16) for n in self.queries), self.cut and self.cut // 16
         return replace(
-            self,
-            model="tiny",
-            k=min(self.k, 4),
-            queries=tuple(max(2, n // 16) for n in self.queries),
-            cut=self.cut and self.cut // 16,
-            responses=(1, 8),
-            vocabulary=None,
+            self, model="tiny", k=min(self.k, 4), queries=queries, cut=cut, responses=(1, 8), vocabulary=None
         )
 
     def groups(self, seed: int) -> list[Group]:
-        """The prompts of the steps. Lengths of responses are uniform within bounds, then cut; tokens are uniform."""
+        """Return the data of the steps. Lengths of responses are uniform within bounds, then cut; tokens uniform."""
         return [self._group(generator(seed, "benchmark", self.name, step), n) for step, n in enumerate(self.queries)]
 
     def _group(self, random: Any, query: int) -> Group:
@@ -109,8 +108,8 @@ class Workload:
         return Group(tokens(query), tuple(map(tokens, lengths)), rewards)
 
 
-def make_model(shape: Shape, *, seed: int, dtype: torch.dtype, device: torch.device, context: int = 4096) -> Any:
-    """A random Llama under PyTorch's scaled-dot-product attention, the same for the same seed.
+def make_model(shape: Shape, *, seed: int, dtype: torch.dtype, device: torch.device) -> Any:
+    """Return a random Llama under PyTorch's scaled-dot-product attention, the same for the same seed.
 
     Weights are drawn twice as wide as Llama's default: attention and predictions are then far enough from uniform for a
     wrong mask or position to show in the loss.
@@ -123,7 +122,7 @@ def make_model(shape: Shape, *, seed: int, dtype: torch.dtype, device: torch.dev
         intermediate_size=shape.ffn,
         num_hidden_layers=shape.layers,
         num_attention_heads=shape.heads,
-        max_position_embeddings=context,
+        max_position_embeddings=CONTEXT,
         tie_word_embeddings=shape.tied,
         pad_token_id=PAD,
         eos_token_id=EOS,
@@ -135,41 +134,28 @@ def make_model(shape: Shape, *, seed: int, dtype: torch.dtype, device: torch.dev
         return LlamaForCausalLM(config).to(device=device, dtype=dtype).eval()
 
 
-def make_tokenization(vocabulary: int) -> Tokenization:
-    """A tokenizer of that many made-up words, for a policy that is fed ids."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
+def make_tokenization() -> Tokenization:
+    """Return a tokenization for a policy that is fed ids: it knows the special tokens and no word."""
+    from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
-    words = ["<pad>", "<eos>", "<unk>", *(f"w{i}" for i in range(3, vocabulary))]
-    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    core = Tokenizer(models.WordLevel({"<pad>": PAD, "<eos>": EOS, "<unk>": 2}, unk_token="<unk>"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
     return Tokenization(tokenizer, Template(), "benchmark")
 
 
 def padded_rows(group: Group, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """(ids, attention mask, labels), each (k, L): the prompt repeated before every response, padded on the right.
+    """Return (ids, attention mask, labels), each (K, L): the prompt before every response, padded on the right.
 
-    ``labels[i, t]`` is the token that position t of row i predicts where that is one of a response, else IGNORE.
+    ``label_KL[i, t]`` is the token that position t of row i predicts if that token is one of a response, else IGNORE.
     """
     rows = [torch.tensor(group.query + response) for response in group.responses]
-    pad = torch.nn.utils.rnn.pad_sequence
-    ids_KL = pad(rows, batch_first=True, padding_value=PAD)
-    attention_KL = pad([torch.ones_like(row) for row in rows], batch_first=True)
     labels = [row.roll(-1) for row in rows]
     for label in labels:
         label[: len(group.query) - 1] = IGNORE
         label[-1] = IGNORE
-    label_KL = pad(labels, batch_first=True, padding_value=IGNORE)
-    return ids_KL.to(device), attention_KL.to(device), label_KL.to(device)
-
-
-IGNORE = -100  # the label of a position that is not scored
-
-
-def total_tokens(groups: Sequence[Group]) -> dict[str, int]:
-    """Return the tokens that the steps of a workload feed to a model in padded rows and in packs."""
-    return {
-        "padded_tokens": sum(group.padded_length * len(group.responses) for group in groups),
-        "packed_tokens": sum(group.batch.fed(packed=True) for group in groups),
-    }
+    ids_KL, attention_KL, label_KL = (
+        torch.nn.utils.rnn.pad_sequence(found, batch_first=True, padding_value=value).to(device)
+        for found, value in ((rows, PAD), ([torch.ones_like(row) for row in rows], 0), (labels, IGNORE))
+    )
+    return ids_KL, attention_KL, label_KL

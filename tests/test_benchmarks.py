@@ -33,6 +33,7 @@ from benchmarks.sides import (
     check_equal,
     errors,
     labelled_logprobs,
+    reference,
     sides_for,
 )
 from benchmarks.workloads import IGNORE, Group, padded_rows
@@ -102,9 +103,9 @@ def test_padded_rows_by_hand():
 @pytest.mark.parametrize("name", ["15M-cut", "60M-bf16"])
 def test_sides_agree(name):
     workload = step.WORKLOADS[name].quick()
-    steps = Steps(workload.shape, workload.groups(0), 0, workload.dtype, CPU, torch.get_num_threads())
+    steps = Steps(workload, 0, CPU, torch.get_num_threads())
     found = {side: Stepper(side, steps).results() for side in sides_for(workload.dtype, CPU)}
-    expected, bound = step.reference(steps, found)
+    expected, bound = reference(steps, found)
     check_equal(found, expected, bound, name)
 
 
@@ -210,8 +211,8 @@ def test_step_from_end_to_end(tmp_path, threads):
 
 @pytest.mark.slow
 def test_scaling_from_end_to_end(tmp_path, threads, monkeypatch):
-    words, workloads = scaling.SCANS["vocabulary"]
-    monkeypatch.setitem(scaling.SCANS, "vocabulary", (words, {8000: workloads[8000]}))
+    scan = scaling.SCANS["vocabulary"]
+    monkeypatch.setitem(scaling.SCANS, "vocabulary", scan._replace(workloads={8000: scan.workloads[8000]}))
     arguments = ["--quick", "--rounds", "1", "--threads", "1", "--rows", "vocabulary"]
     run = CliRunner().invoke(scaling.app, [*arguments, "--report", str(tmp_path)])
     assert run.exit_code == 0, run.output

@@ -173,22 +173,22 @@ def pack(batch: ResponseBatch, tokens: int) -> list[Pack]:
 
 def _laid_out(batch: ResponseBatch, groups: Sequence[tuple[int, Sequence[int]]]) -> Pack:
     ids: list[int] = []
-    positions: list[Tensor] = []
-    predict: list[Tensor] = []
+    positions: list[int] = []
+    predict: list[int] = []
     segments: list[Span] = []
     shared: list[tuple[Span, Span]] = []
     for prompt, rows in groups:
         prompt_ids = batch.prompt_ids[prompt]
         start, end = len(ids), len(ids) + len(prompt_ids)
-        ids.extend(prompt_ids)
-        positions.append(torch.arange(len(prompt_ids)))
+        ids += prompt_ids
+        positions += range(len(prompt_ids))
         behind = []
         for row in rows:
             fed = batch.response_ids[row][:-1]
             behind.append((len(ids), len(ids) + len(fed)))
-            predict.append(torch.tensor([end - 1, *range(*behind[-1])]))
-            positions.append(torch.arange(len(prompt_ids), len(prompt_ids) + len(fed)))
-            ids.extend(fed)
+            predict += (end - 1, *range(*behind[-1]))
+            positions += range(len(prompt_ids), len(prompt_ids) + len(fed))
+            ids += fed
         if len(rows) == 1:
             segments.append((start, len(ids)))
             continue
@@ -198,8 +198,8 @@ def _laid_out(batch: ResponseBatch, groups: Sequence[tuple[int, Sequence[int]]])
     return Pack(
         tuple(row for _, rows in groups for row in rows),
         torch.tensor(ids),
-        torch.cat(positions),
-        torch.cat(predict),
+        torch.tensor(positions),
+        torch.tensor(predict),
         Prefixes(tuple(segments), tuple(shared)),
     )
 
@@ -224,9 +224,8 @@ def padded(
 def passes(batch: ResponseBatch, tokens: int) -> list[list[int]]:
     """Return the different rows of a batch in passes of like length for the padded layout.
 
-    A pass has at most ``tokens`` padded positions, but at least one row.
-
-    Rows of one length need no padding; a batch laid out as one rectangle is often half padding.
+    A pass has at most ``tokens`` padded positions, but at least one row. A batch laid out as one rectangle is often
+    half padding.
     """
     length = [len(batch.prompt_ids[p]) + n - 1 for p, n in zip(batch.prompt_of, batch.lengths, strict=True)]
     parts: list[list[int]] = [[]]

@@ -246,21 +246,18 @@ class TransformersPolicy:
     def _forward(self, batch: ResponseBatch) -> tuple[Tensor, Tensor]:
         """Return ((N,) log-probs, (N, D) hidden states) of the N response tokens, row by row."""
         with self._autocast():
-            return self._forward_in_passes(batch)
-
-    def _forward_in_passes(self, batch: ResponseBatch) -> tuple[Tensor, Tensor]:
-        if self.layout == "packed" and (self._window is None or batch.longest <= self._window):
-            # What a backward pass needs is kept for all packs anyway, unless it is computed again pack by pack.
-            together = torch.is_grad_enabled() and not self._checkpointed
-            packs = pack(batch, max(self.pass_tokens, self.fed_tokens(batch)) if together else self.pass_tokens)
-            parts = [list(part.rows) for part in packs]
-            hidden_ND = torch.cat([self._packed(part) for part in packs])
-        else:
-            parts = passes(batch, self.pass_tokens)
-            found = [self._padded(batch, part) for part in parts]
-            hidden_ND, logp_N = (torch.cat(values) for values in zip(*found, strict=True))
-        if self._head_is_plain:
-            logp_N = self._logprobs(hidden_ND, batch, [row for part in parts for row in part])
+            if self.layout == "packed" and (self._window is None or batch.longest <= self._window):
+                # What a backward pass needs is kept for all packs anyway, unless it is computed again pack by pack.
+                together = torch.is_grad_enabled() and not self._checkpointed
+                packs = pack(batch, max(self.pass_tokens, self.fed_tokens(batch)) if together else self.pass_tokens)
+                parts = [list(part.rows) for part in packs]
+                hidden_ND = torch.cat([self._packed(part) for part in packs])
+            else:
+                parts = passes(batch, self.pass_tokens)
+                found = [self._padded(batch, part) for part in parts]
+                hidden_ND, logp_N = (torch.cat(values) for values in zip(*found, strict=True))
+            if self._head_is_plain:
+                logp_N = self._logprobs(hidden_ND, batch, [row for part in parts for row in part])
         order_N = places(batch, parts).to(self.device)
         return logp_N[order_N], hidden_ND[order_N]
 
@@ -300,10 +297,9 @@ class TransformersPolicy:
     def _by_row(self, batch: ResponseBatch, value_N: Tensor) -> Tensor:
         """Return (N, ...) values of the response tokens as (B, T, ...), zeros beyond each row's end; differentiable."""
         mask_BT = batch.mask_BT.to(self.device)
-        empty = value_N.new_zeros((*mask_BT.shape, *value_N.shape[1:]))
-        return empty.masked_scatter(
-            mask_BT.reshape(*mask_BT.shape, *(1,) * (value_N.dim() - 1)).expand_as(empty), value_N
-        )
+        value_BT = value_N.new_zeros((*mask_BT.shape, *value_N.shape[1:]))
+        value_BT[mask_BT] = value_N
+        return value_BT
 
     @contextmanager
     def _checkpoints(self) -> Iterator[None]:
