@@ -416,7 +416,7 @@ def test_fault_7_several_labels(spoilt: Path) -> None:
     refused(lambda: ClassifierReward.load(spoilt), "2 labels (LABEL_0, LABEL_1)", "reward_model.label")
 
 
-def test_fault_8_an_untrained_head(trained: Path, spoilt: Path) -> None:
+def test_fault_8_a_head_that_nobody_trained(trained: Path, spoilt: Path) -> None:
     policy = trained.parent / "policy"
     refused(lambda: ClassifierReward.load(policy), "no trained score.weight")
     forget(spoilt)
@@ -611,7 +611,7 @@ def test_code_that_comes_with_a_model_runs_only_where_it_is_trusted(
 FORBIDDEN = {"pickle", "dill", "joblib", "cloudpickle", "shelve", "marshal"}
 
 
-def test_no_file_is_read_by_a_loader_that_could_run_code() -> None:
+def test_nothing_here_reads_a_file_that_could_run_code() -> None:
     """Files of torch are read as tensors and plain values, which each call states."""
     faults = []
     for path in sorted([*(ROOT / "rrhf_bench").rglob("*.py"), *(ROOT / "baselines").rglob("*.py")]):

@@ -159,7 +159,7 @@ def altered(source: Path, folder: Path, **config: object) -> Path:
 
 
 @needs_vllm
-def test_one_engine_serves_all_policies_of_one_computation(engine, policy, llama_folder, tmp_path):
+def test_one_engine_serves_every_policy_that_computes_alike(engine, policy, llama_folder, tmp_path):
     """Another folder, another note in the config, another template, another length, a trained model saved again: the
     same engine, each time with the weights, the words and the limit of the policy that is asked for. Engines that were
     there before go on."""
@@ -185,7 +185,7 @@ def test_one_engine_serves_all_policies_of_one_computation(engine, policy, llama
     assert disagreement(engine, policy, 0.7) < 1e-5
 
 
-def test_policies_of_different_computations_have_different_engines(llama_folder, tmp_path):
+def test_policies_that_compute_otherwise_have_engines_of_their_own(llama_folder, tmp_path):
     def key(folder: Path, **ref: object) -> str:
         policy = TransformersPolicy.load(folder, template=Template())
         return engine_key(policy, ModelRef(str(folder), **ref), "vllm")
@@ -325,7 +325,7 @@ def test_a_vllm_for_gpus_does_not_serve_a_run_on_the_cpu(tmp_path, monkeypatch):
 
 
 @needs_vllm
-def test_an_engine_on_another_device_than_the_policy_is_refused(llama_folder, policy):
+def test_an_engine_computes_where_the_policy_is_or_not_at_all(llama_folder, policy):
     from rrhf_bench.sampling.vllm import VLLMSampler
 
     with pytest.raises(StageError, match=r"computes on cpu, and the policy is on cuda"):

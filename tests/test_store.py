@@ -68,6 +68,13 @@ def test_a_block_that_fails_leaves_nothing(store: Store, error: type[BaseExcepti
     assert list(store.root.iterdir()) == []
 
 
+def test_nothing_is_there_before_the_block_ends(store: Store) -> None:
+    with store.new_artifact(KEY, {}) as folder:
+        (folder / "a.txt").write_text("half")
+        assert not store.has(KEY)
+        assert not store.folder(KEY).exists()
+
+
 def test_a_folder_without_its_manifest_is_no_artifact_and_is_replaced(store: Store) -> None:
     store.folder(KEY).mkdir(parents=True)
     (store.folder(KEY) / "a.txt").write_text("half")
