@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import socket
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +12,6 @@ from typing import Any
 
 import pytest
 
-from rrhf_bench import cli
 from rrhf_bench.errors import ConfigError, DataError, StageError, StoreError
 from rrhf_bench.jsonl import read_jsonl, write_jsonl
 from rrhf_bench.pipeline import scheduler
@@ -269,7 +267,7 @@ RunCli = Callable[..., str]
 
 
 @pytest.fixture
-def run_tiny(tmp_path, monkeypatch, capfd, one_thread) -> RunCli:
+def run_tiny(tmp_path, cli, one_thread) -> RunCli:
     """Return a function that runs the tiny experiment with an endpoint and returns the error if the code is 2."""
     pairs = [{"prompt": f"What is {i}?", "chosen": f"It is {i}.", "rejected": "No."} for i in range(30)]
     write_jsonl(tmp_path / "pairs.jsonl", pairs)
@@ -277,14 +275,9 @@ def run_tiny(tmp_path, monkeypatch, capfd, one_thread) -> RunCli:
     def run(url: str, judge: str = QUICK, backend: str = "transformers") -> str:
         text = TINY.format(path=tmp_path / "pairs.jsonl", scratch=SCRATCH, url=url, judge=judge, backend=backend)
         (tmp_path / "tiny.toml").write_text(text)
-        words = ["run", tmp_path / "tiny.toml", "--runs", tmp_path / "runs", "--json"]
-        monkeypatch.setattr(sys, "argv", ["rrhf-bench", *map(str, words)])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        error = capfd.readouterr().err
-        assert ended.value.code in (0, None, 2), error
-        return error if ended.value.code else ""
+        found = cli("run", tmp_path / "tiny.toml", "--runs", tmp_path / "runs", "--json")
+        assert found.code in (0, 2), found.err
+        return found.err if found.code else ""
 
     return run
 
