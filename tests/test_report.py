@@ -581,7 +581,7 @@ def test_gains_on_seen_and_on_held_out_topics_are_separate(tmp_path: Path) -> No
     assert unseen.value == pytest.approx(values.values_SP[:, of_group].mean())
     assert (45 * seen.value + 15 * unseen.value) / 60 == pytest.approx(values.values_SP.mean())
     assert [cell.value for cell in lines["base", "sampled", "proxy"][2:4]] == [None, None]
-    assert lines["chosen", "data set", "gold"][0].value is not None
+    assert lines["chosen", "none", "gold"][0].value is not None
 
 
 def test_the_best_reply_is_a_row_of_the_main_table_and_nothing_is_compared_with_it(tmp_path: Path) -> None:
