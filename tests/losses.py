@@ -1,13 +1,18 @@
-"""Batches with random log-probs, on which the loss of a method is compared with a slow definition."""
+"""Helpers for the tests of methods: batches with random log-probs, and formulas that are broken on purpose."""
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from dataclasses import replace
+from types import ModuleType
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
+from rrhf_bench.pipeline import stage_helpers
 from rrhf_bench.policy.tokenization import Tokenization
 from rrhf_bench.training.method import MethodBatch, TrainInputs
 
@@ -30,3 +35,20 @@ def by_response(batch: MethodBatch, *tables_RT: Tensor) -> list[list[list[list[f
         length = batch.responses.lengths[row]
         groups[group].append([table[row, :length].tolist() for table in tables_RT])
     return groups
+
+
+def build_trainer(settings: Any) -> Any:
+    """Return the loop that trains a method on texts of at most 128 tokens."""
+    return stage_helpers.trainer(settings, 128)
+
+
+def assert_fault_is_noticed(
+    module: ModuleType, name: str, right: str, wrong: str, checks: Callable[[Any], object]
+) -> None:
+    """Replace ``right`` in the source of a function or class by ``wrong``, and assert that its checks then fail."""
+    source = inspect.getsource(getattr(module, name))
+    assert source.count(right) == 1
+    scope = dict(vars(module))
+    exec(source.replace(right, wrong), scope)
+    with pytest.raises(AssertionError):
+        checks(scope[name])

@@ -1,20 +1,21 @@
-"""Methods of another package: docs/add_a_method.md, block by block, in a folder of its own."""
+"""The methods of docs/add_a_method.md work as a package of their own."""
 
 from __future__ import annotations
 
+import importlib
 import json
-import os
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from conftest import Cli
 
 from rrhf_bench.errors import ConfigError
 from rrhf_bench.registry import METHODS
 from rrhf_bench.settings.reading import load_experiment
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"```(?:python|toml)\n# (?P<name>\S+\.(?:py|toml))\n(?P<text>.*?)```", re.S)
@@ -39,8 +40,8 @@ workers = 1
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The page's files, with an experiment that has the page's rows alone and a world of seconds."""
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Write the page's files, and an experiment with the page's rows in a world that takes seconds."""
     folder = tmp_path_factory.mktemp("author")
     blocks = {m["name"]: m["text"] for m in BLOCK.finditer((ROOT / "docs" / "add_a_method.md").read_text("utf-8"))}
     for name, text in blocks.items():
@@ -52,18 +53,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    paths = os.pathsep.join([str(folder), str(ROOT)])
-    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "rrhf_bench.cli", *words]
-    return subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
+@pytest.fixture
+def folder(written: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return the page's folder as the working directory, from which Python imports."""
+    monkeypatch.chdir(written)
+    monkeypatch.syspath_prepend(written)
+    return written
 
 
-def test_the_pages_methods_run_to_their_report(folder: Path) -> None:
-    done = run(folder, "run", "small.toml")
-    assert done.returncode == 0, done.stderr
+def test_the_methods_of_the_page_run_to_their_report(folder: Path, cli: Cli) -> None:
+    done = cli("run", "small.toml")
+    assert done.code == 0, done.err
     made = folder / "runs" / "small"
     table = (made / "report" / "tables" / "main.md").read_text(encoding="utf-8")
     assert all(f"| {row} |" in table for row in ("base", "my_dpo", "my_reinforce"))
@@ -78,28 +78,21 @@ def test_the_pages_methods_run_to_their_report(folder: Path) -> None:
     assert "#56b4e9" in figures.lower()
 
 
-def test_the_pages_method_conforms_and_a_broken_one_does_not(folder: Path) -> None:
+def test_the_method_of_the_page_conforms_and_a_broken_one_does_not(folder: Path) -> None:
     broken = folder / "broken_methods"
     broken.mkdir()
     for path in (folder / "my_methods").glob("*.py"):
         text = path.read_text(encoding="utf-8").replace("my_methods", "broken_methods")
         text = text.replace("(chosen_B - ref_chosen_B)", "(ref_chosen_B - chosen_B)")
         (broken / path.name).write_text(text, encoding="utf-8")
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)]), "OMP_NUM_THREADS": "1"}
-    files = ["my_methods/test_dpo.py", "broken_methods/test_dpo.py"]
-    command = [sys.executable, "-m", "pytest", "-q", "-rA", "-p", "no:cacheprovider", *files]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 1
-    outcomes = dict(re.findall(r"^(PASSED|FAILED) (\w+)/", done.stdout, re.M))
-    assert outcomes == {"PASSED": "my_methods", "FAILED": "broken_methods"}, done.stdout
-    assert "fails prefers_the_better_reply" in done.stdout
+    importlib.import_module("my_methods.test_dpo").test_it_conforms()
+    with pytest.raises(AssertionError, match="fails prefers_the_better_reply"):
+        importlib.import_module("broken_methods.test_dpo").test_it_conforms()
 
 
-def test_the_pages_own_experiment_plans(folder: Path) -> None:
+def test_the_experiment_of_the_page_plans(folder: Path, cli: Cli) -> None:
     (folder / "experiments").symlink_to(ROOT / "experiments")
-    done = run(folder, "plan", "my_experiment.toml", "--json")
-    assert done.returncode == 0, done.stderr
-    stages = [stage["name"] for stage in json.loads(done.stdout)["stages"]]
+    stages = [stage["name"] for stage in cli("plan", "my_experiment.toml", "--json").json["stages"]]
     assert {"train my_dpo, seed 0", "train my_reinforce, seed 0"} <= set(stages)
     assert "log-probs of the training pairs under policy" in stages
 

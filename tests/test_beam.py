@@ -1,4 +1,4 @@
-"""Beam search against transformers 4.46, against enumeration, and through the sampler and the command line."""
+"""Beam search equals transformers 4.46 and an enumeration, also through the sampler and the command line."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def agree(found: Any, cases: list[Any]) -> None:
         assert [hypothesis.score for hypothesis in hypotheses] == pytest.approx(case["scores"], abs=1e-5)
 
 
-def test_what_transformers_4_46_returned(recorded):
+def test_beams_are_those_of_transformers_4_46(recorded):
     """Prompts of 1 to 18 tokens in one left-padded batch; recorded one by one."""
     settings, search = recorded
     assert len(settings) == 7
@@ -69,32 +69,12 @@ def test_what_transformers_4_46_returned(recorded):
         agree(search(cases, setting), cases)
 
 
-def test_one_by_one(recorded):
-    settings, search = recorded
-    for setting, cases in settings[:4:3]:  # plain beams, two groups
-        for case in cases:
-            agree(search([case], setting), [case])
-
-
-def test_the_recording_has_what_it_is_for():
-    """Endings of many lengths, in one step and at the cap; groups that were done before others; a temperature."""
-    ends = {
-        (len(ids), ids[-1] in model["eos_ids"])
-        for model in RECORDED["models"]
-        for case in model["cases"]
-        for ids in case["token_ids"]
-    }
-    assert {(1, True), (4, True), (16, True), (16, False)} <= ends
-    assert any("temperature" in case["setting"] for model in RECORDED["models"] for case in model["cases"])
-    assert {model["pad_id"] in model["eos_ids"] for model in RECORDED["models"]} == {True, False}
-
-
 @pytest.mark.parametrize(
     "broken",
     [{"diversity_penalty": 0.9}, {"groups": 2}, {"pad_id": 0}, {"eos_ids": [1]}],
     ids=lambda change: next(iter(change)),
 )
-def test_the_check_sees_what_is_wrong(broken):
+def test_another_setting_finds_other_beams_than_the_recorded_ones(broken):
     """This model's pad token ends replies, so what groups that are done choose shows as well."""
     model = RECORDED["models"][2]
     cases = [case for case in model["cases"] if case["setting"] == {"beams": 4, "groups": 4, "diversity_penalty": 1.0}]
@@ -120,7 +100,7 @@ def log_prob(model: Any, prompt: list[int], reply: tuple[int, ...]) -> float:
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_beams_for_everything_find_the_best_of_everything(seed):
+def test_enough_beams_find_the_best_of_all_replies(seed):
     """With as many beams as there are prefixes nothing is pruned: the best mean log-probs of all 5 ** 3-odd replies."""
     vocabulary, length, eos = 5, 3, 2
     model = build("llama", seed, vocabulary)
@@ -145,7 +125,7 @@ def greedy(model: Any, prompt: list[int], eos: int, length: int) -> tuple[int, .
     return tuple(reply)
 
 
-def test_a_group_a_beam_without_a_penalty_is_greedy_in_each():
+def test_groups_of_one_beam_without_a_penalty_are_greedy():
     model = build("llama", 0)
     prompts = [[5, 9, 200], [17], [300, 2, 2, 8]]
     likely = greedy(model, prompts[0], -1, 6)[3]  # one of the prompts reaches it
@@ -158,7 +138,7 @@ def test_a_group_a_beam_without_a_penalty_is_greedy_in_each():
     assert found[0][0].token_ids[-1] == likely
 
 
-def test_a_large_penalty_parts_the_groups():
+def test_a_large_penalty_separates_the_groups():
     """In every step no two of a prompt's groups take the same token while the vocabulary has others to offer."""
     (found,) = beam_search(
         build("llama", 0),
@@ -223,7 +203,7 @@ def test_a_stop_string_cuts_the_text_of_a_beam_but_not_its_tokens(sampler, polic
     assert cut.text == text[: text.index(stop)].rstrip()
 
 
-def test_what_ends_a_reply_is_what_the_model_says(policy):
+def test_the_end_tokens_of_the_model_end_a_reply(policy):
     """The model's own settings name the tokens that end it, as in ``generate``; the first of them is written."""
     spec, eos = replace(BEAM, max_new_tokens=1), policy.tokenization.eos_id
     likely = TransformersSampler(policy, max_model_len=256).sample(PROMPTS[:1], spec)[0].responses[0].token_ids[0]
@@ -232,7 +212,7 @@ def test_what_ends_a_reply_is_what_the_model_says(policy):
     assert (best.token_ids, best.text, best.finish) == ((eos,), "", "eos")
 
 
-def test_beams_are_searched_for_on_transformers_whatever_samples():
+def test_beams_use_transformers_under_every_backend():
     assert choose_backend("vllm", "diverse-beam") == choose_backend("transformers")
 
 
@@ -291,13 +271,13 @@ def test_the_command_feeds_prompts_as_they_are(command, tmp_path, strategy, grou
         ]
 
 
-def test_the_command_reads_dialogues_where_it_is_told_to(command, llama_folder):
+def test_the_command_reads_dialogues_with_their_template(command, llama_folder):
     rows = command(llama_folder(0), ["What is ice?"], "--strategy", "beam", "--template", "hh", "--beams", "2")
     assert rows[0]["query"] == "\n\nHuman: What is ice?\n\nAssistant:"
     assert len(rows[0]["responses"]) == 2
 
 
-def test_raw_prompts_keep_what_the_tokenizer_closes_them_with(policy):
+def test_raw_prompts_keep_the_closing_token_of_the_tokenizer(policy):
     """A raw prompt is ``tokenizer(text)``; a dialogue's prompt that a tokenizer ended would not be continued."""
     tokenizer = policy.tokenization.tokenizer
 
@@ -311,17 +291,17 @@ def test_raw_prompts_keep_what_the_tokenizer_closes_them_with(policy):
     assert closing.prompt_ids(Prompt("Hi"))[-1] == tokenizer.eos_token_id
 
 
-def test_beams_that_do_not_divide_into_groups(command, llama_folder):
+def test_beams_that_do_not_divide_into_groups_are_refused(command, llama_folder):
     with pytest.raises(ConfigError, match="--groups 3: 4 beams do not divide into groups of equal size"):
         command(llama_folder(0), ["Hi"], "--strategy", "diverse-beam", "--groups", "3")
 
 
-def test_the_command_says_that_beams_are_not_drawn(command, llama_folder, capsys):
+def test_the_command_notes_that_temperatures_have_no_effect_on_beams(command, llama_folder, capsys):
     command(llama_folder(0), ["Hi"], "--strategy", "beam", "--temperature", "0.8", "--max-new-tokens", "4")
     said = " ".join(capsys.readouterr().err.split())
     assert "--temperature, --top-p and --top-k have no effect" in said
 
 
-def test_an_empty_prompt(command, llama_folder):
+def test_an_empty_prompt_is_named(command, llama_folder):
     with pytest.raises(DataError, match=r"prompts\.jsonl:2: prompt: is empty; expected text"):
         command(llama_folder(0), ["Hi", ""], "--strategy", "beam")

@@ -11,7 +11,6 @@ from pydantic import ValidationError
 
 from baselines.bonbon import BoNBoN, bonbon_loss, bonbon_target
 from baselines.bonbon_settings import BoNBoNSettings
-from rrhf_bench.errors import DataError
 from rrhf_bench.policy.policy import TransformersPolicy
 from rrhf_bench.records import Candidates, Response
 from rrhf_bench.settings.candidates import DrawnCandidates
@@ -66,8 +65,6 @@ def test_a_batch_has_the_loss_of_the_slow_definition(policy: TransformersPolicy)
     assert output.weight == len(CANDIDATES)
 
 
-def test_what_it_cannot_learn_from_is_refused() -> None:
-    with pytest.raises(DataError, match="bonbon: "):
-        BoNBoN(BoNBoNSettings()).examples(TrainInputs(candidates=[group(2.0, 2.0), group(1.0)]))
+def test_a_refresh_is_refused() -> None:
     with pytest.raises(ValidationError, match="refresh"):
         BoNBoNSettings(candidates=DrawnCandidates(refresh=4))

@@ -1,4 +1,4 @@
-"""The paper's claims as tests: planted effects, planted contrary effects, small samples, and rules worked by hand."""
+"""Claims get the verdict of a planted effect, of its contrary, of small samples, and of rules worked by hand."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from rrhf_bench.evaluation.claims import ClaimResult, Finding, Scores, evaluate_
 from rrhf_bench.evaluation.grid import Grid, Missing, Paired, pair
 from rrhf_bench.evaluation.statistics import POOLED_FREEDOM, Estimate
 from rrhf_bench.pipeline.results import RunRecords
-from rrhf_bench.records import CurvePoint, Decoding
+from rrhf_bench.records import Decoding
 from rrhf_bench.report.claims import RunEvidence, claim_results, power_words
 from rrhf_bench.report.view import View
 from rrhf_bench.seeding import generator
@@ -42,7 +42,7 @@ NONE = Missing("not measured")
 
 @dataclass
 class Run:
-    """Evidence as plain tables; what is not in them was not measured."""
+    """Evidence as plain tables. A value that no table holds was not measured."""
 
     replies: dict[tuple[str, str, str], Grid] = field(default_factory=dict)
     trained_on: dict[str, Scores] = field(default_factory=dict)
@@ -79,7 +79,7 @@ def grid(values: Any, *, seeds: tuple[int, ...] | None = None, one_model: bool =
 
 
 def noisy(name: str, mean: float, prompts: int = 80, spread: float = 0.3, seeds: int = 3) -> Grid:
-    """Mean + a prompt's share that all rows have + noise."""
+    """Return the sum of the mean, a share of each prompt that all rows have, and noise."""
     share = generator("share").normal(0, 1, 500)[:prompts]
     return grid(mean + share + generator("noise", name).normal(0, spread, (seeds, prompts)))
 
@@ -169,7 +169,7 @@ def test_a_planted_effect_is_supported_and_its_contrary_refuted(plant: Callable[
 
 
 @pytest.mark.parametrize("plant", PLANTED, ids=lambda plant: plant.__name__)
-def test_a_small_sample_decides_nothing_but_says_what_it_could_have_seen(plant: Callable[..., Any]) -> None:
+def test_a_small_sample_decides_nothing_and_has_a_detectable_difference(plant: Callable[..., Any]) -> None:
     for sign in (1, -1):
         found = result(*plant(sign, 5, 2.0))
         assert found.verdict == "inconclusive"
@@ -197,7 +197,7 @@ def test_two_copies_of_one_method_are_rarely_told_apart() -> None:
 
 
 def exact(mean: float, seeds: tuple[float, float, float] = (-0.1, 0.0, 0.1)) -> Grid:
-    """Three seeds whose prompts are all alike: with nothing else, t = mean / (0.1 / sqrt 3) on 2 degrees of freedom."""
+    """Return three seeds whose prompts are all alike, so t = mean / (0.1 / sqrt 3) on 2 degrees of freedom."""
     return grid(np.repeat(mean + np.array(seeds)[:, None], 4, axis=1))
 
 
@@ -205,7 +205,7 @@ def of_t(mean: float, freedom: float = 2.0) -> float:
     return float(2 * stats.t.sf(abs(mean) / (0.1 / np.sqrt(3)), freedom))
 
 
-def test_holm_is_over_all_claims_and_decodings_that_have_a_p() -> None:
+def test_holm_adjusts_over_all_claims_and_decodings_that_have_a_p() -> None:
     run = Run(decodings=("greedy", "sample"))
     run.replies["zero", "greedy", "reward"] = run.replies["zero", "sample", "reward"] = exact(0.0, (0, 0, 0))
     for row, mean in (("a", 2.0), ("b", 1.0), ("c", 0.5)):
@@ -252,8 +252,8 @@ def test_a_margin_shifts_the_threshold_and_not_the_estimate() -> None:
 
 
 def test_the_variance_between_seeds_is_pooled_over_the_trained_rows() -> None:
-    """Rows of equal spread: the pooled variance has its largest degrees of freedom, and p falls. The pooled variance is
-    no larger than the pair's own, which then stands."""
+    """Rows of equal spread give the pooled variance its largest degrees of freedom, and p falls. The pooled variance is
+    then no larger than the pair's own variance, which is used."""
     run = Run(pooled_rows=("a", "c", "d"))
     for row, mean in (("a", 0.3), ("c", 7.0), ("d", -7.0)):
         run.replies[row, "greedy", "reward"] = exact(mean)
@@ -310,7 +310,7 @@ def part(low: float, high: float, threshold: float, p_above: float, p_below: flo
         (-0.5, -0.2501, "lies outside"),
     ],
 )
-def test_equivalence_at_its_boundaries(low: float, high: float, lies: str) -> None:
+def test_equivalence_includes_its_boundaries(low: float, high: float, lies: str) -> None:
     found = rules._equivalent(part(low, high, -0.25, 0.01, 0.99), part(low, high, 0.25, 0.96, 0.04), 0.25)
     assert lies in found.where
     assert (found.p_for, found.p_against) == (0.04, 0.96)  # the worse of two one-sided tests; the better contrary one
@@ -328,7 +328,7 @@ def test_equivalence_is_supported_if_and_only_if_the_interval_lies_within(mean: 
     assert (found.verdict == "refuted") == (found.estimate.low > 0.3)
 
 
-def test_non_inferiority_forgives_the_margin_and_no_more() -> None:
+def test_non_inferiority_allows_the_margin_and_no_more() -> None:
     def verdict(margin: float) -> str:
         run = Run()
         run.replies["rrhf", "greedy", "reward"] = noisy("rrhf", 1.0, 300, 0.2)
@@ -361,7 +361,7 @@ def test_a_compound_claim_needs_all_its_parts_and_gold_decides() -> None:
 
 
 def test_over_optimisation_is_not_supported_against_the_gold_reward() -> None:
-    """Issue S6, imdb_sentiment: gold of op is higher by 0.2 and only the NLL rose, and the claim was "supported"."""
+    """The gold reward of op is higher by 0.2 and only the NLL rose: the claim must not be supported."""
     claim, run = overoptimises(1, 200, 0.3)
     run.replies["op", "greedy", "gold"] = noisy("gold op", 0.2, 200, 0.3)
     run.replies["op", "greedy", "nll"] = noisy("nll op", 3.0, 200, 0.3)
@@ -374,7 +374,7 @@ def test_over_optimisation_is_not_supported_against_the_gold_reward() -> None:
 
 
 def test_a_repair_is_not_supported_against_the_gold_reward() -> None:
-    """Issue S6, imdb_sentiment: gold of op_kl is lower by 0.07 and its text likelier, and the claim was "supported"."""
+    """The gold reward of op_kl is lower although its text is likelier: the claim must not be supported."""
     claim, run = repairs(1, 200, 0.3)
     run.replies["op_kl", "greedy", "gold"] = noisy("gold op_kl", -0.15, 200, 0.3)
     assert result(claim, run).verdict == "refuted"
@@ -403,7 +403,7 @@ def test_over_optimisation_without_a_gold_reward_rests_on_the_text() -> None:
 # -- pairing, picking, draws -----------------------------------------------------------------------------------------
 
 
-def test_one_model_stands_against_every_seed_and_prompts_are_those_of_both() -> None:
+def test_one_model_pairs_with_every_seed_on_the_common_prompts() -> None:
     a = grid([[1.0, 2, 3, np.nan], [2, 3, 4, 0], [3, 4, 5, 0]])
     base = replace(grid([9.0, 0, 1, 1, 1]), prompts=("q", "p000", "p002", "p003", "p001"), one_model=True)
     found = pair(a, base)
@@ -446,7 +446,7 @@ def test_the_best_of_several_rows_is_picked_on_dev_prompts_alone() -> None:
     assert result(claim, run).reason == "third: not measured"
 
 
-def test_no_result_depends_on_the_other_claims_but_for_holm() -> None:
+def test_a_claim_depends_on_the_others_only_through_holm() -> None:
     claim, run = ordered(1, 80, 0.5)
     alone = result(claim, run)
     other, more = below_chance(1, 80, 0.5)
@@ -597,12 +597,7 @@ def test_a_claim_without_its_numbers_is_not_tested_and_says_why(name: str) -> No
 # -- settings --------------------------------------------------------------------------------------------------------
 
 
-def test_every_kind_has_a_test() -> None:
-    assert {claim.kind for claim in EVERY.values()} == set(CLAIMS)
-    assert all(CLAIMS[claim.kind] is type(claim) for claim in EVERY.values())
-
-
-def test_rows_of_a_claim() -> None:
+def test_a_claim_names_its_rows() -> None:
     assert EVERY["rrhf_reaches_ppo"].rows() == ("rrhf", "ppo", "sft")
     assert EVERY["better_reward_model"].rows() == ("rrhf", "base")
     assert EVERY["base_below_chance"].rows() == ("base",)
@@ -631,12 +626,12 @@ AB: dict[str, Any] = {"higher": "a", "lower": "b"}
         ("difference", {"margin": 0.0, "higher": True, "lower": ["b"]}, "expected a row, a list of rows or a number"),
     ],
 )
-def test_a_faulty_claim(kind: str, table: dict[str, Any], fault: str) -> None:
+def test_a_faulty_claim_names_its_key(kind: str, table: dict[str, Any], fault: str) -> None:
     with pytest.raises(ValidationError, match=fault):
         CLAIMS[kind].model_validate(table)
 
 
-def test_claims_of_an_experiment_file(tmp_path: Path) -> None:
+def test_an_experiment_file_holds_claims(tmp_path: Path) -> None:
     path = tmp_path / "x.toml"
     text = """
 [methods.rrhf]
@@ -693,7 +688,7 @@ def test_the_section_stands_after_the_result_with_one_item_a_claim(report: Path)
     assert "proxy reward, greedy: " in section
 
 
-def test_the_table_of_claims(records: RunRecords, report: Path) -> None:
+def test_the_table_of_claims_holds_verdicts_and_estimates(records: RunRecords, report: Path) -> None:
     rows = {(row["claim"], row["decoding"]): row for row in rows_of(report / "tables/claims.csv")}
     assert len(rows) == sum(2 if claim.decoded else 1 for claim in EVERY.values())
     for decoding in ("greedy", "sampled"):
@@ -715,12 +710,15 @@ def test_the_table_of_claims(records: RunRecords, report: Path) -> None:
     assert float(rows["rrhf_reaches_ppo", "sampled"]["estimate"]) == pytest.approx(np.mean(gaps), abs=1e-12)
 
 
-def test_evidence_of_a_run(records: RunRecords) -> None:
+def test_the_evidence_of_a_run_is_read_at_the_end_and_by_decoding(records: RunRecords) -> None:
     evidence = RunEvidence(View(records))
     points = [p for p in records.curves if (p.method, p.decoding, p.fraction) == ("ppo", "greedy", 1.0)]
     assert evidence.dev_reward("ppo", "greedy") == pytest.approx(np.mean([p.rewards for p in points]), abs=1e-12)
     late = replace(points[0], fraction=0.5, rewards=(1e6,))  # an earlier point, however high, is not the end
     assert RunEvidence(View(replace(records, curves=(*records.curves, late)))).dev_reward("ppo", "greedy") < 1e3
+    sampled = RunEvidence(View(replace(records, curves=tuple(p for p in records.curves if p.decoding == "sample"))))
+    assert isinstance(sampled.dev_reward("ppo", "greedy"), Missing)
+    assert isinstance(sampled.dev_reward("ppo", "sample"), float)
     base = evidence.values("base", "greedy", "reward")
     assert isinstance(base, Grid)
     assert base.one_model
@@ -768,15 +766,8 @@ def test_without_claims_there_is_no_section_and_hostile_names_are_inert(records:
     assert "<script" not in section
 
 
-def test_nothing_tested_is_said(records: RunRecords) -> None:
+def test_an_empty_run_tests_no_claim(records: RunRecords) -> None:
     empty = replace(records, evaluated=(), pairs=(), candidates={}, test_candidates={}, curves=())
     found = claim_results(View(empty))
     assert {r.verdict for r in found} == {"not tested"}
     assert power_words(found).startswith("Nothing could be tested")
-
-
-def test_a_curve_point_of_another_decoding_is_not_read(records: RunRecords) -> None:
-    curves: tuple[CurvePoint, ...] = tuple(p for p in records.curves if p.decoding == "sample")
-    evidence = RunEvidence(View(replace(records, curves=curves)))
-    assert isinstance(evidence.dev_reward("ppo", "greedy"), Missing)
-    assert isinstance(evidence.dev_reward("ppo", "sample"), float)

@@ -1,7 +1,7 @@
-"""The command line: what bad input gets, and what good input prints.
+"""The command line refuses bad input and prints what it did with good input.
 
-Bad input gets exit code 2 and one line a fault, which names the file, line or key, what was found and what is allowed;
-no traceback, and nothing is left on disk.
+Bad input ends with exit code 2 and one line a fault. The line names the file, line or key, what was found and what is
+allowed. There is no traceback, and nothing is left on disk.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,23 +29,17 @@ from rrhf_bench.pipeline.stage_graph import Plan, make_plan
 from rrhf_bench.pipeline.store import Store
 from rrhf_bench.settings.reading import load_experiment
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ROOT = Path(__file__).parents[1]
 SMOKE = ROOT / "experiments" / "smoke.toml"
 QUESTION = "\n\nHuman: Hi there! What is a glacier?\n\nAssistant:"
 SCORED = {"query": QUESTION, "responses": [" Ice.", " A river."], "scores": [1.0, 0.0]}
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
 def refused(cli: Cli, tmp_path: Path) -> Callable[..., list[str]]:
-    """Runs what must be refused: the lines of the error, once it is sure that nothing else was printed or written."""
+    """Return a function that runs a command, asserts that it prints and writes nothing else, and returns its errors."""
 
     def run(*words: object) -> list[str]:
         before = sorted(tmp_path.rglob("*"))
@@ -63,7 +57,7 @@ def refused(cli: Cli, tmp_path: Path) -> Callable[..., list[str]]:
 
 @pytest.fixture
 def rows(tmp_path: Path) -> Callable[..., Path]:
-    """Writes JSON lines."""
+    """Return a function that writes JSON lines."""
 
     def write(*values: Any, name: str = "rows.jsonl") -> Path:
         path = tmp_path / name
@@ -80,13 +74,13 @@ def out(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def reward(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Makes folders of a random classifier."""
+    """Return a function that makes a folder of a random classifier."""
 
-    def make(*, labels: int = 1) -> Path:
+    def make() -> Path:
         from transformers import AutoModelForSequenceClassification, LlamaConfig
 
         config = LlamaConfig(
-            vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_labels=labels,
+            vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_labels=1,
             num_attention_heads=1, max_position_embeddings=256, pad_token_id=tokenizer.pad_token_id,
         )  # fmt: skip
         with torch.random.fork_rng():
@@ -163,7 +157,7 @@ def pair(question: str, chosen: str = " Yes.", rejected: str = " No.") -> dict[s
     return {"chosen": asked + chosen, "rejected": asked + rejected}
 
 
-def test_a_run_that_meets_a_bad_row_says_where_and_stores_nothing(cli: Cli, rows: Any, tmp_path: Path) -> None:
+def test_a_run_that_meets_a_bad_row_names_it_and_stores_nothing(cli: Cli, rows: Any, tmp_path: Path) -> None:
     path = rows(pair("a"), pair("b", chosen=" Yes.\n\nHuman: And now?"))
     words = (word for o in experiment_on(path) for word in ("--set", o))
     result = cli("run", SMOKE, "--runs", tmp_path / "runs", *words)
@@ -177,27 +171,8 @@ def test_a_run_that_meets_a_bad_row_says_where_and_stores_nothing(cli: Cli, rows
 # The single steps
 
 
-@pytest.mark.parametrize(
-    ("method", "sound", "row", "field"),
-    [
-        (None, {"prompt": "Hi"}, {"prompt": 3}, "prompt"),
-        ("sft", pair("a"), pair("a", chosen=" Yes.\n\nHuman: Why?"), "chosen"),
-        ("rrhf", SCORED, {**SCORED, "scores": [1.0]}, "scores"),
-    ],
-)
-def test_a_row_that_cannot_be_used_names_file_line_and_field(
-    refused: Any, rows: Any, model: Path, out: Path, method: str | None, sound: Any, row: Any, field: str
-) -> None:
-    path = rows(sound, row)
-    (line,) = refused(*(sample(model, path, out) if method is None else train(method, model, path, out)))
-    assert line.startswith(f"{path}:2: {field}: ")
-
-
-def test_files_and_models_that_are_missing(refused: Any, rows: Any, model: Path, out: Path, tmp_path: Path) -> None:
-    missing = tmp_path / "none.jsonl"
-    for words in (sample(model, missing, out), score(model, missing, out), train("rrhf", model, missing, out)):
-        (line,) = refused(*words)
-        assert line.startswith(f"{missing}: is missing; expected ")
+def test_a_missing_model_is_named(refused: Any, rows: Any, out: Path, tmp_path: Path) -> None:
+    missing = tmp_path / "none"
     prompts, scored = rows({"prompt": "Hi"}, name="prompts.jsonl"), rows(SCORED, name="scored.jsonl")
     for words in (sample(missing, prompts, out), score(missing, scored, out), train("rrhf", missing, scored, out)):
         (line,) = refused(*words)
@@ -314,7 +289,7 @@ def test_a_training_prompt_beyond_the_context_is_left_out_and_counted(
     assert found["counts"]["examples"] == found["counts"]["prompts_too_long"] == 1
 
 
-def test_a_tokenizer_without_a_pad_token(
+def test_a_tokenizer_without_a_pad_token_is_refused_until_one_is_named(
     refused: Any, cli: Cli, rows: Any, model: Path, out: Path, tmp_path: Path
 ) -> None:
     bare = without(model, "pad_token", tmp_path)
@@ -327,23 +302,27 @@ def test_a_tokenizer_without_a_pad_token(
     assert cli(*sample(bare, path, out, "--pad-token", "<eos>")).code == 0
 
 
-def test_a_tokenizer_without_an_end_token(refused: Any, rows: Any, model: Path, out: Path, tmp_path: Path) -> None:
+def test_a_tokenizer_without_an_end_token_is_refused(
+    refused: Any, rows: Any, model: Path, out: Path, tmp_path: Path
+) -> None:
     bare = without(model, "eos_token", tmp_path)
     (line,) = refused(*sample(bare, rows({"prompt": "Hi"}), out))
     assert line.startswith(f"{bare}: ")
     assert "EOS" in line
 
 
-@pytest.mark.parametrize(("labels", "option"), [(2, []), (2, ["--label", "POSITIVE"]), (1, ["--layout", "value-head"])])
-def test_a_reward_model_that_is_not_what_the_options_say(
-    refused: Any, rows: Any, reward: Any, out: Path, labels: int, option: list[str]
+@pytest.mark.parametrize("option", [["--label", "POSITIVE"], ["--layout", "value-head"]])
+def test_a_reward_model_that_differs_from_the_options_is_named(
+    refused: Any, rows: Any, reward: Any, out: Path, option: list[str]
 ) -> None:
-    folder = reward(labels=labels)
+    folder = reward()
     (line,) = refused(*score(folder, rows(SCORED), out, *option))
     assert line.startswith(f"{folder}: ")
 
 
-def test_groups_that_nothing_can_be_ranked_in(refused: Any, cli: Cli, rows: Any, model: Path, out: Path) -> None:
+def test_groups_of_equal_scores_are_refused_or_counted(
+    refused: Any, cli: Cli, rows: Any, model: Path, out: Path
+) -> None:
     equal = {**SCORED, "scores": [0.5, 0.5]}
     refused(*train("rrhf", model, rows(equal, equal), out))
     found = cli(*train("rrhf", model, rows(SCORED, equal), out, "--json")).json
@@ -387,7 +366,7 @@ def test_a_reward_model_that_may_read_another_place_than_its_class_is_noted(
     assert line.startswith(f"note: {folder}: padding and EOS: ")
 
 
-def test_what_a_step_leaves_out_of_its_input_is_counted(cli: Cli, rows: Any, model: Path, out: Path) -> None:
+def test_rows_that_a_step_leaves_out_are_counted(cli: Cli, rows: Any, model: Path, out: Path) -> None:
     path = rows(pair("a"), pair("a", chosen=" Certainly."), pair("b", rejected=""), pair("c"))
     expected = {"rows": 4, "kept": 3, "duplicate_prompt": 1, "empty_reply": 1}
     assert cli(*sample(model, path, out, "--json")).json["counts"].items() >= expected.items()
@@ -405,7 +384,9 @@ def test_what_a_step_leaves_out_of_its_input_is_counted(cli: Cli, rows: Any, mod
         ["--sources", "model,chosen"],
     ],
 )
-def test_sampling_that_makes_no_sense(refused: Any, rows: Any, model: Path, out: Path, words: list[str]) -> None:
+def test_contradictory_options_of_sampling_are_refused(
+    refused: Any, rows: Any, model: Path, out: Path, words: list[str]
+) -> None:
     (line,) = refused(*sample(model, rows({"prompt": "Hi"}), out, *words))
     assert words[0] in line
 
@@ -445,7 +426,7 @@ def test_an_option_of_a_reward_model_that_differs_from_an_artifact_is_refused(
     assert line.startswith(f"{option}: found {found!r}, ")
 
 
-def test_options_that_an_artifact_says_too_or_that_serve_another_model(
+def test_options_equal_to_the_artifact_or_of_another_model_are_accepted(
     cli: Cli, rows: Any, model: Path, reward: Any, out: Path, tmp_path: Path
 ) -> None:
     """--dtype and --template are of the policy alone, --layout and --reward-pad-token of the reward model."""
@@ -482,7 +463,9 @@ def test_each_model_of_an_evaluation_has_its_own_options(
 
 
 @pytest.mark.parametrize("option", ["--reward-dtype", "--reward-template", "--reward-pad-token", "--layout", "--label"])
-def test_an_option_of_a_model_that_is_not_named(refused: Any, rows: Any, model: Path, out: Path, option: str) -> None:
+def test_an_option_of_a_model_that_is_not_named_is_refused(
+    refused: Any, rows: Any, model: Path, out: Path, option: str
+) -> None:
     value = {"--reward-dtype": "float32", "--reward-template": "chat", "--layout": "classifier"}.get(option, "x")
     (line,) = refused(*train("rrhf", model, rows(SCORED), out, option, value))
     assert line.startswith(f"{option}: found {value!r}, ")
@@ -497,7 +480,7 @@ def test_doctor_refuses_an_option_of_a_policy_that_is_not_named(refused: Any) ->
 @pytest.mark.parametrize(
     "content", ['{"format": "layers-model"}', "[]", "{", '{"source": 1}', '{"source": "model", "dtype": "int8"}', "{}"]
 )
-def test_a_model_json_of_another_program(
+def test_a_model_json_of_another_program_is_named(
     refused: Any, rows: Any, model: Path, out: Path, tmp_path: Path, content: str
 ) -> None:
     folder = shutil.copytree(model, tmp_path / "exported")
@@ -508,7 +491,7 @@ def test_a_model_json_of_another_program(
     assert line.startswith(f"{folder / 'model.json'}: ")
 
 
-def test_gold_on_prompts_that_are_not_of_the_embedded_world(
+def test_gold_is_refused_on_prompts_of_another_world(
     refused: Any, rows: Any, tmp_path: Path, out: Path, model: Path
 ) -> None:
     """The prompts are read before any model: the reward model need not exist."""
@@ -529,7 +512,7 @@ def test_gold_on_prompts_that_are_not_of_the_embedded_world(
         ("sft", [], "{path}"),  # which has no pairs
     ],
 )
-def test_training_that_makes_no_sense(
+def test_contradictory_options_of_training_are_refused(
     refused: Any, rows: Any, model: Path, out: Path, method: str, words: Any, place: str
 ) -> None:
     path = rows({"prompt": "Hi"})
@@ -537,7 +520,7 @@ def test_training_that_makes_no_sense(
     assert line.startswith(place.format(path=path) + ": ")
 
 
-def test_a_folder_that_is_no_run(refused: Any, tmp_path: Path) -> None:
+def test_a_folder_without_a_run_is_refused(refused: Any, tmp_path: Path) -> None:
     (line,) = refused("report", tmp_path)
     assert line.startswith(f"{tmp_path}: ")
 
@@ -574,7 +557,7 @@ def test_a_report_that_cannot_be_published_leaves_the_earlier_one(
 
 
 @pytest.mark.parametrize("words", [["plann"], ["plan"], ["plan", SMOKE, "--runs"], ["sample", "--n", "none"]])
-def test_a_command_that_cannot_be_read(cli: Cli, words: list[object]) -> None:
+def test_an_unreadable_command_ends_with_code_2(cli: Cli, words: list[object]) -> None:
     result = cli(*words)
     assert result.code == 2
     assert "Error:" in result.err
@@ -604,7 +587,7 @@ def test_the_steps_in_a_row_print_json_alone(cli: Cli, rows: Any, model: Path, r
 
 
 @pytest.mark.parametrize("other", ["swapped", "smaller"])
-def test_a_kl_to_a_model_of_another_vocabulary(
+def test_a_kl_to_a_model_of_another_vocabulary_is_refused(
     refused: Any, rows: Any, model: Path, reward: Any, out: Path, tmp_path: Path, other: str
 ) -> None:
     """Two tokens have each other's id, as many as before; or the vocabulary is a smaller one."""
@@ -643,19 +626,11 @@ def test_the_runs_folder_is_also_an_environment_variable(
     assert f"no runs in {tmp_path / 'elsewhere'}" in cli("ls").out
 
 
-def test_plan_says_sizes_budgets_and_models_in_memory(cli: Cli, tmp_path: Path) -> None:
+def test_plan_prints_sizes_budgets_and_models_in_memory(cli: Cli, tmp_path: Path) -> None:
     printed = cli("plan", SMOKE, "--runs", tmp_path).out
     assert "\x1b" not in printed  # not a terminal
     assert re.search(r"candidates for train prompts .* to do +48 prompts x 2 *\n", printed)
     assert re.search(r"rrhf +48 prompts x 4 responses, .* = 3 steps +1: policy *\n", printed)
-
-
-def test_text_from_outside_cannot_act_on_the_terminal(cli: Cli, tmp_path: Path) -> None:
-    result = cli("plan", SMOKE, "--set", "se\x1b[31med\r=1")
-    assert result.code == 2
-    assert "\x1b" not in result.err
-    assert "\r" not in result.err
-    assert "se\\x1b[31med" in result.err
 
 
 def test_a_process_that_is_given_bad_input_ends_with_code_2(tmp_path: Path) -> None:
@@ -666,7 +641,7 @@ def test_a_process_that_is_given_bad_input_ends_with_code_2(tmp_path: Path) -> N
     assert len(bad.stderr.splitlines()) == 1
 
 
-def test_an_interrupted_run_says_so(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_run_ends_with_code_130(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
@@ -676,7 +651,7 @@ def test_an_interrupted_run_says_so(cli: Cli, monkeypatch: pytest.MonkeyPatch) -
     assert result.err.startswith("interrupted; ")
 
 
-def test_a_fault_of_the_program_is_not_dressed_up_as_bad_input(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fault_of_the_program_is_not_reported_as_bad_input(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: Any) -> None:
         raise ZeroDivisionError
 

@@ -33,7 +33,7 @@ from rrhf_bench.settings.reading import load_experiment
 from rrhf_bench.training.method import TrainInputs
 from tests.losses import by_response, random_batch
 from tests.test_services import EXPERIMENT, Counting
-from tests.test_training import PAIRS, PROMPTS, context
+from tests.test_training import PAIRS, context
 
 PAIR = Preference(Prompt("\n\nHuman: Hi.\n\nAssistant:"), " Hello.", " No.")
 X, GOOD, BAD = PAIR.prompt.text, " A helpful answer:", " An unhelpful answer:"
@@ -110,10 +110,8 @@ def test_it_learns_which_marker_each_reply_has(policy: TransformersPolicy, tmp_p
     assert (good_B > bad_B).all()
 
 
-def test_what_it_cannot_learn_from_is_refused(tokenizer: Any, policy: TransformersPolicy) -> None:
+def test_templates_and_keys_that_lose_the_markers_are_refused(tokenizer: Any, policy: TransformersPolicy) -> None:
     method = CoH(CoHSettings())
-    with pytest.raises(DataError, match="coh: "):
-        method.examples(TrainInputs([Preference(PROMPTS[0], " Yes.", None)]))
     for template in (Template("chat"), Template("hh", GOOD)):
         with pytest.raises(DataError, match="coh: "):
             method.examples(TrainInputs(PAIRS, tokenization=Tokenization(tokenizer, template, "test")))

@@ -1,4 +1,4 @@
-"""The experiment file: complete and frozen, every fault in one go, candidates that are composed and inherited."""
+"""Experiment files are read whole, report all faults at once, and compose and inherit candidates."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Write = Callable[..., Path]
 
 
 def faults(path: Path, *overrides: str) -> dict[str, str]:
-    """The key path of each line of the error, with the rest of the line."""
+    """Return the key path of each line of the error, with the rest of the line."""
     with pytest.raises(ConfigError) as caught:
         load_experiment(path, overrides)
     lines = str(caught.value).splitlines()
@@ -37,7 +37,7 @@ def faults(path: Path, *overrides: str) -> dict[str, str]:
 
 
 def of_row(experiment: Experiment, row: str) -> dict[str, Any]:
-    """The candidates of a row, every key of them."""
+    """Return every key of a row's candidates."""
     candidates = candidates_of(experiment.methods[row])
     assert candidates is not None
     return candidates.model_dump()
@@ -73,12 +73,12 @@ def test_extends_is_relative_to_the_file_that_says_it(write: Write, tmp_path: Pa
     assert load_experiment(write('extends = "below/base.toml"')).seeds == (5,)
 
 
-def test_extends_a_file_that_is_not_there(write: Write) -> None:
+def test_a_missing_file_below_is_named(write: Write) -> None:
     with pytest.raises(ConfigError, match=r"none\.toml: cannot be read"):
         load_experiment(write('extends = "none.toml"'))
 
 
-def test_of_several_files_below_the_later_wins_and_the_file_itself_over_all(write: Write) -> None:
+def test_later_files_replace_earlier_ones_and_the_file_itself_replaces_all(write: Write) -> None:
     write('name = "one"\nseeds = [1]\n[methods.sft]\nlr = 0.1\nepochs = 2\n[evaluation]\nprompts = 200', "one.toml")
     write('extends = "one.toml"\n[methods.rrhf]\nlr = 0.2\n[data]\nseed = 3', "over_one.toml")
     write("seeds = [2]\n[methods.sft]\nlr = 0.3\n[evaluation]\npairs = 900\n[data]\nseed = 4", "two.toml")
@@ -103,16 +103,6 @@ def test_a_file_may_be_reached_twice_but_not_through_itself(write: Write) -> Non
         load_experiment(path)
 
 
-@pytest.mark.parametrize("value", ["3", '["base.toml", 3]', '{ file = "base.toml" }'])
-def test_extends_what_is_no_file(write: Write, value: str) -> None:
-    assert [*faults(write(f"extends = {value}"))] == ["extends"]
-
-
-@pytest.mark.parametrize("text", ["name = ", "a = 1\na = 2", "\x00"])
-def test_a_file_that_is_not_toml(write: Write, text: str) -> None:
-    assert [*faults(write(text))] == ["is not TOML"]
-
-
 def test_overrides_are_values_of_toml_and_bare_words_are_text(write: Write) -> None:
     overrides = [
         "seeds=[3, 4]",
@@ -132,7 +122,7 @@ def test_overrides_are_values_of_toml_and_bare_words_are_text(write: Write) -> N
 
 
 @pytest.mark.parametrize("override", ["seeds", ".lr=1", "name.x=1"])
-def test_an_override_that_cannot_be_applied(write: Write, override: str) -> None:
+def test_an_override_that_cannot_be_applied_is_named(write: Write, override: str) -> None:
     assert [*faults(write('name = "a"'), override)] == [f"--set {override}"]
 
 
@@ -142,28 +132,21 @@ PUBLISHED = sorted((ROOT / "experiments").glob("*.toml"))
 @pytest.fixture(params=PUBLISHED, ids=[path.name for path in PUBLISHED])
 def published(request: pytest.FixtureRequest, write: Write) -> Experiment:
     """An experiment of the repository, with a data file where the command line is to name one."""
-    return load(request.param, write)
+    own_data = tomllib.loads(request.param.read_text()).get("data", {}).get("source") == "files"
+    return load_experiment(request.param, [f"data.path={write('', 'pairs.jsonl')}"] if own_data else [])
 
 
-def load(path: Path, write: Write) -> Experiment:
-    own_data = tomllib.loads(path.read_text()).get("data", {}).get("source") == "files"
-    return load_experiment(path, [f"data.path={write('', 'pairs.jsonl')}"] if own_data else [])
-
-
-def test_the_resolved_file_gives_the_same_experiment(published: Experiment, write: Write) -> None:
+def test_every_experiment_of_the_repository_plans_as_its_resolved_file(published: Experiment, write: Write) -> None:
     text = published.to_toml()
     assert "extends" not in text
     resolved = load_experiment(write(text, "resolved.toml"))
     assert resolved == published
-    assert [stage.key for stage in make_plan(resolved).wanted] == [stage.key for stage in make_plan(published).wanted]
     assert resolved.to_toml() == text
-
-
-def test_every_experiment_of_the_repository_passes_plan(published: Experiment) -> None:
-    stages = make_plan(published).stages
-    kinds = {stage.kind for stage in stages}
+    plan = make_plan(published)
+    assert [stage.key for stage in make_plan(resolved).wanted] == [stage.key for stage in plan.wanted]
+    kinds = {stage.kind for stage in plan.stages}
     assert kinds >= {"data", "model", "reward model", "evaluate"} | ({"train"} if published.methods else set())
-    assert len({stage.name for stage in stages}) == len(stages)  # a person can tell them apart
+    assert len({stage.name for stage in plan.stages}) == len(plan.stages)  # a person can tell the stages apart
 
 
 def test_an_experiment_is_frozen(write: Write) -> None:
@@ -178,7 +161,7 @@ def test_the_key_of_a_method_is_its_kind_unless_it_says_so(write: Write) -> None
     assert [(name, method.kind) for name, method in experiment.methods.items()] == [("ppo", "ppo"), ("short", "rrhf")]
 
 
-def test_a_method_from_words_alone() -> None:
+def test_a_method_is_parsed_from_words() -> None:
     method = parse_method("rrhf", ["lr=1e-4", "variant=official", "candidates.n=9", "candidates.recipe=DP"])
     assert method.model_dump(include={"lr", "variant"}) == {"lr": 1e-4, "variant": "official"}
     assert method == parse_method("rrhf", ["lr=1e-4", "variant=official", "candidates.recipe=DP"])
@@ -238,7 +221,7 @@ def test_every_fault_of_a_file_is_found_at_once(write: Write) -> None:
         ("zzz", None),
     ],
 )
-def test_an_unknown_key_is_answered_with_the_nearest(write: Write, key: str, nearest: str | None) -> None:
+def test_an_unknown_key_is_answered_with_the_nearest_one(write: Write, key: str, nearest: str | None) -> None:
     (found,) = faults(write("[methods.rrhf]"), f"{key}=1").items()
     assert found[0] == key
     assert found[1].startswith("unknown key")
@@ -274,7 +257,7 @@ def test_a_wrong_value_names_key_found_and_allowed(write: Write, key: str, value
 
 @pytest.mark.parametrize("kind", ["sft", "rrhf", "ppo"])
 def test_a_rate_whose_first_step_is_beyond_float32_is_refused(write: Write, kind: str) -> None:
-    """AdamW divides it by 1 - betas[0] and would stop with an error of its own."""
+    """AdamW divides the rate by 1 - betas[0] and would stop with an error of its own."""
     for rate, betas, bound in (3.5e37, [0.9, 0.999], "3.4e+37"), (1e35, [0.9999, 0.999], "3.4e+34"):
         table = f"[methods.{kind}]\nbetas = {betas}\nlr = "
         assert bound in faults(write(f"{table}{rate}"))[f"methods.{kind}.lr"]
@@ -405,7 +388,7 @@ def row(candidates: str) -> str:
         ),
     ],
 )  # fmt: skip
-def test_what_cannot_be_is_refused_with_its_place(write: Write, text: str, expected: dict[str, str]) -> None:
+def test_a_contradiction_is_refused_with_its_key(write: Write, text: str, expected: dict[str, str]) -> None:
     found = faults(write(text.replace("FILE", str(write("", "responses.jsonl")))))
     assert found.keys() == expected.keys()
     for place, words in expected.items():
@@ -494,8 +477,8 @@ TOP_P = {**OFFLINE, "strategy": "sample", "n": 4, "temperature": 0.8, "top_p": 1
         ('recipe = "DP", sources = ["rejected", "chosen"]', {"sources": PAIR[::-1], "scored_by": "reward model"}, 2),
     ],
 )
-def test_a_recipe_is_what_it_stands_for(write: Write, keys: str, expected: dict[str, object], k: int) -> None:
-    """Nothing that [candidates] says is left beside a recipe of the row."""
+def test_a_recipe_sets_its_keys(write: Write, keys: str, expected: dict[str, object], k: int) -> None:
+    """A recipe of the row leaves no key of [candidates] in place."""
     others = '[candidates]\nsources = ["model"]\nn = 7\ntop_p = 0.9\nrefresh = 3\n'
     experiment = load_experiment(write(others + row(keys)))
     assert of_row(experiment, "rrhf") == expected
@@ -506,7 +489,7 @@ def test_a_recipe_is_what_it_stands_for(write: Write, keys: str, expected: dict[
 
 
 @pytest.mark.parametrize("name", [*RECIPES, "IP-2", "OP-8+KL"])
-def test_a_recipe_of_all_rows_is_that_of_each(write: Write, name: str) -> None:
+def test_a_shared_recipe_equals_one_in_each_row(write: Write, name: str) -> None:
     of_all = load_experiment(write(f'[candidates]\nrecipe = "{name}"\n[methods.rrhf]'))
     of_one = load_experiment(write(row(f'recipe = "{name}"')))
     assert of_all.methods == of_one.methods
@@ -525,7 +508,7 @@ def test_a_recipe_of_all_rows_is_that_of_each(write: Write, name: str) -> None:
         ('scored_by = "judge"', 'recipe = "SP"', {"scored_by": "judge", "temperature": 0.8}),
     ],
 )
-def test_a_row_takes_from_the_shared_table_what_it_does_not_say(
+def test_a_row_inherits_the_keys_of_the_shared_table(
     write: Write, shared: str, own: str, expected: dict[str, object]
 ) -> None:
     text = f"{RAW}[judge]\n[sources.s]\nmodel = 'raw'\n[candidates]\n{shared}\n{row(own)}"
@@ -537,7 +520,7 @@ def test_a_row_takes_from_the_shared_table_what_it_does_not_say(
     assert load_experiment(write(experiment.to_toml(), "resolved.toml")) == experiment
 
 
-def test_a_recipe_replaces_what_a_file_below_said(write: Write) -> None:
+def test_a_recipe_replaces_the_keys_of_a_file_below(write: Write) -> None:
     below = "[candidates]\nn = 9\ntemperature = 0.5\n[sampling]\nmax_new_tokens = 7\n[methods.rrhf]\nlr = 0.5\n"
     write(below + "candidates = { top_k = 3, rounds = 3 }", "base.toml")
     above = '[candidates]\nrecipe = "DP"\n[methods.rrhf.candidates]\nrecipe = "BP"'
@@ -555,7 +538,7 @@ def test_a_recipe_replaces_what_a_file_below_said(write: Write) -> None:
     assert of_row(searched, "rrhf")["beams"] == 4
 
 
-def test_rows_take_from_the_defaults_of_their_kind_what_they_do_not_say(write: Write) -> None:
+def test_rows_inherit_the_defaults_of_their_kind(write: Write) -> None:
     defaults = "[defaults.rrhf]\nlr = 0.25\nepochs = 2\nbetas = [0.5, 0.6]\n"
     defaults += 'candidates = { recipe = "DP", beams = 8 }\n'
     rows = '[methods.rrhf]\n[methods.own]\nkind = "rrhf"\nlr = 0.5\ncandidates = { recipe = "SP" }\n[methods.sft]\n'
@@ -573,7 +556,7 @@ def test_rows_take_from_the_defaults_of_their_kind_what_they_do_not_say(write: W
     assert [m.lr for m in load_experiment(above).methods.values()] == [0.75, 0.5, sft.lr]
 
 
-def test_what_sampling_while_training_requires(write: Write) -> None:
+def test_online_rows_need_a_sampler_and_a_reward_model(write: Write) -> None:
     rows = {"offline": "DP", "rounds": "IP-2", "online": "OP-8", "penalised": "OP-8+KL"}
     text = "".join(
         f'[methods.{name}]\nkind = "rrhf"\ncandidates = {{ recipe = "{recipe}" }}\n' for name, recipe in rows.items()
@@ -584,7 +567,7 @@ def test_what_sampling_while_training_requires(write: Write) -> None:
     assert more == {"offline": set(), "rounds": set(), "online": online, "penalised": {*online, "reference"}}
 
 
-def test_a_source_samples_as_all_do_unless_it_says_so(write: Write) -> None:
+def test_a_source_inherits_the_shared_sampling_keys(write: Write) -> None:
     file = write("", "responses.jsonl")
     tables = {
         "plain": 'model = "raw"\n',

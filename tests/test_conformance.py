@@ -12,8 +12,11 @@ from torch import Tensor
 
 from baselines.dpo import DPO
 from baselines.dpo_settings import DPOSettings
-from rrhf_bench import testing
+from rrhf_bench import registry, testing
+from rrhf_bench.errors import DataError
+from rrhf_bench.records import Candidates, Preference, Response
 from rrhf_bench.registry import METHODS, settings_class
+from rrhf_bench.testing import PROMPTS
 from rrhf_bench.training.method import LossOutput, MethodBatch, TrainInputs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -77,3 +80,19 @@ def test_a_broken_method_does_not(broken: type[DPO], check: testing.Check, monke
     monkeypatch.setattr("baselines.dpo.DPO", broken)
     with pytest.raises(AssertionError):
         check(DPOSettings())
+
+
+UNPAIRED = TrainInputs([Preference(PROMPTS[0], " Yes.", None)])
+LONE = Candidates(PROMPTS[0], (Response(" Yes.", "model", score=1.0),))
+TIED = Candidates(PROMPTS[1], (Response(" Yes.", "model", score=1.0), Response(" No.", "model", score=1.0)))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in METHODS if METHODS[kind].family == "offline"])
+def test_inputs_without_two_replies_that_differ_are_refused(kind: str) -> None:
+    method = registry.build(settings_class(kind)(kind=kind))
+    inputs = [TrainInputs(), *(TrainInputs(candidates=groups) for groups in ([LONE], [TIED], [LONE, TIED]))]
+    if kind != "sft":  # SFT trains on the chosen reply alone
+        inputs.append(UNPAIRED)
+    for given in inputs:
+        with pytest.raises(DataError, match=f"^{'candidates' if kind == 'rrhf' else kind}: "):
+            method.examples(given)

@@ -1,4 +1,4 @@
-"""HH transcripts, prompts, stop strings and chat templates."""
+"""Transcripts, prompts, stop strings and chat templates are read and written as HH does."""
 
 from __future__ import annotations
 
@@ -26,15 +26,6 @@ from rrhf_bench.data.dialogue import (
 from rrhf_bench.errors import DataError
 from rrhf_bench.records import Prompt
 
-# Blank lines inside turns and the words of the markers without their blank lines are text like any other.
-LINES = st.text(st.sampled_from("ab ,é’:"), max_size=6) | st.sampled_from(["Human:", "Assistant", "so Assistant: x"])
-TEXTS = st.lists(LINES, min_size=1, max_size=3).map("\n".join) | LINES.map(lambda line: " x\n\n" + line + "y")
-DIALOGUES = st.lists(
-    st.builds(Turn, st.sampled_from(["user", "assistant"]), TEXTS.filter(lambda text: "\n\nHuman:" not in text)),
-    min_size=1,
-    max_size=5,
-)
-
 CHAT_TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -49,12 +40,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"</s>": 0}, unk_token="</s>")))
 
 
-@given(DIALOGUES)
-def test_turns_and_transcript_are_inverse(dialogue: list[Turn]) -> None:
-    assert turns(transcript_of(dialogue)) == tuple(dialogue)
-
-
-def test_turns_of_a_hand_written_transcript() -> None:
+def test_a_transcript_splits_into_turns() -> None:
     text = "\n\nHuman: Hi\n\nthere\n\nAssistant: Human: no marker\n\nAssistant:  two in a row\n\nHuman:"
     assert turns(text) == (
         Turn("user", " Hi\n\nthere"),
@@ -66,7 +52,7 @@ def test_turns_of_a_hand_written_transcript() -> None:
 
 
 @pytest.mark.parametrize("text", ["Hello", "", "User: Hi\n\nAssistant: Ho"])
-def test_what_is_no_transcript_is_refused(text: str) -> None:
+def test_text_without_a_first_marker_is_refused(text: str) -> None:
     with pytest.raises(DataError, match=r"row 3: found .*starts with 'Human:'"):
         turns(text, "row 3")
 
@@ -86,7 +72,7 @@ def test_what_is_no_transcript_is_refused(text: str) -> None:
         ("\n\nHuman: a\r\nb", "\n\nHuman: a\r\nb\n\nAssistant:"),  # no marker after CRLF: text like any other
     ],
 )
-def test_as_prompt(text: str, expected: str) -> None:
+def test_a_text_becomes_a_prompt(text: str, expected: str) -> None:
     assert as_prompt(text) == Prompt(expected)
     assert as_prompt(expected).text == expected  # a prompt stays what it is
 
@@ -103,7 +89,7 @@ def test_as_prompt(text: str, expected: str) -> None:
         ("System: Be brief.", "System turn alone"),
     ],
 )
-def test_as_prompt_refuses(text: str, reason: str) -> None:
+def test_a_text_that_is_no_prompt_is_refused_with_its_place(text: str, reason: str) -> None:
     with pytest.raises(DataError, match=f"p.jsonl:7: .*{reason}"):
         as_prompt(text, "p.jsonl:7")
 
@@ -129,14 +115,14 @@ def test_a_dialogue_cut_on_the_left_begins_with_the_rest_of_its_turn(cut: int, f
 
 
 @given(st.integers(0, len(WHOLE) - len("And then?\n\nAssistant:") - 1))
-def test_no_cut_nests_or_doubles_a_marker(cut: int) -> None:
+def test_no_cut_repeats_a_marker(cut: int) -> None:
     text = as_prompt(WHOLE[cut:], cut_on_the_left=True).text
     assert text.count("Assistant:") <= 2
     assert text.endswith(" And then?\n\nAssistant:")
     assert as_prompt(text) == Prompt(text)
 
 
-def test_a_system_turn_is_the_first_or_text() -> None:
+def test_only_the_first_turn_is_a_system_turn() -> None:
     text = "\n\nSystem: Be brief.\n\nHuman: Hi\n\nSystem: x\n\nAssistant:"
     assert turns(text) == (
         Turn("system", " Be brief."),
@@ -146,7 +132,7 @@ def test_a_system_turn_is_the_first_or_text() -> None:
     assert transcript_of(turns(text)) == text
 
 
-def test_repair_changes_only_what_keeps_a_transcript_from_being_read() -> None:
+def test_repair_leaves_a_readable_transcript_as_it_is() -> None:
     for text in ("What?\r\nThat.", " What?", "Human: Hi", "\n\n\nHuman: a\r\n"):
         assert repair_transcript(text) == text
 
@@ -177,12 +163,12 @@ def test_messages_become_a_transcript() -> None:
         ([message("user", " \n")], "the last message is empty"),
     ],
 )
-def test_messages_that_ask_nothing_or_would_be_read_in_another_way(messages: list[dict[str, str]], reason: str) -> None:
+def test_messages_without_a_question_or_with_a_marker_are_refused(messages: list[dict[str, str]], reason: str) -> None:
     with pytest.raises(DataError, match=reason):
         prompt_of_messages(messages, "x")
 
 
-def test_as_reply_adds_one_space_where_there_is_none() -> None:
+def test_a_reply_begins_with_white_space() -> None:
     assert [as_reply(text) for text in ("yes", " yes", "\nyes", "")] == [" yes", " yes", "\nyes", " "]
 
 
@@ -197,28 +183,18 @@ def test_as_reply_adds_one_space_where_there_is_none() -> None:
         (" keeps its end \n", (" keeps its end \n", False)),
     ],
 )
-def test_cut_at_stop(text: str, expected: tuple[str, bool]) -> None:
+def test_a_reply_ends_at_the_first_stop_string(text: str, expected: tuple[str, bool]) -> None:
     assert cut_at_stop(text) == expected
 
 
-@given(st.lists(st.sampled_from(["Human:", "Assistant:", "Hum", "an:", " ", "\n", "x"]), max_size=8).map("".join))
-def test_a_cut_text_has_no_stop_string_and_is_its_beginning(text: str) -> None:
-    kept, cut = cut_at_stop(text)
-    assert "Human:" not in kept
-    assert "Assistant:" not in kept
-    assert text.startswith(kept)
-    assert cut == (kept != text)
-    assert cut_at_stop(kept) == (kept, False)
-
-
-def test_hh_template_is_the_transcript_itself(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_the_hh_template_is_the_transcript(tokenizer: PreTrainedTokenizerFast) -> None:
     prompt = Prompt("\n\nHuman: Hi\n\nAssistant:")
     assert Template("hh").render_prompt(prompt, tokenizer) == (prompt.text, True)
     assert Template("hh").render_response(" Ho") == " Ho"
     assert Template("hh").read_response(" Ho") == " Ho"
 
 
-def test_chat_template(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_a_chat_template_renders_the_turns(tokenizer: PreTrainedTokenizerFast) -> None:
     tokenizer.chat_template = CHAT_TEMPLATE
     prompt = prompt_of([Turn("user", " Hi "), Turn("assistant", " Ho"), Turn("user", " Go\n\non")])
     text, add_special_tokens = Template("chat").render_prompt(prompt, tokenizer)
@@ -228,7 +204,7 @@ def test_chat_template(tokenizer: PreTrainedTokenizerFast) -> None:
     assert Template("chat").read_response("Ho") == " Ho"
 
 
-def test_chat_template_missing(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_a_missing_chat_template_is_named(tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(DataError, match="has no chat template"):
         Template("chat").render_prompt(Prompt("\n\nHuman: Hi\n\nAssistant:"), tokenizer)
 
@@ -248,7 +224,7 @@ ALTERNATING = (
         "\n\nAssistant:",
     ],
 )
-def test_a_dialogue_that_the_chat_template_refuses(tokenizer: PreTrainedTokenizerFast, text: str) -> None:
+def test_a_dialogue_that_the_chat_template_refuses_is_named(tokenizer: PreTrainedTokenizerFast, text: str) -> None:
     tokenizer.chat_template = ALTERNATING
     with pytest.raises(RefusedDialogue, match=f"prompt {Prompt(text).id}: .*refuses the dialogue"):
         Template("chat").render_prompt(Prompt(text), tokenizer)

@@ -13,15 +13,13 @@ from pydantic import ValidationError
 
 from baselines.dpo import DPO, dpo_loss, wpo_weight
 from baselines.dpo_settings import DPOSettings
-from rrhf_bench.errors import DataError
 from rrhf_bench.pipeline import stage_helpers
 from rrhf_bench.policy.policy import TransformersPolicy
-from rrhf_bench.records import Preference
 from rrhf_bench.training.method import MethodBatch, TrainInputs
 from rrhf_bench.training.offline import OfflineTrainer, with_reference
 from rrhf_bench.training.reference import response_logprobs
 from tests.losses import by_response, random_batch
-from tests.test_training import CANDIDATES, PAIRS, PROMPTS, context
+from tests.test_training import CANDIDATES, PAIRS, context
 
 # Summed log-probs of a pair: chosen -12 against -13 in the reference, rejected -10 against -9. D = 1 - (-1) = 2.
 PAIR = tuple(torch.tensor([x]) for x in (-12.0, -10.0, -13.0, -9.0))
@@ -148,9 +146,7 @@ def test_it_learns_to_prefer_the_chosen_replies(policy: TransformersPolicy, tmp_
     )
 
 
-def test_data_without_pairs_and_keys_without_effect_are_refused() -> None:
-    with pytest.raises(DataError, match="dpo: found prompts without a pair"):
-        DPO(DPOSettings()).examples(TrainInputs([Preference(PROMPTS[0], " Yes.", None)]))
+def test_keys_without_effect_are_refused() -> None:
     with pytest.raises(ValidationError, match="label_smoothing"):
         DPOSettings(variant="ipo", label_smoothing=0.1)
     with pytest.raises(ValidationError, match="label_smoothing"):

@@ -75,7 +75,7 @@ class Result:
 
 
 def run(*words: object) -> Result:
-    """The command line in this process."""
+    """Run the command line in this process."""
     out, err = io.StringIO(), io.StringIO()
     before, sys.argv = sys.argv, ["rrhf-bench", *map(str, words)]
     code: Any = 0
@@ -94,7 +94,7 @@ def tree(folder: Path) -> dict[str, int]:
 
 
 def faults_of(result: Result, path: Path, case: Broken) -> list[str]:
-    """What is wrong with how a broken file was refused."""
+    """Return the faults in how a broken file was refused."""
     lines = result.err.splitlines()
     wrong = []
     if result.code != 2:
@@ -189,7 +189,7 @@ BEYOND: dict[str, tuple[Any, ...]] = {
     "policies.x": ({"source": "methods.nobody"}, {"source": "toy", "template": "chat"}, {"part": "GPT"}),
     "judge": ({"source": "oracle"}, {"source": "endpoint"}, {"source": "endpoint", "endpoint": {"model": "m"}}),
     "claims.x": ({"margin": 0.1}, {"kind": "equivalence", "row": "rrhf"}, {"kind": ["difference"]}),
-    "extends": ("nowhere.toml", ".", 3, ["hh_compare.toml", 3], "\0", "x" * 5000),
+    "extends": ("nowhere.toml", ".", 3, {"file": "hh_compare.toml"}, ["hh_compare.toml", 3], "\0", "x" * 5000),
 }
 NAMED = ("policies", "sources", "methods")  # tables that others name
 # Tables that bear a name of the file's own.
@@ -197,7 +197,7 @@ NAMES = ("../../etc", "a b", "[bold]", "[/x]", "a\n\x1b[2J", "", "x" * 101, "PRN
 
 
 def of_syntax(text: str, rng: random.Random) -> Iterator[Broken]:
-    """A real file with one fault that TOML forbids anywhere, at a known line."""
+    """Yield a real file with one fault that TOML forbids anywhere, at a known line."""
 
     def at(kind: str, place: int, inserted: bytes, words: str) -> Broken:
         line = text[:place].count("\n") + 1
@@ -241,7 +241,7 @@ def of_syntax(text: str, rng: random.Random) -> Iterator[Broken]:
 
 
 def of_values(name: str, table: dict[str, Any], rng: random.Random) -> Iterator[Broken]:
-    """The same file with one key that is wrong."""
+    """Yield the same file with one wrong key."""
     found = [(where, value) for where, value in leaves(table) if where != ("extends",)]
 
     def dumped(kind: str, where: tuple[str, ...], value: Any, as_key: str | None = None) -> Broken:
@@ -269,7 +269,7 @@ def of_values(name: str, table: dict[str, Any], rng: random.Random) -> Iterator[
 
 
 def of_bounds(rng: random.Random) -> Iterator[Broken]:
-    """hh_compare.toml with one value beyond what its key takes, or one table of an impossible name."""
+    """Yield hh_compare.toml with one value out of bounds, or with one table of an impossible name."""
     base = {"extends": "hh_compare.toml", "name": "broken"}
     for key, values in BEYOND.items():
         where = tuple(key.split("."))
@@ -288,7 +288,7 @@ def of_bounds(rng: random.Random) -> Iterator[Broken]:
 
 
 def broken_experiments() -> list[Broken]:
-    """FILES of them, all different, the same in every run: real files, of which one knows how they are broken."""
+    """Return at least FILES different broken copies of real files, the same copies in every run."""
     rng = random.Random(5)
     names = ("hh_compare", "main_table", "imdb_sentiment", "wombat", "world", "smoke", "gpu", "sampling_quality")
     whole = {f"{name}.toml": (EXPERIMENTS / f"{name}.toml").read_text() for name in names}
@@ -319,7 +319,7 @@ def test_the_real_experiments_are_accepted_by_the_same_way(experiments: Path, tm
             assert run("plan", experiments / "again.toml", "--runs", tmp_path / "runs").code == 0
 
 
-def test_broken_experiment_files(experiments: Path, tmp_path: Path) -> None:
+def test_every_broken_experiment_file_is_refused_in_one_line_with_its_place(experiments: Path, tmp_path: Path) -> None:
     cases = broken_experiments()
     assert len(cases) >= FILES
     path, wrong = experiments / "broken.toml", []
@@ -331,7 +331,7 @@ def test_broken_experiment_files(experiments: Path, tmp_path: Path) -> None:
     assert not wrong, "\n".join([f"{len(wrong)} of {len(cases)}", *wrong])
 
 
-def test_what_is_no_file_is_no_experiment(experiments: Path, tmp_path: Path) -> None:
+def test_a_path_that_is_no_file_is_refused(experiments: Path, tmp_path: Path) -> None:
     (experiments / "folder.toml").mkdir()
     (experiments / "loop.toml").symlink_to(experiments / "loop.toml")
     (experiments / "nowhere.toml.link").symlink_to(experiments / "nowhere")
@@ -457,7 +457,7 @@ def test_a_record_with_any_field_of_another_type_names_file_line_and_field(tmp_p
 
 
 def only_bench_errors(path: Path, content: bytes, read: Callable[[Path], Any]) -> Any:
-    """What a reader makes of a file, or the BenchError, which is one line with the file in it (a line a fault)."""
+    """Return what a reader makes of a file, or its BenchError, which has one line a fault that names the file."""
     path.write_bytes(content)
     try:
         return read(path)
@@ -497,7 +497,7 @@ ANY_LINES = st.binary(max_size=80) | st.lists(ROWS, max_size=3).map(
 @example(b'{"prompt": "\\ud800"}')
 @example(b'{"prompt": "a", "prompt": "b"}')
 @example(b'{"query": "a", "responses": ["b"], "scores": [' + b"9" * 400 + b"]}")
-def test_whatever_a_file_of_lines_holds_only_a_data_error_comes_out(scratch: Path, content: bytes) -> None:
+def test_any_lines_are_read_or_raise_a_data_error(scratch: Path, content: bytes) -> None:
     readers: list[Callable[[Path], Any]] = [
         *(load for _, load in LOADERS.values()),
         lambda path: load_preferences("files", path, diverging="common-prefix", faulty_rows="drop"),
@@ -601,7 +601,7 @@ def test_a_prompt_ends_where_the_assistant_is_to_speak_and_stays_as_it_is(text: 
 
 @SAME
 @given(TRANSCRIPT, st.lists(st.text(min_size=1, max_size=3), max_size=2))
-def test_what_is_left_of_a_reply_holds_no_stop_string(text: str, more: list[str]) -> None:
+def test_a_reply_cut_at_a_stop_string_holds_none(text: str, more: list[str]) -> None:
     stops = (*STOP_STRINGS, *more)
     kept, was_cut = cut_at_stop(text, stops)
     assert text.startswith(kept)
@@ -645,7 +645,7 @@ ROWS_OF_METHODS = st.dictionaries(
 
 @SAME
 @given(TABLES | st.builds(lambda table, rows: {**table, "methods": rows}, TABLES, ROWS_OF_METHODS))
-def test_whatever_an_experiment_says_it_is_whole_or_refused(scratch: Path, table: dict[str, Any]) -> None:
+def test_any_table_is_a_whole_experiment_or_refused(scratch: Path, table: dict[str, Any]) -> None:
     content = tomli_w.dumps({key: value for key, value in table.items() if key != "extends"}).encode()
     path = scratch.with_name("experiment.toml")
     found = only_bench_errors(path, content, load_experiment)
@@ -656,7 +656,7 @@ def test_whatever_an_experiment_says_it_is_whole_or_refused(scratch: Path, table
 
 @SAME
 @given(st.binary(max_size=60) | TOML_TEXT.map(lambda text: text.encode()))
-def test_whatever_bytes_an_experiment_file_holds(scratch: Path, content: bytes) -> None:
+def test_any_bytes_are_an_experiment_or_refused(scratch: Path, content: bytes) -> None:
     only_bench_errors(scratch.with_name("experiment.toml"), content, load_experiment)
 
 
@@ -666,12 +666,8 @@ def test_whatever_bytes_an_experiment_file_holds(scratch: Path, content: bytes) 
     st.sampled_from(["seeds", "data.seed", "methods.sft.lr", "policy.source", "a.b.c", "sampling.policy", "name"]),
     st.text(max_size=8) | st.sampled_from(["1e400", "nan", "9" * 5000, "[" * 9000, "{a=1}", "\ud800", "\0"])),
     max_size=3))  # fmt: skip
-def test_whatever_an_override_says(scratch: Path, overrides: list[str]) -> None:
+def test_any_override_is_applied_or_refused(scratch: Path, overrides: list[str]) -> None:
     path = scratch.with_name("experiment.toml")
     path.write_text("")
     with contextlib.suppress(ConfigError):
         load_experiment(path, overrides).to_toml()
-
-
-def test_the_generators_are_the_same_in_every_run() -> None:
-    assert [case.content for case in broken_experiments()] == [case.content for case in broken_experiments()]

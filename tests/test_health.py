@@ -1,4 +1,4 @@
-"""What went wrong is told: PPO that collapsed, rows that failed; under every table, what was dropped, cut and tied."""
+"""The report names collapsed and failed rows, and counts dropped, cut and tied texts under every table."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_a_policy_that_never_varied_or_never_ended_has_not_collapsed() -> None:
     assert collapses(sure) == collapses(endless) == []
 
 
-def test_what_was_lost_on_the_way_and_came_back_is_no_collapse() -> None:
+def test_a_loss_that_is_recovered_is_no_collapse() -> None:
     for name, value in (("completions/mean_length", 1.0), ("policy/entropy_estimate", 0.0), ("objective/kl", 900.0)):
         assert collapses(with_value(name, value, 8)) == []
 
@@ -101,7 +101,7 @@ def test_what_was_lost_on_the_way_and_came_back_is_no_collapse() -> None:
 def test_several_collapses_of_one_run_are_all_named() -> None:
     log = history(completions__mean_length=1.5, policy__entropy_estimate=0.001, val__explained_variance=-3.0)
     found = collapses(log)
-    assert len(found) == 4 - (4.7 / 1.5 <= 4)  # 3.1 nats a token are no collapse of the KL
+    assert len(found) == 3  # the KL ends at 4.7 / 1.5 = 3.1 nats a token, which is no collapse
     assert not [sentence for sentence in found if sentence.endswith(".")]
 
 
@@ -153,7 +153,7 @@ def test_a_row_that_failed_is_shown_as_failed_with_its_step_and_reason(records: 
         assert "step 37" in (folder / f"tables/{name}.csv").read_text(encoding="utf-8")
 
 
-def test_a_row_of_which_one_seed_failed_keeps_the_others_and_says_so(records: RunRecords) -> None:
+def test_a_row_keeps_the_seeds_that_did_not_fail(records: RunRecords) -> None:
     view = View(failed(records, 1))
     row = next(row for row in main_table(view).rows if (row[0].value, row[1].value) == ("ppo", "sampled"))
     assert isinstance(row[2].value, float)
@@ -163,7 +163,7 @@ def test_a_row_of_which_one_seed_failed_keeps_the_others_and_says_so(records: Ru
     assert all(f"ppo failed: seed 1 ({REASON})." in table.footnotes for table in compared_tables(view))
 
 
-def test_the_other_rows_are_compared_as_if_the_failed_one_had_not_been_asked_for(records: RunRecords) -> None:
+def test_a_failed_row_does_not_change_the_other_rows(records: RunRecords) -> None:
     without = {name: settings for name, settings in records.experiment.methods.items() if name != "ppo"}
     never = replace(
         failed(records, *SEEDS), failures={}, experiment=records.experiment.model_copy(update={"methods": without})
@@ -192,7 +192,7 @@ def test_a_collapse_is_among_the_findings(records: RunRecords) -> None:
 # Counts
 
 
-def test_every_table_counts_what_was_dropped_cut_and_tied(records: RunRecords) -> None:
+def test_dropped_cut_and_tied_texts_are_counted(records: RunRecords) -> None:
     prompt = Prompt("\n\nHuman: Hi\n\nAssistant:")
     # Four candidates, of which one repeats another: 6 pairs, of which (a, a), (a, b), (a, b) tie.
     scores = ((" a", 1.0), (" a", 1.0), (" b", 1.0), (" c", 0.0))
@@ -216,7 +216,7 @@ def test_every_table_counts_what_was_dropped_cut_and_tied(records: RunRecords) -
     assert count_losses(empty) == "Counted over all rows and seeds: on the way: nothing left out (table of counts)."
 
 
-def test_the_count_stands_under_every_table_of_the_page(records: RunRecords, tmp_path: Path) -> None:
+def test_every_table_of_the_page_has_the_count(records: RunRecords, tmp_path: Path) -> None:
     folder = without_figures(records, tmp_path / "report")
     note = count_losses(View(records))
     for path in (folder / "tables").glob("*.md"):

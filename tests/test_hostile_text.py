@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 import pickle
 import random
 import re
@@ -66,18 +65,12 @@ def shape(page: str) -> tuple[list[str], list[list[str]], str]:
 @example("=====")
 @example("1) x")
 @example(" a ")
-def test_markdown_shows_any_text_as_words_wherever_it_stands(text: str) -> None:
+def test_markdown_shows_any_text_as_words_in_every_place(text: str) -> None:
     for place in PLACES:
         blocks, marks, words = shape(place.format(markdown(text)))
         plain_blocks, plain_marks, plain_words = shape(place.format("abc"))
         assert (blocks, marks) == (plain_blocks, plain_marks), place
         assert words == plain_words.replace("abc", visible(text)), place
-
-
-def test_that_a_reader_of_markdown_would_notice() -> None:
-    for text in ("*x*", "~~x~~", "<b>", "[a](b)", "a\n# b", "`c`"):
-        assert shape(f"x {text} y")[:2] != shape("x abc y")[:2], text
-    assert shape(PLACES[-1].format("a | b"))[2] != shape(PLACES[-1].format("abc"))[2].replace("abc", "a | b")
 
 
 @SAME
@@ -150,7 +143,7 @@ def terminal(live: bool) -> tuple[Console, io.StringIO]:
 
 
 @pytest.mark.parametrize("live", [False, True])
-def test_the_terminal_shows_names_and_obeys_none(live: bool) -> None:
+def test_the_terminal_shows_names_and_acts_on_none(live: bool) -> None:
     console, out = terminal(live)
     stage = Stage(EVIL, "train", {}, {}, EVIL)
     with TerminalReporter(console) as reporter:
@@ -170,7 +163,7 @@ def test_the_terminal_shows_names_and_obeys_none(live: bool) -> None:
 
 
 @pytest.mark.parametrize("words", [("plan",), ("plan", "--json")])
-def test_plan_shows_paths_and_obeys_none(words: tuple[str, ...], tmp_path: Path) -> None:
+def test_plan_shows_paths_and_acts_on_none(words: tuple[str, ...], tmp_path: Path) -> None:
     folder = tmp_path / "[bold]x[/bold] [/y] \x9b2J"
     folder.mkdir(parents=True)
     row = {"query": "Hi", "responses": [" a", " b"], "scores": [1.0, 0.0]}
@@ -188,7 +181,7 @@ def test_plan_shows_paths_and_obeys_none(words: tuple[str, ...], tmp_path: Path)
 
 
 @pytest.mark.parametrize("command", [("report",), ("ls", "--runs"), ("ls", "--json", "--runs"), ("plan",)])
-def test_a_folder_that_is_no_run_is_shown_and_not_obeyed(command: tuple[str, ...], tmp_path: Path) -> None:
+def test_the_name_of_a_folder_is_shown_and_not_acted_on(command: tuple[str, ...], tmp_path: Path) -> None:
     folder = tmp_path / "[bold]x[/y]\x1b[2J\n\x9b"
     result = run(*command, folder)
     assert result.code in (0, 2), result
@@ -197,7 +190,7 @@ def test_a_folder_that_is_no_run_is_shown_and_not_obeyed(command: tuple[str, ...
 
 
 @pytest.mark.parametrize("kind", [DataError, StageError, ConfigError])
-def test_a_message_is_one_line_that_does_nothing(kind: type[BenchError]) -> None:
+def test_a_message_is_one_line_without_control_characters(kind: type[BenchError]) -> None:
     message = f"{EVIL}: found \u202e\ud800\u2028 in \x85 it"
     error = kind(message)
     assert len(str(error).splitlines()) == 1
@@ -242,13 +235,6 @@ api_key_env = "JUDGE_KEY"
 kind = "rrhf"
 candidates = { scored_by = "judge" }
 """
-
-
-def test_the_search_finds_what_was_planted(tmp_path: Path) -> None:
-    (tmp_path / "deep").mkdir()
-    (tmp_path / "deep" / "weights.bin").write_bytes(os.urandom(500) + SECRET.encode())
-    (tmp_path / f"{KEY}.txt").write_text("")
-    assert len(leaks(tmp_path)) == 2
 
 
 def test_a_run_folder_holds_no_secret(planted: None, tmp_path: Path) -> None:
@@ -307,7 +293,7 @@ def test_a_secret_of_the_command_line_is_refused_before_it_is_recorded(planted: 
 
 
 @pytest.mark.parametrize("kind", [DataError, StageError, ConfigError])
-def test_no_message_repeats_what_a_library_let_out(planted: None, kind: type[BenchError]) -> None:
+def test_no_message_repeats_a_secret_of_a_library(planted: None, kind: type[BenchError]) -> None:
     said = f"401 for https://me:{KEY}@host/v1?x: Authorization: Bearer {SECRET}; key '{KEY}'; http://user@h/"
     error = kind(f"cannot be loaded ({said})")
     assert SECRET not in str(error)
@@ -325,7 +311,7 @@ def test_an_ordinary_word_is_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
     assert redacted(text) == text
 
 
-def test_records_of_hostile_text_come_back_to_the_letter(tmp_path: Path) -> None:
+def test_records_of_hostile_text_round_trip(tmp_path: Path) -> None:
     rng = random.Random(3)
     texts = ["".join(rng.choices([*MARKS, "\u2029", "\x85", "\x0b", "\x1c", "\x00"], k=12)) for _ in range(200)]
     write_jsonl(tmp_path / "r.jsonl", [Response(text, "model") for text in texts])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import socket
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,9 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from rrhf_bench import cli
 from rrhf_bench.errors import ConfigError, DataError, StageError, StoreError
 from rrhf_bench.jsonl import read_jsonl, write_jsonl
 from rrhf_bench.pipeline import scheduler
@@ -270,27 +267,19 @@ RunCli = Callable[..., str]
 
 
 @pytest.fixture
-def run_tiny(tmp_path, monkeypatch, capfd) -> Iterator[RunCli]:
-    """Runs the tiny experiment with this endpoint; what it prints to stderr where it fails with 2, else nothing."""
+def run_tiny(tmp_path, cli, one_thread) -> RunCli:
+    """Return a function that runs the tiny experiment with an endpoint and returns the error if the code is 2."""
     pairs = [{"prompt": f"What is {i}?", "chosen": f"It is {i}.", "rejected": "No."} for i in range(30)]
     write_jsonl(tmp_path / "pairs.jsonl", pairs)
 
     def run(url: str, judge: str = QUICK, backend: str = "transformers") -> str:
         text = TINY.format(path=tmp_path / "pairs.jsonl", scratch=SCRATCH, url=url, judge=judge, backend=backend)
         (tmp_path / "tiny.toml").write_text(text)
-        words = ["run", tmp_path / "tiny.toml", "--runs", tmp_path / "runs", "--json"]
-        monkeypatch.setattr(sys, "argv", ["rrhf-bench", *map(str, words)])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        error = capfd.readouterr().err
-        assert ended.value.code in (0, None, 2), error
-        return error if ended.value.code else ""
+        found = cli("run", tmp_path / "tiny.toml", "--runs", tmp_path / "runs", "--json")
+        assert found.code in (0, 2), found.err
+        return found.err if found.code else ""
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield run
-    torch.set_num_threads(threads)
+    return run
 
 
 def test_a_run_ends_with_one_line_and_goes_on_when_the_judge_is_there(run_tiny, serve, closed, tmp_path):
@@ -321,13 +310,6 @@ def test_a_run_ends_with_one_line_and_goes_on_when_the_judge_is_there(run_tiny, 
     counts = (tmp_path / "runs" / "tiny" / "report" / "tables" / "counts.csv").read_text()
     assert '"wombat, seed 0, judge",judged,8' in counts
     assert all(row.scores == tuple(3.0 + min(len(r.text.strip()), 5) for r in row.responses) for row in rows)
-
-
-def test_prose_alone_ends_a_run_with_the_answer_in_its_line(run_tiny, serve):
-    error = run_tiny(serve(lambda handler, body, number: handler.say("They are\nall good.")).url)
-    (line,) = [line for line in error.splitlines() if line.startswith("error: ")]
-    for part in ("for any of 8 prompts (16 not_ratings)", "'They are all good.'", "structured"):
-        assert part in line
 
 
 @pytest.mark.slow

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,8 +15,8 @@ from baselines import nlpo
 from baselines.nlpo import NLPO
 from baselines.nlpo_settings import NLPOSettings
 from rrhf_bench.training.on_policy import OnPolicyTrainer
+from tests.losses import assert_fault_is_noticed
 from tests.test_ppo import INPUTS, Run
-from tests.test_resume import Killed, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -56,12 +54,7 @@ def test_by_hand() -> None:
     ],
 )
 def test_a_broken_formula_is_noticed(right: str, wrong: str) -> None:
-    source = inspect.getsource(nlpo.masked_logprobs)
-    assert source.count(right) == 1
-    scope = dict(vars(nlpo))
-    exec(source.replace(right, wrong), scope)
-    with pytest.raises(AssertionError):
-        check(scope["masked_logprobs"])
+    assert_fault_is_noticed(nlpo, "masked_logprobs", right, wrong, check)
 
 
 @pytest.mark.parametrize(("value", "temperature"), [("head", 1.0), ("separate", 0.7)])
@@ -81,15 +74,6 @@ def test_the_mask_is_that_of_the_engine(value: str, temperature: float) -> None:
     made = settings(value=value, temperature=temperature, top_p=0.999999)
     OnPolicyTrainer(NLPO(made), made).fit(full.policy, INPUTS, full.context)
     assert full.log[0]["policy/entropy_estimate"] > run.log[0]["policy/entropy_estimate"] + 0.1
-
-
-def test_a_killed_run_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
-    weights, log, result = train(settings(), tmp_path / "whole")
-    with pytest.raises(Killed):
-        train(settings(), tmp_path / "part", kill_at=2)
-    found, lines, same = train(settings(), tmp_path / "part")
-    assert (lines, same) == (log, result)
-    assert all(torch.equal(found[key], weights[key]) for key in weights)
 
 
 def test_settings() -> None:

@@ -10,7 +10,6 @@ import copy
 import json
 import math
 import string
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,13 +17,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import TEXTS
+from conftest import TEXTS, Cli
 
 from baselines.best_of_n import BestOfN
 from baselines.best_of_n_settings import BestOfNSettings
 from baselines.ppo_settings import PPOSettings
 from baselines.sft_settings import SFTSettings
-from rrhf_bench import cli
 from rrhf_bench.data.dialogue import Template
 from rrhf_bench.errors import DataError, Diverged
 from rrhf_bench.pipeline import stage_helpers
@@ -225,37 +223,33 @@ workers = 1
 """
 
 
-def run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], **places: object
-) -> tuple[int, list[str], str]:
-    """Run the experiment in this process; return the exit code, the error lines and all that was printed."""
-    lines = (
-        {"prompt": f"\n\nHuman: question {i}\n\nAssistant:", "chosen": " Yes, it is.", "rejected": " No."}
-        for i in range(60)
-    )
-    pairs = tmp_path / "pairs.jsonl"
-    pairs.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    file = tmp_path / "rows.toml"
-    file.write_text(EXPERIMENT.format(pairs=pairs, **places))
-    monkeypatch.setattr(sys, "argv", ["rrhf-bench", "run", str(file), "--runs", str(tmp_path / "runs")])
-    capfd.readouterr()
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    printed = capfd.readouterr()
-    code = ended.value.code
-    assert isinstance(code, int)
-    return code, [line for line in printed.err.splitlines() if line.startswith("error: ")], printed.out + printed.err
+Run = Callable[..., tuple[int, list[str], str]]
+
+
+@pytest.fixture
+def run(tmp_path: Path, cli: Cli) -> Run:
+    """Return a function that runs the experiment and returns the exit code, the error lines and all printed text."""
+
+    def run(**places: object) -> tuple[int, list[str], str]:
+        lines = (
+            {"prompt": f"\n\nHuman: question {i}\n\nAssistant:", "chosen": " Yes, it is.", "rejected": " No."}
+            for i in range(60)
+        )
+        pairs = tmp_path / "pairs.jsonl"
+        pairs.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        file = tmp_path / "rows.toml"
+        file.write_text(EXPERIMENT.format(pairs=pairs, **places))
+        found = cli("run", file, "--runs", tmp_path / "runs")
+        errors = [line for line in found.err.splitlines() if line.startswith("error: ")]
+        return found.code, errors, found.out + found.err
+
+    return run
 
 
 def test_rows_with_rewards_that_are_not_finite_fail_alone(
-    tmp_path: Path,
-    reward_folder: Path,
-    llama_folder: Callable[[int], Path],
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
+    tmp_path: Path, run: Run, reward_folder: Path, llama_folder: Callable[[int], Path]
 ) -> None:
-    places = {"policy": "scratch", "half": llama_folder(0), "reward": reward_folder}
-    code, errors, printed = run(tmp_path, monkeypatch, capfd, **places)
+    code, errors, printed = run(policy="scratch", half=llama_folder(0), reward=reward_folder)
     assert code == 2, printed
     assert len(errors) == 1
     assert "Traceback" not in printed
@@ -270,12 +264,7 @@ def test_rows_with_rewards_that_are_not_finite_fail_alone(
 
 
 def test_a_failure_that_all_rows_share_stops_the_run(
-    tmp_path: Path,
-    llama_folder: Callable[[int], Path],
-    tokenizer: Any,
-    reward_folder: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
+    tmp_path: Path, run: Run, llama_folder: Callable[[int], Path], tokenizer: Any, reward_folder: Path
 ) -> None:
     from transformers import AutoModelForCausalLM
 
@@ -284,8 +273,7 @@ def test_a_failure_that_all_rows_share_stops_the_run(
         model.get_input_embeddings().weight.fill_(math.nan)
     model.save_pretrained(tmp_path / "broken")
     tokenizer.save_pretrained(tmp_path / "broken")
-    places = {"policy": tmp_path / "broken", "half": llama_folder(0), "reward": reward_folder}
-    code, errors, printed = run(tmp_path, monkeypatch, capfd, **places)
+    code, errors, printed = run(policy=tmp_path / "broken", half=llama_folder(0), reward=reward_folder)
     assert code == 2, printed
     assert len(errors) == 1
     assert "log-probs are NaN" in errors[0]

@@ -54,7 +54,7 @@ def other(llama_folder) -> TransformersPolicy:
 
 
 class Spied:
-    """A real sampler that notes what it is asked, and after how many optimiser steps it is synced."""
+    """A real sampler that records its requests, and the optimiser step of each sync."""
 
     def __init__(self, sampler: Sampler, step: Callable[[], int]) -> None:
         self.sampler = sampler
@@ -90,7 +90,7 @@ def share_of_letters(text: str) -> float:
 
 
 class Run:
-    """A policy with everything that a trainer is lent, and what the trainer told of itself."""
+    """A policy with all inputs of a trainer, and the log of the trainer."""
 
     def __init__(
         self,
@@ -143,7 +143,7 @@ class Run:
 
 
 def online(**changes: Any) -> RRHFSettings:
-    """Two epochs of 8 prompts, 3 a step: 6 steps, the third of each epoch a smaller one."""
+    """Return settings of two epochs of 8 prompts, 3 a step: 6 steps, of which the third of each epoch is smaller."""
     of_candidates = {"refresh": 2, "n": 3, "temperature": 0.9}
     if changes.get("strategy", "sample") != "sample":
         of_candidates = {"refresh": 2}
@@ -290,7 +290,7 @@ def test_shaped_rewards_are_those_of_the_slow_definition(policy, other, max_leng
         assert (counts["examples"], counts["prompts_too_long"]) == (6, 2) == (len(groups), 8 - len(groups))
 
 
-def test_what_is_kept_holds_the_reward_models_scores(policy, other):
+def test_kept_candidates_hold_the_scores_of_the_reward_model(policy, other):
     run = Run(policy, reference=other.frozen_copy())
     run.fit(online(reward_kl=0.25))
     assert sum(map(len, run.kept)) == 16
@@ -338,7 +338,7 @@ def test_same_seed_same_weights_whatever_the_global_state(policy):
     assert runs[0].kept[0] != runs[2].kept[0]
 
 
-def test_a_reward_that_is_no_number_stops_with_its_place(policy):
+def test_a_reward_that_is_not_finite_stops_with_its_step(policy):
     run = Run(policy, lambda text: share_of_letters(text) if len(run.kept) < 1 else math.nan)
     # The second refresh: the last 2 prompts of the first epoch and 3 of the second, 3 samples each.
     with pytest.raises(StageError, match="refresh 2, step 3 of 6: 15 of 15 rewards are not finite, the first nan for"):
@@ -346,7 +346,7 @@ def test_a_reward_that_is_no_number_stops_with_its_place(policy):
     assert len(run.kept) == 1
 
 
-def test_a_log_ratio_that_is_no_number_stops_with_its_place(policy):
+def test_a_log_ratio_that_is_not_finite_stops_with_its_step(policy):
     broken = policy.frozen_copy()
     broken.model.get_input_embeddings().weight.fill_(math.nan)
     run = Run(policy, reference=broken)
@@ -354,7 +354,7 @@ def test_a_log_ratio_that_is_no_number_stops_with_its_place(policy):
         run.fit(online(reward_kl=0.1))
 
 
-def test_ties_stop_a_run_that_begins_with_nothing_else(policy):
+def test_ties_stop_a_run_only_at_its_start(policy):
     with pytest.raises(DataError, match="none of 6 prompts has two responses with different scores"):
         Run(policy, lambda text: 0.5).fit(online(), TrainInputs(candidates=UNGIVEN))
 
@@ -425,7 +425,7 @@ def test_samples_without_text_are_scored_and_kept_but_in_no_example(policy, othe
 
 @pytest.mark.parametrize("loud", [0, 1])
 @pytest.mark.parametrize("reward_kl", [0.0, 0.25])
-def test_a_policy_that_says_nothing_stops_where_nothing_else_is_given(policy, loud, reward_kl):
+def test_a_policy_without_text_stops_unless_candidates_are_given(policy, loud, reward_kl):
     """From the first refresh or the second on. With given candidates it goes on with these."""
     runs = [Run(policy, reference=policy.frozen_copy()) for _ in range(2)]
     for run in runs:
@@ -455,7 +455,7 @@ def test_a_policy_that_says_nothing_stops_where_nothing_else_is_given(policy, lo
         ({"strategy": "sample", "top_p": 0.8, "top_k": 7}, {"temperature": 0.9, "top_p": 0.8, "top_k": 7}),
     ],
 )
-def test_candidates_come_about_as_the_settings_say(policy, search, read):
+def test_candidates_are_sampled_as_the_settings_state(policy, search, read):
     run = Run(policy)
     next(iter(run.supply(online(**search))))
     (spec, prompts), (kept,) = run.sampler.asked[0], run.kept
@@ -469,7 +469,4 @@ def test_a_trainer_without_refresh_samples_nothing(policy):
     trainer = stage_helpers.trainer(online(refresh=0), CONTEXT)
     assert isinstance(trainer, OfflineTrainer)
     assert trainer.supply is FixedExamples
-    assert online(refresh=0).needs == {"candidates"}
-    assert online().needs == {"candidates", "sampler", "reward"}
-    assert "reference" in online(reward_kl=0.01).needs
     assert stage_helpers.trainer(online(), CONTEXT).supply is OnlineExamples

@@ -195,7 +195,7 @@ def curve(experiment: Experiment, row: str, seed: int) -> Iterator[CurvePoint]:
 
 
 def candidates(experiment: Experiment, row: str, seed: int, prompts: tuple[Prompt, ...]) -> tuple[Candidates, ...]:
-    """Rows that come to their candidates in the same way have the same ones."""
+    """Return the candidates of a row, which all rows of the same sampling share."""
     settings = experiment.methods[row]
     c = candidates_of(settings)
     assert c is not None
@@ -237,7 +237,7 @@ def page_of(records: RunRecords, folder: Path, sections: Sequence[Section] = ())
 
 
 def rows_of(table: Table | None) -> list[dict[str, Any]]:
-    """The values of a table's cells by column, None where there is none."""
+    """Return the values of a table's cells by column, or None for a cell without a value."""
     assert table is not None
     names = [column.name for column in table.columns]
     return [dict(zip(names, (cell.value for cell in row), strict=True)) for row in table.rows]
@@ -279,7 +279,7 @@ def test_a_row_of_a_recipe_is_called_by_it(name: str) -> None:
         ("OP-8+KL", {"reward_kl": 0.0}, "OP-8"),
     ],
 )
-def test_a_row_that_samples_otherwise_is_not(name: str, other: dict[str, Any], found: str | None) -> None:
+def test_a_row_that_samples_in_another_way_is_not(name: str, other: dict[str, Any], found: str | None) -> None:
     assert recipe_of(RRHFSettings(candidates={"recipe": name, **other}).candidates) == found
 
 
@@ -305,7 +305,7 @@ def test_every_published_row_of_the_main_table_has_its_counterpart() -> None:
     assert isinstance(row["reward, sampled"], float)
 
 
-def test_the_plain_row_is_taken_of_several_and_the_choice_is_said() -> None:
+def test_the_plain_row_of_several_is_the_counterpart_and_the_choice_is_noted() -> None:
     view = view_of("ppo_frontier")
     assert len(counterparts(view, "Alpaca", "PPO")) == 9
     assert counterparts(view, "Alpaca", "RRHF_DP") == ["dp_slow", "dp", "dp_fast"]  # a rank weight of 1 is the paper's
@@ -316,7 +316,7 @@ def test_the_plain_row_is_taken_of_several_and_the_choice_is_said() -> None:
     assert any("Alpaca RRHF_DP: dp rather than dp_slow, dp_fast" in note for note in table.footnotes)
 
 
-def test_a_published_row_without_a_counterpart_says_why() -> None:
+def test_a_published_row_without_a_counterpart_has_a_reason() -> None:
     view = view_of("reward_model_accuracy")
     assert counterpart(view, "Alpaca-sft", "PPO") == Missing(
         "no initial policy of this run is in the part of Alpaca-sft"
@@ -327,7 +327,7 @@ def test_a_published_row_without_a_counterpart_says_why() -> None:
     assert (row["this run"], row["reward, greedy"], row["paper: reward"]) == (None, None, -1.62)
 
 
-def test_another_objective_or_judge_stands_beside_no_published_row() -> None:
+def test_another_objective_or_judge_is_no_counterpart() -> None:
     view = view_of("rank_ablation")
     assert counterparts(view, "Alpaca", "BP") == ["bp"]  # of seven that sample so
 
@@ -359,7 +359,7 @@ def test_table_6_has_a_line_for_each_published_row_with_ours_in_it() -> None:
     assert ip3["reward, greedy"] == pytest.approx(np.mean(greedy), abs=1e-12)
 
 
-def test_table_6_has_our_other_rows_after_the_published_ones() -> None:
+def test_table_6_lists_our_other_rows_after_the_published_ones() -> None:
     rows = rows_of(sampling_quality(view_of("online_sampling")))
     names = [(row["paper: row"], row["this run"]) for row in rows]
     assert names[:4] == [
@@ -420,7 +420,7 @@ def test_table_8_counts_the_records() -> None:
     assert (rows["best_of_n"]["trained on"], rows["best_of_n"]["inference"]) == (None, 4)
 
 
-def test_table_10_stands_where_reviews_are_written_and_table_2_does_not() -> None:
+def test_an_experiment_on_reviews_has_table_10_and_no_table_2() -> None:
     view = view_of("imdb_sentiment")
     assert main_results(view) is None
     assert reviews(view_of("main_table")) is None
@@ -487,9 +487,6 @@ def test_many_rows_are_summed_up_in_a_sentence() -> None:
     assert len(list(learner_sentences(view_of("ppo_frontier")))) == 2  # one a decoding
 
 
-# --- what the bug changed -------------------------------------------------------------------------------------------
-
-
 def test_many_rows_have_sentences_about_what_each_gained_and_no_more() -> None:
     told = [sentence for sentence in findings(view_of("sampling_quality")) if sentence.startswith("Against")]
     starts = [f"Against **{start}** on the proxy reward, " for start in ("base", "raw", "chosen\\_sft", "chosen_sft")]
@@ -497,7 +494,7 @@ def test_many_rows_have_sentences_about_what_each_gained_and_no_more() -> None:
     assert all(sentence.startswith(tuple(starts)) for sentence in told)
 
 
-def test_many_trades_are_told_in_a_sentence_a_decoding() -> None:
+def test_many_trades_are_one_sentence_a_decoding() -> None:
     def trade(row: str, decoding: Any) -> Iterator[Comparison]:
         for measure, sign in (("reward", 1), ("gold", -1)):
             estimate = Estimate(0.5 * sign, 0.5 * sign - 0.1, 0.5 * sign + 0.1, 30, 2, 0.001, "bootstrap")
@@ -513,7 +510,7 @@ def test_many_trades_are_told_in_a_sentence_a_decoding() -> None:
     assert not list(trades([replace(c, p=None) for c in many]))  # exploratory comparisons have no verdict
 
 
-def test_candidates_that_a_judge_scored_are_set_beside_no_reward() -> None:
+def test_scores_of_a_judge_are_not_compared_with_rewards() -> None:
     view = view_of("wombat")
     judged = {
         row for row, settings in view.methods.items() if getattr(candidates_of(settings), "scored_by", None) == "judge"
@@ -524,7 +521,7 @@ def test_candidates_that_a_judge_scored_are_set_beside_no_reward() -> None:
     assert not judged & {row for row, _ in learners(view)}
 
 
-def test_variants_on_the_same_candidates_are_set_side_by_side() -> None:
+def test_variants_on_the_same_candidates_are_compared() -> None:
     view = view_of("rank_ablation")
     assert variant_groups(view) == [["bp", "bp_intended", "bp_official"], ["bp_no_rank", "bp_official_no_rank"]]
     rows = rows_of(variants_table(view))
@@ -606,7 +603,7 @@ def test_a_frontier_joins_the_ppo_rows_of_a_learning_rate_in_order_of_their_pena
 
 
 def test_truncated_draws_have_no_kl_wherever_one_is_shown(tmp_path: Path) -> None:
-    """Even where the records of an older run hold log-ratios in its place."""
+    """This holds even if the records of an older run hold log-ratios in place of the KL."""
     whole, cut = view_of("ppo_frontier"), view_of("ppo_frontier", "evaluation.top_k=50")
     assert any(reply.kl is not None for reply in cut.records.evaluated)
 
@@ -638,7 +635,7 @@ def test_truncated_draws_have_no_kl_wherever_one_is_shown(tmp_path: Path) -> Non
     assert "![" not in section
 
 
-def test_figures_of_many_rows_grow_or_leave_out() -> None:
+def test_figures_of_many_rows_grow_or_leave_rows_out() -> None:
     def height(name: str) -> float:
         ((_, figure),) = forest(view_of(name))
         return float(figure.get_figheight())
@@ -658,7 +655,7 @@ def test_figures_of_many_rows_grow_or_leave_out() -> None:
     assert "op8\nloss" in titles  # though its first log line is a refresh's
 
 
-def test_the_page_has_a_section_where_the_run_has_something_for_it(tmp_path: Path) -> None:
+def test_the_page_has_the_sections_of_its_run(tmp_path: Path) -> None:
     page = page_of(view_of("rank_ablation").records, tmp_path / "report", SECTIONS)
     sections = ("What the bug changed", "The ranking term", "Sampling quality beside the paper")
     for heading in (*sections, "Reward against distance", "Training candidates"):

@@ -1,4 +1,4 @@
-"""Experiments from file to report: the same numbers whenever, wherever and by whichever way they are made."""
+"""Experiments from file to report have the same numbers in any process, in any order and by single steps."""
 
 from __future__ import annotations
 
@@ -94,12 +94,12 @@ cli.main()
 
 
 def overrides(*changes: str) -> list[str]:
-    """The words of the command line that override keys."""
+    """Return the words of the command line that override keys."""
     return [word for change in changes for word in ("--set", change)]
 
 
 def start_smoke(program: str, runs: Path, workers: int) -> subprocess.Popen[str]:
-    """The cut smoke experiment in a process of its own."""
+    """Start the smaller smoke experiment in a process of its own."""
     words = ["run", str(SMOKE), "--runs", str(runs), "--json", *overrides(*CUTS, f"runtime.workers={workers}")]
     return subprocess.Popen(
         [sys.executable, "-c", program, *words],
@@ -113,7 +113,7 @@ def start_smoke(program: str, runs: Path, workers: int) -> subprocess.Popen[str]
 
 
 def end(process: subprocess.Popen[str]) -> dict[str, Any]:
-    """What a process printed with --json, when it has ended well."""
+    """Wait for a process, assert that it succeeded, and return what it printed with --json."""
     out, err = process.communicate()
     assert process.returncode == 0, err[-3000:]
     return json.loads(out)
@@ -139,7 +139,7 @@ class Smoke:
 
 @pytest.fixture(scope="module")
 def cold(tmp_path_factory: pytest.TempPathFactory) -> tuple[Smoke, Smoke]:
-    """Run by two workers, and in one process whose global random state is disturbed all the while; in two folders."""
+    """Run once by two workers, and once in one process whose global random state is disturbed throughout."""
     one, other = tmp_path_factory.mktemp("workers"), tmp_path_factory.mktemp("disturbed")
     processes = start_smoke(PLAIN, one, workers=2), start_smoke(DISTURBED, other, workers=1)
     return Smoke(one, end(processes[0])), Smoke(other, end(processes[1]))
@@ -171,7 +171,7 @@ def test_two_cold_runs_make_the_same_artifacts_to_the_byte(smoke: Smoke, disturb
         assert one == other, stage["name"]
 
 
-def test_a_run_that_is_complete_is_not_made_again(smoke: Smoke, run_cli: RunCli, no_report: None) -> None:
+def test_a_complete_run_is_not_made_again(smoke: Smoke, run_cli: RunCli, no_report: None) -> None:
     events = files(smoke.folder / "tensorboard")
     again = run_cli("run", SMOKE, "--runs", smoke.runs, *overrides(*CUTS, "runtime.workers=2"))
     assert (again["made"], again["reused"]) == (0, len(smoke.json["stages"]))
@@ -195,7 +195,7 @@ def test_a_report_is_written_again_from_the_records_alone_and_published(
     assert files(tmp_path / smoke.folder.name) == expected
 
 
-def test_tensorboard_shows_what_a_training_logged(smoke: Smoke) -> None:
+def test_tensorboard_holds_the_log_of_a_training(smoke: Smoke) -> None:
     records = load_run(smoke.folder)
     assert {f"{row}-seed{seed}" for row, seed in records.training} == {
         path.name for path in (smoke.folder / "tensorboard").iterdir()
@@ -212,7 +212,7 @@ def test_tensorboard_shows_what_a_training_logged(smoke: Smoke) -> None:
         assert {tag: values for tag, values in shown.items() if not tag.startswith("dev/gold")} == logged
 
 
-def test_ls_shows_what_is_complete(smoke: Smoke, run_cli: RunCli, tmp_path: Path) -> None:
+def test_ls_counts_the_complete_stages(smoke: Smoke, run_cli: RunCli, tmp_path: Path) -> None:
     count = len(smoke.json["stages"])
     (row,) = run_cli("ls", "--runs", smoke.runs)
     assert (row["run"], row["stages"], row["complete"]) == ("smoke", count, count)
@@ -223,7 +223,7 @@ def test_ls_shows_what_is_complete(smoke: Smoke, run_cli: RunCli, tmp_path: Path
     assert (row["stages"], row["complete"]) == (count, count - 1)
 
 
-def test_the_run_folder_says_what_was_run(smoke: Smoke) -> None:
+def test_the_run_folder_records_the_run(smoke: Smoke) -> None:
     experiment = load_experiment(SMOKE, [*CUTS, "runtime.workers=2"])
     assert load_experiment(smoke.folder / "config.toml") == experiment
     environment = json.loads((smoke.folder / "environment.json").read_text())
@@ -293,7 +293,7 @@ def test_a_row_costs_all_stages_that_it_needs(smoke: Smoke) -> None:
     }
 
 
-def test_the_reward_model_is_trained_on_as_many_pairs_as_asked_for(smoke: Smoke) -> None:
+def test_the_reward_model_is_trained_on_the_pairs_of_its_settings(smoke: Smoke) -> None:
     keys = {stage["name"]: key for key, stage in smoke.json["stages"].items()}
     counts = json.loads((smoke.store.folder(keys["reward model"]) / "counts.json").read_text())
     labelled = read_jsonl(smoke.store.folder(keys["data"]) / "train.jsonl", Preference)
@@ -441,7 +441,7 @@ def write_pairs(path: Path) -> Path:
     return path
 
 
-def test_the_single_steps_in_a_chain_give_what_a_run_gives_and_a_run_goes_on_from_what_is_complete(
+def test_single_steps_equal_a_run_and_a_run_continues_from_complete_stages(
     tmp_path: Path, run_cli: RunCli, no_report: None
 ) -> None:
     backend = choose_backend("vllm").name

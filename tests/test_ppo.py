@@ -131,31 +131,6 @@ def test_same_seed_same_weights_whatever_the_global_generators_do() -> None:
 
 
 @pytest.mark.usefixtures("onednn")
-@pytest.mark.parametrize("value", ["head", "separate"])
-def test_micro_batches_do_not_change_the_gradient(value: str) -> None:
-    gradients = []
-    metrics = []
-    for tokens in (4096, 1, 60):
-        run = Run(stop=("ad",))
-        run.policy.pass_tokens = tokens
-        made = settings(rollouts=8, value=value)
-        first = Iteration(run, made)
-        parameters = first.state.optimiser.parameters
-        with torch.no_grad():  # away from the old policy, so that ratios, clipping and values all matter
-            for index, parameter in enumerate(parameters):
-                noise = np.random.default_rng(index).normal(scale=0.05, size=tuple(parameter.shape))
-                parameter.add_(torch.as_tensor(noise, dtype=parameter.dtype))
-        metrics.append(first.accumulate(run.policy, range(8)))
-        gradients.append([p.grad for p in parameters if p.grad is not None])
-    assert len({len(ids) for _, ids in first.rollouts.pairs}) > 1, "lopsided rows are the point"
-    assert metrics[0]["policy/clipfrac_avg"] > 0.0
-    for other, row in zip(gradients[1:], metrics[1:], strict=True):
-        assert row == pytest.approx(metrics[0], abs=1e-5)
-        for a, b in zip(gradients[0], other, strict=True):
-            torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
-
-
-@pytest.mark.usefixtures("onednn")
 def test_a_separate_value_model_leaves_the_value_gradient_out_of_the_policy() -> None:
     run = Run()
     before = run.weights()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,9 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import Cli
 from safetensors.torch import load_file
 
-from rrhf_bench import cli as program
 from rrhf_bench.data.preferences import load_pairs
 from rrhf_bench.errors import ConfigError, DataError
 from rrhf_bench.pipeline.services import ModelRef, load_reward
@@ -29,7 +28,6 @@ from rrhf_bench.settings.reward import EnsembleSettings, PerplexityFilterSetting
 
 SMOKE = Path(__file__).parents[1] / "experiments" / "smoke.toml"
 Folder = Callable[[int], Path]
-Cli = Callable[..., tuple[int, str]]
 
 
 def pairs(n: int, *, of_prompt: int = 1, **options: Any) -> list[Preference]:
@@ -42,20 +40,6 @@ def pairs(n: int, *, of_prompt: int = 1, **options: Any) -> list[Preference]:
         )
         for i in range(n)
     ]
-
-
-@pytest.fixture
-def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
-    def run(*words: object) -> tuple[int, str]:
-        monkeypatch.setenv("COLUMNS", "200")
-        monkeypatch.setattr(sys, "argv", ["rrhf-bench", *map(str, words)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            program.main()
-        shown = capsys.readouterr()
-        return int(ended.value.code or 0), shown.out if not ended.value.code else shown.err
-
-    return run
 
 
 def write_pairs(path: Path, *rows: dict[str, Any]) -> Path:
@@ -84,7 +68,7 @@ def test_prompts_with_one_pair_make_the_same_batches_as_pairs(llama_folder: Fold
     assert count_steps(pairs(16, of_prompt=4), by_pairs) == 4
 
 
-def test_the_first_pairs_alone_are_trained_on(llama_folder: Folder, tmp_path: Path) -> None:
+def test_training_reads_only_the_first_pairs_of_its_settings(llama_folder: Folder, tmp_path: Path) -> None:
     few = RewardTrainingSettings(batch_pairs=4, pairs=8)
     whole = train_head(llama_folder(0), pairs(16), few, tmp_path / "few", seed=0)
     assert (whole.steps, whole.counts["pairs"], count_steps(pairs(16), few)) == (2, 8, 2)
@@ -149,7 +133,7 @@ def test_a_key_that_does_nothing_is_refused(key: str, settings: dict[str, Any]) 
 # Data
 
 
-def test_margins_and_ties_are_read_where_they_are_asked_for(tmp_path: Path) -> None:
+def test_margins_and_ties_are_read_on_request(tmp_path: Path) -> None:
     file = write_pairs(tmp_path / "p.jsonl", {"margin": 1}, {"tie": True}, {"tie": False, "margin": None})
     read = load_pairs(file, margins_and_ties=True)
     assert [(p.margin, p.tie) for p in read.preferences] == [(1.0, None), (None, True), (None, None)]
@@ -164,28 +148,19 @@ def test_margins_and_ties_are_read_where_they_are_asked_for(tmp_path: Path) -> N
 def test_a_faulty_margin_is_one_line(row: dict[str, Any], llama_folder: Folder, tmp_path: Path, cli: Cli) -> None:
     file = write_pairs(tmp_path / "p.jsonl", {}, row)
     words = ("--model", llama_folder(0), "--data", file, "--out", tmp_path / "rm", "--device", "cpu")
-    code, shown = cli("train", "--method", "reward-model", *words)
-    assert code == 2
-    assert shown.count("\n") == 1
-    assert f"{file}:2: {min(row)}: found" in shown
+    found = cli("train", "--method", "reward-model", *words)
+    assert found.code == 2
+    assert found.err.count("\n") == 1
+    assert f"{file}:2: {min(row)}: found" in found.err
     assert not (tmp_path / "rm").exists()
 
 
-def test_other_faults_of_the_command(llama_folder: Folder, tmp_path: Path, cli: Cli) -> None:
+def test_faults_of_the_command_are_named(llama_folder: Folder, tmp_path: Path, cli: Cli) -> None:
     data = write_pairs(tmp_path / "p.jsonl", {}, {"prompt": "Who?"})
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"prompt": "Why?"}\n')
-    words = (
-        "train",
-        "--method",
-        "reward-model",
-        "--model",
-        llama_folder(0),
-        "--out",
-        tmp_path / "rm",
-        "--device",
-        "cpu",
-    )
+    words = ("train", "--method", "reward-model", "--model", llama_folder(0))
+    words = (*words, "--out", tmp_path / "rm", "--device", "cpu")
     for where, extra in (
         ("chosen", ("--data", prompts)),
         ("--dtype", ("--data", data, "--dtype", "bfloat16")),
@@ -193,16 +168,16 @@ def test_other_faults_of_the_command(llama_folder: Folder, tmp_path: Path, cli: 
         ("method.lrs", ("--data", data, "--set", "lrs=1")),
         ("filter: found no pair", ("--data", data, "--set", "filter.quantile=0.001")),
     ):
-        code, shown = cli(*words, *extra)
-        assert code == 2
-        assert where in shown
+        found = cli(*words, *extra)
+        assert found.code == 2
+        assert where in found.err
         assert not (tmp_path / "rm").exists()
 
 
 # The filter
 
 
-def test_filter_by_hand() -> None:
+def test_the_filter_equals_a_hand_worked_one() -> None:
     # Mean negative log-likelihoods; the median of the eight is 2.25, and log 2 = 0.693.
     nll_P2 = np.array([[1.0, 1.2], [1.0, 2.0], [2.5, 2.6], [3.0, 4.0]])
     keep = {name: typical_pairs(nll_P2, PerplexityFilterSettings(**s)).tolist() for name, s in {
@@ -241,7 +216,7 @@ def test_a_random_subset_has_the_size_of_the_filtered_one() -> None:
 # Ensembles
 
 
-def test_combine_by_hand() -> None:
+def test_combined_scores_equal_hand_worked_ones() -> None:
     # Two members on three texts: means 2, 0, 1; minima 1, -1, 1; population variances 1, 1, 0.
     score_MN = np.array([[1.0, 1.0, 1.0], [3.0, -1.0, 1.0]])
     found = {
@@ -252,20 +227,18 @@ def test_combine_by_hand() -> None:
     assert (score_MN.mean(axis=0) - 0.5 * score_MN.var(axis=0, ddof=1)).tolist() != found["uncertainty"]
 
 
-def test_train_an_ensemble_and_score_with_it(llama_folder: Folder, tmp_path: Path, cli: Cli) -> None:
+def test_an_ensemble_scores_as_its_members_do(llama_folder: Folder, tmp_path: Path, cli: Cli) -> None:
     data, out = tmp_path / "p.jsonl", tmp_path / "rm"
     write_pairs(data, *({"prompt": f"{p.prompt.text}", "chosen": p.chosen, "rejected": p.rejected} for p in pairs(24)))
     words = ("--model", llama_folder(0), "--data", data, "--out", out, "--device", "cpu", "--json")
     settings = ("--set", "ensemble.members=2", "--set", "ensemble.combine=minimum", "--set", "batch_pairs=8")
-    code, shown = cli("train", "--method", "reward-model", *words, *settings, "--set", "filter.quantile=0.9")
-    assert code == 0
-    counts = json.loads(shown)["counts"]
+    counts = cli("train", "--method", "reward-model", *words, *settings, "--set", "filter.quantile=0.9").json["counts"]
     assert counts["pairs"] + counts["filtered_out"] == 24
     assert json.loads((out / "filter.json").read_text())["after"]["pairs"] == counts["pairs"] < 24
 
     candidates, scored = tmp_path / "c.jsonl", tmp_path / "s.jsonl"
     candidates.write_text(json.dumps({"query": "Why?", "responses": [" I hope this helps!", " I am sad!"]}) + "\n")
-    assert cli("score", "--reward-model", out, "--candidates", candidates, "--out", scored, "--device", "cpu")[0] == 0
+    assert cli("score", "--reward-model", out, "--candidates", candidates, "--out", scored, "--device", "cpu").code == 0
     found = json.loads(scored.read_text())["scores"]
     prompt = Prompt("\n\nHuman: Why?\n\nAssistant:")
     about = json.loads((out / "ensemble.json").read_text())
@@ -285,7 +258,7 @@ def test_train_an_ensemble_and_score_with_it(llama_folder: Folder, tmp_path: Pat
 # Stages
 
 
-def test_stages_of_further_reward_models() -> None:
+def test_further_reward_models_share_the_stages_of_the_rows() -> None:
     toy = 'reward_models.{}={{source="toy", training={}}}'.format
     overrides = (
         "seeds=[0, 1]",
@@ -314,7 +287,7 @@ def test_stages_of_further_reward_models() -> None:
     assert found["filtered", 0]["pool"].inputs["candidates"].key == found["plain", 0]["pool"].inputs["candidates"].key
 
 
-def test_default_training_keys_are_what_they_were() -> None:
+def test_default_training_has_no_further_keys() -> None:
     assert set(RewardTrainingSettings().model_dump(mode="json")) == {
         "objective", "lr", "epochs", "batch_pairs", "warmup", "weight_decay", "max_length",
     }  # fmt: skip
@@ -328,7 +301,7 @@ def test_default_training_keys_are_what_they_were() -> None:
         ("data.margins_and_ties=true", "data.margins_and_ties"),
     ],
 )
-def test_contradictions(override: str, key: str) -> None:
+def test_contradictions_name_their_key(override: str, key: str) -> None:
     with pytest.raises(ConfigError, match=key):
         load_experiment(SMOKE, [override])
 
@@ -341,7 +314,7 @@ def judged(gaps: list[list[float]], words: list[int], **about: Any) -> report.Ju
     return report.JudgedPairs("rm", np.array(gaps), np.array(words), clusters, **about)
 
 
-def test_accuracy_and_calibration_by_hand() -> None:
+def test_accuracy_and_calibration_equal_hand_worked_ones() -> None:
     # sigma(1) = 0.7310586 and sigma(3) = 0.9525741 are in the bins from 0.7 and from 0.9, equal rewards in the first.
     model = judged([[1.0, 1.0, -1.0, 3.0, -3.0, 3.0, 3.0, 0.0]], list(range(8)))
     assert model.right_SP.tolist() == [[1, 1, 0, 1, 0, 1, 1, 0.5]]
@@ -402,15 +375,13 @@ def test_the_command_judges_a_file(llama_folder: Folder, tmp_path: Path, cli: Cl
     rows = [{"prompt": p.prompt.text, "chosen": p.chosen, "rejected": p.rejected} for p in pairs(12)]
     data = write_pairs(tmp_path / "p.jsonl", *rows, {"tie": True})
     words = ("score-pairs", "--reward-model", tmp_path / "rm", "--device", "cpu", "--json")
-    code, shown = cli(*words, "--data", data, "--out", tmp_path / "out")
-    assert code == 0
-    found = json.loads(shown)
+    found = cli(*words, "--data", data, "--out", tmp_path / "out").json
     assert found["accuracy"]["n"] == 12  # without the tie
     assert found["counts"]["ties"] == 1
     assert found["accuracy"]["value"] == 1.0
     names = {path.name for path in (tmp_path / "out").rglob("*") if path.is_file()}
     assert {"scored.jsonl", "reward_models.png", "reward_models.csv", "reward_model_lengths.csv"} <= names
     ties = write_pairs(tmp_path / "ties.jsonl", {"tie": True})
-    code, shown = cli(*words, "--data", ties, "--out", tmp_path / "none")
-    assert (code, shown.count("\n")) == (2, 1)
+    refused = cli(*words, "--data", ties, "--out", tmp_path / "none")
+    assert (refused.code, refused.err.count("\n")) == (2, 1)
     assert not (tmp_path / "none").exists()

@@ -11,12 +11,10 @@ import torch
 
 from baselines.pro import PRO, pro_loss
 from baselines.pro_settings import PROSettings
-from rrhf_bench.errors import DataError
 from rrhf_bench.policy.policy import TransformersPolicy
-from rrhf_bench.records import Candidates, Response
 from rrhf_bench.training.method import TrainInputs
 from tests.losses import by_response, random_batch
-from tests.test_training import CANDIDATES, PROMPTS
+from tests.test_training import CANDIDATES
 
 D = torch.float64
 SCORE, REWARD = torch.tensor([[-1.0, -0.7, -1.2]], dtype=D), torch.tensor([[3.0, 2.0, 0.5]], dtype=D)
@@ -84,9 +82,3 @@ def test_a_ragged_batch_has_the_loss_of_the_slow_definition(policy: Transformers
     output = PRO(settings).loss(logp_RT, batch)
     assert output.loss.item() == pytest.approx(statistics.mean(losses), rel=1e-5)
     assert output.weight == len(CANDIDATES)
-
-
-def test_candidates_without_two_different_scores_are_refused() -> None:
-    tied = Candidates(PROMPTS[0], (Response(" Yes.", "model", score=1.0), Response(" No.", "model", score=1.0)))
-    with pytest.raises(DataError, match="pro: "):
-        PRO(PROSettings()).examples(TrainInputs(candidates=[tied]))

@@ -9,7 +9,6 @@ import pytest
 
 from baselines.raft import RAFT
 from baselines.raft_settings import RAFTSettings
-from rrhf_bench.errors import DataError
 from rrhf_bench.policy.policy import TransformersPolicy
 from rrhf_bench.records import Candidates, Response
 from rrhf_bench.training.method import TrainInputs
@@ -48,8 +47,3 @@ def test_a_batch_has_the_loss_of_the_slow_definition(policy: TransformersPolicy,
     assert len({round(x, 4) for x in losses.values()}) == 3  # a reduction in another's place would show
     assert output.weight == (sum(map(len, rows)) if reduction == "token" else len(CANDIDATES))
     assert output.metrics["rewards/chosen"] == statistics.mean(max(row.scores) for row in CANDIDATES)
-
-
-def test_candidates_without_two_different_scores_are_refused() -> None:
-    with pytest.raises(DataError, match="raft: "):
-        RAFT(RAFTSettings()).examples(TrainInputs(candidates=[group(1.0, 1.0), group(2.0)]))

@@ -13,12 +13,10 @@ import torch
 from baselines.rebel import REBEL, rebel_loss
 from baselines.rebel_settings import REBELSettings
 from baselines.vcb import vcb_loss
-from rrhf_bench.errors import DataError
 from rrhf_bench.policy.policy import TransformersPolicy
-from rrhf_bench.records import Candidates, Response
 from rrhf_bench.training.method import TrainInputs
 from tests.losses import by_response, random_batch
-from tests.test_training import CANDIDATES, PROMPTS
+from tests.test_training import CANDIDATES
 
 D = torch.float64
 # Log-ratios to the sampling policy with a difference of 0.4, rewards 2 and 1.
@@ -56,9 +54,3 @@ def test_a_ragged_batch_has_the_loss_of_the_slow_definition(policy: Transformers
     output = REBEL(s).loss(logp_RT, batch)
     assert output.loss.item() == pytest.approx(statistics.mean(losses), rel=1e-5)
     assert output.weight == len(CANDIDATES)
-
-
-def test_candidates_without_two_different_scores_are_refused() -> None:
-    tied = Candidates(PROMPTS[0], (Response(" Yes.", "model", score=1.0), Response(" No.", "model", score=1.0)))
-    with pytest.raises(DataError, match="rebel: "):
-        REBEL(REBELSettings()).examples(TrainInputs(candidates=[tied]))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from baselines.reinforce import Reinforce, RunningMean
 from baselines.reinforce_settings import ReinforceSettings
 from rrhf_bench.training.on_policy import OnPolicyTrainer
 from rrhf_bench.training.rollouts import Rollouts
+from tests.losses import assert_fault_is_noticed
 from tests.test_ppo import INPUTS, Run
 from tests.test_resume import Killed, train
 
@@ -61,12 +61,7 @@ def test_the_running_mean_by_hand() -> None:
     ],
 )
 def test_a_broken_formula_is_noticed(right: str, wrong: str) -> None:
-    source = inspect.getsource(RunningMean)
-    assert source.count(right) == 1
-    scope = dict(vars(reinforce))
-    exec(source.replace(right, wrong), scope)
-    with pytest.raises(AssertionError):
-        check_running_mean(scope["RunningMean"])
+    assert_fault_is_noticed(reinforce, "RunningMean", right, wrong, check_running_mean)
 
 
 @pytest.mark.parametrize(
@@ -93,18 +88,6 @@ def test_the_baseline_of_each_iteration(rollouts: Rollouts, changes: dict[str, A
         expected_N = torch.as_tensor(mean + spread - baseline, dtype=torch.float32)
         torch.testing.assert_close(advantages.advantage_NT, expected_N[:, None] * rows.mask_NT, rtol=0, atol=1e-5)
         assert advantages.metrics["objective/baseline"] == pytest.approx(baseline, abs=1e-5)
-
-
-@pytest.mark.parametrize("changes", [{}, {"baseline": "ema", "decay": 0.7, "include_present": False}])
-def test_a_killed_run_ends_as_if_it_had_not_been(changes: dict[str, Any], tmp_path: Path) -> None:
-    made = settings(**changes)
-    weights, log, result = train(made, tmp_path / "whole")
-    for kill_at in (1, 3):
-        with pytest.raises(Killed):
-            train(made, tmp_path / str(kill_at), kill_at=kill_at)
-        found, lines, same = train(made, tmp_path / str(kill_at))
-        assert (lines, same) == (log, result)
-        assert all(torch.equal(found[key], weights[key]) for key in weights)
 
 
 def test_a_forgotten_baseline_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

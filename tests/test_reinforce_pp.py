@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -18,6 +17,7 @@ from baselines.reinforce_pp import ReinforcePP
 from baselines.reinforce_pp_settings import ReinforcePPSettings
 from rrhf_bench.training.on_policy import OnPolicyTrainer
 from rrhf_bench.training.rollouts import Rollouts
+from tests.losses import assert_fault_is_noticed
 from tests.test_ppo import INPUTS, Run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -74,12 +74,7 @@ def test_by_hand() -> None:
     ],
 )
 def test_a_broken_formula_is_noticed(right: str, wrong: str) -> None:
-    source = inspect.getsource(reinforce_pp.globally_whitened)
-    assert source.count(right) == 1
-    scope = dict(vars(reinforce_pp))
-    exec(source.replace(right, wrong), scope)
-    with pytest.raises(AssertionError):
-        check(scope["globally_whitened"])
+    assert_fault_is_noticed(reinforce_pp, "globally_whitened", right, wrong, check)
 
 
 @pytest.fixture(scope="module")
@@ -106,20 +101,6 @@ def test_the_kl_is_in_the_baseline_or_not(rollouts: Rollouts) -> None:
         raw = raw_NT[rollouts.mask_NT].double()
         expected = (raw - raw.mean()) / raw.std(correction=0)
         torch.testing.assert_close(found[penalty][rollouts.mask_NT].double(), expected, rtol=0, atol=1e-3)
-
-
-def test_micro_batches_do_not_change_the_gradient() -> None:
-    gradients = []
-    for tokens in (4096, 60):
-        run = Run(stop=("ad",))
-        run.policy.pass_tokens = tokens
-        trainer = OnPolicyTrainer(ReinforcePP(settings()), settings())
-        state = trainer.start(run.policy)
-        rollouts = trainer.roll_out(trainer.sampler(run.policy, run.context), INPUTS, state)
-        trainer.accumulate(run.policy, rollouts, trainer.method.advantages(rollouts, 0.1), range(8), state)
-        gradients.append([p.grad for p in state.optimiser.parameters if p.grad is not None])
-    for a, b in zip(*gradients, strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
 
 
 def test_bad_input_is_refused() -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,8 +15,8 @@ from baselines.remax import ReMax
 from baselines.remax_settings import ReMaxSettings
 from rrhf_bench.training.on_policy import OnPolicyTrainer
 from rrhf_bench.training.rollouts import Rollouts, sampled_tokens
+from tests.losses import assert_fault_is_noticed
 from tests.test_ppo import INPUTS, Run, share_of_d
-from tests.test_resume import Killed, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -79,12 +77,7 @@ def test_by_hand(name: str) -> None:
     ],
 )
 def test_a_broken_formula_is_noticed(name: str, right: str, wrong: str) -> None:
-    source = inspect.getsource(getattr(remax, name))
-    assert source.count(right) == 1
-    scope = dict(vars(remax))
-    exec(source.replace(right, wrong), scope)
-    with pytest.raises(AssertionError):
-        CHECKS[name](scope[name])
+    assert_fault_is_noticed(remax, name, right, wrong, CHECKS[name])
 
 
 @pytest.mark.parametrize("replies", [1, 2])
@@ -111,27 +104,6 @@ def test_the_baseline_is_the_greedy_reply_of_the_present_weights(replies: int) -
     # The greedy replies cost tokens, and are not trained on.
     assert state.sampled_tokens == sampled_tokens(rollouts.groups) + sum(len(reply.token_ids or ()) for reply in greedy)
     assert len(rollouts.pairs) == 16
-
-
-def test_micro_batches_do_not_change_the_gradient() -> None:
-    gradients = []
-    for tokens in (4096, 60):
-        run = Run(stop=("ad",))
-        run.policy.pass_tokens = tokens
-        trainer, state, rollouts = first(run, settings(aggregation="token", gamma=0.9, kl_return="immediate"))
-        trainer.accumulate(run.policy, rollouts, trainer.method.advantages(rollouts, 0.1), range(8), state)
-        gradients.append([p.grad for p in state.optimiser.parameters if p.grad is not None])
-    for a, b in zip(*gradients, strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
-
-
-def test_a_killed_run_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
-    weights, log, result = train(settings(iterations=3), tmp_path / "whole")
-    with pytest.raises(Killed):
-        train(settings(iterations=3), tmp_path / "part", kill_at=2)
-    found, lines, same = train(settings(iterations=3), tmp_path / "part")
-    assert (lines, same) == (log, result)
-    assert all(torch.equal(found[key], weights[key]) for key in weights)
 
 
 def test_settings() -> None:

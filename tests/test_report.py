@@ -1,4 +1,4 @@
-"""The report, from synthetic records with known effects."""
+"""The report shows the numbers and verdicts of synthetic records with known effects."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from rrhf_bench.report.findings import standing
 from rrhf_bench.report.page import compared_tables, write_report
 from rrhf_bench.report.rows import rows_table
 from rrhf_bench.report.section import Section
-from rrhf_bench.report.table import Cell, Column, Table, fenced, markdown, printed, to_csv, write_table
+from rrhf_bench.report.table import Cell, Column, Table, printed, to_csv, write_table
 from rrhf_bench.report.tables import level_words, main_table, method_costs
 from rrhf_bench.report.topics import topics_table
 from rrhf_bench.report.view import View
@@ -50,7 +50,7 @@ KL = {"base": 0.0, "sft": 0.3, "rrhf": 1.8, "ppo": 3.6}
 
 
 def synthetic(folder: Path, *, gold_of: tuple[str, ...] = tuple(EFFECTS)) -> RunRecords:
-    """A whole run. A reward is the row's effect + a prompt's share that all rows have + noise of its own."""
+    """Return a whole run. A reward adds the effect of the row, a share of the prompt that all rows have, and noise."""
     share = dict(zip(PROMPTS, generator("share").normal(0, 0.5, len(PROMPTS)), strict=True))
     evaluated = [
         _reply(row, seed, decoding, prompt, share[prompt], row in gold_of)
@@ -241,7 +241,7 @@ def test_the_csv_holds_the_records_numbers_to_the_last_digit_that_a_sum_keeps(
     assert row["proxy reward low"] < row["proxy reward"] < row["proxy reward high"]
 
 
-def test_candidates_and_eq7_are_recomputed(records: RunRecords, report: Path) -> None:
+def test_the_numbers_of_candidates_and_eq7_follow_from_the_records(records: RunRecords, report: Path) -> None:
     scores = [c.scores for seed in SEEDS for c in records.candidates["rrhf", seed]]
     row = row_of(report / "tables/table6.csv", **{"this run": "rrhf"})
     maximum = sum(map(max, scores)) / len(scores)
@@ -261,7 +261,7 @@ def test_candidates_and_eq7_are_recomputed(records: RunRecords, report: Path) ->
     assert float(eq7["untrained policy's own share of the way"]) == pytest.approx(own, abs=1e-12)
 
 
-def test_a_planted_difference_is_called_and_equal_methods_are_inside_noise(report: Path) -> None:
+def test_a_planted_difference_gets_its_verdict(report: Path) -> None:
     table = report / "tables/differences.csv"
     words = {
         (c, measure): row_of(table, comparison=c, decoding="sampled", reward=measure)["verdict"]
@@ -345,7 +345,7 @@ def test_the_digit_that_decides_is_printed() -> None:
     ]
 
 
-def test_base_with_one_greedy_run_stands_against_every_seed(report: Path) -> None:
+def test_base_with_one_greedy_run_pairs_with_every_seed(report: Path) -> None:
     row = row_of(report / "tables/differences.csv", comparison="rrhf - base", decoding="greedy", reward="proxy")
     assert row["seeds"] == "3"
 
@@ -424,7 +424,7 @@ def test_a_second_report_replaces_the_first_with_the_same_bytes(records: RunReco
     assert [p.name for p in report.parent.iterdir() if p.name.startswith(".")] == []
 
 
-def test_every_figure_is_there_and_shows_something(report: Path) -> None:
+def test_every_figure_exists_and_is_not_blank(report: Path) -> None:
     page = (report / "report.md").read_text(encoding="utf-8")
     for name in ("test_reward", "reward_curves", "sampling_quality", "best_of_n_curve", "training", "figure3"):
         image = plt_image.imread(report / f"figures/{name}.png")
@@ -482,24 +482,7 @@ def test_hostile_text_is_inert_everywhere(records: RunRecords, tmp_path: Path) -
     assert all(row["count"] == "1" for row in rows_of(folder / "tables/counts.csv"))
 
 
-@pytest.mark.parametrize(
-    ("text", "shown"),
-    [
-        ("a|b", "a\\|b"),
-        ("<b>&", "&lt;b&gt;&amp;"),
-        ("best_of_n _x_", "best_of_n \\_x\\_"),
-        ("a\nb\x00", "a\\\\nb\\\\x00"),
-    ],
-)
-def test_markdown_escapes(text: str, shown: str) -> None:
-    assert markdown(text) == shown
-
-
-def test_a_fence_is_longer_than_any_inside() -> None:
-    assert fenced("a\n````\nb").startswith("`````text\n")
-
-
-def test_a_spreadsheet_runs_nothing() -> None:
+def test_no_cell_of_a_csv_is_a_formula() -> None:
     table = Table("t", "t", (Column("=1+1"),), ((Cell("@sum"),), (Cell("plain"),)), (), "id")
     assert to_csv(table).splitlines() == ["'=1+1,missing,arena", "'@sum,,id", "plain,,id"]
 
@@ -515,7 +498,7 @@ def test_a_failed_method_and_an_empty_run_still_give_a_report(records: RunRecord
     assert "Nothing could be compared" in text
 
 
-def test_a_single_seed_and_prompts_that_a_seed_lacks(records: RunRecords) -> None:
+def test_prompts_that_a_seed_lacks_are_left_out_and_counted(records: RunRecords) -> None:
     lost = PROMPTS[7]
     some = tuple(r for r in records.evaluated if not (r.method == "rrhf" and r.seed == 1 and r.prompt == lost))
     table = main_table(View(replace(records, evaluated=some)))
@@ -574,7 +557,7 @@ def test_a_report_needs_no_torch() -> None:
 # Held-out topics, and the ceiling of the world
 
 
-def test_gains_on_seen_and_on_held_out_topics_are_apart(tmp_path: Path) -> None:
+def test_gains_on_seen_and_on_held_out_topics_are_separate(tmp_path: Path) -> None:
     """A quarter of the prompts is on held-out topics, where rrhf loses 0.5 of its gain of 0.8 sampled proxy reward."""
     records = synthetic(tmp_path)
     held_out = frozenset(prompt.id for prompt in PROMPTS[3::4])
@@ -598,7 +581,7 @@ def test_gains_on_seen_and_on_held_out_topics_are_apart(tmp_path: Path) -> None:
     assert unseen.value == pytest.approx(values.values_SP[:, of_group].mean())
     assert (45 * seen.value + 15 * unseen.value) / 60 == pytest.approx(values.values_SP.mean())
     assert [cell.value for cell in lines["base", "sampled", "proxy"][2:4]] == [None, None]
-    assert lines["chosen", "data set", "gold"][0].value is not None
+    assert lines["chosen", "none", "gold"][0].value is not None
 
 
 def test_the_best_reply_is_a_row_of_the_main_table_and_nothing_is_compared_with_it(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
-"""Faults in how a reward model is fed, each planted in a real model and caught with what mends it.
+"""Each fault in the input of a reward model is found in a real model, with the setting that mends it.
 
-A model that is fed otherwise than it was trained still gives numbers: nothing but these checks would tell.
+A model whose input differs from its training still returns numbers, so only these checks can find the fault.
 """
 
 from __future__ import annotations
@@ -9,8 +9,7 @@ import ast
 import json
 import os
 import shutil
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import make_llama, make_tokenizer
+from conftest import Cli, make_llama, make_tokenizer
 from torch import nn
 from transformers import (
     AutoModelForSequenceClassification,
@@ -36,6 +35,8 @@ from rrhf_bench.rewards.train_head import train_head
 from rrhf_bench.rewards.value_head import ValueHeadReward
 from rrhf_bench.settings.reward import RewardTrainingSettings
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ROOT = Path(__file__).parents[1]
 NAMES = [
     "EOS",
@@ -51,16 +52,8 @@ NAMES = [
 ]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def pairs(n: int, seed: int = 1, *, last: bool = False) -> list[Preference]:
-    """One word tells: anywhere in a reply, so that how it ends says nothing, or as its last word."""
+    """Return pairs that one word decides. The word is anywhere in a reply, or its last word."""
     rng = np.random.default_rng(seed)
     filler = [" the flour", " and the water", " a slow river of ice", " hour", " walk", " bread", " Then let it rest"]
 
@@ -109,12 +102,12 @@ def edit(folder: Path, **changes: Any) -> None:
 
 
 def forget(folder: Path) -> None:
-    """As if somebody else had trained it: nothing recorded, nothing said."""
+    """Remove the record and the contract, as in a model that another program has trained."""
     (folder / CONTRACT_FILE).unlink()
 
 
 def refused(load: Callable[[], object], *words: str) -> str:
-    """The one line that a fault gets, which holds these words."""
+    """Assert that loading fails with one line that holds these words, and return the line."""
     with pytest.raises(DataError) as caught:
         load()
     message = str(caught.value)
@@ -191,12 +184,12 @@ def test_a_contract_without_a_record_loads(spoilt: Path) -> None:
     assert after.score(prompts, replies).tolist() == before.score(prompts, replies).tolist()
 
 
-def test_a_contract_that_is_given_does_not_silence_the_record(trained: Path) -> None:
+def test_the_record_is_replayed_under_a_given_contract(trained: Path) -> None:
     contract = RewardContract(append_eos=False, max_length=512)
     refused(lambda: ClassifierReward.load(trained, contract=contract), "found the end, expected ['<eos>']")
 
 
-def test_a_record_that_cannot_be_read(spoilt: Path) -> None:
+def test_a_damaged_record_is_named(spoilt: Path) -> None:
     record = json.loads((spoilt / CONTRACT_FILE).read_text())["record"]
     del record["texts"][3]["ids"]
     edit(spoilt, record=record)
@@ -228,7 +221,7 @@ def test_a_classifier_records_its_label(tmp_path: Path, llama_folder: Callable[[
 # The nine faults
 
 
-def test_fault_1_eos_of_a_model_of_our_own(spoilt: Path) -> None:
+def test_fault_1_an_eos_that_differs_from_the_record(spoilt: Path) -> None:
     edit(spoilt, append_eos=False)
     refused(
         lambda: ClassifierReward.load(spoilt), "recorded text 1", "found the end, expected ['<eos>']", CONTRACT_FILE
@@ -237,7 +230,7 @@ def test_fault_1_eos_of_a_model_of_our_own(spoilt: Path) -> None:
     refused(lambda: ClassifierReward.load(spoilt), "recorded text 1", "expected ['Ġ")
 
 
-def test_fault_1_eos_of_a_model_of_others(spoilt: Path) -> None:
+def test_fault_1_an_eos_without_a_record_is_found_on_held_out_pairs(spoilt: Path) -> None:
     forget(spoilt)
     held_out = pairs(100, seed=2)
     right = found(check_pairs(ClassifierReward.load(spoilt), held_out), "EOS on held-out pairs")
@@ -249,7 +242,7 @@ def test_fault_1_eos_of_a_model_of_others(spoilt: Path) -> None:
     assert wrong.found.endswith(f"append_eos = true in {CONTRACT_FILE}")
 
 
-def test_fault_1_eos_that_the_template_writes(spoilt: Path) -> None:
+def test_fault_1_an_eos_that_the_template_writes_too(spoilt: Path) -> None:
     forget(spoilt)
     tokenizer = with_bos()
     tokenizer.chat_template = "<s>{% for m in messages %}{{ m.role }}: {{ m.content }}<eos>\n{% endfor %}"
@@ -470,7 +463,7 @@ def test_fault_9_batch_and_order(trained: Path, fault: Any) -> None:
     )
 
 
-def test_a_cut_that_leaves_one_text(spoilt: Path) -> None:
+def test_a_length_that_leaves_one_text_is_refused(spoilt: Path) -> None:
     RewardContract(max_length=2).write(spoilt)  # BOS and EOS
     refused(lambda: ClassifierReward.load(spoilt), "eight different texts become one", "raise max_length (2)")
     (spoilt / CONTRACT_FILE).write_text('{"max_length": 0}')
@@ -480,7 +473,7 @@ def test_a_cut_that_leaves_one_text(spoilt: Path) -> None:
 # Models of the hub
 
 
-def test_what_is_known_of_a_hub_model_is_used_and_not_measured(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_known_layout_of_a_hub_model_is_used_and_not_measured(trained: Path) -> None:
     name = "Skywork/Skywork-Reward-V2-Qwen3-0.6B"
     reward = ClassifierReward.load(trained)
     tokenizer = with_bos()
@@ -495,7 +488,7 @@ def test_what_is_known_of_a_hub_model_is_used_and_not_measured(trained: Path, mo
     assert check_pairs(other, []) == ()
 
 
-def test_a_known_model_of_the_other_layout() -> None:
+def test_a_known_model_of_the_other_layout_is_refused() -> None:
     refused(lambda: ClassifierReward.load("Dahoas/gptj-rm-static"), 'set reward_model.layout = "value-head" (--layout)')
 
 
@@ -552,15 +545,7 @@ class Hostile:
 
 
 @pytest.mark.parametrize("layout", ["classifier", "value-head"])
-def test_a_pickle_with_code_is_refused_and_not_run(
-    trained: Path,
-    tmp_path: Path,
-    layout: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    from rrhf_bench import cli
-
+def test_a_pickle_with_code_is_refused_and_not_run(trained: Path, tmp_path: Path, layout: str, cli: Cli) -> None:
     folder, mark = tmp_path / "hostile", tmp_path / "mark"
     shutil.copytree(trained, folder, ignore=shutil.ignore_patterns("*.safetensors"))
     state = AutoModelForSequenceClassification.from_pretrained(trained).state_dict()
@@ -569,13 +554,9 @@ def test_a_pickle_with_code_is_refused_and_not_run(
     refused(lambda: load(folder), "hostile: ", "expected safetensors")
     candidates, out = tmp_path / "candidates.jsonl", tmp_path / "out.jsonl"
     candidates.write_text(json.dumps({"query": "Hi?", "responses": ["Ho.", "Hm."]}) + "\n")
-    words = ["score", "--reward-model", folder, "--layout", layout, "--candidates", candidates, "--out", out]
-    monkeypatch.setattr(sys, "argv", ["rrhf-bench", *map(str, words), "--device", "cpu"])
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stopped:
-        cli.main()
-    assert stopped.value.code == 2
-    printed = capsys.readouterr()
+    words = ["--reward-model", folder, "--layout", layout, "--candidates", candidates, "--out", out, "--device", "cpu"]
+    printed = cli("score", *words)
+    assert printed.code == 2
     assert [line.startswith("error: ") for line in printed.err.strip().splitlines()] == [True], repr(printed.err)
     assert not mark.exists()
     assert not out.exists()
@@ -631,7 +612,7 @@ FORBIDDEN = {"pickle", "dill", "joblib", "cloudpickle", "shelve", "marshal"}
 
 
 def test_nothing_here_reads_a_file_that_could_run_code() -> None:
-    """What torch writes is read back as tensors and plain values, said at every call and not left to a default."""
+    """Files of torch are read as tensors and plain values, which each call states."""
     faults = []
     for path in sorted([*(ROOT / "rrhf_bench").rglob("*.py"), *(ROOT / "baselines").rglob("*.py")]):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -679,7 +660,7 @@ def test_trust_is_off_unless_the_file_says_so(trained: Path) -> None:
 # Where people see it
 
 
-def test_held_out_pairs_warn_of_a_setting_that_orders_them_worse(spoilt: Path, tmp_path: Path) -> None:
+def test_held_out_pairs_warn_of_a_setting_that_ranks_them_worse(spoilt: Path, tmp_path: Path) -> None:
     from rrhf_bench.jsonl import write_jsonl
     from rrhf_bench.pipeline.results import WARNINGS
     from rrhf_bench.pipeline.services import ModelRef, Services

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from rrhf_bench.schedule import batch_order
 from rrhf_bench.seeding import generator
 from rrhf_bench.settings.reward import RewardTrainingSettings
 
-# Lopsided on purpose: an empty reply, a long one, two of one length, a fake turn.
+# The replies include an empty one, a long one, two of one length and one with a fake turn.
 REPLIES = [
     " Mix the flour.",
     "",
@@ -44,15 +44,7 @@ PROMPTS = [Prompt(f"\n\nHuman: {'What is a glacier? ' * (i % 3 + 1)}\n\nAssistan
 CHAT_TEMPLATE = "<eos>{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
 
 MakeReward = Callable[..., Path]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """These models are too small to share out: on a busy machine the threads would wait for one another."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
@@ -85,7 +77,7 @@ def make_reward(tokenizer: Any, tmp_path: Path) -> MakeReward:
 
 @torch.no_grad()
 def one_by_one(folder: Path, eos_id: int) -> list[float]:
-    """The slow definition: one unpadded text at a time, EOS at its end, through the class's own forward pass."""
+    """Score one unpadded text at a time, with an EOS at its end, through the class's own forward pass."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     model = AutoModelForSequenceClassification.from_pretrained(folder)
@@ -101,7 +93,7 @@ TEXTS = [prompt.text + reply for prompt, reply in zip(PROMPTS, REPLIES, strict=T
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_scores_equal_one_text_at_a_time(make_reward: MakeReward, tokenizer: Any, kind: str) -> None:
+def test_scores_equal_those_of_one_text_at_a_time(make_reward: MakeReward, tokenizer: Any, kind: str) -> None:
     folder = make_reward(kind=kind)
     expected = one_by_one(folder, tokenizer.eos_token_id)
     assert np.std(expected) > 0.01
@@ -111,7 +103,7 @@ def test_scores_equal_one_text_at_a_time(make_reward: MakeReward, tokenizer: Any
         np.testing.assert_allclose(scores, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_order_changes_nothing_to_the_last_bit(make_reward: MakeReward) -> None:
+def test_scores_do_not_depend_on_the_order_of_the_texts(make_reward: MakeReward) -> None:
     reward = ClassifierReward.load(make_reward(), batch_size=3)
     scores = reward.score(PROMPTS, REPLIES)
     order = np.random.default_rng(0).permutation(len(REPLIES))
@@ -119,7 +111,7 @@ def test_order_changes_nothing_to_the_last_bit(make_reward: MakeReward) -> None:
     assert shuffled.tolist() == scores[order].tolist()
 
 
-def test_eos_is_scored_also_where_it_is_the_padding(make_reward: MakeReward, tokenizer: Any) -> None:
+def test_the_eos_is_scored_even_if_it_is_the_padding(make_reward: MakeReward, tokenizer: Any) -> None:
     folder = make_reward()
     expected = one_by_one(folder, tokenizer.eos_token_id)
     config = json.loads((folder / "config.json").read_text())
@@ -127,7 +119,7 @@ def test_eos_is_scored_also_where_it_is_the_padding(make_reward: MakeReward, tok
     reward = ClassifierReward.load(folder, pad_token="<eos>", batch_size=8)
     assert reward.tokenizer.pad_token_id == reward.tokenizer.eos_token_id == reward.model.config.pad_token_id
     np.testing.assert_allclose(reward.score(PROMPTS, REPLIES), expected, rtol=1e-4, atol=1e-5)
-    # What this guards against: the class's own pooling takes the appended EOS for padding and scores the token before.
+    # The class's own pooling would take the appended EOS for padding and score the token before it.
     ids, _ = reward.contract.encode(PROMPTS[0], REPLIES[0], reward.tokenizer, None)
     with torch.no_grad():
         theirs = reward.model(torch.tensor([ids])).logits.item()
@@ -140,7 +132,7 @@ def test_an_empty_list_has_no_scores(make_reward: MakeReward) -> None:
 
 @torch.no_grad()
 def slow_probability(folder: Path, label: int, eos_id: int | None = None) -> list[float]:
-    """softmax by hand, one unpadded text at a time, as the class itself scores it."""
+    """Compute the softmax of one unpadded text at a time, as the class itself scores the text."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     model = AutoModelForSequenceClassification.from_pretrained(folder)
@@ -169,18 +161,15 @@ def test_a_label_of_several_is_its_probability(make_reward: MakeReward, tokenize
     np.testing.assert_allclose(total, 1.0, rtol=1e-12)
 
 
-def test_label_faults(make_reward: MakeReward) -> None:
+def test_a_wrong_label_is_named(make_reward: MakeReward) -> None:
     folder = make_reward(labels=2)
-    shown = r"reward: has 2 labels \(LABEL_0, LABEL_1\)"
-    with pytest.raises(DataError, match=f"{shown}; name the one whose probability is the reward: reward_model.label"):
-        ClassifierReward.load(folder)
-    with pytest.raises(DataError, match=f"{shown}; found the label 'POSITIVE'; expected one of them"):
+    with pytest.raises(DataError, match=r"reward: .*LABEL_0, LABEL_1.*'POSITIVE'"):
         ClassifierReward.load(folder, label="POSITIVE")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"problem_type": "multi_label_classification"}))
-    with pytest.raises(DataError, match=r"several of which may hold at once; expected labels that exclude one another"):
+    with pytest.raises(DataError, match=r"has 2 labels .*, several of which may hold at once"):
         ClassifierReward.load(folder, label="LABEL_1")
-    with pytest.raises(DataError, match=r"one: has 1 label, so its score is the reward; remove the label"):
+    with pytest.raises(DataError, match=r"one: has 1 label\b"):
         ClassifierReward.load(make_reward("one"), label="LABEL_0")
 
 
@@ -244,13 +233,7 @@ def test_an_encoder_scores_one_text_at_a_time(make_encoder: Callable[..., Path])
     np.testing.assert_allclose(negative, 1 - np.array(expected), rtol=1e-4, atol=1e-6)
 
 
-def test_an_encoder_reads_every_word(make_encoder: Callable[..., Path]) -> None:
-    reward = ClassifierReward.load(make_encoder(), template="raw", label="POSITIVE")
-    first, second = reward.score([Prompt("I saw"), Prompt("We saw")], [" it. The plot was dull."] * 2)
-    assert abs(first - second) > 1e-4
-
-
-def test_a_cut_text_keeps_its_cls(make_encoder: Callable[..., Path]) -> None:
+def test_a_truncated_text_keeps_its_cls(make_encoder: Callable[..., Path]) -> None:
     folder = make_encoder()
     contract = RewardContract(template="raw", append_eos=False, max_length=20)
     reward = ClassifierReward.load(folder, contract=contract, label="POSITIVE")
@@ -268,11 +251,11 @@ def test_a_cut_text_keeps_its_cls(make_encoder: Callable[..., Path]) -> None:
 
 
 @pytest.mark.parametrize(("kind", "unused"), [("roberta", 1), ("deberta", 0)])
-def test_a_text_is_cut_to_the_places_that_an_encoder_has(
+def test_a_text_is_truncated_to_the_positions_of_an_encoder(
     make_encoder: Callable[..., Path], kind: str, unused: int
 ) -> None:
-    """RoBERTa counts positions from the padding id on, here 0, so one of its 66 places is no token's; DeBERTa's
-    positions are relative. The tokenizer says nothing of either."""
+    """RoBERTa counts positions from the padding id, here 0, so one of its 66 positions holds no token. DeBERTa's
+    positions are relative. The tokenizer states neither limit."""
     folder = make_encoder(kind)
     reward = ClassifierReward.load(folder, template="raw", label="POSITIVE")
     assert reward.tokenizer.model_max_length > 10**9
@@ -287,7 +270,7 @@ def test_a_text_is_cut_to_the_places_that_an_encoder_has(
     assert 0 < reward.truncated < len(REPLIES)
 
 
-def test_a_class_that_pools_its_last_place_wants_padding_before_it(make_encoder: Callable[..., Path]) -> None:
+def test_a_class_that_pools_the_last_position_needs_left_padding(make_encoder: Callable[..., Path]) -> None:
     folder = make_encoder("xlnet")
     with pytest.raises(DataError, match=r'"padding_side": "left" in reward_contract\.json'):
         ClassifierReward.load(folder, template="raw", label="POSITIVE")
@@ -298,12 +281,7 @@ def test_a_class_that_pools_its_last_place_wants_padding_before_it(make_encoder:
         np.testing.assert_allclose(reward.score(PROMPTS, REPLIES), expected, rtol=1e-4, atol=1e-6)
 
 
-def test_a_language_model_has_no_head(llama_folder: Callable[[int], Path]) -> None:
-    with pytest.raises(DataError, match=r"holds no trained score.weight, which would be random; expected a trained"):
-        ClassifierReward.load(llama_folder(0))
-
-
-def test_no_pad_token(make_reward: MakeReward) -> None:
+def test_a_pad_token_must_be_known_or_named(make_reward: MakeReward) -> None:
     bare = make_tokenizer()
     bare.pad_token = None
     folder = make_reward(tok=bare)
@@ -316,7 +294,7 @@ def test_no_pad_token(make_reward: MakeReward) -> None:
     np.testing.assert_allclose(scores, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_no_eos_token(make_reward: MakeReward) -> None:
+def test_an_eos_token_must_be_known_or_named(make_reward: MakeReward) -> None:
     bare = make_tokenizer()
     bare.eos_token = None
     folder = make_reward(tok=bare)
@@ -328,17 +306,15 @@ def test_no_eos_token(make_reward: MakeReward) -> None:
         ClassifierReward.load(folder, contract=RewardContract(eos_token="<end>"))
 
 
-def test_a_source_that_cannot_be_loaded(tmp_path: Path, make_reward: MakeReward) -> None:
-    with pytest.raises(DataError, match="cannot be loaded as") as caught:
-        ClassifierReward.load(tmp_path / "nowhere")
-    assert "\n" not in str(caught.value)
+def test_damaged_weights_are_named(make_reward: MakeReward) -> None:
     folder = make_reward()
     (folder / "model.safetensors").write_bytes(b"not weights")
-    with pytest.raises(DataError, match="reward: cannot be loaded as a sequence classifier"):
+    with pytest.raises(DataError, match="reward: cannot be loaded as") as caught:
         ClassifierReward.load(folder)
+    assert "\n" not in str(caught.value)
 
 
-def test_nan_scores(make_reward: MakeReward) -> None:
+def test_scores_that_are_not_finite_are_refused_with_their_prompts(make_reward: MakeReward) -> None:
     reward = ClassifierReward.load(make_reward())
     with torch.no_grad():
         reward.model.score.weight[0, 0] = math.nan
@@ -374,7 +350,7 @@ def test_identity_is_of_contents_and_contract(make_reward: MakeReward, tmp_path:
 # The contract
 
 
-def test_contract_text_and_ids(tokenizer: Any) -> None:
+def test_a_contract_decides_text_ids_and_position(tokenizer: Any) -> None:
     prompt, eos = Prompt("\n\nHuman: Hi\n\nAssistant:"), tokenizer.eos_token_id
 
     def decoded(contract: RewardContract, response: str, max_length: int | None = None) -> tuple[str, bool]:
@@ -396,7 +372,7 @@ def test_contract_text_and_ids(tokenizer: Any) -> None:
         RewardContract(position="first-eos", append_eos=False)
 
 
-def test_one_bos_and_it_survives_truncation() -> None:
+def test_a_text_has_one_bos_even_when_truncated() -> None:
     from tokenizers import processors
 
     tok = make_tokenizer()
@@ -412,7 +388,7 @@ def test_one_bos_and_it_survives_truncation() -> None:
     assert chat.count(0) == 1  # the template has written it, and the tokenizer adds none
 
 
-def test_raw_contract_is_prompt_and_response(tokenizer: Any) -> None:
+def test_a_raw_contract_joins_prompt_and_response(tokenizer: Any) -> None:
     prompt, eos = Prompt("I saw this film. The plot"), tokenizer.eos_token_id
     ids, cut = RewardContract.default("raw").encode(prompt, " was dull.", tokenizer, None)
     assert (tokenizer.decode(ids), cut) == ("I saw this film. The plot was dull.", False)
@@ -425,7 +401,7 @@ def test_raw_contract_is_prompt_and_response(tokenizer: Any) -> None:
     assert tokenizer.decode(ids) == turn.text + " Ho"
 
 
-def test_chat_contract_renders_the_whole_conversation() -> None:
+def test_a_chat_contract_renders_the_whole_conversation() -> None:
     tok = make_tokenizer()
     prompt = Prompt("\n\nHuman: Hi\n\nAssistant: Ho\n\nHuman: Go\n\nAssistant:")
     with pytest.raises(DataError, match="has no chat template"):
@@ -435,7 +411,7 @@ def test_chat_contract_renders_the_whole_conversation() -> None:
     assert tok.decode(ids) == "<eos>user: Hi\nassistant: Ho\nuser: Go\nassistant: Gone\n"
 
 
-def test_contract_file(tmp_path: Path) -> None:
+def test_a_contract_file_round_trips_and_names_faults(tmp_path: Path) -> None:
     contract = KNOWN_LAYOUTS["Dahoas/gptj-rm-static"].contract
     contract.write(tmp_path)
     assert RewardContract.read(tmp_path) == contract
@@ -445,7 +421,7 @@ def test_contract_file(tmp_path: Path) -> None:
         RewardContract.read(tmp_path)
 
 
-def test_by_length_covers_every_row_once() -> None:
+def test_batches_by_length_hold_every_row_once() -> None:
     rows = [[1] * n for n in (3, 1, 2, 5, 2)]
     batches = length_batches(rows, 2)
     assert [len(batch) for batch in batches] == [2, 2, 1]
@@ -497,7 +473,7 @@ def slow_value_head(folder: Path, body: Any, head: torch.Tensor, length: int) ->
     return scores
 
 
-def test_value_head_equals_its_slow_definition(gptj: tuple[Path, Any, torch.Tensor]) -> None:
+def test_a_value_head_equals_its_slow_definition(gptj: tuple[Path, Any, torch.Tensor]) -> None:
     folder, body, head = gptj
     for batch_size in (1, 3):
         reward = ValueHeadReward.load(folder, dtype="float32", batch_size=batch_size)
@@ -515,7 +491,9 @@ def test_value_head_equals_its_slow_definition(gptj: tuple[Path, Any, torch.Tens
     assert short.truncated > 0
 
 
-def test_value_head_from_safetensors_or_a_bare_checkpoint(gptj: tuple[Path, Any, torch.Tensor], tmp_path: Path) -> None:
+def test_a_value_head_loads_from_safetensors_or_a_bare_checkpoint(
+    gptj: tuple[Path, Any, torch.Tensor], tmp_path: Path
+) -> None:
     from safetensors.torch import save_file
 
     folder, *_ = gptj
@@ -531,7 +509,7 @@ def test_value_head_from_safetensors_or_a_bare_checkpoint(gptj: tuple[Path, Any,
     assert ValueHeadReward.load(folder, dtype="float32").score(PROMPTS, REPLIES).tolist() == expected.tolist()
 
 
-def test_value_head_faults(gptj: tuple[Path, Any, torch.Tensor], tmp_path: Path) -> None:
+def test_a_faulty_value_head_names_the_tensor(gptj: tuple[Path, Any, torch.Tensor], tmp_path: Path) -> None:
     folder, *_ = gptj
     path = folder / "pytorch_model.bin"
     state = torch.load(path, weights_only=True)
@@ -557,7 +535,7 @@ def test_value_head_faults(gptj: tuple[Path, Any, torch.Tensor], tmp_path: Path)
         ValueHeadReward.load("nobody/nothing")
 
 
-def test_value_head_of_the_hub(
+def test_a_value_head_of_the_hub_records_its_commit(
     gptj: tuple[Path, Any, torch.Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import huggingface_hub
@@ -590,7 +568,7 @@ def test_half_precision_is_the_published_contract(gptj: tuple[Path, Any, torch.T
 # Bradley-Terry
 
 
-def test_bradley_terry_loss_by_hand() -> None:
+def test_the_bradley_terry_loss_equals_a_hand_worked_one() -> None:
     # -log sigma(d) = log(1 + exp(-d)); d = 2 - 1 = 1 and 0.5 - 2.5 = -2: log(1 + e^-1) = 0.3132617, log(1 + e^2) =
     # 2.1269280; mean 1.2200948.
     chosen, rejected = torch.tensor([2.0, 0.5]), torch.tensor([1.0, 2.5])
@@ -607,7 +585,7 @@ def test_bradley_terry_loss_by_hand() -> None:
 
 
 def preferences(n: int) -> list[Preference]:
-    """Polite replies are preferred; prompts and lengths say nothing."""
+    """Return pairs in which the polite reply is chosen; prompts and lengths carry no signal."""
     rng = np.random.default_rng(1)
     pairs = []
     for i in range(n):
@@ -620,13 +598,15 @@ def preferences(n: int) -> list[Preference]:
 SETTINGS = RewardTrainingSettings(lr=3e-3, batch_pairs=8)
 
 
-def test_training_learns_and_the_result_loads(llama_folder: Callable[[int], Path], tmp_path: Path) -> None:
+def test_training_learns_and_its_result_loads(llama_folder: Callable[[int], Path], tmp_path: Path) -> None:
     lines: list[dict[str, float]] = []
     folder = tmp_path / "rm"
     pairs = preferences(200)
+    before = {path.name: path.read_bytes() for path in llama_folder(0).iterdir()}
     result = train_head(
         llama_folder(0), pairs[:160], SETTINGS, folder, seed=0, log=lambda line: lines.append(dict(line))
     )
+    assert {path.name: path.read_bytes() for path in llama_folder(0).iterdir()} == before  # the policy is left alone
     assert result.steps == len(lines) == 20
     assert result.counts == {"pairs": 160, "truncated": 0}
     assert lines[0]["rewards/accuracies"] == 0.5  # the head is zero: every pair is a tie
@@ -661,20 +641,14 @@ def test_training_depends_on_its_seed_alone(llama_folder: Callable[[int], Path],
     assert train("third", 4)[1:] != first[1:]
 
 
-def test_training_does_not_change_the_initial_policy(llama_folder: Callable[[int], Path], tmp_path: Path) -> None:
-    before = {path.name: path.read_bytes() for path in llama_folder(0).iterdir()}
-    train_head(llama_folder(0), preferences(8), SETTINGS, tmp_path / "rm", seed=0)
-    assert {path.name: path.read_bytes() for path in llama_folder(0).iterdir()} == before
-
-
-def test_training_counts_what_it_cuts(llama_folder: Callable[[int], Path], tmp_path: Path) -> None:
+def test_training_counts_truncated_texts(llama_folder: Callable[[int], Path], tmp_path: Path) -> None:
     settings = RewardTrainingSettings(max_length=16, batch_pairs=4)
     result = train_head(llama_folder(0), preferences(4), settings, tmp_path / "rm", seed=0)
     assert result.counts == {"pairs": 4, "truncated": 8}
     assert ClassifierReward.load(tmp_path / "rm").contract.max_length == 16
 
 
-def test_training_faults(llama_folder: Callable[[int], Path], tmp_path: Path) -> None:
+def test_training_names_what_stops_it(llama_folder: Callable[[int], Path], tmp_path: Path) -> None:
     with pytest.raises(DataError, match="found no pairs to train on"):
         train_head(llama_folder(0), [], SETTINGS, tmp_path / "rm", seed=0)
     with pytest.raises(StageError, match=r"the loss at step \d+ of 10 is nan; lower its lr"):
@@ -695,7 +669,7 @@ def test_training_faults(llama_folder: Callable[[int], Path], tmp_path: Path) ->
 # A sentiment classifier
 
 
-def test_classification_loss_by_hand() -> None:
+def test_the_classification_loss_equals_a_hand_worked_one() -> None:
     # -log sigma(z) of positive texts and -log sigma(-z) of negative ones: z = 2 and -0.5 positive, 1 and -3 negative:
     # log(1 + e^-2) = 0.1269280, log(1 + e^0.5) = 0.9740770, log(1 + e^1) = 1.3132617, log(1 + e^-3) = 0.0485874; the
     # mean of the four is 2.4628541 / 4 = 0.6157135.
@@ -714,7 +688,7 @@ def test_classification_loss_by_hand() -> None:
 
 
 def reviews(n: int) -> list[Preference]:
-    """One word tells; texts are raw, and prompts say nothing."""
+    """Return raw reviews whose last word is the label; prompts and lengths carry no signal."""
     rng = np.random.default_rng(2)
     words = [" the flour and the water" * int(rng.integers(1, 4)) for _ in range(2 * n)]
     prompts = [Prompt(f"I saw film {i % 10}.") for i in range(n)]
@@ -748,7 +722,7 @@ def test_a_trained_classifier_loads_and_knows_both_labels(llama_folder: Callable
         ClassifierReward.load(folder)
 
 
-def test_batch_order() -> None:
+def test_batches_hold_texts_of_like_length_in_random_order() -> None:
     lengths = np.random.default_rng(0).integers(1, 100, size=700).tolist()
     order = batch_order(lengths, 32, generator(0, "x"))
     assert sorted(i for batch in order for i in batch) == list(range(700))
@@ -764,16 +738,13 @@ def test_batch_order() -> None:
 # The gold reward of the embedded world
 
 
-def test_gold_reward_is_the_judge_of_the_world() -> None:
+def test_the_gold_reward_is_the_judge_of_the_world() -> None:
     from rrhf_bench.data.toy.gold import judge
 
     prompt = Prompt("\n\nHuman: How do I bake bread?\n\nAssistant:")
     replies = [" Mix flour with water and yeast.", " Blah blah."]
     gold = Gold()
-    try:
-        expected = [judge(prompt.text, reply) for reply in replies]
-    except DataError:
-        pytest.fail("the prompt is not one of the world's")
+    expected = [judge(prompt.text, reply) for reply in replies]
     assert gold.score([prompt] * 2, replies).tolist() == [score for score, _ in expected]
     assert gold.features([prompt] * 2, replies) == [counts for _, counts in expected]
     assert expected[0][0] > expected[1][0]
@@ -781,7 +752,7 @@ def test_gold_reward_is_the_judge_of_the_world() -> None:
         gold.score([prompt], replies)
 
 
-def test_gold_of_reviews_is_their_judge() -> None:
+def test_the_gold_reward_of_reviews_is_their_judge() -> None:
     from rrhf_bench.data.toy import reviews as toy
 
     prompt = Prompt("I saw this thriller on my own last night.")

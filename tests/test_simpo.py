@@ -10,12 +10,10 @@ import torch
 
 from baselines.simpo import SimPO, simpo_loss
 from baselines.simpo_settings import SimPOSettings
-from rrhf_bench.errors import DataError
 from rrhf_bench.policy.policy import TransformersPolicy
-from rrhf_bench.records import Preference
 from rrhf_bench.training.method import TrainInputs
 from tests.losses import by_response, random_batch
-from tests.test_training import PAIRS, PROMPTS
+from tests.test_training import PAIRS
 
 # A pair of 6 and 4 tokens with summed log-probs -12 and -10: means -2 and -2.5.
 CHOSEN, REJECTED = torch.tensor([-2.0]), torch.tensor([-2.5])
@@ -42,8 +40,3 @@ def test_a_batch_has_the_loss_of_its_pairs_one_by_one(policy: TransformersPolicy
     output = method.loss(logp_RT, batch)
     assert output.loss.item() == pytest.approx(statistics.mean(losses), rel=1e-5)
     assert output.weight == len(PAIRS)
-
-
-def test_data_without_pairs_are_refused() -> None:
-    with pytest.raises(DataError, match="simpo: "):
-        SimPO(SimPOSettings()).examples(TrainInputs([Preference(PROMPTS[0], " Yes.", None)]))

@@ -10,12 +10,10 @@ import torch
 
 from baselines.slic_hf import SLiCHF, slic_hf_loss
 from baselines.slic_hf_settings import SLiCHFSettings
-from rrhf_bench.errors import DataError
 from rrhf_bench.policy.policy import TransformersPolicy
-from rrhf_bench.records import Preference
 from rrhf_bench.training.method import TrainInputs
 from tests.losses import by_response, random_batch
-from tests.test_training import PAIRS, PROMPTS
+from tests.test_training import PAIRS
 
 CHOSEN, REJECTED = torch.tensor([-12.0]), torch.tensor([-10.0])  # 6 and 4 tokens
 WEIGHTS: dict[str, Any] = {"delta": 1.0, "regularisation": 0.1}
@@ -50,8 +48,3 @@ def test_a_batch_has_the_loss_of_its_pairs_one_by_one(policy: TransformersPolicy
     assert output.loss.item() == pytest.approx(statistics.mean(losses), rel=1e-5)
     assert output.weight == len(PAIRS)
     assert output.metrics["loss/zero_hinges"] == statistics.mean(a - b >= 1.0 for a, b in sides)
-
-
-def test_data_without_pairs_are_refused() -> None:
-    with pytest.raises(DataError, match="slic_hf: "):
-        SLiCHF(SLiCHFSettings()).examples(TrainInputs([Preference(PROMPTS[0], " Yes.", None)]))

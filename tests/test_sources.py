@@ -1,4 +1,4 @@
-"""Preference pairs, prompts and scored candidates from files: what is kept, what is counted, what is refused."""
+"""The readers of preference pairs, prompts and scored candidates keep, count or refuse each row of a file."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Write = Callable[..., Path]
 
 @pytest.fixture
 def write(tmp_path: Path) -> Write:
-    """Rows (objects, or lines as they are) into a file of the test's folder."""
+    """Write rows (objects, or lines as they are) into a file of the test's folder."""
 
     def write(*rows: Any, name: str = "pairs.jsonl") -> Path:
         path = tmp_path / name
@@ -56,7 +56,7 @@ def nonzero(counts: Any) -> dict[str, int]:
 # Preference pairs: the two layouts and the files
 
 
-def test_rows_with_a_prompt(write: Write) -> None:
+def test_a_row_may_hold_a_prompt_and_two_replies(write: Write) -> None:
     path = write(pair(0) | {"response": " good 0", "meta": {"a": 1}}, "", pair(1) | {"meta": [2]})
     data = load_pairs(path)
     assert data.preferences == tuple(
@@ -76,35 +76,20 @@ def test_a_row_names_the_cluster_of_its_prompt(write: Write) -> None:
     assert [t.cluster for t in load_texts("files", texts, prompt_words=2).texts] == ["a"]
 
 
-def test_rows_of_whole_transcripts(write: Write) -> None:
+def test_a_row_may_hold_two_transcripts(write: Write) -> None:
     shared = "\n\nHuman: Hi\n\nAssistant: Ho\n\nHuman: Go\n\non\n\nAssistant:"
     data = load_pairs(write({"chosen": shared + " Gladly.", "rejected": shared + " No!\n"}))
     assert data.preferences == (Preference(Prompt(shared), " Gladly.", " No!\n"),)
 
 
-def test_jsonl_gzip_and_parquet_hold_the_same_rows(write: Write, tmp_path: Path) -> None:
-    import pyarrow
-    import pyarrow.parquet
-
-    rows = [pair(i) for i in range(5)]
-    plain, zipped = write(*rows), write(*rows, name="pairs.jsonl.gz")
-    table = tmp_path / "a folder [x]" / "pairs.parquet"  # brackets in a path are no glob
-    table.parent.mkdir()
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), table)
-    expected = load_pairs(plain)
-    assert len(expected.preferences) == 5
-    assert load_pairs(zipped).preferences == expected.preferences
-    assert load_pairs(table).preferences == expected.preferences
-    assert load_pairs(zipped).identity == expected.identity  # of the contents, not of the packing
+def test_the_identity_of_a_source_is_that_of_its_contents(write: Write) -> None:
+    plain = load_pairs(write(pair(0), pair(1), name="a [x]/pairs.jsonl"))  # brackets in a path are no glob
+    zipped = load_pairs(write(pair(0), pair(1), name="b.jsonl.gz"))
+    assert (zipped.preferences, zipped.identity) == (plain.preferences, plain.identity)
+    assert load_pairs(write(pair(0), pair(2), name="a [x]/pairs.jsonl")).identity != plain.identity
 
 
-def test_identity_is_of_the_contents(write: Write) -> None:
-    first = load_pairs(write(pair(0), name="a.jsonl")).identity
-    assert load_pairs(write(pair(0), name="b.jsonl")).identity == first
-    assert load_pairs(write(pair(1), name="a.jsonl")).identity != first
-
-
-def test_folder_glob_and_split(write: Write, tmp_path: Path) -> None:
+def test_a_folder_a_glob_and_a_split_select_files(write: Write, tmp_path: Path) -> None:
     write(pair(0), name="d/train-00000-of-00002.jsonl")
     write(pair(1), name="d/deeper [x]/train.jsonl.gz")
     write(pair(2), name="d/test.jsonl")
@@ -125,18 +110,18 @@ def test_folder_glob_and_split(write: Write, tmp_path: Path) -> None:
     ("name", "reason"),
     [("nowhere", "is missing"), ("nowhere/*.jsonl", "is missing"), ("empty", "holds no data file")],
 )
-def test_missing_files(tmp_path: Path, name: str, reason: str) -> None:
+def test_a_missing_source_is_named(tmp_path: Path, name: str, reason: str) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=f"{reason}; expected a file, a folder or a glob of \\*.jsonl"):
         load_pairs(tmp_path / name)
 
 
-def test_another_kind_of_file(write: Write) -> None:
+def test_a_file_of_another_type_is_named(write: Write) -> None:
     with pytest.raises(DataError, match=r"pairs.csv: found a .csv file; expected \*.jsonl"):
         load_pairs(write("a,b", name="pairs.csv"))
 
 
-def test_unknown_source() -> None:
+def test_an_unknown_source_is_named() -> None:
     with pytest.raises(DataError, match="source 'hubs': expected 'files' with a path, or 'hub:<data set>'"):
         load_preferences("hubs")
     with pytest.raises(DataError, match="source 'files': path is missing"):
@@ -153,7 +138,9 @@ def test_unknown_source() -> None:
     ],
 )
 @pytest.mark.parametrize("faulty_rows", ["error", "drop"])
-def test_broken_rows_name_file_line_and_field(write: Write, line: Any, expected: str, faulty_rows: Any) -> None:
+def test_a_row_of_another_shape_is_an_error_even_where_faulty_rows_are_dropped(
+    write: Write, line: Any, expected: str, faulty_rows: Any
+) -> None:
     path = write(pair(0), "", line, pair(1))  # a blank line: line numbers are not row numbers
     with pytest.raises(DataError, match=expected) as caught:
         load_preferences("files", path, faulty_rows=faulty_rows)  # broken shapes are never dropped
@@ -188,10 +175,7 @@ def test_a_faulty_line_is_named(tmp_path: Path, fault: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_bytes_that_are_no_text(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_bytes(json.dumps(pair(0)).encode("utf-16"))
-    with pytest.raises(DataError, match=r"a.jsonl:1: is not UTF-8"):
-        load_pairs(tmp_path / "a.jsonl")
+def test_a_damaged_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(json.dumps(pair(0)).encode())[:-12])
     with pytest.raises(DataError, match=r"b.jsonl.gz: cannot be read"):
         load_pairs(tmp_path / "b.jsonl.gz")
@@ -214,7 +198,7 @@ def test_parquet_faults_name_the_row(tmp_path: Path) -> None:
 
 
 def said(*contents: str, system: str | None = None) -> list[dict[str, str]]:
-    """Messages of user and assistant in turn."""
+    """Return messages of user and assistant in turn."""
     first = [] if system is None else [{"role": "system", "content": system}]
     return first + [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(contents)]
 
@@ -240,7 +224,7 @@ FORMS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_lists_of_messages(write: Write, form: str) -> None:
+def test_a_row_may_hold_lists_of_messages(write: Write, form: str) -> None:
     assert load_pairs(write(FORMS[form])).preferences == (EXPECTED,)
 
 
@@ -261,41 +245,12 @@ def test_a_system_message_begins_the_prompt(write: Write) -> None:
 
 
 @pytest.mark.parametrize(
-    ("row", "kind"),
-    [
-        ({"prompt": "Come", "chosen": said("Go", "Gladly."), "rejected": said("Go", "No!")}, "prompt_differs"),
-        ({"chosen": said("Go", "Oh", "Now"), "rejected": said("Go", "No!")}, "not_ending_with_assistant"),
-        ({"chosen": assistant("Gladly."), "rejected": assistant("No!")}, "not_a_transcript"),
-        (
-            {"chosen": said("Go\n\nHuman: x", "Gladly."), "rejected": said("Go\n\nHuman: x", "No!")},
-            "not_a_transcript",
-        ),
-        ({"prompt": said("Hi", "Ho"), "chosen": "Gladly.", "rejected": "No!"}, "not_a_prompt"),
-    ],
-)
-def test_messages_that_are_no_pair(write: Write, row: Any, kind: str) -> None:
-    path = write(pair(0), row)
-    with pytest.raises(DataError, match=r'pairs.jsonl:2: .*faulty_rows = "drop"'):
-        load_pairs(path)
-    assert nonzero(load_pairs(path, faulty_rows="drop").counts) == {"rows": 2, "kept": 1, kind: 1}
-
-
-@pytest.mark.parametrize(
     "value",
     [[], ["a"], [{"role": "user"}], [{"role": "tool", "content": "a"}], [{"role": "user", "content": [{"text": "a"}]}]],
 )
-def test_what_is_no_list_of_messages(write: Write, value: Any) -> None:
+def test_a_faulty_list_of_messages_names_line_and_field(write: Write, value: Any) -> None:
     with pytest.raises(DataError, match=r"pairs.jsonl:1: chosen: found \["):
         load_preferences("files", write({"prompt": ASK, "chosen": value, "rejected": " b"}), faulty_rows="drop")
-
-
-def test_dialogues_in_messages_that_part_early_follow_the_rule_for_transcripts(write: Write) -> None:
-    path = write({"chosen": said("Go", "a", "b", "c"), "rejected": said("Go", "x", "b", "c")}, pair(0))
-    assert nonzero(load_pairs(path).counts) == {"rows": 2, "kept": 1, "diverging": 1, "diverging_dropped": 1}
-    kept = load_preferences("files", path, diverging="common-prefix").preferences[0]
-    assert kept == Preference(
-        Prompt("\n\nHuman: Go\n\nAssistant:"), " a\n\nHuman: b\n\nAssistant: c", " x\n\nHuman: b\n\nAssistant: c"
-    )
 
 
 def test_a_held_out_prompt_with_a_system_turn_is_found_inside_a_training_text() -> None:
@@ -312,7 +267,7 @@ def test_a_held_out_prompt_with_a_system_turn_is_found_inside_a_training_text() 
 
 
 def container(name: str, rows: list[dict[str, Any]], folder: Path) -> Path:
-    """The rows in a file or folder of one kind."""
+    """Write the rows into a file or folder of one kind."""
     import datasets
     import pyarrow
     import pyarrow.parquet
@@ -364,7 +319,7 @@ def test_each_container_holds_pairs_prompts_and_candidates(tmp_path: Path, name:
     assert [item.scores for item in load_candidates(scores).candidates] == [(1.0, 0.0)]
 
 
-def test_a_saved_dictionary_of_splits(tmp_path: Path) -> None:
+def test_a_saved_data_set_has_its_splits(tmp_path: Path) -> None:
     path = container("splits", [pair(0), pair(1)], tmp_path)
     assert len(load_pairs(path).preferences) == 3
     assert [item.chosen for item in load_preferences("files", path, split="test").preferences] == [" good 0"]
@@ -392,6 +347,7 @@ def test_a_fault_in_an_array_names_the_line_of_its_object(tmp_path: Path) -> Non
 
 # Preference pairs: the rules
 
+NESTED = "Go\n\nHuman: x"  # a message that would be read as two turns
 
 DAMAGED = {
     "CRLF": "\r\n\r\nHuman: Ask\r\n\r\nAssistant:",
@@ -418,12 +374,6 @@ def test_line_ends_and_leading_white_space_are_repaired_and_counted(write: Write
     assert (candidates.counts["prompt_rewritten"], candidates.counts["cut_on_the_left"]) == (1, 0)
 
 
-def test_a_transcript_with_crlf_beside_a_prompt_is_no_reply(write: Write) -> None:
-    reply = "Human: Ask\r\n\r\nAssistant: a"
-    with pytest.raises(DataError, match="chosen: found a transcript beside a prompt"):
-        load_pairs(write({"prompt": ASK, "chosen": reply, "rejected": " b"}))
-
-
 def test_text_before_the_first_turn_is_refused_or_dropped(write: Write) -> None:
     path = write({"prompt": "A talk." + ASK}, {"prompt": ASK})
     with pytest.raises(DataError, match=r"pairs.jsonl:1: prompt: found 'A talk.*before the first 'Human:'"):
@@ -443,14 +393,22 @@ def test_text_before_the_first_turn_is_refused_or_dropped(write: Write) -> None:
         ),
         ({"chosen": ASK + " a", "rejected": "b"}, "not_a_transcript", "rejected: found 'b'; expected a transcript"),
         ({"prompt": " ", "chosen": " a", "rejected": " b"}, "not_a_prompt", "prompt: the prompt is empty"),
-        (
-            {"prompt": ASK, "chosen": ASK + " a", "rejected": ASK + " b"},
-            "reply_is_a_transcript",
-            "chosen: found a transcript beside a prompt",
+        *(
+            (
+                {"prompt": ASK, "chosen": chosen, "rejected": " b"},
+                "reply_is_a_transcript",
+                "chosen: found a transcript beside a prompt",
+            )
+            for chosen in (ASK + " a", "Human: Ask\r\n\r\nAssistant: a")
         ),
+        ({"prompt": "Come", "chosen": said("Go", "Gladly."), "rejected": said("Go", "No!")}, "prompt_differs", ""),
+        ({"chosen": said("Go", "Oh", "Now"), "rejected": said("Go", "No!")}, "not_ending_with_assistant", ""),
+        ({"chosen": assistant("Gladly."), "rejected": assistant("No!")}, "not_a_transcript", ""),
+        ({"chosen": said(NESTED, "Gladly."), "rejected": said(NESTED, "No!")}, "not_a_transcript", ""),
+        ({"prompt": said("Hi", "Ho"), "chosen": "Gladly.", "rejected": "No!"}, "not_a_prompt", ""),
     ],
 )
-def test_faulty_rows(write: Write, row: Any, kind: str, reason: str) -> None:
+def test_a_faulty_row_is_an_error_or_is_counted(write: Write, row: Any, kind: str, reason: str) -> None:
     path = write(pair(0), row, pair(1))
     with pytest.raises(DataError, match=rf'pairs.jsonl:2: {reason}.*faulty_rows = "drop"'):
         load_pairs(path)
@@ -521,9 +479,21 @@ def test_nothing_left_is_an_error(write: Write) -> None:
         ),
         # Nothing is shared.
         ("\n\nHuman: Q\n\nAssistant: A", "\n\nHuman: S\n\nAssistant: A", None),
+        # Messages follow the same rule.
+        (
+            said("Go", "a", "b", "c"),
+            said("Go", "x", "b", "c"),
+            Preference(
+                Prompt("\n\nHuman: Go\n\nAssistant:"),
+                " a\n\nHuman: b\n\nAssistant: c",
+                " x\n\nHuman: b\n\nAssistant: c",
+            ),
+        ),
     ],
 )
-def test_diverging_transcripts(write: Write, chosen: str, rejected: str, expected: Preference | None) -> None:
+def test_diverging_dialogues_are_dropped_or_share_a_prefix(
+    write: Write, chosen: Any, rejected: Any, expected: Preference | None
+) -> None:
     path = write({"chosen": chosen, "rejected": rejected}, pair(0))
     dropped = load_preferences("files", path)
     assert nonzero(dropped.counts) == {"rows": 2, "kept": 1, "diverging": 1, "diverging_dropped": 1}
@@ -533,15 +503,12 @@ def test_diverging_transcripts(write: Write, chosen: str, rejected: str, expecte
     assert kept.counts["diverging_dropped"] == (expected is None)
 
 
-def test_loading_prints_nothing(write: Write, capfd: pytest.CaptureFixture[str]) -> None:
-    load_pairs(write(pair(0)))
-    assert capfd.readouterr() == ("", "")
-
-
 # The hub, without a network
 
 
-def test_hub_layout_from_a_folder(write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_data_set_of_the_hub_is_read_by_folder_and_split(
+    write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
@@ -562,7 +529,7 @@ def test_hub_layout_from_a_folder(write: Write, tmp_path: Path, monkeypatch: pyt
 
 
 @pytest.mark.parametrize("online", [True, False])
-def test_hub_commit_is_recorded(monkeypatch: pytest.MonkeyPatch, online: bool) -> None:
+def test_the_commit_of_a_data_set_of_the_hub_is_recorded(monkeypatch: pytest.MonkeyPatch, online: bool) -> None:
     import datasets
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError
@@ -646,13 +613,13 @@ def test_held_out_prompts_occur_nowhere_in_the_training_text() -> None:
 
 
 @pytest.mark.parametrize("sizes", [(8, 1, 2), (None, 5, 5), (1, 1, 10), (0, 11, 0)])
-def test_not_enough_prompts(sizes: tuple[int | None, int, int]) -> None:
+def test_too_few_prompts_are_counted_in_the_error(sizes: tuple[int | None, int, int]) -> None:
     train, dev, test = sizes
     with pytest.raises(DataError, match=r"not enough prompts: found .* expected .* \(pairs 10\)"):
         split_preferences(many(10), train=train, dev=dev, test=test, seed=0)
 
 
-def test_fit_context() -> None:
+def test_prompts_beyond_the_context_are_an_error_or_counted() -> None:
     pairs = [Preference(Prompt("x" * n), " a", " b") for n in (3, 5, 4)]
     kept, counts = fit_context(pairs, lambda prompt: len(prompt.text), 4)
     assert [len(item.prompt.text) for item in kept] == [3, 4]
@@ -687,7 +654,7 @@ def test_dialogues_that_a_template_refuses_are_an_error_or_counted() -> None:
 # Prompts
 
 
-def test_load_prompts(write: Write) -> None:
+def test_bare_questions_become_prompts(write: Write) -> None:
     path = write({"prompt": ASK, "id": 3}, "", {"prompt": "What is bread?"})
     assert load_prompts(path).prompts == (Prompt(ASK), Prompt("\n\nHuman: What is bread?\n\nAssistant:"))
 
@@ -696,22 +663,13 @@ def test_load_prompts(write: Write) -> None:
     ("row", "expected"),
     [
         ({"text": "x"}, r":2: prompt: is missing; expected text \(found the fields text\)"),
-        ({"prompt": 3}, r":2: prompt: found 3; expected text"),
         ({"prompt": ""}, r":2: prompt: the prompt is empty"),
         ({"prompt": ASK + " done"}, r":2: prompt: ends with a finished assistant turn"),
-        ("{", r":2: is not JSON"),
     ],
 )
-def test_bad_prompts(write: Write, row: Any, expected: str) -> None:
+def test_a_bad_prompt_names_file_line_and_field(write: Write, row: Any, expected: str) -> None:
     with pytest.raises(DataError, match="prompts.jsonl" + expected):
         load_prompts(write({"prompt": ASK}, row, name="prompts.jsonl"))
-
-
-def test_no_prompts(write: Write, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="holds no prompts"):
-        load_prompts(write())
-    with pytest.raises(DataError, match=r"nowhere.jsonl: is missing; expected"):
-        load_prompts(tmp_path / "nowhere.jsonl")
 
 
 # The official RRHF file
@@ -721,7 +679,7 @@ def scored(*scores: float, prompt: str = ASK) -> Candidates:
     return Candidates(Prompt(prompt), tuple(Response(f" r{i}", "file", score=s) for i, s in enumerate(scores)))
 
 
-def test_the_official_layout(write: Write) -> None:
+def test_the_official_layout_is_read(write: Write) -> None:
     path = write({"query": ASK, "responses": ["one", " two"], "scores": [1, -0.5]})
     data = load_candidates(path)
     assert data.candidates == (
@@ -801,7 +759,7 @@ def test_a_query_may_be_a_list_of_messages(write: Write) -> None:
         )
 
 
-def test_queries_cut_on_the_left_and_queries_that_are_none(write: Write) -> None:
+def test_a_query_cut_on_the_left_is_repaired_and_a_finished_one_refused(write: Write) -> None:
     whole = "\n\nHuman: How?\n\nAssistant: So.\n\nHuman: And then?\n\nAssistant:"
     rest = {"responses": ["a", "b"], "scores": [1.0, 0.0]}
     path = write({"query": whole[10:], **rest}, {"query": whole[27:], **rest}, {"query": "Why?", **rest})
@@ -819,7 +777,7 @@ def test_queries_cut_on_the_left_and_queries_that_are_none(write: Write) -> None
     assert (len(data.candidates), data.counts["not_a_prompt"]) == (1, 1)
 
 
-def test_what_ranking_cannot_use_is_counted(write: Write) -> None:
+def test_groups_that_cannot_be_ranked_are_counted(write: Write) -> None:
     other = "\n\nHuman: Other\n\nAssistant:"
     items = [scored(1.0), scored(2.0, 2.0), scored(1.0, 2.0, prompt=other), scored(3.0, prompt=other)]
     expected = {"prompts": 4, "responses": 6, "duplicate_prompt": 2, "single_response": 2, "all_equal": 1}

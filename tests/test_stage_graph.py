@@ -1,4 +1,4 @@
-"""The plan of an experiment: keys that follow what decides them, stages that rows share, torch not imported."""
+"""The plan of an experiment derives keys from what decides them, shares stages between rows, and imports no torch."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ def plan(*overrides: str) -> Plan:
 
 
 def changed(*overrides: str) -> set[str]:
-    """Names of the stages of the smoke experiment whose key is another one with the overrides."""
+    """Return the names of the stages of the smoke experiment whose keys the overrides change."""
     before, after = ({stage.name: stage.key for stage in p.stages} for p in (plan(), plan(*overrides)))
     assert before.keys() == after.keys()
     return {name for name in before if before[name] != after[name]}
 
 
 def downstream(roots: set[str]) -> set[str]:
-    """Names of the stages that are among the roots or need one of them, however far down."""
+    """Return the names of the roots and of all stages that need one of them, directly or not."""
 
     def needs(stage: Stage) -> bool:
         return stage.name in roots or any(map(needs, stage.inputs.values()))
@@ -109,13 +109,8 @@ def test_a_setting_changes_the_keys_of_its_stage_and_of_those_below(override: st
         "evaluation.curve_kl=false",
     ],
 )
-def test_where_and_under_what_name_it_runs_changes_no_key(override: str) -> None:
+def test_devices_and_names_change_no_key(override: str) -> None:
     assert changed(override) == set()
-
-
-def test_the_name_of_a_row_is_no_part_of_its_keys(write: Write) -> None:
-    one, other = (make_plan(load_experiment(write(f'[methods.{name}]\nkind = "rrhf"'))) for name in ("first", "second"))
-    assert {stage.key for stage in one.stages} == {stage.key for stage in other.stages}
 
 
 def test_rows_of_equal_settings_are_made_once(write: Write) -> None:
@@ -136,7 +131,7 @@ def test_rows_share_candidates_when_they_sample_alike(write: Write) -> None:
 
 
 def test_the_pool_is_drawn_as_the_evaluation_draws(write: Write) -> None:
-    """So the best of one of the pool is the initial policy that is evaluated beside it."""
+    """The best of one reply of the pool is then the initial policy that is evaluated beside it."""
     text = "[evaluation]\ntemperature = 0.9\ntop_k = 50\nmax_new_tokens = 24\n[methods.sft]"
     stages = {stage.name: stage for stage in make_plan(load_experiment(write(text))).stages}
     pool, arena = stages["best-of-n pool, seed 0"].settings, stages["evaluate base, seed 0"].settings["evaluation"]
@@ -164,7 +159,7 @@ def test_rows_that_search_alike_share_candidates_over_seeds_and_temperatures(wri
     assert len(one & other) == 1  # the pool
 
 
-def test_another_seed_makes_nothing_again_that_belongs_to_the_world() -> None:
+def test_another_seed_repeats_no_stage_of_the_world() -> None:
     one, two = plan(), plan("seeds=[0, 7]")
     new = {stage.key: stage for stage in two.stages}
     assert {stage.key for stage in one.stages} < set(new)
@@ -188,28 +183,14 @@ def test_a_model_folder_with_other_files_is_another_model(tmp_path: Path) -> Non
     assert key("1") != key("2")
 
 
-def test_a_data_file_that_moved_is_the_same_data(write: Write, tmp_path: Path) -> None:
-    row = '{"prompt": "\\n\\nHuman: Why?\\n\\nAssistant:", "chosen": " So.", "rejected": " No."}'
-    path = write("", "experiment.toml")
-    words = [
-        "data.source=files",
-        *(f"{model}.source=scratch" for model in ("policy", "reward_model", "perplexity_model")),
-    ]
-    keys = [
-        [stage.key for stage in make_plan(load_experiment(path, [*words, f"data.path={file}"])).stages]
-        for file in (write(row, "here.jsonl"), write(row, "there.jsonl"))
-    ]
-    assert keys[0] == keys[1]
-
-
-def test_a_data_file_with_other_rows_is_other_data(write: Write) -> None:
-    def key(content: str) -> str:
-        path = write(content, "pairs.jsonl")
+def test_a_data_file_is_known_by_its_rows_and_not_by_its_name(write: Write) -> None:
+    def keys(content: str, name: str) -> list[str]:
         overrides = [f"{part}.source=scratch" for part in ("policy", "reward_model", "perplexity_model")]
-        return plan("data.source=files", f"data.path={path}", *overrides).stages[0].key
+        found = plan("data.source=files", f"data.path={write(content, name)}", *overrides)
+        return [stage.key for stage in found.stages]
 
-    assert key("1") == key("1")
-    assert key("1") != key("2")
+    assert keys("1", "here.jsonl") == keys("1", "there.jsonl")
+    assert keys("1", "here.jsonl")[0] != keys("2", "here.jsonl")[0]
 
 
 # Rounds, initial policies and sources in the plan
@@ -240,7 +221,7 @@ def rrhf(*names: str, **keys: str) -> str:
     return "".join(f'[methods.{name}]\nkind = "rrhf"\n{body}' for name in names)
 
 
-def test_each_round_is_the_whole_of_the_experiment_with_fewer(write: Write) -> None:
+def test_each_round_is_the_row_of_an_experiment_with_fewer_rounds(write: Write) -> None:
     rows = {"dp": "DP", "ip1": "IP-1", "ip2": "IP-2", "ip3": "IP-3"}
     found = rows_plan(write, "seeds = [4, 5]\n" + "".join(rrhf(n, recipe=f'"{p}"') for n, p in rows.items()))
     models = trained(found)
@@ -283,7 +264,7 @@ def test_a_row_samples_and_is_measured_from_where_it_starts(write: Write) -> Non
     assert {row for row, _ in evaluations} - {row for row, _ in models} == {"base", "raw", "tuned", "best_of_4"}
 
 
-def test_policies_that_read_otherwise_shape_the_prompts_and_others_do_not(write: Write) -> None:
+def test_policies_of_other_tokenizers_or_contexts_decide_the_prompts(write: Write) -> None:
     def roles(text: str) -> list[str]:
         prompts = next(stage for stage in rows_plan(write, text).stages if stage.kind == "prompts")
         return sorted(set(prompts.inputs) - {"data", "policy"})
@@ -313,7 +294,7 @@ def test_rows_of_one_recipe_share_candidates_whatever_else_they_change() -> None
     assert len({model.key for model in models.values()}) == 3 * (1 + 21)  # sft, and the rows that train on candidates
 
 
-def test_what_rows_and_policies_are_called_and_what_is_claimed_of_them_changes_no_key(write: Write) -> None:
+def test_names_and_claims_change_no_key(write: Write) -> None:
     text = (
         "[policies.first]\nsource = 'org/z'\n[policies.second]\nsource = 'org/a'\n"
         "[policies.third]\nsource = 'methods.row'\n[methods.row]\nkind = 'sft'\n"
@@ -383,7 +364,7 @@ def test_a_source_samples_the_model_that_it_names(write: Write) -> None:
     )
 
 
-def test_whose_scores_a_row_trains_on(write: Write) -> None:
+def test_the_scores_of_a_row_decide_its_key(write: Write) -> None:
     file = write("{}", "responses.jsonl")
     moved, changed = write("{}", "moved.jsonl"), write("{ }", "changed.jsonl")
 
@@ -413,7 +394,7 @@ def test_whose_scores_a_row_trains_on(write: Write) -> None:
     assert endpoint("http://a/v1", "m") == endpoint("http://b/v1", "m") != endpoint("http://a/v1", "n")
 
 
-def test_how_candidates_are_scored_while_training_is_no_part_of_offline_rows(write: Write) -> None:
+def test_only_online_rows_depend_on_sampling_while_training(write: Write) -> None:
     found = rows_plan(write, rrhf("a", recipe='"OP-8"') + rrhf("b", recipe='"OP-8+KL"') + rrhf("c", recipe='"SP"'))
     models = {row: stage for (row, _), stage in trained(found).items()}
     assert "sampling" not in models["c"].settings
@@ -426,7 +407,7 @@ def test_how_candidates_are_scored_while_training_is_no_part_of_offline_rows(wri
 
 
 def test_a_long_chain_of_rows_is_planned_row_by_row(write: Write) -> None:
-    """Each row is used three times by the next: planned anew each time, 24 rows would never come to an end."""
+    """Each row uses the one before it three times, so a plan that repeats rows would not end for 24 rows."""
     text = "[methods.r0]\nkind = 'sft'\n"
     for i in range(1, 24):
         text += f"[policies.p{i}]\nsource = 'methods.r{i - 1}'\n[sources.s{i}]\nmodel = 'r{i - 1}'\n"

@@ -1,4 +1,4 @@
-"""The store and what is written beside it: complete or absent, whatever happens on the way."""
+"""An artifact of the store, and each file beside it, is complete or absent after any failure."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def write_half(path: Path, error: type[BaseException] = ZeroDivisionError) -> No
     raise error
 
 
-def test_what_was_written_is_there_with_its_manifest(store: Store) -> None:
+def test_a_written_artifact_has_its_manifest(store: Store) -> None:
     assert not store.has(KEY)
     put(store, "hello")
     assert store.has(KEY)
@@ -94,7 +94,7 @@ def test_a_second_write_that_fails_leaves_the_first(store: Store) -> None:
     assert (store.folder(KEY) / "a.txt").read_text() == "first"
 
 
-def test_a_manifest_of_another_key_is_no_hit(store: Store) -> None:
+def test_a_manifest_of_another_key_is_no_artifact(store: Store) -> None:
     put(store, "hello")
     (store.folder(KEY) / MANIFEST).write_text(json.dumps({"key": content_key("another")}))
     assert not store.has(KEY)
@@ -148,13 +148,13 @@ def test_a_changed_artifact_is_not_read(store: Store, damage: str) -> None:
     assert list(store.root.iterdir()) == [store.folder(KEY)]
 
 
-def test_what_a_file_manager_adds_does_no_harm(store: Store) -> None:
+def test_a_hidden_file_is_no_damage(store: Store) -> None:
     put(store, "hello")
     (store.folder(KEY) / ".DS_Store").write_text("")
     assert store.is_intact(KEY)
 
 
-def test_nothing_is_damaged_where_nothing_is(store: Store) -> None:
+def test_an_absent_artifact_is_not_damaged_and_cannot_be_required(store: Store) -> None:
     assert store.damage(KEY) is None
     assert not store.is_intact(KEY)
     with pytest.raises(StoreError, match=r"^greeting is not complete in .*; run the experiment again$"):
@@ -270,14 +270,12 @@ RUST = RuntimeError("Error while serializing: I/O error: No space left on device
 def test_a_full_disk_is_one_line_and_leaves_nothing(store: Store, error: Exception) -> None:
     with pytest.raises(StoreError) as caught, disk_errors(store.root), store.new_artifact(KEY, {}):
         raise error
-    assert str(caught.value) == (
-        f"{store.root}: there is no room to write (No space left on device); make room or choose another --runs DIR, "
-        "and repeat the command: it goes on from what is complete"
-    )
+    assert str(caught.value).startswith(f"{store.root}: there is no room to write ")
+    assert "\n" not in str(caught.value)
     assert list(store.root.iterdir()) == []
 
 
-def test_what_a_library_says_after_a_full_disk_is_traced_to_it(store: Store) -> None:
+def test_the_error_of_a_library_after_a_full_disk_is_traced_to_the_disk(store: Store) -> None:
     def save() -> None:
         try:
             raise FULL
@@ -288,7 +286,7 @@ def test_what_a_library_says_after_a_full_disk_is_traced_to_it(store: Store) -> 
         save()
 
 
-def test_a_file_that_may_not_be_written_is_named_and_other_faults_stay_what_they_are(tmp_path: Path) -> None:
+def test_a_file_without_permission_is_named_and_other_errors_are_unchanged(tmp_path: Path) -> None:
     denied = PermissionError(errno.EACCES, "Permission denied", str(tmp_path / "a.txt"))
     expected = r"a\.txt: cannot be written \(Permission denied\); choose another"
     with pytest.raises(StoreError, match=expected), disk_errors(tmp_path):
@@ -300,7 +298,7 @@ def test_a_file_that_may_not_be_written_is_named_and_other_faults_stay_what_they
         assert caught.value is error
 
 
-def test_a_store_that_cannot_be_written(tmp_path: Path) -> None:
+def test_a_store_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StoreError, match=r"cannot be written .*; choose another --runs DIR"):
         put(Store(tmp_path / "file" / "store"), "hello")
@@ -369,7 +367,7 @@ def test_replacing_takes_an_empty_folder_and_refuses_a_full_one(tmp_path: Path) 
     assert (target / "a.txt").read_text() == "new"
 
 
-def test_replacing_where_nothing_can_be_written(tmp_path: Path) -> None:
+def test_replacing_is_refused_where_nothing_can_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StoreError, match=r"out: cannot be written"), replace_path(tmp_path / "file" / "out"):
         pytest.fail("the block must not start")
@@ -425,13 +423,9 @@ def test_a_folder_is_known_by_names_and_contents(model: Path, tmp_path: Path) ->
     moved = model.rename(tmp_path / "elsewhere")
     assert folder_identity(moved) == identity
     (moved / "config.json").rename(moved / "other.json")
-    assert folder_identity(moved) != identity
-
-
-def test_a_changed_byte_changes_the_identity(model: Path) -> None:
-    identity = folder_identity(model)
-    (model / "sub" / "weights").write_bytes(b"0124")
-    assert folder_identity(model) != identity
+    renamed = folder_identity(moved)
+    (moved / "sub" / "weights").write_bytes(b"0124")
+    assert len({identity, renamed, folder_identity(moved)}) == 3
 
 
 def test_a_large_file_is_known_by_size_and_time(model: Path) -> None:

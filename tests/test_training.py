@@ -152,9 +152,7 @@ def test_sft_loss_by_hand():
 
 
 METHODS = [
-    (RRHF, RRHFSettings(), TrainInputs(candidates=CANDIDATES)),
     (RRHF, RRHFSettings(variant="official"), TrainInputs(candidates=CANDIDATES)),
-    (SFT, SFTSettings(), TrainInputs(preferences=PAIRS)),
     (SFT, SFTSettings(reduction="sequence"), TrainInputs(preferences=PAIRS)),
 ]
 

@@ -13,12 +13,10 @@ import torch
 
 from baselines.vcb import VCB, reward_spread, vcb_loss
 from baselines.vcb_settings import VCBSettings
-from rrhf_bench.errors import DataError
 from rrhf_bench.policy.policy import TransformersPolicy
-from rrhf_bench.records import Candidates, Response
 from rrhf_bench.training.method import TrainInputs
 from tests.losses import by_response, random_batch
-from tests.test_training import CANDIDATES, PROMPTS
+from tests.test_training import CANDIDATES
 
 D = torch.float64
 
@@ -88,11 +86,3 @@ def test_the_unit_and_the_zero_of_the_reward_do_not_count_but_its_gaps_do(policy
         assert method.loss(logp_RT, replace(batch, reward_R=reward_R)).loss.item() == pytest.approx(loss, rel=1e-6)
     squeezed = method.loss(logp_RT, replace(batch, reward_R=batch.reward_R**3)).loss.item()  # the same order
     assert squeezed != pytest.approx(loss, rel=1e-4)
-
-
-def test_candidates_without_two_different_scores_are_refused() -> None:
-    one = [Candidates(PROMPTS[0], (Response(" Yes.", "model", score=1.0),))]
-    tied = [Candidates(PROMPTS[0], (Response(" Yes.", "model", score=1.0), Response(" No.", "model", score=1.0)))]
-    for candidates in (one, tied, []):
-        with pytest.raises(DataError, match="vcb: "):
-            VCB(VCBSettings()).examples(TrainInputs(candidates=candidates))
