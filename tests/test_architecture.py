@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -106,3 +107,13 @@ def test_the_page_names_every_room_and_file():
     assert not [name for name in missing if f"`{Path(name).name}`" not in page]
     positions = [page.index(f"\n| {room} |") for room in ROOMS]
     assert positions == sorted(positions)
+
+
+def test_every_test_that_the_page_on_reliability_names_exists():
+    page = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
+    named = re.findall(r"(?<=`)(test_\w+\.py)`((?:[:,] `[a-z0-9_]+`(?: \(slow\))?)*)", page)
+    assert len(named) > 50
+    for file, names in named:
+        (path,) = (ROOT / "tests").rglob(file)
+        tests = set(re.findall(r"def test_(\w+)", path.read_text(encoding="utf-8")))
+        assert set(re.findall(r"`(\w+)`", names)) <= tests, file
