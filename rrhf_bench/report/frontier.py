@@ -132,7 +132,7 @@ def _draw(view: View, initial: str, searches: Sequence[_Search]) -> Made:
     legend_above(figure, _keys(view, searches, reranked))
     caption = (
         f"Rows that start from {initial}, sampled replies to the test prompts: mean reward against mean KL to "
-        "it. Large: mean over seeds; faint: each seed. Darker: a higher learning rate. "
+        f"it. Large: mean over {view.repetition}s; faint: each {view.repetition}. Darker: a higher learning rate. "
         + "".join(_words(search) for search in searches if search.varies)
         + ("Best-of-n stands at its KL bound log n - (n - 1) / n. " if reranked else "")
         + "Every row is one that the experiment file names; none was picked by what is shown here."
