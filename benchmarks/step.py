@@ -43,7 +43,7 @@ from benchmarks.sides import (
     time_steps,
 )
 from benchmarks.workloads import Workload
-from rrhf_bench.errors import ConfigError, nearest
+from rrhf_bench.errors import ConfigError, StoreError, nearest
 from rrhf_bench.policy import onednn
 
 Record = Mapping[str, Any]
@@ -95,6 +95,8 @@ class StepBenchmark:
         ) -> None:
             if read is not None:
                 record = read_json(read, self.name)
+                if not all(row.get("scan") in self.scans for row in record["rows"]):
+                    raise StoreError(f"{read}: holds rows of another version of this benchmark; measure them anew")
             else:
                 for name in rows or ():
                     if name not in self.scans:

@@ -213,6 +213,12 @@ def test_step_from_end_to_end(tmp_path, threads):
         CliRunner().invoke(scaling.app, ["--from", str(out)], catch_exceptions=False)
 
 
+def test_a_record_of_another_version_is_refused(tmp_path):
+    (tmp_path / "step.json").write_text(json.dumps({"benchmark": "step", "rows": [{"workload": "15M"}]}))
+    with pytest.raises(StoreError, match=r"step\.json: holds rows of another version"):
+        CliRunner().invoke(step.app, ["--from", str(tmp_path / "step.json")], catch_exceptions=False)
+
+
 @pytest.mark.slow
 def test_scaling_from_end_to_end(tmp_path, threads, monkeypatch):
     scan = scaling.SCANS["vocabulary"]
