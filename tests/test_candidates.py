@@ -91,14 +91,14 @@ def scored_groups(count: int) -> list[Candidates]:
 
 
 def test_scores_are_permuted_within_each_prompt_by_seed_and_prompt_and_all_else_stays() -> None:
-    groups = scored_groups(200)
+    groups = scored_groups(5000)
     permuted = permute_rewards(groups, 0)
     assert all(sorted(row.scores) == [0.0, 1.0, 2.0, 2.0] for row in permuted)
     unscored = [[replace(r, score=None) for r in row.responses] for row in permuted]
     assert unscored == [[replace(r, score=None) for r in row.responses] for row in groups]
     # Each of the four scores comes first in a quarter of the prompts; 2 counts twice. Three standard errors
-    # of 0.0586 = sqrt(0.6875 / 200).
-    assert sum(row.scores[0] for row in permuted) / 200 == pytest.approx(1.25, abs=0.176)
+    # of 0.0117 = sqrt(0.6875 / 5000).
+    assert sum(row.scores[0] for row in permuted) / 5000 == pytest.approx(1.25, abs=0.035)
     assert permute_rewards(groups[50:60], 0) == permuted[50:60]  # whatever else is permuted
     assert permute_rewards(groups, 1) != permuted
 

@@ -247,7 +247,8 @@ class TransformersPolicy:
         """Return ((N,) log-probs, (N, D) hidden states) of the N response tokens, row by row."""
         with self._autocast():
             if self.layout == "packed" and (self._window is None or batch.longest <= self._window):
-                # What a backward pass needs is kept for all packs anyway, unless it is computed again pack by pack.
+                # All rows go into one pack if a backward pass follows: it keeps the activations of all packs anyway,
+                # unless they are checkpointed, that is computed again pack by pack.
                 together = torch.is_grad_enabled() and not self._checkpointed
                 packs = pack(batch, max(self.pass_tokens, self.fed_tokens(batch)) if together else self.pass_tokens)
                 parts = [list(part.rows) for part in packs]
