@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Literal
 
@@ -18,6 +19,7 @@ class Backend:
     note: str | None = None  # what the report must say
 
 
+@cache  # a plan asks once a sampling stage, and parsing a distribution's metadata takes 10 ms
 def installed(package: str) -> str | None:
     """Return the installed version of a distribution, or None."""
     try:
