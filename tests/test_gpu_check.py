@@ -22,6 +22,7 @@ def check(folder: Path, *words: str, **variables: str) -> subprocess.CompletedPr
     return subprocess.run(command, cwd=folder, env=path | variables, capture_output=True, text=True, timeout=600)
 
 
+@pytest.mark.slow
 def test_every_step_that_a_cpu_can_do_passes(tmp_path):
     done = check(tmp_path, "--device", "cpu", "--small")
     assert done.returncode == 0, done.stdout + done.stderr

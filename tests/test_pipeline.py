@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import io
 import json
 import math
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -15,16 +18,20 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import Cli
 from safetensors.torch import load_file
 
+from rrhf_bench import cli, terminal
 from rrhf_bench.data.rrhf_files import load_candidates
 from rrhf_bench.jsonl import read_jsonl
+from rrhf_bench.pipeline import scheduler
 from rrhf_bench.pipeline.memory import reset_peak
 from rrhf_bench.pipeline.run_folder import load_run
 from rrhf_bench.pipeline.services import ModelRef, Services
+from rrhf_bench.pipeline.stage_graph import Stage
 from rrhf_bench.pipeline.store import TIMING, Store
 from rrhf_bench.policy.batching import ResponseBatch
 from rrhf_bench.records import Candidates, Evaluated, Preference
@@ -50,7 +57,7 @@ CUTS = [
     "reward_model.training.epochs=1",
     "reward_model.training.pairs=20",
     "sampling.backend=transformers",
-    "sampling.max_new_tokens=24",
+    "sampling.max_new_tokens=16",
     "methods.ppo.iterations=2",
     "methods.ppo.rollouts=16",
     "methods.ppo.minibatch=8",
@@ -59,7 +66,7 @@ CUTS = [
     "evaluation.dev_prompts=6",
     "evaluation.curve_points=2",
     "evaluation.curve_kl=true",
-    "evaluation.max_new_tokens=24",
+    "evaluation.max_new_tokens=16",
     "evaluation.pool_prompts=6",
     "evaluation.pool_samples=6",
 ]
@@ -68,41 +75,20 @@ PLAIN = (
     "import os; os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2]); from rrhf_bench import cli; cli.main()"
 )
 
-# Python's, numpy's and torch's global generators are reseeded before every stage and drawn from at every sign of life.
-# The run ends without a report: reports are compared below, and drawing one takes longer than all stages.
-DISTURBED = """
-import random, numpy, torch
-from rrhf_bench import cli, terminal
-from rrhf_bench.pipeline import scheduler
-
-def disturb():
-    random.random(), numpy.random.rand(3), torch.rand(7)
-
-def make(stage, *rest, made=scheduler.make):
-    random.seed(stage.name), numpy.random.seed(len(stage.name)), torch.manual_seed(len(stage.name))
-    disturb()
-    return made(stage, *rest)
-
-def progress(self, *rest, reported=terminal.TerminalReporter.progress):
-    disturb()
-    reported(self, *rest)
-
-scheduler.make, terminal.TerminalReporter.progress = make, progress
-cli._write_report = lambda records, folder: folder
-cli.main()
-"""
-
 
 def overrides(*changes: str) -> list[str]:
     """Return the words of the command line that override keys."""
     return [word for change in changes for word in ("--set", change)]
 
 
-def start_smoke(program: str, runs: Path, workers: int) -> subprocess.Popen[str]:
-    """Start the smaller smoke experiment in a process of its own."""
-    words = ["run", str(SMOKE), "--runs", str(runs), "--json", *overrides(*CUTS, f"runtime.workers={workers}")]
+def smoke_words(runs: Path, workers: int) -> list[str]:
+    return ["run", str(SMOKE), "--runs", str(runs), "--json", *overrides(*CUTS, f"runtime.workers={workers}")]
+
+
+def start_smoke(runs: Path, workers: int) -> subprocess.Popen[str]:
+    """Start the smaller smoke experiment in a process of its own, on two cores."""
     return subprocess.Popen(
-        [sys.executable, "-c", program, *words],
+        [sys.executable, "-c", PLAIN, *smoke_words(runs, workers)],
         cwd=ROOT,
         # Sums of floats depend on how many threads share them: one, as each of two workers has on two cores.
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -117,6 +103,39 @@ def end(process: subprocess.Popen[str]) -> dict[str, Any]:
     out, err = process.communicate()
     assert process.returncode == 0, err[-3000:]
     return json.loads(out)
+
+
+def run_disturbed(runs: Path) -> dict[str, Any]:
+    """Run the smaller smoke experiment in this process, and return what it prints with --json.
+
+    Python's, numpy's and torch's global generators are reseeded before every stage and drawn from at every sign of
+    life. The run ends without a report: drawing one takes longer than all stages, and nothing random is left.
+    """
+
+    def disturb() -> None:
+        _ = random.random(), np.random.rand(3), torch.rand(7)
+
+    def make(stage: Stage, *rest: Any, made: Any = scheduler.make) -> Any:
+        random.seed(stage.name)
+        np.random.seed(len(stage.name))
+        torch.manual_seed(len(stage.name))
+        disturb()
+        return made(stage, *rest)
+
+    def progress(self: Any, *rest: Any, reported: Any = terminal.TerminalReporter.progress) -> None:
+        disturb()
+        reported(self, *rest)
+
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scheduler, "make", make)
+        patch.setattr(terminal.TerminalReporter, "progress", progress)
+        patch.setattr(cli, "_write_report", lambda records, folder: folder)
+        patch.setattr(sys, "argv", ["rrhf-bench", *smoke_words(runs, workers=1)])
+        with contextlib.redirect_stdout(printed), pytest.raises(SystemExit) as ended:
+            cli.main()
+    assert not ended.value.code
+    return json.loads(printed.getvalue())
 
 
 @dataclass(frozen=True)
@@ -138,11 +157,12 @@ class Smoke:
 
 
 @pytest.fixture(scope="module")
-def cold(tmp_path_factory: pytest.TempPathFactory) -> tuple[Smoke, Smoke]:
+def cold(tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> tuple[Smoke, Smoke]:
     """Run once by two workers, and once in one process whose global random state is disturbed throughout."""
     one, other = tmp_path_factory.mktemp("workers"), tmp_path_factory.mktemp("disturbed")
-    processes = start_smoke(PLAIN, one, workers=2), start_smoke(DISTURBED, other, workers=1)
-    return Smoke(one, end(processes[0])), Smoke(other, end(processes[1]))
+    process = start_smoke(one, workers=2)
+    disturbed = Smoke(other, run_disturbed(other))
+    return Smoke(one, end(process)), disturbed
 
 
 @pytest.fixture

@@ -135,6 +135,7 @@ def test_logits_too_large_for_two_computations_to_agree_are_caught(policy):
         checked.sample(PROMPTS, SPEC)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(choose_backend("vllm").name != "vllm", reason="vLLM is not installed here")
 def test_vllm_multiplies_float32_as_float32_on_a_gpu():
     """Its attention is compiled for an H100: no TF32 as import_vllm leaves the environment, TF32 without."""

@@ -108,7 +108,7 @@ class Counting:
             self.counts.append(len(self.living))
 
 
-@pytest.mark.parametrize(("device", "rounds"), [("cpu", 10), ("cuda", 3)])
+@pytest.mark.parametrize(("device", "rounds"), [("cpu", 5), ("cuda", 3)])
 def test_rounds_of_sampling_and_training_hold_no_more_models(
     tmp_path: Path,
     living: weakref.WeakSet[TransformersPolicy],
