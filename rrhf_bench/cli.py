@@ -49,7 +49,11 @@ app = typer.Typer(
 
 def main() -> None:
     """Run the command line; a BenchError becomes one line a fault and exit code 2."""
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read when torch is first imported
+    # Both are read when torch is first imported. By default the threads of OpenMP keep their cores busy while they wait
+    # for each other: beside another program that uses all cores, a step of two threads then takes ten times as long.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     try:
         code = app(standalone_mode=False)  # what typer ends itself it returns: 0 after --help, 130 for an interrupt
     except BenchError as error:

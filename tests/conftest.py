@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that reaches for the hub is a fault, and should fail at once
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as the command line sets it
 
 TEXTS = (
     "\n\nHuman: How do I bake bread?\n\nAssistant: First, mix the flour and the water. Then let it rest for an hour.",

@@ -598,6 +598,11 @@ def test_a_frontier_joins_the_ppo_rows_of_a_learning_rate_in_order_of_their_pena
     assert any(len(line) == 4 and np.allclose(line, wanted, rtol=1e-9) for line in lines)
     texts = [text.get_text() for text in figure.axes[0].texts]
     assert sorted(texts) == sorted(["0", "0.03", "0.1", "0.3"] * 2 + ["0.1"])
+    hollow = [line for line in figure.axes[0].lines if line.get_fillstyle() == "none" and line.get_markersize() > 3]
+    official = ["dp_official_slow", "dp_official", "dp_official_fast"]
+    shown = [view.values(row, "sample", "kl").mean_S.mean() for row in official]
+    assert sorted(line.get_xdata()[0] for line in hollow) == pytest.approx(sorted(shown), rel=1e-9)
+    assert "RRHF, official, lr 0.003" in [text.get_text() for text in figure.legends[0].get_texts()]
     assert len(list(frontiers(view_of("rank_ablation")))) == 1  # three and more rank weights
     assert list(frontiers(view_of("main_table"))) == []
 

@@ -6,11 +6,11 @@ from rrhf_bench.replication.counterparts import RRHF, counterpart
 from rrhf_bench.replication.paper import FIGURE_3, TABLE_6, load
 from rrhf_bench.report.drawing import Drawn, Made, colours, legend_above, legend_key, new_panels
 from rrhf_bench.report.figures import (
-    LOSS_WORDS,
     QUALITY_WORDS,
     decoding_keys,
     finish_loss_panels,
     loss_panels,
+    loss_words,
     quality_panel,
 )
 from rrhf_bench.report.view import View
@@ -40,8 +40,8 @@ def loss_and_reward(view: View) -> Made | None:
     legend_above(figure, decoding_keys(view))
     left = row if row == dp else f"{row}, which does not sample as DP"
     caption = (
-        f"{LOSS_WORDS} Left: {left}. Right: Figure 3 of 2304.05302v2 (Alpaca, DP), read from the plot; its loss axis "
-        "has no labels, and its rewards are on another scale."
+        f"{loss_words(view)} Left: {left}. Right: Figure 3 of 2304.05302v2 (Alpaca, DP), read from the plot; its loss "
+        "axis has no labels, and its rewards are on another scale."
     )
     return Drawn("figure3", "Loss and reward while training (Figure 3 of the RRHF paper)", caption), figure
 

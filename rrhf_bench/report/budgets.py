@@ -38,9 +38,10 @@ def budgets_table(view: View) -> Table:
         Field("optimiser steps, trials", in_trials(lambda cost: cost.steps), 0),
     )
     notes = (
-        "For training, mean over seeds, all rounds together: a round trains the initial policy anew on samples of the "
-        "model that the round before trained. The rows whose models a row samples are included. Sampling and scoring "
-        "that rows share are counted for each of them. Reward calls: replies that the reward model scored.",
+        f"For training, mean over {view.repetition}s, all rounds together: a round trains the initial policy anew on "
+        "samples of the model that the round before trained. The rows whose models a row samples are included. "
+        "Sampling and scoring that rows share are counted for each of them. Reward calls: replies that the reward "
+        "model scored.",
         "Labelled replies: replies of the data set that the row reads, whether it trains on their labels, on their "
         "text or on their scores. Replies that the reward model was trained on are not counted.",
         "Trials: of all tuning trials of the row together, the picked one included, with the first seed.",
@@ -50,7 +51,7 @@ def budgets_table(view: View) -> Table:
 
 
 def spent(view: View, row: str, name: str) -> Cell:
-    """Return the mean over seeds of a cost that training causes: none for what trains nothing."""
+    """Return the mean over seeds, or over worlds, of a cost that training causes: none for what trains nothing."""
     if row not in view.trained:
         return Cell(0)
     found = mean_cost(view, row, name)
@@ -58,7 +59,7 @@ def spent(view: View, row: str, name: str) -> Cell:
 
 
 def mean_cost(view: View, row: str, name: str) -> float | None:
-    """Return the mean over seeds of a cost, or None if it was not recorded."""
+    """Return the mean over seeds, or over worlds, of a cost, or None if it was not recorded."""
     if name == "models":
         return float(len(view.methods[row].models_in_memory())) if row in view.methods else None
     found = [getattr(cost, name) for (other, _), cost in view.records.costs.items() if other == row]

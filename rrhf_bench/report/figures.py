@@ -263,7 +263,7 @@ def quality_panel(ax: Axes, title: str, points: Sequence[tuple[float, float, flo
 def _name_points(
     ax: Axes, view: View, found: Sequence[tuple[str, float, float, float]], colour: Mapping[str, str]
 ) -> None:
-    """Name each row's maximum, mean over seeds, to the right of the panel, evenly spaced where rows lie close."""
+    """Name each row's maximum, a mean over seeds or worlds, right of the panel, evenly spaced where rows lie close."""
     own: dict[str, list[tuple[float, float]]] = {}
     for row, _, maximum, test in found:
         own.setdefault(row, []).append((maximum, test))
@@ -434,15 +434,20 @@ def training_curves(view: View) -> Iterator[Made]:
     share_scale([below for _, below in pairs[: len(shown)]])
     legend_above(figure, decoding_keys(view))
     left = [row for row in view.methods if row not in shown and _losses(view, row)]
-    caption = LOSS_WORDS + (f" Not shown: {', '.join(left)}." if left else "")
+    caption = loss_words(view) + (f" Not shown: {', '.join(left)}." if left else "")
     yield Drawn("training", "Loss and reward while training", caption), figure
 
 
-LOSS_WORDS = (
-    "Above: each method's own training loss, thin per seed, bold the mean over seeds as a running mean; losses "
-    "of different methods are on different scales. Below: proxy reward on the dev prompts at fixed fractions, "
-    "mean over seeds."
-)
+def loss_words(view: View) -> str:
+    """Return what a caption says of the panels of losses."""
+    each = view.repetition
+    return (
+        f"Above: each method's own training loss, thin per {each}, bold the mean over {each}s as a running mean; "
+        "losses of different methods are on different scales. Below: proxy reward on the dev prompts at fixed "
+        f"fractions, mean over {each}s."
+    )
+
+
 _STYLES: Mapping[Decoding, Any] = {"greedy": "-", "sample": (0, (3, 1.5))}
 
 
@@ -511,7 +516,7 @@ def _losses(view: View, row: str) -> tuple[str, list[_Log]] | None:
 
 
 def _mean_loss(ax: Axes, logs: Sequence[_Log], colour: str) -> None:
-    """The mean over seeds, smoothed over a twelfth of the run; only where all seeds logged the same steps."""
+    """The mean over seeds or worlds, smoothed over a twelfth of the run; only where all seeds logged the same steps."""
     steps = logs[0][0]
     if any(not np.array_equal(steps, other) for other, _ in logs):
         return

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -18,8 +19,9 @@ from rrhf_bench.report.table import Missing
 from rrhf_bench.report.view import BASE, MEASURE_WORDS, Measure, View, changed
 
 LEAST = 3  # rows of one method that make a frontier
-MOST_KINDS = 6  # of trained methods in one figure
+MOST_SEARCHES = 6  # in one figure
 _MARKERS = "os^Dv*X"  # by the value of the hyper-parameter that varies beside the learning rate
+_FILLS: Sequence[Any] = ("full", "none", "left", "top")  # of the markers, one for each search of a method
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,9 @@ class _Search:
     ``varies`` is the number that differs, beside the learning rate, in the rows with the fewest settings of their own.
     """
 
+    label: str
     kind: str
+    fill: Any  # matplotlib's fillstyle of the markers
     rows: tuple[str, ...]
     varies: str | None
     shade: Mapping[float | None, str]  # by learning rate, darker for a higher one
@@ -74,32 +78,34 @@ def _searches(view: View, initial: str, *measures: Measure) -> list[_Search]:
         groups: dict[str, list[str]] = defaultdict(list)
         for row in measured:
             if view.kind(row) == kind:
-                groups[_all_but_numbers(view, row)].append(row)
-        rows = max(groups.values(), key=len)
-        if len(rows) < LEAST:
-            rows = [row for row in [view.plain_row(row for group in groups.values() for row in group)] if row]
-        found.append(_search(view, kind, rows))
-    return found[:MOST_KINDS] if any(len(search.rows) >= LEAST for search in found) else []
+                groups[repr((view.same_way(row)[0], _words_of(view, row)))].append(row)
+        large = [group for group in groups.values() if len(group) >= LEAST]
+        plain = view.plain_row(row for group in groups.values() for row in group)
+        assert plain is not None
+        keys = list(dict.fromkeys(key for rows in large for key in _words_of(view, rows[0])))
+        for rows, fill in zip(large or [[plain]], _FILLS, strict=False):
+            own = [str(getattr(view.methods[rows[0]], key)) for key in keys] or [rows[0]]
+            label = ", ".join([find(kind).label, *(own if len(large) > 1 else [])])
+            found.append(_search(view, kind, rows, label, fill))
+    return found[:MOST_SEARCHES] if any(len(search.rows) >= LEAST for search in found) else []
 
 
-def _all_but_numbers(view: View, row: str) -> str:
-    """Return what a row has in common with those that it is searched with."""
-    settings = view.methods[row]
-    return repr(
-        (view.same_way(row)[0], {key: value for key, value in changed(settings).items() if _as_number(value) is None})
-    )
+def _words_of(view: View, row: str) -> dict[str, object]:
+    """Return the settings of a row that are no numbers and differ from their defaults."""
+    return {key: value for key, value in changed(view.methods[row]).items() if _as_number(value) is None}
 
 
 def _as_number(value: object) -> float | None:
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
-def _search(view: View, kind: str, rows: Sequence[str]) -> _Search:
+def _search(view: View, kind: str, rows: Sequence[str], label: str, fill: Any) -> _Search:
     fields = [key for row in rows for key in changed(view.methods[row]) if key != "lr"]
     varying = [key for key in dict.fromkeys(fields) if len({_number(view, row, key) for row in rows}) > 1]
     varies = max(varying, key=fields.count, default=None)
     rates = sorted({_number(view, row, "lr") for row in rows}, key=lambda lr: lr or 0.0)
-    return _Search(kind, tuple(rows), varies, dict(zip(rates, _shades(find(kind).colour, len(rates)), strict=True)))
+    shade = dict(zip(rates, _shades(find(kind).colour, len(rates)), strict=True))
+    return _Search(label, kind, fill, tuple(rows), varies, shade)
 
 
 def _number(view: View, row: str, key: str) -> float | None:
@@ -118,7 +124,7 @@ def _draw(view: View, initial: str, searches: Sequence[_Search]) -> Made:
                 values = sorted({search.value(view, row) for row in search.rows})
                 for row in search.rows:
                     marker = _MARKERS[values.index(search.value(view, row)) % len(_MARKERS)]
-                    _points(ax, view, row, measure, search.colour(view, row), marker)
+                    _points(ax, view, row, measure, search.colour(view, row), marker, search.fill)
         for row in reranked:
             reward = view.mean(row, "sample", measure)
             if not isinstance(reward, Missing):
@@ -133,7 +139,7 @@ def _draw(view: View, initial: str, searches: Sequence[_Search]) -> Made:
     caption = (
         f"Rows that start from {initial}, sampled replies to the test prompts: mean reward against mean KL to "
         f"it. Large: mean over {view.repetition}s; faint: each {view.repetition}. Darker: a higher learning rate. "
-        + "".join(_words(search) for search in searches if search.varies)
+        + "".join(_words(search) for search in searches if search.varies or len(search.rows) >= LEAST)
         + ("Best-of-n stands at its KL bound log n - (n - 1) / n. " if reranked else "")
         + "Every row is one that the experiment file names; none was picked by what is shown here."
     )
@@ -146,10 +152,11 @@ def _words(search: _Search) -> str:
     method = find(search.kind)
     if method.family == "online":
         return (
-            f"{method.label}: rows are joined in the order of {search.varies}, which stands beside each, one line a "
+            f"{search.label}: rows are joined in the order of {search.varies}, which stands beside each, one line a "
             "learning rate. "
         )
-    return f"{method.label}: shape by {search.varies}; rows: {', '.join(search.rows)}. "
+    shape = f"shape by {search.varies}; " if search.varies else ""
+    return f"{search.label}: {shape}rows: {', '.join(search.rows)}. "
 
 
 def _draw_lines(ax: Axes, view: View, search: _Search, measure: Measure) -> None:
@@ -157,7 +164,7 @@ def _draw_lines(ax: Axes, view: View, search: _Search, measure: Measure) -> None
     for place, colour in enumerate(search.shade.values()):
         rows = [row for row in search.rows if search.colour(view, row) == colour]
         rows.sort(key=lambda row: search.value(view, row))
-        means = [_points(ax, view, row, measure, colour, find(search.kind).marker) for row in rows]
+        means = [_points(ax, view, row, measure, colour, find(search.kind).marker, search.fill) for row in rows]
         known = [mean for mean in means if mean is not None]
         if known:
             ax.plot(*np.array(known).T, color=colour, linewidth=0.9, zorder=2)
@@ -168,15 +175,20 @@ def _draw_lines(ax: Axes, view: View, search: _Search, measure: Measure) -> None
                 ax.annotate(words, mean, offset, textcoords="offset points", fontsize=6, color="#303030", zorder=5)
 
 
-def _points(ax: Axes, view: View, row: str, measure: Measure, colour: str, marker: str) -> tuple[float, float] | None:
-    """Draw a row: each seed, and their mean, which is returned."""
+def _points(
+    ax: Axes, view: View, row: str, measure: Measure, colour: str, marker: str, fill: Any
+) -> tuple[float, float] | None:
+    """Draw a row: each seed or world, and their mean, which is returned."""
     kl, reward = view.values(row, "sample", "kl"), view.values(row, "sample", measure)
     if isinstance(kl, Missing) or isinstance(reward, Missing):
         return None
     x_S, y_S = kl.mean_S, reward.mean_S
+    style: dict[str, Any] = {"color": colour, "marker": marker, "fillstyle": fill, "linestyle": ""}
     if len(x_S) > 1:
-        ax.plot(x_S, y_S, marker, color=colour, markersize=2.8, alpha=0.35, markeredgewidth=0, linestyle="", zorder=1)
-    ax.plot([x_S.mean()], [y_S.mean()], marker, color=colour, markersize=5.5, markeredgecolor="white", zorder=3)
+        width = 0.0 if fill == "full" else 0.5
+        ax.plot(x_S, y_S, **style, markersize=2.8, alpha=0.35, markeredgewidth=width, zorder=1)
+    edge = "white" if fill == "full" else colour
+    ax.plot([x_S.mean()], [y_S.mean()], **style, markersize=5.5, markeredgecolor=edge, zorder=3)
     return float(x_S.mean()), float(y_S.mean())
 
 
@@ -189,16 +201,16 @@ def _shades(colour: str, count: int) -> list[str]:
 
 
 def _keys(view: View, searches: Sequence[_Search], reranked: Sequence[str]) -> list[Line2D]:
-    def key(words: str, colour: str, marker: str, line: str = "") -> Line2D:
-        return Line2D([], [], color=colour, marker=marker, linestyle=line, label=words)
+    def key(words: str, colour: str, marker: str, line: str = "", fill: Any = "full") -> Line2D:
+        return Line2D([], [], color=colour, marker=marker, linestyle=line, fillstyle=fill, label=words)
 
     keys = []
     for search in searches:
         method = find(search.kind)
         line = "-" if method.family == "online" else ""
         for lr, colour in search.shade.items():
-            words = method.label if lr is None else f"{method.label}, lr {lr:g}"
-            keys.append(key(words, colour, method.marker, line))
+            words = search.label if lr is None else f"{search.label}, lr {lr:g}"
+            keys.append(key(words, colour, method.marker, line, search.fill))
         values = sorted({search.value(view, row) for row in search.rows})
         if method.family != "online" and search.varies and len(values) > 1:
             keys += [

@@ -311,9 +311,9 @@ def cost_figure(view: View, rows: Sequence[str], measure: Measure) -> Made:
         ax.set_ylabel(f"{MEASURE_WORDS[measure]} ({DECODING_WORDS[decoding]})")
         ax.xaxis.set_major_formatter(thousands)
     caption = (
-        "Mean reward against what a row costs, candidates included, mean over seeds. Dashed: the Pareto front, the "
-        "rows that no other row beats in both by its mean; bars are 95% intervals, and the "
-        "front is as uncertain as they are."
+        f"Mean reward against what a row costs, candidates included, mean over {view.repetition}s. Dashed: the Pareto "
+        "front, the rows that no other row beats in both by its mean; bars are 95% intervals, and the front is as "
+        "uncertain as they are."
     )
     return Drawn("ranking_costs", "Reward against cost", caption), figure
 

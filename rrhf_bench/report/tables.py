@@ -70,7 +70,8 @@ def main_table(view: View) -> Table:
         "replies (k1). Entropy: nats a reply, mean of minus the summed log-prob of each sampled reply under the "
         "distribution that it was drawn from, its temperature included: one draw's estimate of the entropy of a "
         "reply. Part of a sampled reward can come from a lower entropy alone.",
-        "Length: mean tokens, end-of-text included. distinct-2: distinct word pairs over all, mean over seeds.",
+        "Length: mean tokens, end-of-text included. distinct-2: distinct word pairs over all, mean over "
+        f"{view.repetition}s.",
         "Fake turn, at cap: share of replies cut where they began another turn, or at the length cap.",
         "p_i accuracy: share of held-out pairs whose chosen reply has the higher length-normalised log-probability.",
         f"Models in memory while training, counted from the settings: {in_memory or 'no methods'}.",
@@ -152,7 +153,7 @@ def _distinct(block: Block[Evaluated]) -> Value:
     found = [metrics.distinct_n(reply.response for reply in replies_P) for replies_P in block.items_SP]
     known = [share for share in found if share is not None]
     if len(known) < len(found):
-        return Missing("some seed's replies hold no pair of words")
+        return Missing("the replies of a seed or world hold no pair of words")
     return _sized(math.fsum(known) / len(known), block)
 
 
@@ -416,29 +417,35 @@ def cost_tables(view: View) -> list[Table]:
     return [table for table in (method_costs(view), stage_costs(view)) if table.rows]
 
 
-COST_NOTES = (
-    "Seconds, optimiser steps, sampled tokens and replies, reward calls (replies scored): of all that a row's method "
-    "needs, mean over seeds. They hold sampling, "
-    "scoring and judging its training candidates, its training, all earlier rounds, and the training of the rows whose "
-    "models it samples. Of a train stage the seconds are those of the method alone, without loading and without the "
-    "rewards on the dev prompts along the way; of the other stages they are those of the whole stage, with loading.",
-    "Of these shared: seconds of stages that other rows of the run use as well. Each row that uses a shared stage is "
-    "charged for it in full, so the rows do not add up to the cost of the run. A search for candidates that all seeds "
-    "share is charged to each seed in full.",
-    "Not charged: data, training of the initial policy, of the reward model and of the perplexity model, evaluation, "
-    "and the samples on evaluation prompts, which judge every row alike. An initial policy that is itself a row, such "
-    "as sft, is given to the rows that start from it or sample it: its training is charged to that row alone.",
-    "Train peak MiB: of the row's last train stage alone, the largest of its seeds, since other stages hold other "
-    "models. It is the peak resident memory of the process while that stage ran, models and sampling engine that the "
-    "process keeps for later stages included; on a GPU it is the peak of what PyTorch allocated there.",
-    "Training TFLOPs, an estimate in units of 10^12: 6 x P x trained tokens + 2 x P x forwarded tokens, P the "
-    "parameters of the policy. Trained: fed to the policy in optimiser steps, prompts included. Forwarded: tokens of "
-    "replies that pass a model without gradients, once for each of policy (sampling), reference, reward and value "
-    "model. Every model counts as one of P parameters, a beam as one sample, and adapters as full training; attention "
-    "is left out.",
-    "Models, models in memory: counted from the method's settings, not measured. They are what the algorithm needs "
-    "while it trains.",
-)
+def cost_notes(view: View) -> tuple[str, ...]:
+    """Return what the columns of the costs hold."""
+    return (
+        "Seconds, optimiser steps, sampled tokens and replies, reward calls (replies scored): of all that a row's "
+        f"method needs, mean over {view.repetition}s. They hold sampling, scoring and judging its training candidates, "
+        "its training, all earlier rounds, and the training of the rows whose models it samples. Of a train stage the "
+        "seconds are those of the method alone, without loading and without the rewards on the dev prompts along the "
+        "way; of the other stages they are those of the whole stage, with loading.",
+        "Of these shared: seconds of stages that other rows of the run use as well. Each row that uses a shared stage "
+        "is charged for it in full, so the rows do not add up to the cost of the run. A search for candidates that "
+        "all seeds share is charged to each seed in full.",
+        "Not charged: data, training of the initial policy, of the reward model and of the perplexity model, "
+        "evaluation, and the samples on evaluation prompts, which judge every row alike. An initial policy that is "
+        "itself a row, such as sft, is given to the rows that start from it or sample it: its training is charged to "
+        "that row alone.",
+        f"Train peak MiB: of the row's last train stage alone, the largest of its {view.repetition}s, since other "
+        "stages hold other models. It is the peak resident memory of the process while that stage ran, models and "
+        "sampling engine that the process keeps for later stages included; on a GPU it is the peak of what PyTorch "
+        "allocated there.",
+        "Training TFLOPs, an estimate in units of 10^12: 6 x P x trained tokens + 2 x P x forwarded tokens, P the "
+        "parameters of the policy. Trained: fed to the policy in optimiser steps, prompts included. Forwarded: tokens "
+        "of replies that pass a model without gradients, once for each of policy (sampling), reference, reward and "
+        "value model. Every model counts as one of P parameters, a beam as one sample, and adapters as full training; "
+        "attention is left out.",
+        "Models, models in memory: counted from the method's settings, not measured. They are what the algorithm needs "
+        "while it trains.",
+    )
+
+
 _NO_TRAINING = Missing("it trains nothing")
 _AT_INFERENCE = Missing("it trains nothing: its cost is at inference, n samples and n scores a reply")
 _NO_COST = Missing("no cost of this row was recorded")
@@ -485,7 +492,7 @@ def method_costs(view: View) -> Table:
         Field("models", lambda row: _models(view, row), 0),
         Field("models in memory", lambda row: ", ".join(view.methods[row].models_in_memory())),
     )
-    return build_table("cost", "Cost by method", fields, view.methods, COST_NOTES, view.records.arena)
+    return build_table("cost", "Cost by method", fields, view.methods, cost_notes(view), view.records.arena)
 
 
 def stage_costs(view: View) -> Table:
@@ -507,7 +514,7 @@ def stage_costs(view: View) -> Table:
         Field("peak MiB", lambda line: _peak(timing.peak_mib for timing in runs[line]), 0),
     )
     notes = (
-        "Seconds: of the whole stage, mean [least, most] over its runs, one run per seed when seeds differ. Those of a "
+        "Seconds: of the whole stage, mean [least, most] over its runs, one run per seed or world. Those of a "
         "train stage include loading and the rewards on the dev prompts along the way.",
         PEAK_NOTE,
     )
