@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -658,3 +659,18 @@ def test_a_fault_of_the_program_is_not_reported_as_bad_input(cli: Cli, monkeypat
     monkeypatch.setattr(program, "load_experiment", broken)
     with pytest.raises(ZeroDivisionError):
         cli("plan", SMOKE)
+
+
+@pytest.mark.parametrize(
+    ("own", "found"), [({}, "1000"), ({"GOMP_SPINCOUNT": "5"}, "5"), ({"OMP_WAIT_POLICY": "active"}, None)]
+)
+def test_threads_wait_as_the_environment_says_or_sleep_early(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch, own: dict[str, str], found: str | None
+) -> None:
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.setenv(name, "")  # so that the end of the test restores it
+        monkeypatch.delenv(name)
+    for name, value in own.items():
+        monkeypatch.setenv(name, value)
+    assert cli("ls", "--help").code == 0
+    assert os.environ.get("GOMP_SPINCOUNT") == found
