@@ -71,9 +71,14 @@ CUTS = [
     "evaluation.pool_samples=6",
 ]
 
-PLAIN = (
-    "import os; os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2]); from rrhf_bench import cli; cli.main()"
-)
+# Neither cold run writes a report, which takes longer than all its stages; `reported` writes it from the records.
+PLAIN = """
+import os
+os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])
+from rrhf_bench import cli
+cli._write_report = lambda records, folder: folder
+cli.main()
+"""
 
 
 def overrides(*changes: str) -> list[str]:
@@ -109,7 +114,7 @@ def run_disturbed(runs: Path) -> dict[str, Any]:
     """Run the smaller smoke experiment in this process, and return what it prints with --json.
 
     Python's, numpy's and torch's global generators are reseeded before every stage and drawn from at every sign of
-    life. The run ends without a report: drawing one takes longer than all stages, and nothing random is left.
+    life.
     """
 
     def disturb() -> None:
@@ -126,12 +131,18 @@ def run_disturbed(runs: Path) -> dict[str, Any]:
         disturb()
         reported(self, *rest)
 
-    printed = io.StringIO()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(scheduler, "make", make)
         patch.setattr(terminal.TerminalReporter, "progress", progress)
         patch.setattr(cli, "_write_report", lambda records, folder: folder)
-        patch.setattr(sys, "argv", ["rrhf-bench", *smoke_words(runs, workers=1)])
+        return call(*smoke_words(runs, workers=1))
+
+
+def call(*words: str) -> dict[str, Any]:
+    """Run the command line in this process, and return what it prints with --json."""
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["rrhf-bench", *words])
         with contextlib.redirect_stdout(printed), pytest.raises(SystemExit) as ended:
             cli.main()
     assert not ended.value.code
@@ -175,6 +186,13 @@ def disturbed(cold: tuple[Smoke, Smoke]) -> Smoke:
     return cold[1]
 
 
+@pytest.fixture(scope="module")
+def reported(cold: tuple[Smoke, Smoke], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Write the report from the records and publish it; return what the command prints."""
+    folder = tmp_path_factory.mktemp("reports")
+    return call("report", str(cold[0].folder), "--publish", "--reports", str(folder), "--json")
+
+
 def files(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
@@ -199,20 +217,13 @@ def test_a_complete_run_is_not_made_again(smoke: Smoke, run_cli: RunCli, no_repo
     assert files(smoke.folder / "tensorboard") == events
 
 
-def test_a_report_is_written_again_from_the_records_alone_and_published(
-    smoke: Smoke, run_cli: RunCli, tmp_path: Path
-) -> None:
-    tables = files(smoke.folder / "report" / "tables")
-    assert {"main.csv", "main.md", "main.tex", "differences.csv", "candidates.csv"} <= set(tables)
-    shutil.rmtree(smoke.folder / "report")
-    printed = run_cli("report", smoke.folder, "--publish", "--reports", tmp_path)
-    assert printed["report"] == str(smoke.folder / "report" / "report.md")
-    assert printed["published"] == str(tmp_path / smoke.folder.name)
-    assert files(smoke.folder / "report" / "tables") == tables
-    whole = files(smoke.folder / "report").items()
+def test_a_report_is_written_from_the_records_alone_and_published(smoke: Smoke, reported: dict[str, Any]) -> None:
+    report = smoke.folder / "report"
+    assert {"main.csv", "main.md", "main.tex", "differences.csv", "candidates.csv"} <= set(files(report / "tables"))
+    assert reported["report"] == str(report / "report.md")
     # The page shows the PNGs; SVG and LaTeX stay in the run.
-    expected = {name: data for name, data in whole if not name.endswith((".svg", ".tex"))}
-    assert files(tmp_path / smoke.folder.name) == expected
+    expected = {name: data for name, data in files(report).items() if not name.endswith((".svg", ".tex"))}
+    assert files(Path(reported["published"])) == expected
 
 
 def test_tensorboard_holds_the_log_of_a_training(smoke: Smoke) -> None:
@@ -272,6 +283,7 @@ def test_no_policy_is_aligned_or_tuned_on_a_held_out_topic(smoke: Smoke) -> None
     assert [topic in held_out for topic in topics["test"]] == [i % 4 == 3 for i in range(len(topics["test"]))]
 
 
+@pytest.mark.usefixtures("reported")
 def test_a_row_costs_all_stages_that_it_needs(smoke: Smoke) -> None:
     """rrhf needs a sample, its scores, and the scores of the data set's pairs; rrhf_samples_only no pairs."""
     found = {stage["name"]: (key, stage) for key, stage in smoke.json["stages"].items()}
@@ -335,6 +347,7 @@ def test_a_curve_holds_the_kl_of_its_sampled_replies(smoke: Smoke) -> None:
     assert max(map(abs, end.kls or ())) > 1e-3
 
 
+@pytest.mark.usefixtures("reported")
 def test_every_number_of_a_row_follows_from_its_records(smoke: Smoke) -> None:
     (stage,) = (stage for stage in smoke.json["wanted"] if stage["name"] == "evaluate rrhf, seed 0")
     lines = (smoke.store.folder(stage["key"]) / "evaluated.jsonl").read_text().splitlines()
@@ -565,8 +578,9 @@ def test_rows_of_the_sampling_policies_share_their_candidates(tmp_path: Path, ru
 
 
 def test_a_row_that_diverges_is_shown_as_failed_and_the_others_go_on(
-    smoke: Smoke, tmp_path: Path, run_cli: RunCli
+    smoke: Smoke, tmp_path: Path, run_cli: RunCli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("rrhf_bench.report.figures._save", lambda *_: None)  # most of its time
     shutil.copytree(smoke.runs / "store", tmp_path / "store")
     words = overrides(*CUTS, "name=fails", "methods.sft.lr=1e30", "runtime.workers=1")
     assert run_cli("run", SMOKE, "--runs", tmp_path, *words, code=2)["missing"] == 2

@@ -19,6 +19,7 @@ from rrhf_bench.pipeline.services import DistinctTexts, ModelRef, Services, engi
 from rrhf_bench.policy.batching import ResponseBatch
 from rrhf_bench.policy.policy import TransformersPolicy
 from rrhf_bench.records import Prompt
+from rrhf_bench.sampling import backend
 from rrhf_bench.sampling.backend import choose_backend
 from rrhf_bench.sampling.cached import cache_bytes
 from rrhf_bench.sampling.sampler import SamplingSpec, to_response
@@ -312,6 +313,7 @@ def test_the_benchmark_times_equal_tokens_only(engine, policy):
 def test_a_vllm_for_gpus_does_not_serve_a_run_on_the_cpu(tmp_path, monkeypatch):
     """The build is read from the installed distribution, as `plan` reads it, without an import."""
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(backend, "installed", backend.installed.__wrapped__)  # which remembers nothing
     for version, on_a_cpu in (("0.32.0", "transformers"), ("0.32.0+cpu", "vllm")):
         folder = tmp_path / "vllm-0.32.0.dist-info"
         folder.mkdir(exist_ok=True)
