@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -82,12 +83,20 @@ def _searches(view: View, initial: str, *measures: Measure) -> list[_Search]:
         large = [group for group in groups.values() if len(group) >= LEAST]
         plain = view.plain_row(row for group in groups.values() for row in group)
         assert plain is not None
-        keys = list(dict.fromkeys(key for rows in large for key in _words_of(view, rows[0])))
-        for rows, fill in zip(large or [[plain]], _FILLS, strict=False):
-            own = [str(getattr(view.methods[rows[0]], key)) for key in keys] or [rows[0]]
-            label = ", ".join([find(kind).label, *(own if len(large) > 1 else [])])
+        labels = _labels(view, kind, large) if len(large) > 1 else [find(kind).label]
+        for rows, fill, label in zip(large or [[plain]], _FILLS, labels, strict=False):
             found.append(_search(view, kind, rows, label, fill))
     return found[:MOST_SEARCHES] if any(len(search.rows) >= LEAST for search in found) else []
+
+
+def _labels(view: View, kind: str, groups: Sequence[Sequence[str]]) -> list[str]:
+    """Return what each of several searches of one method is called: by the settings and recipes that they differ in."""
+    first = [rows[0] for rows in groups]
+    keys = list(dict.fromkeys(key for row in first for key in _words_of(view, row)))
+    parts = [[str(getattr(view.methods[row], key)) for row in first] for key in keys]
+    parts.append([view.sampling_policy(row) or row for row in first])
+    differing = [part for part in parts if len(set(part)) > 1] or [first]
+    return [", ".join((find(kind).label, *words)) for words in zip(*differing, strict=True)]
 
 
 def _words_of(view: View, row: str) -> dict[str, object]:
@@ -116,15 +125,14 @@ def _draw(view: View, initial: str, searches: Sequence[_Search]) -> Made:
     measures = view.measures
     figure, axes = new_panels(1, len(measures), height=3.6, width=WIDTH if len(measures) > 1 else 4.4)
     reranked = [row for row in view.rows_from(initial) if view.reranked(row) and view.block(row, "sample") is not None]
+    shapes = _shapes(view, searches)
     for ax, measure in zip(axes[0], measures, strict=True):
         for search in searches:
             if find(search.kind).family == "online":
                 _draw_lines(ax, view, search, measure)
             else:
-                values = sorted({search.value(view, row) for row in search.rows})
                 for row in search.rows:
-                    marker = _MARKERS[values.index(search.value(view, row)) % len(_MARKERS)]
-                    _points(ax, view, row, measure, search.colour(view, row), marker, search.fill)
+                    _points(ax, view, row, measure, search.colour(view, row), _marker(view, row, shapes), search.fill)
         for row in reranked:
             reward = view.mean(row, "sample", measure)
             if not isinstance(reward, Missing):
@@ -145,6 +153,23 @@ def _draw(view: View, initial: str, searches: Sequence[_Search]) -> Made:
     )
     name = "frontier" if initial == BASE else f"frontier_{1 + view.policies.index(initial)}"
     return Drawn(name, "Reward against distance from the initial policy", caption), figure
+
+
+def _shapes(view: View, searches: Sequence[_Search]) -> dict[str, tuple[str, list[float]]]:
+    """Return by offline method the hyper-parameter that its markers stand for, and its values over all its searches."""
+    found: dict[str, tuple[str, list[float]]] = {}
+    for search in searches:
+        if search.varies and find(search.kind).family != "online" and search.kind not in found:
+            rows = [row for other in searches if other.kind == search.kind for row in other.rows]
+            found[search.kind] = search.varies, sorted({_number(view, row, search.varies) or 0.0 for row in rows})
+    return found
+
+
+def _marker(view: View, row: str, shapes: Mapping[str, tuple[str, list[float]]]) -> str:
+    if view.kind(row) not in shapes:
+        return _MARKERS[0]
+    name, values = shapes[view.kind(row)]
+    return _MARKERS[values.index(_number(view, row, name) or 0.0) % len(_MARKERS)]
 
 
 def _words(search: _Search) -> str:
@@ -211,11 +236,8 @@ def _keys(view: View, searches: Sequence[_Search], reranked: Sequence[str]) -> l
         for lr, colour in search.shade.items():
             words = search.label if lr is None else f"{search.label}, lr {lr:g}"
             keys.append(key(words, colour, method.marker, line, search.fill))
-        values = sorted({search.value(view, row) for row in search.rows})
-        if method.family != "online" and search.varies and len(values) > 1:
-            keys += [
-                key(f"{search.varies} {value:g}", GREY, _MARKERS[i % len(_MARKERS)]) for i, value in enumerate(values)
-            ]
+    for name, values in _shapes(view, searches).values():
+        keys += [key(f"{name} {value:g}", GREY, marker) for value, marker in zip(values, cycle(_MARKERS), strict=False)]
     for row in reranked:
         keys.append(key(f"best of {view.reranked(row)}", view.method(row).colour, view.method(row).marker))
     return [*keys, key("initial policy", "black", "P")]
