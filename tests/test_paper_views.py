@@ -602,9 +602,17 @@ def test_a_frontier_joins_the_ppo_rows_of_a_learning_rate_in_order_of_their_pena
     official = ["dp_official_slow", "dp_official", "dp_official_fast"]
     shown = [view.values(row, "sample", "kl").mean_S.mean() for row in official]
     assert sorted(line.get_xdata()[0] for line in hollow) == pytest.approx(sorted(shown), rel=1e-9)
+    assert {line.get_marker() for line in hollow} == {"o"}  # as of the rows with the same rank weight, 1
     assert "RRHF, official, lr 0.003" in [text.get_text() for text in figure.legends[0].get_texts()]
     assert len(list(frontiers(view_of("rank_ablation")))) == 1  # three and more rank weights
     assert list(frontiers(view_of("main_table"))) == []
+
+
+def test_each_entry_of_a_frontier_with_several_searches_of_a_method_means_one_thing() -> None:
+    ((_, figure), *_) = frontiers(view_of("claims"))
+    found = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert {"RRHF, paper, DP, lr 0.001", "RRHF, official, DP, lr 0.001", "RRHF, paper, BP, lr 0.001"} <= set(found)
+    assert len(set(found)) == len(found)
 
 
 def test_truncated_draws_have_no_kl_wherever_one_is_shown(tmp_path: Path) -> None:
