@@ -221,7 +221,12 @@ def test_invariances() -> None:
     [
         pytest.param({}, id="grpo"),
         pytest.param({"std": "none", "aggregation": "cap", "lr": 5e-3}, id="dr_grpo", marks=pytest.mark.slow),
-        pytest.param({"ratio": "sequence", "clip_low": 0.02, "clip_high": 0.02}, id="gspo", marks=pytest.mark.slow),
+        # Small clips take small steps: 0.18 after 10 iterations, since the rate warms up and decays.
+        pytest.param(
+            {"ratio": "sequence", "clip_low": 0.02, "clip_high": 0.02, "iterations": 16},
+            id="gspo",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_reward_rises(changes: dict[str, Any]) -> None:
