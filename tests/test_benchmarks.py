@@ -149,8 +149,8 @@ def test_peak_is_what_was_alive_at_once():
     """48 MB, then 96, then 48 alive: 96 at the peak, whatever was used before. Here other tests' memory would count."""
     found = in_own_process(_peak_of_two_tensors)
     assert found is not None
-    # Pages and a library's first call add 1.3 to 1.6 MB; a tensor too few or too many would be 48 MB off.
-    assert found / 1e6 == pytest.approx(96, abs=2)
+    # Both tensors were alive: never less. Pages and a library's first call add 1.3 to 1.6 MB; a third tensor adds 48.
+    assert 96 <= found / 1e6 < 98
 
 
 def _peak_of_two_tensors() -> int | None:

@@ -143,11 +143,11 @@ def _draw(view: View, initial: str, searches: Sequence[_Search]) -> Made:
             ax.plot([0], [start.value], "P", color="black", markersize=6, zorder=3)
         kl_axis(ax)
         ax.set_ylabel(f"{MEASURE_WORDS[measure]} (sampled)")
-    legend_above(figure, _keys(view, searches, reranked))
+    legend_above(figure, _keys(view, searches, shapes, reranked))
     caption = (
         f"Rows that start from {initial}, sampled replies to the test prompts: mean reward against mean KL to "
         f"it. Large: mean over {view.repetition}s; faint: each {view.repetition}. Darker: a higher learning rate. "
-        + "".join(_words(search) for search in searches if search.varies or len(search.rows) >= LEAST)
+        + "".join(_words(search, shapes) for search in searches if search.varies or len(search.rows) >= LEAST)
         + ("Best-of-n stands at its KL bound log n - (n - 1) / n. " if reranked else "")
         + "Every row is one that the experiment file names; none was picked by what is shown here."
     )
@@ -155,7 +155,10 @@ def _draw(view: View, initial: str, searches: Sequence[_Search]) -> Made:
     return Drawn(name, "Reward against distance from the initial policy", caption), figure
 
 
-def _shapes(view: View, searches: Sequence[_Search]) -> dict[str, tuple[str, list[float]]]:
+_Shapes = Mapping[str, tuple[str, list[float]]]
+
+
+def _shapes(view: View, searches: Sequence[_Search]) -> _Shapes:
     """Return by offline method the hyper-parameter that its markers stand for, and its values over all its searches."""
     found: dict[str, tuple[str, list[float]]] = {}
     for search in searches:
@@ -165,22 +168,21 @@ def _shapes(view: View, searches: Sequence[_Search]) -> dict[str, tuple[str, lis
     return found
 
 
-def _marker(view: View, row: str, shapes: Mapping[str, tuple[str, list[float]]]) -> str:
+def _marker(view: View, row: str, shapes: _Shapes) -> str:
     if view.kind(row) not in shapes:
         return _MARKERS[0]
     name, values = shapes[view.kind(row)]
     return _MARKERS[values.index(_number(view, row, name) or 0.0) % len(_MARKERS)]
 
 
-def _words(search: _Search) -> str:
-    """Return what the caption says of the rows of one method."""
-    method = find(search.kind)
-    if method.family == "online":
+def _words(search: _Search, shapes: _Shapes) -> str:
+    """Return what the caption says of the rows of one search."""
+    if search.varies and find(search.kind).family == "online":
         return (
             f"{search.label}: rows are joined in the order of {search.varies}, which stands beside each, one line a "
             "learning rate. "
         )
-    shape = f"shape by {search.varies}; " if search.varies else ""
+    shape = f"shape by {shapes[search.kind][0]}; " if search.varies else ""
     return f"{search.label}: {shape}rows: {', '.join(search.rows)}. "
 
 
@@ -225,7 +227,7 @@ def _shades(colour: str, count: int) -> list[str]:
     return ["#" + "".join(f"{round(255 * c):02x}" for c in m.tolist()) for m in mixed]
 
 
-def _keys(view: View, searches: Sequence[_Search], reranked: Sequence[str]) -> list[Line2D]:
+def _keys(view: View, searches: Sequence[_Search], shapes: _Shapes, reranked: Sequence[str]) -> list[Line2D]:
     def key(words: str, colour: str, marker: str, line: str = "", fill: Any = "full") -> Line2D:
         return Line2D([], [], color=colour, marker=marker, linestyle=line, fillstyle=fill, label=words)
 
@@ -236,7 +238,7 @@ def _keys(view: View, searches: Sequence[_Search], reranked: Sequence[str]) -> l
         for lr, colour in search.shade.items():
             words = search.label if lr is None else f"{search.label}, lr {lr:g}"
             keys.append(key(words, colour, method.marker, line, search.fill))
-    for name, values in _shapes(view, searches).values():
+    for name, values in shapes.values():
         keys += [key(f"{name} {value:g}", GREY, marker) for value, marker in zip(values, cycle(_MARKERS), strict=False)]
     for row in reranked:
         keys.append(key(f"best of {view.reranked(row)}", view.method(row).colour, view.method(row).marker))
