@@ -278,6 +278,19 @@ def test_runs_of_two_arenas_are_refused_in_one_line_that_names_what_differs(a: R
         compare_runs(a, c)
 
 
+def test_runs_of_two_reward_models_of_the_same_settings_are_refused(a: RunRecords) -> None:
+    def scored(change: Callable[[float], float]) -> RunRecords:
+        pairs = (replace(p, chosen=change(p.chosen), rejected=change(p.rejected)) for p in a.reward_pairs)
+        return replace(other_than(a, lambda r: r), reward_pairs=tuple(pairs))
+
+    assert a.reward_pairs
+    spread = float(np.std([score for pair in a.reward_pairs for score in (pair.chosen, pair.rejected)]))
+    with pytest.raises(StoreError, match=r"two reward models of the same settings, .* by 0\.30 standard deviations"):
+        compare_runs(a, scored(lambda score: score + 0.3 * spread))
+    rounded = scored(lambda score: score + 0.05 * spread)  # another precision of one model
+    assert len(compare_runs(a, rounded)) == len(compare_runs(a, a))
+
+
 # The command
 
 

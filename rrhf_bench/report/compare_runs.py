@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from rrhf_bench.errors import ConfigError, StoreError, nearest
 from rrhf_bench.evaluation.statistics import Estimate
 from rrhf_bench.pipeline.results import RunRecords
@@ -13,6 +15,8 @@ from rrhf_bench.report.table import Missing, Table, build_table
 from rrhf_bench.report.tables import difference_fields, difference_notes
 from rrhf_bench.report.view import View
 
+SAME_MODEL = 0.1  # of the standard deviation of scores; one model in two precisions differs by a few hundredths
+
 
 def compare_runs(a: RunRecords, b: RunRecords, rows: Sequence[str] = ()) -> list[Comparison]:
     """Compare rows of run ``a`` with rows of run ``b``, under every decoding and reward that both have.
@@ -20,13 +24,31 @@ def compare_runs(a: RunRecords, b: RunRecords, rows: Sequence[str] = ()) -> list
     The comparisons of one decoding and reward are a family: all are primary, and Holm's adjustment is over them.
 
     ``rows``: pairs such as "rrhf,ppo", a row of ``a`` and one of ``b``; none: the rows of equal names. Raises
-    StoreError where the arenas differ, naming what does, and ConfigError for a row that is not there.
+    StoreError where the arenas differ, naming what does, or the scores of the reward models on the same replies, and
+    ConfigError for a row that is not there.
     """
     if a.arena != b.arena:
         raise StoreError(f"{a.folder} and {b.folder} were judged differently, so nothing compares: {_differing(a, b)}")
+    if (apart := _rewards_apart(a, b)) > SAME_MODEL:
+        raise StoreError(
+            f"{a.folder} and {b.folder} were judged by two reward models of the same settings, so nothing compares: on "
+            f"the same held-out replies their scores differ by {apart:.2f} standard deviations (median). Trained on "
+            "another kind of processor, a reward model has other weights; make both runs in one --runs folder"
+        )
     one, other = View(a), View(b)
     measures = [measure for measure in one.measures if measure in other.measures]
     return compare(one, _pairs(one, other, rows), measures, other=other)
+
+
+def _rewards_apart(a: RunRecords, b: RunRecords) -> float:
+    """Return how far apart two runs score the same held-out replies: the median, in standard deviations of ``a``."""
+    other = {(pair.prompt.id, pair.seed): (pair.chosen, pair.rejected) for pair in b.reward_pairs}
+    both = [pair for pair in a.reward_pairs if (pair.prompt.id, pair.seed) in other]
+    if not both:
+        return 0.0
+    score_P2 = np.array([(pair.chosen, pair.rejected) for pair in both])
+    its_P2 = np.array([other[pair.prompt.id, pair.seed] for pair in both])
+    return float(np.median(np.abs(score_P2 - its_P2)) / max(score_P2.std(), np.finfo(float).tiny))
 
 
 def _differing(a: RunRecords, b: RunRecords) -> str:
