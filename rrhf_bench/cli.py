@@ -75,6 +75,9 @@ def main() -> None:
 def run(file: ExperimentFile, override: Overrides = None, runs: Runs = Path("runs"), as_json: Json = False) -> None:
     """Run an experiment to its report; what the store already holds is reused."""
     experiment = load_experiment(file, override or [])
+    if experiment.runtime.vector_instructions == "avx2":  # read when torch is first imported, here and in the workers
+        os.environ.setdefault("ATEN_CPU_CAPABILITY", "avx2")
+        os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX2")
     plan = make_plan(experiment)
     console = Screen(stderr=True) if as_json else Screen()
     from rrhf_bench.pipeline.run_folder import load_run, open_run, run_lock, write_metrics

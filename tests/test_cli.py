@@ -642,6 +642,23 @@ def test_a_process_that_is_given_bad_input_ends_with_code_2(tmp_path: Path) -> N
     assert len(bad.stderr.splitlines()) == 1
 
 
+def test_a_run_kept_to_avx2_computes_with_it(tmp_path: Path) -> None:
+    """PyTorch reads it once: a process of its own, which ends early, short of pairs, and says what it uses."""
+    read = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA")
+    environment = {name: value for name, value in os.environ.items() if name not in read}
+    pair = {"prompt": "\n\nHuman: Hi.\n\nAssistant:", "chosen": " Hello.", "rejected": " No."}
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(pair))
+    settings = ["data.source=files", f"data.path={tmp_path / 'pairs.jsonl'}", "policy.source=scratch",
+                "reward_model.source=scratch", "perplexity_model.source=scratch",
+                "runtime.vector_instructions=avx2"]  # fmt: skip
+    words = [word for setting in settings for word in ("--set", setting)]
+    command = [sys.executable, "-m", "rrhf_bench.cli", "run", str(SMOKE), *words, "--runs", str(tmp_path)]
+    ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert ended.returncode == 2, ended.stderr
+    said = json.loads((tmp_path / "smoke" / "environment.json").read_text())
+    assert said["vector instructions"] in ("AVX2", "DEFAULT")  # DEFAULT: of a processor that has no AVX2
+
+
 def test_an_interrupted_run_ends_with_code_130(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
