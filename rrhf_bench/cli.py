@@ -10,6 +10,7 @@ import shlex
 import sys
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -75,8 +76,8 @@ def main() -> None:
 def run(file: ExperimentFile, override: Overrides = None, runs: Runs = Path("runs"), as_json: Json = False) -> None:
     """Run an experiment to its report; what the store already holds is reused."""
     experiment = load_experiment(file, override or [])
-    if experiment.runtime.vector_instructions == "avx2":  # read when torch is first imported, here and in the workers
-        os.environ.setdefault("ATEN_CPU_CAPABILITY", "avx2")
+    if experiment.runtime.vector_instructions == "avx2" and _has_avx512():
+        os.environ.setdefault("ATEN_CPU_CAPABILITY", "avx2")  # read when torch is first imported, here and in workers
         os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX2")
     plan = make_plan(experiment)
     console = Screen(stderr=True) if as_json else Screen()
@@ -105,6 +106,13 @@ def run(file: ExperimentFile, override: Overrides = None, runs: Runs = Path("run
         raise BenchError(
             f"{missing} stages are missing, because a method failed (see above); the report shows its rows as failed"
         )
+
+
+def _has_avx512() -> bool:
+    """Return True if the processor has AVX-512. PyTorch crashes if it is told to use AVX2 where there is none."""
+    with suppress(OSError):
+        return "avx512f" in Path("/proc/cpuinfo").read_text()
+    return False
 
 
 def _write_report(records: Any, folder: Path) -> Path:
