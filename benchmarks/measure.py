@@ -186,7 +186,6 @@ def begin(benchmark: str, device: torch.device, threads: int | None) -> dict[str
         "processor": model[1].strip() if model else platform.processor() or platform.machine(),
         "cores": len(psutil.Process().cpu_affinity()) if hasattr(psutil.Process, "cpu_affinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "vector_instructions": torch.backends.cpu.get_cpu_capability(),
         "blas": "MKL" if torch.backends.mkl.is_available() else "other",
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "load_at_start": round(psutil.getloadavg()[0], 2),
