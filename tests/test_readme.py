@@ -1,0 +1,82 @@
+"""The numbers of README's tables are those of the published reports, as far as they are printed."""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+NUMBER = r"-?\d+(?:\.\d+)?"
+INTERVAL = re.compile(rf"({NUMBER}) \[({NUMBER}), ({NUMBER})\]")
+
+
+def rows_of(report: str, table: str) -> list[dict[str, str]]:
+    with (ROOT / "reports" / report / "tables" / f"{table}.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def lines(first: str) -> Iterator[list[str]]:
+    """Yield the cells of each line of the table whose header begins so."""
+    table = README[README.index(first) :].split("\n\n")[0].splitlines()
+    for line in table[2:]:
+        yield [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def rounded(printed: str, exact: str) -> bool:
+    """Return True if a number was printed as the exact one rounds; halves may go either way."""
+    places = len(printed.partition(".")[2])
+    return abs(float(printed) - float(exact)) <= 0.5 * 10**-places + 1e-9
+
+
+def is_printed(cell: str, row: dict[str, str], name: str) -> bool:
+    """Return True if a cell holds a row's estimate and interval."""
+    found = INTERVAL.search(cell)
+    ends = (row[name], row[f"{name} low"], row[f"{name} high"])
+    return found is not None and all(map(rounded, found.groups(), ends))
+
+
+def test_the_headline_table() -> None:
+    differences = {(r["comparison"], r["decoding"], r["reward"]): r for r in rows_of("hh_compare", "differences")}
+    main = {(r["method"], r["decoding"]): r for r in rows_of("hh_compare", "main")}
+    (_, *base), *rows = lines("| method | proxy, greedy")
+    places = [(decoding, reward) for decoding in ("greedy", "sampled") for reward in ("proxy", "gold")]
+    for cell, (decoding, reward) in zip(base, places, strict=False):
+        assert rounded(cell, main["base", decoding][f"{reward} reward"])
+    assert len(rows) == 8
+    for name, *cells in rows:
+        row = name.partition(",")[0]
+        for cell, place in zip(cells, places, strict=False):
+            known = differences[f"{row} - base", *place]
+            assert cell == "—" if not known["difference"] else is_printed(cell, known, "difference"), (row, place)
+        kl, models = cells[4:]
+        assert models == main[row, "sampled"]["models"]
+        assert kl.startswith("at most") or rounded(kl, main[row, "sampled"]["KL"]), row
+
+
+@pytest.mark.parametrize(("last", "report"), [("in one", "claims"), ("report", None)])
+def test_the_tables_of_claims(last: str, report: str | None) -> None:
+    for name, margin, *verdicts, link in lines(f"| claim | margin | greedy | sampled | {last}"):
+        own = report or re.findall(r"\[(\w+)\]", link)[0]
+        known = {(row["claim"], row["decoding"]): row for row in rows_of(own, "claims")}
+        for cell, decoding in zip(verdicts, ("greedy", "sampled"), strict=True):
+            row = known.get((name.strip("`"), "none" if "(no decoding)" in cell else decoding))
+            if cell == "—":
+                assert row is None
+                continue
+            assert row is not None
+            assert rounded(margin, row["margin"])
+            assert cell.startswith(f"*{row['verdict']}*"), (name, decoding)
+            assert is_printed(cell, row, "estimate"), (name, decoding)
+
+
+def test_every_report_that_is_linked_is_there_and_its_age_is_told() -> None:
+    ages = (ROOT / "reports" / "README.md").read_text().partition("## How old each report is")[2]
+    for folder in sorted(path.name for path in (ROOT / "reports").iterdir() if path.is_dir()):
+        assert re.search(rf"\b{folder}\b", ages), folder
+    for link in re.findall(r"\]\((reports/[^)#]+)\)", README):
+        assert (ROOT / link).exists(), link
