@@ -74,6 +74,18 @@ def test_the_tables_of_claims(last: str, report: str | None) -> None:
             assert is_printed(cell, row, "estimate"), (name, decoding)
 
 
+def test_the_table_of_the_field() -> None:
+    known = {(r["comparison"], r["decoding"], r["reward"]): r for r in rows_of("methods", "differences")}
+    printed = [
+        found for cells in lines("| rows and estimates |") for found in re.findall(rf"`(\w+)` ({NUMBER})", cells[0])
+    ]
+    assert {row for row, _ in printed} == {
+        comparison.removesuffix(" - base") for comparison, *_ in known if comparison.endswith(" - base")
+    }
+    for row, value in printed:
+        assert rounded(value, known[f"{row} - base", "sampled", "gold"]["difference"]), row
+
+
 def test_every_report_that_is_linked_is_there_and_its_age_is_told() -> None:
     ages = (ROOT / "reports" / "README.md").read_text().partition("## How old each report is")[2]
     for folder in sorted(path.name for path in (ROOT / "reports").iterdir() if path.is_dir()):
