@@ -8,6 +8,7 @@ Letters: M rows (positions), K inputs, N outputs.
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -65,7 +66,13 @@ def product_of(layer: torch.nn.Module, input: Tensor) -> Callable[[Tensor, Tenso
 
 
 def apply(model: torch.nn.Module) -> int:
-    """Make every linear layer of a model one of these, in place, and return their number."""
+    """Make every linear layer of a model one of these, in place, and return their number.
+
+    oneDNN and PyTorch each keep the kernels of the last 1024 shapes. Training multiplies another number of rows at
+    nearly every step, so that a small model held 0.5 GB of kernels after two hundred. 64 are enough for one pass.
+    """
+    for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(cache, "64")  # read at the first product
     layers = [module for module in model.modules() if type(module) in (torch.nn.Linear, Linear)]
     for layer in layers:
         layer.__class__ = Linear
