@@ -113,7 +113,7 @@ print((psutil.Process().memory_info().rss - before) >> 20)
 
 
 def test_the_kernels_of_many_shapes_are_not_kept() -> None:
-    """In a process of its own, since the sizes of the caches are read once. MiB: 54 were found, and 470 with the sizes of the libraries."""
+    """In MiB: 54 were found, and 470 with the sizes of the libraries. A process of its own, which reads them once."""
     caches = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
     environment = {name: value for name, value in os.environ.items() if name not in caches}
     said = subprocess.run([sys.executable, "-c", GROWTH], env=environment, capture_output=True, text=True, check=True)
