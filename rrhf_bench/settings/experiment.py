@@ -338,7 +338,8 @@ class RuntimeSettings(Settings):
     pass_tokens: Positive | None = None  # fed to a policy at once in training; none: 2048 on a CPU, 16384 on a GPU
     checkpoint_activations: bool = False  # computed again in the backward pass: a third to a half slower, far smaller
     checkpoint_seconds: Annotated[float, Field(ge=0.0)] = 120.0  # between two checkpoints of a training run
-    # Of PyTorch on a CPU: auto is the newest that it has; "avx2" rounds alike on processors with and without AVX-512.
+    # PyTorch uses these on a CPU. "auto" takes the newest that the processor has. With "avx2" a processor with AVX-512
+    # rounds like one without.
     vector_instructions: Literal["auto", "avx2"] = "auto"
     onednn: Literal["auto", "on", "off"] = "auto"  # float32 products on a CPU; auto: where it is faster
     autocast: Literal["bfloat16"] | None = None  # of policies in float32: products in bfloat16; rounds like bfloat16
