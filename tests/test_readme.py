@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import csv
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.test_report import rows_of
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -15,9 +16,8 @@ NUMBER = r"-?\d+(?:\.\d+)?"
 INTERVAL = re.compile(rf"({NUMBER}) \[({NUMBER}), ({NUMBER})\]")
 
 
-def rows_of(report: str, table: str) -> list[dict[str, str]]:
-    with (ROOT / "reports" / report / "tables" / f"{table}.csv").open() as file:
-        return list(csv.DictReader(file))
+def published(report: str, table: str) -> list[dict[str, str]]:
+    return rows_of(ROOT / "reports" / report / "tables" / f"{table}.csv")
 
 
 def lines(first: str) -> Iterator[list[str]]:
@@ -41,8 +41,8 @@ def is_printed(cell: str, row: dict[str, str], name: str) -> bool:
 
 
 def test_the_headline_table() -> None:
-    differences = {(r["comparison"], r["decoding"], r["reward"]): r for r in rows_of("hh_compare", "differences")}
-    main = {(r["method"], r["decoding"]): r for r in rows_of("hh_compare", "main")}
+    differences = {(r["comparison"], r["decoding"], r["reward"]): r for r in published("hh_compare", "differences")}
+    main = {(r["method"], r["decoding"]): r for r in published("hh_compare", "main")}
     (_, *base), *rows = lines("| method | proxy, greedy")
     places = [(decoding, reward) for decoding in ("greedy", "sampled") for reward in ("proxy", "gold")]
     for cell, (decoding, reward) in zip(base, places, strict=False):
@@ -62,7 +62,7 @@ def test_the_headline_table() -> None:
 def test_the_tables_of_claims(last: str, report: str | None) -> None:
     for name, margin, *verdicts, link in lines(f"| claim | margin | greedy | sampled | {last}"):
         own = report or re.findall(r"\[(\w+)\]", link)[0]
-        known = {(row["claim"], row["decoding"]): row for row in rows_of(own, "claims")}
+        known = {(row["claim"], row["decoding"]): row for row in published(own, "claims")}
         for cell, decoding in zip(verdicts, ("greedy", "sampled"), strict=True):
             row = known.get((name.strip("`"), "none" if "(no decoding)" in cell else decoding))
             if cell == "—":
@@ -75,7 +75,7 @@ def test_the_tables_of_claims(last: str, report: str | None) -> None:
 
 
 def test_the_table_of_the_field() -> None:
-    known = {(r["comparison"], r["decoding"], r["reward"]): r for r in rows_of("methods", "differences")}
+    known = {(r["comparison"], r["decoding"], r["reward"]): r for r in published("methods", "differences")}
     printed = [
         found for cells in lines("| rows and estimates |") for found in re.findall(rf"`(\w+)` ({NUMBER})", cells[0])
     ]
