@@ -1,4 +1,4 @@
-"""The numbers of README's tables are those of the published reports, as far as they are printed."""
+"""The numbers in the tables of README and docs/replication.md are those of the published reports."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from tests.test_report import rows_of
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", ROOT / "docs" / "replication.md"]
 NUMBER = r"-?\d+(?:\.\d+)?"
 INTERVAL = re.compile(rf"({NUMBER}) \[({NUMBER}), ({NUMBER})\]")
 
@@ -22,7 +22,8 @@ def published(report: str, table: str) -> list[dict[str, str]]:
 
 def lines(first: str) -> Iterator[list[str]]:
     """Yield the cells of each line of the table whose header begins so."""
-    table = README[README.index(first) :].split("\n\n")[0].splitlines()
+    text = "\n\n".join(page.read_text() for page in PAGES)
+    table = text[text.index(first) :].split("\n\n")[0].splitlines()
     for line in table[2:]:
         yield [cell.strip() for cell in line.strip("|").split("|")]
 
@@ -90,5 +91,6 @@ def test_every_report_that_is_linked_is_there_and_its_age_is_told() -> None:
     ages = (ROOT / "reports" / "README.md").read_text().partition("## How old each report is")[2]
     for folder in sorted(path.name for path in (ROOT / "reports").iterdir() if path.is_dir()):
         assert re.search(rf"\b{folder}\b", ages), folder
-    for link in re.findall(r"\]\((reports/[^)#]+)\)", README):
-        assert (ROOT / link).exists(), link
+    for page in PAGES:
+        for link in re.findall(r"\]\(((?:\.\./)?reports/[^)#]+)\)", page.read_text()):
+            assert (page.parent / link).exists(), (page, link)
