@@ -15,6 +15,7 @@ class BoNBoNSettings(OfflineSettings):
     ``candidates.sources = ["model"]``."""
 
     requires: ClassVar[frozenset[Requirement]] = frozenset({"candidates", "reference"})
+    responses_used: ClassVar[int | None] = 2
 
     kind: Literal["bonbon"] = "bonbon"
     candidates: Candidates = DrawnCandidates()
@@ -31,6 +32,12 @@ class BoNBoNSettings(OfflineSettings):
     def _fixed(self) -> Self:
         if self.candidates.refresh:
             raise ValueError("candidates.refresh: BoNBoN learns from samples of the initial policy; remove the key")
+        known = {"model", "chosen", "rejected", "reply"}
+        if self.n is None and (other := [name for name in self.candidates.sources if name not in known]):
+            raise ValueError(
+                f"n: none is given, and candidates.sources names {other[0]!r}, of whose replies to a prompt BoNBoN "
+                "cannot know the number; give n, the number of all candidates of a prompt"
+            )
         if self.group_size < 2:
             raise ValueError("n: one candidate has no best and worst; raise candidates.n or add sources")
         return self

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal, Self, get_args
 
 from pydantic import Field, model_validator
@@ -38,4 +39,15 @@ class CoHSettings(PairSettings):
     def _differ(self) -> Self:
         if self.good == self.bad:
             raise ValueError(f"bad: found {self.bad!r}, the marker of good replies too; the two must differ")
+        if self.repeat_prompt and not any("-" in form for form in self.forms):
+            raise ValueError("repeat_prompt: is of forms of two replies; remove it, or add such a form to forms")
         return self
+
+    def budget(self, prompts: int, responses: int) -> str:
+        each = [form.count("-") + 1 for form in self.forms]
+        examples = prompts * sum(each) if self.mix == "all" else sum(each[i % len(each)] for i in range(prompts))
+        steps = self.epochs * math.ceil(examples / self.batch_prompts)
+        return (
+            f"{prompts} pairs in {examples} examples, {self.epochs} epochs of {self.batch_prompts} examples a step = "
+            f"{steps} steps"
+        )

@@ -52,7 +52,11 @@ class GRPOSettings(OnPolicySettings):
     equal_groups: Literal["keep", "drop"] = "keep"
 
     @model_validator(mode="after")
-    def _sequences_are_aggregated_by_sequence(self) -> Self:
+    def _fits_together(self) -> Self:
+        if self.overlong_tokens is None and self.overlong_penalty != 1.0:
+            raise ValueError("overlong_penalty: is not read without overlong_tokens; set them, or remove it")
+        if self.std == "none" and self.std_epsilon != 1e-4:
+            raise ValueError('std_epsilon: is not read with std = "none"; remove one of the two')
         if self.ratio == "sequence" and self.aggregation != "sequence":
             raise ValueError(
                 f'aggregation: found "{self.aggregation}" with ratio = "sequence"; expected "sequence", as in GSPO'

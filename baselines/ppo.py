@@ -94,7 +94,7 @@ class RewardScale:
         std = math.sqrt(self.squares / self.count)
         if std <= 1e-9 * max(1.0, abs(self.mean)):
             raise Diverged(
-                f"ppo: all {self.count} rewards so far are {self.mean:g}, so they have no scale and nothing to teach; "
+                f"all {self.count} rewards so far are {self.mean:g}, so they have no scale and nothing to teach; "
                 'check the reward model, take more rollouts, or set reward_scale = "none"'
             )
         return (score_N - self.mean) / std if self.kind == "first-batch" else score_N / std

@@ -15,6 +15,7 @@ class RAFTSettings(OfflineSettings):
     """
 
     requires: ClassVar[frozenset[Requirement]] = frozenset({"candidates"})
+    responses_used: ClassVar[int | None] = 1
 
     kind: Literal["raft"] = "raft"
     candidates: Candidates = DrawnCandidates()

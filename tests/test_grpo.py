@@ -251,6 +251,8 @@ def test_bad_input_is_refused(rollouts: Rollouts) -> None:
         ({"ratio": "sequence", "aggregation": "token"}, "aggregation"),
         ({"clip_low": 1.0}, "clip_low"),
         ({"overlong_tokens": 0}, "overlong_tokens"),
+        ({"overlong_penalty": 2.0}, "overlong_penalty"),
+        ({"std": "none", "std_epsilon": 1e-6}, "std_epsilon"),
         ({"rollouts": 18}, "rollouts"),
     ]:
         with pytest.raises(ValidationError, match=key):

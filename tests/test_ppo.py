@@ -175,7 +175,8 @@ def test_the_value_function_learns(value: str) -> None:
 )
 def test_a_missing_end_costs(mode: str, expected: Callable[[float], float]) -> None:
     run = Run(lambda text: 0.5, stop=("ad", "da"))
-    made = settings(missing_eos=mode, missing_eos_penalty=-2.0, reward_scale="none")
+    cost = {} if mode == "none" else {"missing_eos_penalty": -2.0}
+    made = settings(missing_eos=mode, reward_scale="none", **cost)
     first = Iteration(run, made)
     metrics = first.metrics
     missing = metrics["completions/clipped_ratio"]
@@ -309,6 +310,8 @@ def test_a_sampler_without_ids_and_a_run_without_prompts_are_refused() -> None:
         ({"kl": "adaptive"}, "kl_target"),
         ({"kl": "adaptive", "kl_coefficient": 0.0, "kl_target": 6.0, "kl_horizon": 10}, "never leaves 0"),
         ({"kl_target": 6.0}, "reads no kl_target"),
+        ({"kl": "adaptive", "kl_target": 6.0, "kl_horizon": 25}, "more than 0.2 x rollouts"),  # of 128: 25.6
+        ({"missing_eos": "none", "missing_eos_penalty": -2.0}, "missing_eos_penalty"),
         ({"missing_eos": "ignore"}, "penalty"),
     ],
 )

@@ -101,8 +101,11 @@ def test_the_baseline_is_the_greedy_reply_of_the_present_weights(replies: int) -
         ratio = (rollouts.logp_NT[row] - rollouts.ref_logp_NT[row]).sum().item()
         expected = (own - baseline - 0.05 * ratio) * rollouts.mask_NT[row]
         torch.testing.assert_close(advantages.advantage_NT[row], expected, rtol=0, atol=1e-5)
-    # The greedy replies cost tokens, and are not trained on.
-    assert state.sampled_tokens == sampled_tokens(rollouts.groups) + sum(len(reply.token_ids or ()) for reply in greedy)
+    # The greedy replies cost tokens, one for each of the 12 prompts or fewer, and are not trained on.
+    once = {group.prompt: group.responses[0] for group in rollouts.greedy}.values()
+    assert len(once) == min(12, 16 // replies)
+    assert state.sampled_tokens == sampled_tokens(rollouts.groups) + sum(len(reply.token_ids or ()) for reply in once)
+    assert state.sampled_replies == 16 + len(once)
     assert len(rollouts.pairs) == 16
 
 

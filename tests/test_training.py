@@ -340,10 +340,11 @@ def test_rewards_that_float32_would_tie_are_ranked(policy, better):
     assert output.metrics["loss/sft"] == pytest.approx(-logp_RT.sum(-1)[better].item(), rel=1e-6)
     assert output.metrics["rewards/accuracies"] == float(p[better] > p[1 - better])
     assert output.loss.dtype == logp_RT.dtype == torch.float32
-    counts = tally([example], policy.tokenization, None)
-    assert (counts["groups_with_ties"], counts["groups_all_equal"]) == (0, 0)
     scored = tuple(replace(reply, score=reward) for reply, reward in zip(replies, rewards, strict=True))
-    found = candidate_statistics([Candidates(PROMPTS[0], scored)])
+    group = Candidates(PROMPTS[0], scored)
+    counts = tally([example], [group], policy.tokenization, None)
+    assert (counts["groups_with_ties"], counts["groups_all_equal"]) == (0, 0)
+    found = candidate_statistics([group])
     assert (found.pairs, found.ties) == (1, 0)
 
 

@@ -113,6 +113,8 @@ class OptimiserSettings(MethodSettings):
 class OfflineSettings(OptimiserSettings):
     """The one offline loop: epochs over fixed examples."""
 
+    responses_used: ClassVar[int | None] = None  # of a prompt's, by its examples; None: all of them
+
     epochs: Annotated[int, Field(ge=1)] = 3
     batch_prompts: Annotated[int, Field(ge=1)] = 16  # examples (prompts) an optimiser step
     max_length: Annotated[int, Field(ge=2)] | None = None  # prompt + response tokens; none: the model's context
@@ -126,8 +128,7 @@ class OfflineSettings(OptimiserSettings):
 
     def budget(self, prompts: int, responses: int) -> str:
         steps, rest = self.epochs * math.ceil(prompts / self.batch_prompts), prompts % self.batch_prompts
-        each = 2 if isinstance(self, PairSettings) else responses or 1
-        examples = f"{prompts} prompts x {each} responses"
+        examples = f"{prompts} prompts x {self.responses_used or responses or 1} responses"
         last = f" (an epoch's last: {rest})" if rest else ""
         return f"{examples}, {self.epochs} epochs of {self.batch_prompts} prompts a step{last} = {steps} steps"
 
@@ -140,6 +141,7 @@ class PairSettings(OfflineSettings):
     """
 
     requires: ClassVar[frozenset[Requirement]] = frozenset({"pairs"})
+    responses_used: ClassVar[int | None] = 2
 
     candidates: Candidates | None = None
 

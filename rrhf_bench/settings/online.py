@@ -14,6 +14,8 @@ Count = Annotated[int, Field(ge=1)]
 
 MOST_CLIPPED = 0.5  # share of tokens: beyond it most of a pass moves nothing, for the step before went too far
 
+MOST_MOVED = 0.2  # of the relative error of the KL (1909.08593), by which an adaptive coefficient moves
+
 MissingEos = Literal["penalty", "replace", "none"]
 
 
@@ -57,6 +59,13 @@ class OnPolicySettings(OptimiserSettings):
             faults.append(
                 "kl_coefficient: found 0; an adaptive one is multiplied and never leaves 0; give a first value"
             )
+        if self.kl_horizon is not None and self.kl_horizon <= MOST_MOVED * self.rollouts:
+            faults.append(
+                f"kl_horizon: found {self.kl_horizon}; expected more than {MOST_MOVED:g} x rollouts ({self.rollouts}): "
+                "an iteration would take the whole coefficient away, or turn its sign"
+            )
+        if self.missing_eos == "none" and self.missing_eos_penalty != -1.0:
+            faults.append('missing_eos_penalty: is not read with missing_eos = "none"; remove one of the two')
         if self.kl == "fixed" and (self.kl_target is not None or self.kl_horizon is not None):
             faults.append('kl: found "fixed", which reads no kl_target or kl_horizon; set "adaptive" or remove them')
         if faults:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rrhf_bench.settings.online import OnPolicySettings
+from rrhf_bench.settings.online import MOST_MOVED, OnPolicySettings
 
 
 @dataclass
@@ -31,7 +31,7 @@ class AdaptiveKL:
 
     def update(self, kl: float, n_steps: int) -> None:
         """Move the coefficient after ``n_steps`` responses with mean KL ``kl``."""
-        error = min(max(kl / self.target - 1.0, -0.2), 0.2)
+        error = min(max(kl / self.target - 1.0, -MOST_MOVED), MOST_MOVED)
         self.coefficient *= 1.0 + error * n_steps / self.horizon
 
 

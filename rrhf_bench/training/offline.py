@@ -21,7 +21,7 @@ from rrhf_bench.policy.policy import Policy
 from rrhf_bench.policy.tokenization import Tokenization
 from rrhf_bench.records import Candidates
 from rrhf_bench.seeding import generator
-from rrhf_bench.settings.methods import OfflineSettings
+from rrhf_bench.settings.methods import OfflineSettings, PairSettings
 from rrhf_bench.training.method import (
     Example,
     LossMethod,
@@ -123,12 +123,14 @@ class FixedExamples:
         self.counts = {
             "examples": len(examples),
             "prompts_too_long": len(made) - len(examples),
-            **({"prompts_without_example": len(groups) - len(made)} if len(made) < len(groups) else {}),
             "responses_empty": empty,
-            **tally(examples, policy.tokenization, settings.max_length),
+            **tally(examples, groups, policy.tokenization, settings.max_length),
         }
-        if groups and len(made) < len(groups):
-            self.counts["groups_unused"] = len(groups) - len(made)  # that the method can learn nothing from
+        unused = len(groups) - len(made)
+        if isinstance(settings, PairSettings):  # which may make several examples of a pair
+            unused = sum(len(set(group.scores)) < 2 for group in groups)
+        if unused > 0:
+            self.counts["prompts_without_example"] = unused
         self._batches = batches(examples, settings, context.seed)
 
     def state(self) -> dict[str, Any]:
@@ -272,24 +274,28 @@ def with_tokens(groups: Sequence[Candidates], tokenization: Tokenization) -> tup
     return kept, sum(len(group.responses) for group in groups) - sum(len(group.responses) for group in kept)
 
 
-def tally(examples: Sequence[Example], tokenization: Tokenization, max_length: int | None) -> dict[str, int]:
+def tally(
+    examples: Sequence[Example], groups: Sequence[Candidates], tokenization: Tokenization, max_length: int | None
+) -> dict[str, int]:
     """Return the counts of responses that ``max_length`` cuts, of responses that contain the name of a special token
     such as ``</s>``, and of groups with tied rewards.
 
-    The prompts of all examples must fit. Ties are counted on the same float64 rewards that the loss compares.
+    The prompts of all examples must fit. A response that stands in several examples counts once. Ties are those of all
+    candidates, also if a method trains on some of them, and on the same float64 rewards that the loss compares. Groups
+    whose prompts do not fit are left out.
     """
-    responses = [response for example in examples for response in example.responses]
-    cut = 0
+    responses = {id(response): response for example in examples for response in example.responses}
+    cut: set[int] = set()
     if max_length is not None:
         for example in examples:
             room = max_length - len(tokenization.prompt_ids(example.prompt))
-            cut += sum(len(tokenization.response_ids(r.text, ended=r.ended)) > room for r in example.responses)
-    scored = [example.rewards for example in examples if example.rewards]
+            cut |= {id(r) for r in example.responses if len(tokenization.response_ids(r.text, ended=r.ended)) > room}
+        groups = [group for group in groups if len(tokenization.prompt_ids(group.prompt)) < max_length]
     return {
-        "responses_truncated": cut,
-        "responses_with_special_tokens": sum(tokenization.names_special_token(r.text) for r in responses),
-        "groups_with_ties": sum(len(set(r)) < len(r) for r in scored),
-        "groups_all_equal": sum(len(set(r)) == 1 < len(r) for r in scored),
+        "responses_truncated": len(cut),
+        "responses_with_special_tokens": sum(tokenization.names_special_token(r.text) for r in responses.values()),
+        "groups_with_ties": sum(len(set(group.scores)) < len(group.scores) for group in groups),
+        "groups_all_equal": sum(len(set(group.scores)) == 1 < len(group.scores) for group in groups),
     }
 
 

@@ -199,8 +199,9 @@ class OnPolicyTrainer:
         seed = sampler.context.seed
         prompts = cycle_prompts(inputs.prompts, state.iteration * count, count, seed, self.name)
         rollouts = sampler.draw(state.iteration, prompts, state.critic, self._place(state))
-        state.sampled_tokens += sampled_tokens(rollouts.groups) + sampled_tokens(rollouts.greedy)
-        state.sampled_replies += len(rollouts.pairs) + len(rollouts.greedy)
+        greedy = list(dict.fromkeys(rollouts.greedy))  # sampled once for a prompt that comes twice
+        state.sampled_tokens += sampled_tokens(rollouts.groups) + sampled_tokens(greedy)
+        state.sampled_replies += len(rollouts.pairs) + len(greedy)
         state.missing_ends += int((~rollouts.ended_N).sum())
         return rollouts
 

@@ -148,7 +148,7 @@ class OnlineExamples:
         if reference is not None and "reference" in self.settings.requires:
             examples = with_reference(examples, reference)
         self.trained_tokens += sum(fed_tokens(self.policy, e, self.settings.max_length) for e in examples)
-        counts = tally(examples, self.policy.tokenization, self.settings.max_length)
+        counts = tally(examples, groups, self.policy.tokenization, self.settings.max_length)
         self.counts.update({"refreshes": 1, "groups": len(groups), "responses_empty": empty, **counts})
         self.context.log({"step": done, "refresh": number + 1, "sampled_tokens": self.sampled_tokens, **metrics})
         made = iter(examples)
