@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from rrhf_bench.evaluation.statistics import Estimate
-from rrhf_bench.pipeline.results import RunRecords
+from rrhf_bench.pipeline.results import Cost, RunRecords
 from rrhf_bench.records import Candidates, CurvePoint, Evaluated, PairScored, PoolScored, Prompt, Response
 from rrhf_bench.replication.counterparts import counterpart, counterparts, with_parts
 from rrhf_bench.replication.departures import departures_table
@@ -34,14 +34,14 @@ from rrhf_bench.replication.sections import SECTIONS
 from rrhf_bench.replication.variants import variant_groups, variant_sentences, variants_table
 from rrhf_bench.report.claims import RunEvidence
 from rrhf_bench.report.comparisons import Comparison, comparison_pairs, comparison_words
+from rrhf_bench.report.drawing import FREE_COLOURS, colours, markers
 from rrhf_bench.report.figures import best_of_n_curve, reward_curves, training_curves
 from rrhf_bench.report.findings import findings, trades
 from rrhf_bench.report.forest import test_reward as forest
 from rrhf_bench.report.frontier import frontiers, no_frontier
-from rrhf_bench.report.page import compared_tables
 from rrhf_bench.report.rows import rows_table
 from rrhf_bench.report.section import Section
-from rrhf_bench.report.table import Cell, Missing, Table
+from rrhf_bench.report.table import Cell, Missing, Table, to_markdown
 from rrhf_bench.report.tables import main_table
 from rrhf_bench.report.view import View
 from rrhf_bench.seeding import generator
@@ -50,7 +50,7 @@ from rrhf_bench.settings.experiment import Experiment
 from rrhf_bench.settings.methods import MethodSettings, candidates_of
 from rrhf_bench.settings.reading import load_experiment
 from rrhf_bench.training.rrhf_settings import RRHFSettings
-from tests.test_report import without_figures
+from tests.test_report import tables_of, without_figures
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 PROMPTS = tuple(Prompt(f"\n\nHuman: How do I do thing {i}?\n\nAssistant:") for i in range(30))
@@ -376,6 +376,13 @@ def test_eq7_has_the_papers_way_and_gap_beside_greedy_replies() -> None:
     assert by_decoding["sampled"]["paper: gap"] is None
 
 
+def test_a_p_of_eq7_is_never_printed_as_0() -> None:
+    table = best_of_n_learning(view_of("sampling_quality"))
+    p = [column.name for column in table.columns].index("p")
+    small = replace(table, rows=(tuple(Cell(1e-9) if c == p else cell for c, cell in enumerate(table.rows[0])),))
+    assert "< 0.0001" in to_markdown(small)
+
+
 def test_table_5_counts_a_tie_as_half_and_says_how_many() -> None:
     view = view_of("reward_model_accuracy")
     published = {row["scorer"]: row["paper: accuracy, %"] for row in rows_of(accuracies(view))}
@@ -406,8 +413,17 @@ def test_table_7_compares_each_weight_with_the_full_objective() -> None:
     assert rank_ablation(view_of("main_table")) is None
 
 
+def with_costs(view: View, replies: Mapping[str, int]) -> View:
+    """Return the run with so many sampled replies of each row in the record of its costs."""
+    none = Cost(1.0, 0.0, 0, 0, 0, 9, None)
+    costs = {(row, seed): replace(none, sampled_replies=count) for row, count in replies.items() for seed in (0, 1)}
+    return View(replace(view.records, costs=costs))
+
+
 def test_table_8_counts_the_records() -> None:
-    rows = {row["method"]: row for row in rows_of(samples_a_query(view_of("sampling_quality")))}
+    spent = {"dp": 1200, "p": 0, "ip3": 3600, "op": 1200, "sft": 0}
+    view = with_costs(view_of("sampling_quality"), spent)
+    rows = {row["method"]: row for row in rows_of(samples_a_query(view))}
     columns = ("paper: training", "trained on", "of these sampled", "sampled in all", "inference")
     counted = {name: tuple(row[column] for column in columns) for name, row in rows.items()}
     assert counted["dp"] == ("fixed n", 6.0, 4.0, 4.0, 1)
@@ -415,9 +431,24 @@ def test_table_8_counts_the_records() -> None:
     assert counted["ip3"] == ("fixed n", 6.0, 4.0, 12.0, 1)  # three rounds of four
     assert counted["op"] == ("n", 6.0, 4.0, 4.0, 1)
     assert counted["sft"] == ("fixed 1", 1.0, 0.0, 0.0, 1)
+    assert rows["bp"]["sampled in all"] is None  # no cost was recorded
     rows = {row["method"]: row for row in rows_of(samples_a_query(view_of("main_table")))}
-    assert (rows["ppo"]["trained on"], rows["ppo"]["sampled in all"]) == (1.0, 2000 / 300)
     assert (rows["best_of_n"]["trained on"], rows["best_of_n"]["inference"]) == (None, 4)
+
+
+def test_table_8_counts_the_replies_of_online_rows_and_of_labelled_pairs() -> None:
+    view = with_costs(view_of("methods"), {"ppo": 1200, "rloo": 1200, "remax": 1200, "coh": 0, "sft": 0})
+    rows = {row["method"]: row for row in rows_of(samples_a_query(view))}
+    columns = ("trained on", "of these sampled", "sampled in all")
+    counted = {name: tuple(row[column] for column in columns) for name, row in rows.items()}
+    replies = view.methods["rloo"].replies  # type: ignore[attr-defined]
+    assert replies > 1
+    assert counted["ppo"] == (1, 1, 4.0)
+    assert counted["rloo"] == (replies, replies, 4.0)
+    assert counted["remax"] == (1, 1, 4.0)  # half of them greedy
+    assert counted["coh"] == (2, 0, 0.0)
+    assert counted["sft"] == (1, 0, 0.0)
+    assert counted["dpo_labelled"] == (2, 0, None)
 
 
 def test_an_experiment_on_reviews_has_table_10_and_no_table_2() -> None:
@@ -488,10 +519,11 @@ def test_many_rows_are_summed_up_in_a_sentence() -> None:
 
 
 def test_many_rows_have_sentences_about_what_each_gained_and_no_more() -> None:
-    told = [sentence for sentence in findings(view_of("sampling_quality")) if sentence.startswith("Against")]
-    starts = [f"Against **{start}** on the proxy reward, " for start in ("base", "raw", "chosen\\_sft", "chosen_sft")]
-    assert len(told) == 6
-    assert all(sentence.startswith(tuple(starts)) for sentence in told)
+    found = findings(view_of("sampling_quality"))
+    told = [sentence for sentence in found if sentence.startswith("Against")]
+    assert [words.split("**")[1] for words in told] == [row for row in ("base", "raw", "chosen_sft") for _ in range(4)]
+    assert sum(" on the gold reward, " in sentence for sentence in told) == 6
+    assert "with each other stand in the table of differences" in found[found.index(told[-1]) + 1]
 
 
 def test_many_trades_are_one_sentence_a_decoding() -> None:
@@ -615,6 +647,23 @@ def test_each_entry_of_a_frontier_with_several_searches_of_a_method_means_one_th
     assert len(set(found)) == len(found)
 
 
+def test_a_frontier_of_many_kinds_shows_the_searches_and_names_the_kinds_left_out() -> None:
+    ((drawn, figure),) = frontiers(view_of("methods"))
+    shown = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert any(words.startswith("DPO, lr") for words in shown)  # dpo, cdpo and rpo, the only rows of one kind
+    left = drawn.caption.partition("Not shown, for want of room: ")[2]
+    assert "KTO" in left
+    assert "Not shown" not in next(frontiers(view_of("ppo_frontier")))[0].caption
+
+
+@pytest.mark.parametrize("name", ["methods", "claims"])
+def test_no_two_rows_of_a_figure_look_the_same(name: str) -> None:
+    view = view_of(name)
+    rows = view.rows_from("base")
+    assert len({(colours(view)[row], markers(view)[row]) for row in rows}) == len(rows)
+    assert len(set(FREE_COLOURS)) == len(FREE_COLOURS)
+
+
 def test_truncated_draws_have_no_kl_wherever_one_is_shown(tmp_path: Path) -> None:
     """This holds even if the records of an older run hold log-ratios in place of the KL."""
     whole, cut = view_of("ppo_frontier"), view_of("ppo_frontier", "evaluation.top_k=50")
@@ -698,7 +747,7 @@ def test_a_run_without_rrhf_has_a_whole_report_that_names_no_paper(tmp_path: Pat
     )
     view = View(without)
     assert [section.title for section in SECTIONS if section.parts(view)] == []
-    tables = {table.name for table in compared_tables(view, SECTIONS)}
+    tables = {table.name for table in tables_of(view, SECTIONS)}
     assert tables == {"rows", "main", "differences", "seeds", "features", "counts", "budgets"}
     assert comparison_pairs(view)[0][:1] == [("ppo", "sft")]  # sft is the first trained row
     page = page_of(without, tmp_path / "report", SECTIONS)

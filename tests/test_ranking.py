@@ -33,17 +33,22 @@ def test_equal_rows_share_a_range_and_planted_effects_part_the_others(records: R
     assert found["base"].last == 5
 
 
-def test_one_seed_is_ranked_over_prompts_alone_and_the_table_says_so(records: RunRecords) -> None:
+def test_one_training_seed_ranks_no_row_above_another_and_the_page_says_why(
+    records: RunRecords, monkeypatch: pytest.MonkeyPatch
+) -> None:
     one = replace(
         records,
         experiment=records.experiment.model_copy(update={"seeds": (0,)}),
         evaluated=tuple(reply for reply in records.evaluated if reply.seed == 0),
     )
+    assert {place.words for place in places(View(one), ROWS, "sample", "reward").values()} == {"1 to 5"}
     table = ranking_table(View(one), ROWS)
     assert any("one training seed" in note for note in table.footnotes)
-    places = [row[1].value for row in table.rows if row[2].value == "ppo"]
-    assert len(places) == 2
     assert not any("one training seed" in note for note in ranking_table(View(records), ROWS).footnotes)
+    monkeypatch.setattr(ranking, "LEAST_KINDS", 3)
+    sentences = [part for part in ranking_parts(View(one)) if isinstance(part, str)]
+    assert sentences
+    assert all("no row gets a verdict" in sentence for sentence in sentences)
 
 
 def test_a_win_rate_is_the_share_of_prompts_and_the_two_sides_add_to_one(records: RunRecords) -> None:

@@ -27,9 +27,12 @@ from rrhf_bench.pipeline.run_folder import write_metrics
 from rrhf_bench.records import Candidates, CurvePoint, Evaluated, PairScored, PoolScored, Prompt, Response
 from rrhf_bench.replication.sections import SECTIONS
 from rrhf_bench.report.budgets import budgets_table
+from rrhf_bench.report.claims import claim_results
 from rrhf_bench.report.comparisons import comparisons
+from rrhf_bench.report.drawing import styled
 from rrhf_bench.report.findings import standing
-from rrhf_bench.report.page import compared_tables, write_report
+from rrhf_bench.report.page import _tables, write_report
+from rrhf_bench.report.ranking import ranking_parts
 from rrhf_bench.report.rows import rows_table
 from rrhf_bench.report.section import Section
 from rrhf_bench.report.table import Cell, Column, Table, printed, to_csv, write_table
@@ -214,6 +217,13 @@ def without_figures(records: RunRecords, folder: Path, sections: Sequence[Sectio
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("rrhf_bench.report.figures._save", lambda *_: None)
         return write_report(records, folder, sections).parent
+
+
+def tables_of(view: View, sections: Sequence[Section] = ()) -> list[Table]:
+    """Return all tables of a report that hold no wall-clock."""
+    with styled():
+        parts = [*ranking_parts(view), *(part for section in sections for part in section.parts(view))]
+    return _tables(view, claim_results(view), sections, parts)
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:
@@ -408,7 +418,7 @@ def test_tables_are_the_same_bytes_in_a_second_write_and_in_any_order_of_records
     np.random.seed(12345)  # a caller's global state must not matter
     again = tmp_path / "again"
     again.mkdir()
-    for table in compared_tables(View(shuffled), SECTIONS):
+    for table in tables_of(View(shuffled), SECTIONS):
         write_table(table, again)
     for path in again.iterdir():
         assert path.read_bytes() == (report / "tables" / path.name).read_bytes(), path.name
@@ -496,6 +506,25 @@ def test_a_failed_method_and_an_empty_run_still_give_a_report(records: RunRecord
     empty = replace(failed, evaluated=(), pairs=(), reward_pairs=(), candidates={}, test_candidates={}, training={})
     text = write_report(empty, tmp_path / "empty").read_text(encoding="utf-8")
     assert "Nothing could be compared" in text
+
+
+def test_the_page_says_nothing_of_a_decoding_or_of_methods_that_the_run_lacks(
+    records: RunRecords, report: Path, tmp_path: Path
+) -> None:
+    page = (report / "report.md").read_text(encoding="utf-8")
+    assert "sampling comes second" in page
+    assert "does each\nmethod give (sft, rrhf, ppo, best_of_n)" in page
+    evaluation = records.experiment.evaluation.model_copy(update={"decoding": ("sample",)})
+    none = {"evaluation": evaluation, "methods": {}, "report": ReportSettings()}
+    sampled = replace(
+        records,
+        experiment=records.experiment.model_copy(update=none),
+        evaluated=tuple(r for r in records.evaluated if r.method == "base" and r.decoding == "sample"),
+        pairs=(), curves=(), candidates={}, test_candidates={}, training={}, costs={}, curve_seconds={},
+    )  # fmt: skip
+    page = (without_figures(sampled, tmp_path / "sampled") / "report.md").read_text(encoding="utf-8")
+    assert "sampling comes second" not in page
+    assert "**Question.**" not in page
 
 
 def test_prompts_that_a_seed_lacks_are_left_out_and_counted(records: RunRecords) -> None:
@@ -593,8 +622,8 @@ def test_the_best_reply_is_a_row_of_the_main_table_and_nothing_is_compared_with_
     (row,) = (row for row in main_table(view).rows if row[0].value == "best")
     assert (row[3].value, row[3].low, row[3].high) == pytest.approx((1.7, 1.7, 1.7))
     assert comparisons(view) == comparisons(View(records))
-    tables = {table.name: to_csv(table) for table in compared_tables(view, SECTIONS)}
-    before = {table.name: to_csv(table) for table in compared_tables(View(records), SECTIONS)}
+    tables = {table.name: to_csv(table) for table in tables_of(view, SECTIONS)}
+    before = {table.name: to_csv(table) for table in tables_of(View(records), SECTIONS)}
     assert {name for name in tables if tables[name] != before[name]} <= {"main", "seeds", "features"}
 
 

@@ -10,17 +10,22 @@ import numpy as np
 import pytest
 
 from rrhf_bench.errors import ConfigError
+from rrhf_bench.evaluation.claims import evaluate_claims
 from rrhf_bench.evaluation.grid import Grid, Missing, pair
 from rrhf_bench.evaluation.statistics import Estimate
 from rrhf_bench.pipeline.results import RunRecords
 from rrhf_bench.pipeline.stage_graph import Plan, make_plan
 from rrhf_bench.pipeline.worlds import merge_worlds
 from rrhf_bench.records import Evaluated, Prompt
+from rrhf_bench.replication.published import accuracies, best_of_n_learning
+from rrhf_bench.report.claims import RunEvidence
+from rrhf_bench.report.comparisons import comparisons
 from rrhf_bench.report.page import write_report
-from rrhf_bench.report.tables import level_words, seeds_table
+from rrhf_bench.report.tables import candidates_table, level_words, seeds_table
 from rrhf_bench.report.view import View
+from rrhf_bench.settings.claims import DifferenceSettings
 from rrhf_bench.settings.reading import load_experiment
-from tests.test_report import PROMPTS, synthetic
+from tests.test_report import PROMPTS, synthetic, without_figures
 
 SMOKE = Path(__file__).parents[1] / "experiments" / "smoke.toml"
 
@@ -112,6 +117,12 @@ def test_a_row_that_failed_in_a_world_is_compared_in_the_others() -> None:
         found = pair(row, side)
         assert not isinstance(found, Missing)
         assert (found.worlds, found.b_SP.tolist()) == ((7, 9), [[0, 0], [2, 2]])
+
+
+def test_two_rows_with_only_one_world_in_common_do_not_pair() -> None:
+    row, other = grid([[1, 2]], (0,), (7,)), grid([[0, 0], [1, 1]], (0, 1), (7, 8))
+    assert pair(row, other) == Missing("only one world has both rows")
+    assert not isinstance(pair(grid([[1, 2]], (0,), None), grid([[0, 0]], (0,), None)), Missing)
 
 
 # Records and report
@@ -220,6 +231,43 @@ def test_the_report_of_several_worlds(merged: RunRecords, tmp_path: Path) -> Non
     header = (tmp_path / "report/tables/differences.csv").read_text().splitlines()[0]
     assert "worlds" in header
     assert "clusters" not in header
+
+
+def test_a_row_that_survives_in_one_world_only_has_dashes(
+    one: RunRecords, of_worlds: dict[int, RunRecords], tmp_path: Path
+) -> None:
+    def without_ppo(records: RunRecords, world: int) -> RunRecords:
+        kept = {
+            name: {key: value for key, value in getattr(records, name).items() if key[0] != "ppo"}
+            for name in ("candidates", "test_candidates", "training", "costs", "curve_seconds")
+        }
+        lists = {
+            name: tuple(item for item in getattr(records, name) if item.method != "ppo")
+            for name in ("evaluated", "pairs", "curves")
+        }
+        return replace(records, **kept, **lists, failures={("ppo", world): "train: the loss is nan"})
+
+    failed = {world: without_ppo(records, world) if world != 5 else records for world, records in of_worlds.items()}
+    records = merge_worlds(one.experiment, failed)
+    view = View(records)
+    assert isinstance(view.mean("ppo", "sample", "reward"), Missing)  # no bootstrap over the prompts of one world
+    found = {(c.a, c.b): c for c in comparisons(view) if (c.decoding, c.measure) == ("sample", "reward")}
+    assert found["ppo", "base"].estimate == Missing("only one world has both rows")
+    assert found["ppo", "base"].verdict is None
+    assert isinstance(found["rrhf", "base"].estimate, Estimate)
+    claim = DifferenceSettings(higher="ppo", lower="base", margin=0.0)
+    assert {r.verdict for r in evaluate_claims({"gain": claim}, RunEvidence(view))} == {"not tested"}
+    page = without_figures(records, tmp_path / "report") / "report.md"
+    assert "only one world has both rows" in page.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("table", [candidates_table, accuracies, best_of_n_learning])
+def test_the_tables_count_worlds_as_worlds(merged: RunRecords, table: Any) -> None:
+    both = replace(merged, experiment=merged.experiment.model_copy(update={"seeds": (0, 1)}))
+    made = table(View(both))
+    names = [column.name for column in made.columns]
+    assert "seeds" not in names
+    assert {row[names.index("worlds")].value for row in made.rows} <= {3, None}
 
 
 def test_a_world_with_other_labels_has_another_arena(

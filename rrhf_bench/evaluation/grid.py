@@ -62,6 +62,11 @@ class Block(Generic[T]):
     def items(self) -> list[T]:
         return [item for items_P in self.items_SP for item in items_P]
 
+    @property
+    def repetitions(self) -> int:
+        """Return the number of seeds, or of worlds if there are several."""
+        return len(set(self.worlds or self.seeds))
+
     def grid(self, value: Callable[[T], float], *, one_model: bool = False) -> Grid:
         values = [[value(item) for item in items_P] for items_P in self.items_SP]
         return Grid(self.seeds, self.prompts, np.array(values, dtype=np.float64), one_model, self.worlds)
@@ -86,7 +91,8 @@ class Paired:
 def pair(a: Grid, b: Grid) -> Paired | Missing:
     """Return the values of both rows on the seeds and prompts that both have.
 
-    One model with one seed of its world stands against every seed of that world.
+    One model with one seed of its world stands against every seed of that world. In a run of several worlds the world
+    is the random unit, so that rows with only one world in common do not pair.
     """
     prompts = in_both(a.prompts, b.prompts)
     if _alone(a) or _alone(b):
@@ -101,9 +107,12 @@ def pair(a: Grid, b: Grid) -> Paired | Missing:
     if len(prompts) < 2:
         return Missing("fewer than 2 prompts in common")
     of_a, of_b = [i for i, _ in rows], [j for _, j in rows]
+    worlds = _chosen(a.worlds, of_a)
+    if worlds is not None and len(set(worlds)) < 2:
+        return Missing("only one world has both rows")
     a_SP = a.values_SP[np.ix_(of_a, _places(a.prompts, prompts))]
     b_SP = b.values_SP[np.ix_(of_b, _places(b.prompts, prompts))]
-    return Paired(a_SP, b_SP, prompts, _chosen(a.worlds, of_a))
+    return Paired(a_SP, b_SP, prompts, worlds)
 
 
 def _alone(grid: Grid) -> bool:

@@ -6,12 +6,12 @@ from rrhf_bench.replication.counterparts import RRHF, counterpart
 from rrhf_bench.replication.paper import FIGURE_3, TABLE_6, load
 from rrhf_bench.report.drawing import Drawn, Made, colours, legend_above, legend_key, new_panels
 from rrhf_bench.report.figures import (
-    QUALITY_WORDS,
     decoding_keys,
     finish_loss_panels,
     loss_panels,
     loss_words,
     quality_panel,
+    quality_words,
 )
 from rrhf_bench.report.view import View
 
@@ -60,5 +60,5 @@ def published_quality() -> Made:
     axes[0][0].set_ylabel("test reward")
     handles = [legend_key(rho, shade, marker="s") for rho, shade in _SHADES.items()]
     axes[0][0].legend(handles=handles, loc="lower right", handletextpad=0.2, labelspacing=0.2)
-    caption = f"{QUALITY_WORDS} The published points (2304.05302v2), on another reward scale than this run's."
+    caption = f"{quality_words('row')} The published points (2304.05302v2), on another reward scale than this run's."
     return Drawn("table6_points", "Test reward against sampling quality in the paper", caption), figure

@@ -6,7 +6,6 @@ the published row beside it). ``counterparts.py`` says which row stands beside w
 
 from __future__ import annotations
 
-import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -31,6 +30,7 @@ from rrhf_bench.replication.counterparts import (
     writes_reviews,
 )
 from rrhf_bench.replication.paper import TABLE_2, TABLE_5, TABLE_6, TABLE_7, TABLE_8, TABLE_10, PublishedRow, load
+from rrhf_bench.report.budgets import mean_cost, own_replies
 from rrhf_bench.report.table import DECODING_WORDS, Cell, Field, L, Table, Value, build_table, number
 from rrhf_bench.report.tables import accuracy, perplexity, samples_as
 from rrhf_bench.report.view import BASE, GIVEN, View
@@ -205,7 +205,7 @@ def accuracies(view: View) -> Table | None:
         _ours("accuracy, %", percent, 1, interval=True),
         _ours("ties", size(lambda block: sum(pair.chosen == pair.rejected for pair in block.items)), 0),
         _ours("pairs", size(lambda block: len(block.prompts)), 0),
-        _ours("seeds", size(lambda block: len(block.seeds)), 0),
+        _ours(f"{view.repetition}s", size(lambda block: block.repetitions), 0),
     )
     settings = {"": "none", "PPO": "PPO", "RRHF_DP": "RRHF_DP"}
     theirs = {}
@@ -220,7 +220,8 @@ def accuracies(view: View) -> Table | None:
     first_hand = "Published: Table 5 of arXiv 2304.05302v2 (unchanged in v3), other models on other pairs."
     notes = (
         "Share of held-out pairs whose chosen reply scores higher: p_i is the log-probability of a reply divided by "
-        "its own number of tokens. A tie counts one half; ties are counted over all seeds.",
+        "its own number of tokens. A tie counts one half; ties are counted over all "
+        f"{view.repetition}s.",
         *([first_hand] if theirs else []),
         *choices(view, [("Alpaca", "PPO"), ("Alpaca", "RRHF_DP")]),
     )
@@ -307,9 +308,9 @@ def best_of_n_learning(view: View) -> Table:
         Field("paper: gap", lambda line: theirs_of(*line)[1], 2),
         Field("gap, unpaired", lambda line: eq7.unpaired_gap(view, *line), 2),
         Field("gap, paired", lambda line: eq7.paired_gap(view, *line), 2, True),
-        Field("p", of_gap(lambda gap: gap.p), 4),
+        Field("p", of_gap(lambda gap: gap.p), 4, decides=0.05),
         Field("prompts", of_gap(lambda gap: gap.n), 0),
-        Field("seeds", of_gap(lambda gap: gap.seeds), 0),
+        Field(f"{view.repetition}s", of_gap(lambda gap: gap.worlds or gap.seeds), 0),
     )
     theirs_words = "The paper's are worked out from the cells of its Table 6: greedy replies, another reward scale."
     notes = (
@@ -367,8 +368,8 @@ def rank_ablation(view: View) -> Table | None:
     notes = (
         _SCALES,
         "Rows differ in the weight of the ranking term alone. Less full: paired difference to the row with weight 1 "
-        "over the prompts and seeds that both have. These differences are exploratory; verdicts stand in the table of "
-        "differences.",
+        f"over the prompts and {view.repetition}s that both have. These differences are exploratory; verdicts stand in "
+        "the table of differences.",
         "The paper says of weights 10 and 100 that they did worse, without numbers. Published: Table 7 of arXiv "
         "2304.05302v2, the same in v3.",
     )
@@ -380,7 +381,7 @@ def rank_ablation(view: View) -> Table | None:
 
 
 def samples_a_query(view: View) -> Table:
-    """Return Table 8: responses a query that a method trains on, and samples at inference, counted from the records."""
+    """Return Table 8: responses a query that a method trains on, and samples in all and at inference."""
     names = {BEST_OF_N: "Best-of-n", SFT: "SFT", PPO: "PPO", RRHF: "RRHF"}
     published = {row.text("method"): row for row in load(TABLE_8)}
 
@@ -401,12 +402,14 @@ def samples_a_query(view: View) -> Table:
     )
     left = [row for row in view.methods if row not in view.main_rows]
     notes = [
-        "Trained on: responses to a query in each of its visits; of these sampled: not counting the data set's own. "
-        "Sampled in all: while and before it trains, over the training queries and the seeds, rounds before the last "
-        "included. Inference: replies that are sampled and scored for each that is given.",
+        "Trained on: responses to a query that the method is given in each of its visits, those included that its loss "
+        "passes over; of these sampled: not counting the data set's own. Sampled in all: the sampled replies of the "
+        f"table of budgets, by training query. They are those of all rounds, mean over {view.repetition}s, with the "
+        "greedy replies of a baseline and with what the rows sampled whose models this one samples. Inference: replies "
+        "that are sampled and scored for each that is given.",
         'Paper: Table 8 of arXiv 2304.05302v2, the same in v3, in its words; "fixed" says that the responses are made '
         "once, before training.",
-        *([f"Rows that differ from one of these in nothing that counts here: {', '.join(left)}."] if left else []),
+        *([f"Not shown, because they differ from a row here in numbers alone: {', '.join(left)}."] if left else []),
     ]
     lines = [(row, beside(row)) for row in view.main_rows]
     return _table(view, "table8", "Samples a query (Table 8 of the RRHF paper)", fields, lines, notes)
@@ -415,23 +418,21 @@ def samples_a_query(view: View) -> Table:
 def _samples(view: View, row: str) -> tuple[Value, Value, Value]:
     """Return how many responses a query a row trained on, how many of these it sampled, and how many in all."""
     settings = view.methods[row]
-    how = candidates_of(settings)
-    if row in view.candidates and how is not None:
-        block = view.candidates[row]
-        drawn = sum(r.source not in (*GIVEN, "reply") for c in block.items for r in c.responses)
-        different = len({prompt.partition("/")[0] for prompt in block.prompts})
-        in_all = drawn * how.rounds / different / len(block.seeds)
-        return sum(len(c.responses) for c in block.items) / len(block.items), drawn / len(block.items), in_all
     if settings.family == "inference":
         return (Missing("it trains nothing"),) * 3
-    if "sampler" not in settings.requires:
-        return 1.0, 0.0, 0.0
-    seeds = [seed for name, seed in view.records.training if name == row]
-    rollouts = [view.records.counts.get((row, seed), {}).get("rollouts") for seed in seeds]
-    known = [count for count in rollouts if count is not None]
-    if not known:
-        return (Missing("the run's records hold no count of its rollouts"),) * 3
-    return 1.0, 1.0, math.fsum(known) / len(known) / view.experiment.data.train_prompts
+    sampled = mean_cost(view, row, "sampled_replies")
+    in_all: Value = Missing("no cost of this row was recorded")
+    if sampled is not None:
+        in_all = sampled / view.experiment.data.train_prompts
+    if settings.family == "online":
+        return getattr(settings, "replies", 1), getattr(settings, "replies", 1), in_all
+    if candidates_of(settings) is None:
+        return own_replies(view, row), 0, in_all
+    block = view.candidates.get(row)
+    if block is None:
+        return view.absent(row), view.absent(row), in_all
+    drawn = sum(r.source not in (*GIVEN, "reply") for c in block.items for r in c.responses)
+    return sum(len(c.responses) for c in block.items) / len(block.items), drawn / len(block.items), in_all
 
 
 # --- Table 10 ------------------------------------------------------------------------------------------------------

@@ -79,7 +79,8 @@ def variants_table(view: View) -> Table | None:
     ]
     notes = (
         "Rows of one group differ in the variant alone: the same candidates, data order and optimiser. Less paper: "
-        "paired difference over the prompts (for the accuracy: pairs) and seeds that both have, with its interval; "
+        f"paired difference over the prompts (for the accuracy: pairs) and {view.repetition}s that both have, with its "
+        "interval; "
         "these differences are exploratory. Length: tokens of a reply.",
         "p_i is the mean log-probability here for every row, also for the one that trained on another.",
         "No published table has this comparison: the paper prints one row, and its code computes another.",

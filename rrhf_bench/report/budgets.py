@@ -68,15 +68,15 @@ def mean_cost(view: View, row: str, name: str) -> float | None:
 
 def labelled_prompts(view: View, row: str) -> int:
     """Return the number of prompts of which a row trains on the data set's own replies."""
-    return view.experiment.data.train_prompts if _own_replies(view, row) else 0
+    return view.experiment.data.train_prompts if own_replies(view, row) else 0
 
 
 def labelled_replies(view: View, row: str) -> int:
     """Return the number of the data set's own replies that a row reads."""
-    return view.experiment.data.train_prompts * _own_replies(view, row)
+    return view.experiment.data.train_prompts * own_replies(view, row)
 
 
-def _own_replies(view: View, row: str) -> int:
+def own_replies(view: View, row: str) -> int:
     """Return how many of the data set's own replies to a prompt a row reads: two for a loss of pairs."""
     if row not in view.trained or view.method(row).family != "offline":
         return 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from rrhf_bench.evaluation.claims import ClaimResult, Scores, evaluate_claims
 from rrhf_bench.evaluation.grid import Grid, Missing
@@ -137,6 +138,22 @@ def power_words(results: Sequence[ClaimResult]) -> str:
         parts.append(f"{markdown(unit)}{f', {DECODING_WORDS[decoding]}' if decoding else ''}: {size}")
     return (
         "**Power.** The smallest distance from its threshold that a claim alone would have shown four times in five: "
-        f"{'; '.join(parts)}. Adjusting for all claims makes each a little coarser. What is smaller than that is "
-        "inconclusive here whether it is true or not."
+        f"{'; '.join(parts)}. {_adjusted_power(results)}What is smaller than that is inconclusive here whether it is "
+        "true or not."
+    )
+
+
+def _adjusted_power(results: Sequence[ClaimResult]) -> str:
+    """Return how much larger the distances are under the strictest level of Holm's adjustment, as a sentence."""
+    family = sum(result.p is not None for result in results)
+    found = [r.estimate for r in results if r.p is not None and r.estimate is not None and r.estimate.error]
+    factors = [
+        smallest_detectable_difference(replace(e, level=1 - (1 - e.level) / family)) / smallest_detectable_difference(e)
+        for e in found
+    ]
+    if family < 2 or not factors:
+        return ""
+    return (
+        f"Holm's adjustment over {family} tests asks the first claim that is decided for up to "
+        f"{number(max(factors), 1)} times as much, and each further one for less. "
     )

@@ -29,10 +29,12 @@ DPI = 200
 GREY = "#6b6b6b"
 LIGHT = "#d9d9d9"
 # Rows that are not the first of their kind take these colours in turn.
-FREE_COLOURS = (
+FREE_COLOURS = tuple(dict.fromkeys((
     "#E69F00", "#56B4E9", "#882255", "#999933", "#332288", "#44AA99", "#AA4499", "#661100", "#DDCC77", "#202020",
     *(method.colour for method in METHODS.values()),
-)  # fmt: skip
+)))  # fmt: skip
+HUES = tuple(dict.fromkeys(("#0072B2", "#D55E00", "#009E73", "#CC79A7", *FREE_COLOURS)))  # of what is no row
+_FURTHER_MARKERS = "svX*<>hp"
 STYLE: Mapping[str, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 8,
@@ -95,6 +97,19 @@ def colours(view: View) -> dict[str, str]:
         free = [colour for colour in FREE_COLOURS if colour not in first.values()] or list(FREE_COLOURS)
         others = [row for row in rows if row not in first]
         found |= first | {row: free[i % len(free)] for i, row in enumerate(others)}
+    return found
+
+
+def markers(view: View) -> dict[str, str]:
+    """Return the marker of every row: that of its method or, for a row whose colour and marker another row from the
+    same initial policy has, a further one. Of such rows the one that most figures show first keeps its marker."""
+    colour, found = colours(view), dict.fromkeys(view.policies, "P")
+    for initial in view.policies:
+        taken: set[tuple[str, str]] = set()
+        for row in sorted(view.rows_from(initial), key=lambda row: row not in view.main_rows):  # stable
+            own = view.method(row).marker
+            found[row] = next((m for m in (own, *_FURTHER_MARKERS) if (colour[row], m) not in taken), own)
+            taken.add((colour[row], found[row]))
     return found
 
 

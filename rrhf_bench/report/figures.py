@@ -27,8 +27,8 @@ from rrhf_bench.evaluation.statistics import Estimate, Floats, best_of_n_kl, exp
 from rrhf_bench.records import CurvePoint, Decoding
 from rrhf_bench.report.drawing import (
     DPI,
-    FREE_COLOURS,
     GREY,
+    HUES,
     WIDTH,
     Drawn,
     Made,
@@ -36,6 +36,7 @@ from rrhf_bench.report.drawing import (
     kl_axis,
     legend_above,
     legend_key,
+    markers,
     new_panels,
     short,
     styled,
@@ -51,7 +52,6 @@ FEW = 5  # points below which a correlation and its interval say nothing
 _PANELS = 8  # of the training curves
 MANY = 6  # curves in one panel beyond which only their means are drawn
 MOST_CURVES = 12  # in one panel; the caption names the rows beyond it
-_HUES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", *FREE_COLOURS)  # of initial policies
 
 
 def write_figures(made: Iterable[Made], folder: Path) -> list[Drawn]:
@@ -222,15 +222,18 @@ def sampling_quality(view: View) -> Iterator[Made]:
     handles += [legend_key("mean of candidates", marker="o", filled=False), legend_key("their maximum", marker="^")]
     legend_above(figure, handles)
     candidates = [row for row in view.methods if row in view.rewarded]
-    caption = f"{QUALITY_WORDS} Points of one method are not independent.{_left_out(view, candidates, rows)}"
+    words = quality_words(view.repetition)
+    caption = f"{words} Points of one method are not independent.{_left_out(view, candidates, rows)}"
     yield Drawn("sampling_quality", "Test reward against sampling quality", caption), figure
 
 
-QUALITY_WORDS = (
-    "Test reward against the quality of the training candidates: open circles at the candidates' mean reward, "
-    "triangles at the mean over prompts of their maximum, a line joining the two of one seed. On the line y = x the "
-    "test reward equals the candidates'. Spearman's correlation with a 95% bootstrap over points."
-)
+def quality_words(of: str) -> str:
+    """Return what a caption says of points of test reward against candidates, a pair of which is of one ``of``."""
+    return (
+        "Test reward against the quality of the training candidates: open circles at the candidates' mean reward, "
+        f"triangles at the mean over prompts of their maximum, a line joining the two of one {of}. On the line y = x "
+        "the test reward equals the candidates'. Spearman's correlation with a 95% bootstrap over points."
+    )
 
 
 def quality_panel(ax: Axes, title: str, points: Sequence[tuple[float, float, float, str]], name: str) -> None:
@@ -285,7 +288,7 @@ def _name_points(
 
 def _policy_colours(view: View) -> dict[str, str]:
     """Every row in the colour of its initial policy."""
-    return {row: _HUES[view.policies.index(view.initial(row)) % len(_HUES)] for row in view.rows}
+    return {row: HUES[view.policies.index(view.initial(row)) % len(HUES)] for row in view.rows}
 
 
 def _quality_points(view: View, decoding: Decoding) -> Iterator[tuple[str, float, float, float]]:
@@ -333,10 +336,10 @@ def best_of_n_curve(view: View) -> Iterator[Made]:
         shown = [row for row in rows if _method_point(ax, view, row, measure, pool)]
         kl_axis(ax)
         ax.set_ylabel(f"{MEASURE_WORDS[measure]} (sampled)")
-    colour = colours(view)
+    colour, marker = colours(view), markers(view)
     handles = [Line2D([], [], color="black", label="best of n (n at the points)")]
     handles += [Line2D([], [], color="black", linestyle=(0, (2, 1.5)), label=f"n > {samples}/4: high variance")]
-    handles += [legend_key(row, colour[row], marker=view.method(row).marker) for row in shown]
+    handles += [legend_key(row, colour[row], marker=marker[row]) for row in shown]
     legend_above(figure, handles)
     caption = (
         "Best of n samples of the initial policy by proxy reward, estimated without bias from a pool of "
@@ -406,7 +409,7 @@ def _method_point(ax: Axes, view: View, row: str, measure: Measure, pool: Block[
     if isinstance(x, Estimate):
         ax.plot([max(x.low, 0), max(x.high, 0)], [y.value] * 2, color=colour, linewidth=1.2, solid_capstyle="butt")
     ax.plot([max(centre, 0)] * 2, [y.low, y.high], color=colour, linewidth=1.2, solid_capstyle="butt")
-    ax.plot([max(centre, 0)], [y.value], view.method(row).marker, color=colour, markersize=5, zorder=3)
+    ax.plot([max(centre, 0)], [y.value], markers(view)[row], color=colour, markersize=5, zorder=3)
     return True
 
 

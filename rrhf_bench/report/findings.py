@@ -54,11 +54,13 @@ def findings(view: View) -> list[str]:
     """Return what holds and what is inside noise, as Markdown sentences."""
     compared = comparisons(view)
     shown = compared
-    if len(view.methods) > MANY:  # what each row gained in reward; the table of differences has the rest
-        shown = [c for c in compared if c.measure == "reward" and c.b in view.policies]
+    if len(view.methods) > MANY:  # what each row gained
+        shown = [c for c in compared if c.b in view.policies]
+    rest = "The comparisons of these rows with each other stand in the table of differences."
     return [
         *health_sentences(view),
         *(sentence for b in dict.fromkeys(c.b for c in shown) for sentence in _against(view, shown, b)),
+        *([rest] if len(shown) < len(compared) else []),
         *trades(compared),
         *_accuracies(view),
     ]

@@ -63,9 +63,10 @@ def no_frontier(view: View) -> Missing | None:
 
 
 def _searches(view: View, initial: str, *measures: Measure) -> list[_Search]:
-    """Return the searches from one initial policy, online methods first; none if no method has enough rows.
+    """Return the searches from one initial policy; none if no method has enough rows.
 
-    The rows have the measures, by default reward and KL.
+    Those with enough rows come first, and of either kind those of online methods. The rows have the measures, by
+    default reward and KL.
     """
     measured = [
         row
@@ -86,7 +87,8 @@ def _searches(view: View, initial: str, *measures: Measure) -> list[_Search]:
         labels = _labels(view, kind, large) if len(large) > 1 else [find(kind).label]
         for rows, fill, label in zip(large or [[plain]], _FILLS, labels, strict=False):
             found.append(_search(view, kind, rows, label, fill))
-    return found[:MOST_SEARCHES] if any(len(search.rows) >= LEAST for search in found) else []
+    found.sort(key=lambda search: len(search.rows) < LEAST)  # stable
+    return found if found and len(found[0].rows) >= LEAST else []
 
 
 def _labels(view: View, kind: str, groups: Sequence[Sequence[str]]) -> list[str]:
@@ -121,8 +123,8 @@ def _number(view: View, row: str, key: str) -> float | None:
     return _as_number(getattr(view.methods[row], key, None))
 
 
-def _draw(view: View, initial: str, searches: Sequence[_Search]) -> Made:
-    measures = view.measures
+def _draw(view: View, initial: str, found: Sequence[_Search]) -> Made:
+    measures, searches, left = view.measures, found[:MOST_SEARCHES], found[MOST_SEARCHES:]
     figure, axes = new_panels(1, len(measures), height=3.6, width=WIDTH if len(measures) > 1 else 4.4)
     reranked = [row for row in view.rows_from(initial) if view.reranked(row) and view.block(row, "sample") is not None]
     shapes = _shapes(view, searches)
@@ -150,6 +152,7 @@ def _draw(view: View, initial: str, searches: Sequence[_Search]) -> Made:
         + "".join(_words(search, shapes) for search in searches if search.varies or len(search.rows) >= LEAST)
         + ("Best-of-n stands at its KL bound log n - (n - 1) / n. " if reranked else "")
         + "Every row is one that the experiment file names; none was picked by what is shown here."
+        + (f" Not shown, for want of room: {', '.join(search.label for search in left)}." if left else "")
     )
     name = "frontier" if initial == BASE else f"frontier_{1 + view.policies.index(initial)}"
     return Drawn(name, "Reward against distance from the initial policy", caption), figure

@@ -107,8 +107,8 @@ def _fit_table(view: View, paths: Sequence[_Path], fits: Sequence[Overoptimizati
         "Gain of the gold reward over the initial policy, sampled, as a function of d = sqrt(KL): the forms of arXiv "
         "2210.10760, fitted by least squares. Brackets: 95% intervals, Student's t over the fits of each "
         f"{view.repetition}, or with one a bootstrap over its points. Peak KL: where the fitted form is largest, in "
-        "nats; unless it was measured it lies beyond the points and is an extrapolation. Error: root mean square of "
-        "what the fits leave over.",
+        "nats; unless it was measured it is nearer than the first point or farther than the last one, and an "
+        "extrapolation. Error: root mean square of what the fits leave over.",
         "Best of n: KL is log n - (n - 1) / n, an upper bound where scores tie; n up to half of the pool's samples. "
         "Rows: the sampled replies to the dev prompts at the points of the reward curve, KL as the mean log-ratio.",
     )
@@ -156,7 +156,7 @@ def _figure(view: View, paths: Sequence[_Path], fits: Sequence[Overoptimization 
 
 def _distance_axis(ax: Axes) -> None:
     ax.set_xlim(left=0)
-    ax.set_xlabel("sqrt(KL to the initial policy), nats")
+    ax.set_xlabel("square root of KL to the initial policy (KL in nats)")
 
 
 def _parts(view: View) -> Sequence[Part]:

@@ -98,6 +98,7 @@ def _write(view: View, folder: Path, sections: Sequence[Section]) -> None:
         findings=findings(view),
         repeated="worlds" if view.experiment.several_worlds else "training seeds",
         levels=level_words(view),
+        both_decodings=len(view.decodings) > 1,
         claims=claim_sentences(claims),
         power=power_words(claims),
         tables=tables,
@@ -113,16 +114,6 @@ def _write(view: View, folder: Path, sections: Sequence[Section]) -> None:
     )
     (folder / "cost.md").write_text(f"# Cost\n\n{cost}", encoding="utf-8", newline="\n")
     (folder / "report.md").write_text(page, encoding="utf-8", newline="\n")
-
-
-def compared_tables(view: View, sections: Sequence[Section] = ()) -> list[Table]:
-    """Return all tables that the records alone decide, byte for byte: the report's own and those of the sections.
-
-    Tables that the run has nothing for are left out.
-    """
-    with styled():
-        parts = [*ranking_parts(view), *(part for section in sections for part in section.parts(view))]
-    return _tables(view, claim_results(view), sections, parts)
 
 
 def _tables(
@@ -179,6 +170,7 @@ def _render(template: str, **values: object) -> str:
 
 
 def _methods_words(view: View) -> str:
+    """Return the names of the methods, or if they are many their numbers; nothing if there are none."""
     rows = list(view.methods)
     return ", ".join(rows) if len(rows) <= 12 else f"{len(rows)} rows, of {len(set(map(view.kind, rows)))} kinds"
 

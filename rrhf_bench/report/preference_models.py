@@ -21,7 +21,7 @@ from rrhf_bench.evaluation.statistics import (
     paired_difference,
 )
 from rrhf_bench.records import Candidates, PoolScored
-from rrhf_bench.report.drawing import FREE_COLOURS, GREY, WIDTH, Drawn, Made, legend_above, legend_key, new_panels
+from rrhf_bench.report.drawing import GREY, HUES, WIDTH, Drawn, Made, legend_above, legend_key, new_panels
 from rrhf_bench.report.section import Part, Section, Sentence
 from rrhf_bench.report.table import Cell, Column, Missing, Table
 from rrhf_bench.report.view import View
@@ -29,8 +29,8 @@ from rrhf_bench.seeding import generator
 
 LENGTH_BINS = 5  # of about equal numbers of pairs
 CONFIDENCE_BINS = 5  # of equal width, from 0.5 to 1
-FEWEST = 2  # pairs of a bin with an interval
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", *FREE_COLOURS)
+FEWEST = 2  # pairs or prompts of a mean with an interval
+_SINGLE = Missing("a mean over a single pair or prompt has no interval")
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,8 @@ class JudgedPairs:
     clusters_P: Sequence[str]
     pool: Mapping[int, Sequence[PoolScored]] = field(default_factory=dict)  # by seed
     pool_clusters: Sequence[str] = ()
-    trained_on: int | None = None  # pairs
-    filtered: Mapping[str, Any] | None = None  # the pairs before and after the filter, with the first seed
+    trained_on: float | None = None  # pairs, mean over seeds and worlds
+    filtered: Mapping[str, Any] | None = None  # the pairs before and after the filter, with the first seed and world
     worlds_S: Sequence[int] | None = None  # of several worlds, whose pairs differ
 
     @property
@@ -119,7 +119,7 @@ def models_table(models: Sequence[JudgedPairs], arena: str) -> Table:
         cells = [
             Cell.of(model.name),
             *(_count(model.trained_on) for _ in trained),
-            Cell.of(model.mean(model.right_SP, "accuracy")),
+            Cell.of(_accuracy(model, "accuracy")),
         ]
         if several:
             less = _difference(model, models[0], model.right_SP, models[0].right_SP, model.clusters_P)
@@ -142,6 +142,7 @@ def models_table(models: Sequence[JudgedPairs], arena: str) -> Table:
     )
     footnotes = [
         f"{repeated}; p is not adjusted.",
+        *([f"Trained on: pairs, mean over {'worlds' if worlds else 'seeds'}."] if trained and seeds > 1 else []),
         "Log loss: -log sigma(r chosen - r rejected). Calibration error: |predicted - observed| over "
         f"{CONFIDENCE_BINS} bins of sigma(|difference|). Both presuppose a Bradley-Terry score: not a probability, and "
         "not the standardised score of an ensemble.",
@@ -154,8 +155,8 @@ def models_table(models: Sequence[JudgedPairs], arena: str) -> Table:
     return Table("reward_models", "Reward models", tuple(columns), tuple(rows), tuple(footnotes), arena)
 
 
-def _count(pairs: int | None) -> Cell:
-    return Cell.of(Missing("it was not trained here") if pairs is None else float(pairs))
+def _count(pairs: float | None) -> Cell:
+    return Cell.of(Missing("it was not trained here") if pairs is None else pairs)
 
 
 def _difference(
@@ -165,6 +166,8 @@ def _difference(
         return Missing("it is the one that the others are compared with")
     if len(value_SP) != len(other_SP) and 1 not in (len(value_SP), len(other_SP)):
         return Missing("the two have different seeds")
+    if not one.worlds_S and value_SP.shape[1] < FEWEST:
+        return _SINGLE
     return paired_difference(value_SP, other_SP, clusters_P=clusters_P, worlds_S=one.worlds_S)
 
 
@@ -178,7 +181,15 @@ def _best_of_n(model: JudgedPairs) -> tuple[int, Floats | Missing]:
     return n, np.stack([expected_best_of_n(rewards, n, value_BN=golds) for rewards, golds in rows])
 
 
-def _gold_mean(model: JudgedPairs, gold_SP: Floats) -> Estimate:
+def _accuracy(model: JudgedPairs, what: str, of_P: NDArray[np.bool_] | None = None) -> Estimate | Missing:
+    """Return the accuracy on all pairs or on those of ``of_P``; ``what`` names its draws."""
+    pairs = len(model.words_P) if of_P is None else int(of_P.sum())
+    return model.mean(model.right_SP, what, of_P) if model.worlds_S or pairs >= FEWEST else _SINGLE
+
+
+def _gold_mean(model: JudgedPairs, gold_SP: Floats) -> Estimate | Missing:
+    if not model.worlds_S and gold_SP.shape[1] < FEWEST:
+        return _SINGLE
     rng = generator("reward model", model.name, "gold")
     return bootstrap_mean(gold_SP, rng=rng, clusters_P=model.pool_clusters, worlds_S=model.worlds_S)
 
@@ -195,7 +206,7 @@ def lengths_table(models: Sequence[JudgedPairs], arena: str) -> Table | None:
             Cell.of(model.name),
             Cell.of(f"{low} to {high}"),
             Cell.of(float(of_P.sum())),
-            Cell.of(_binned(model, of_P, f"{low}")),
+            Cell.of(_accuracy(model, f"words {low}", of_P)),
         )
         for model in models
         for low, high, of_P in length_bins(model.words_P)
@@ -203,12 +214,6 @@ def lengths_table(models: Sequence[JudgedPairs], arena: str) -> Table | None:
     columns = (Column("reward model"), Column("words more"), Column("pairs", 0), Column("accuracy", 3, True))
     note = "Words of the chosen reply less those of the rejected one, in bins of about as many pairs."
     return Table("reward_model_lengths", "Accuracy by length", columns, tuple(rows), (note,), arena, group=0)
-
-
-def _binned(model: JudgedPairs, of_P: NDArray[np.bool_], name: str) -> Estimate | Missing:
-    if of_P.sum() < FEWEST:
-        return Missing("a single pair")
-    return model.mean(model.right_SP, f"words {name}", of_P)
 
 
 def calibration_table(models: Sequence[JudgedPairs], arena: str) -> Table:
@@ -237,7 +242,8 @@ def filter_table(models: Sequence[JudgedPairs], arena: str) -> Table | None:
     )
     note = (
         "Perplexity: median over replies of their perplexity a token under the initial policy. Words: mean of a reply. "
-        "Chosen likelier: share of pairs whose chosen reply has the lower perplexity. With the first seed."
+        "Chosen likelier: share of pairs whose chosen reply has the lower perplexity. "
+        f"{'Of the first world' if models[0].worlds_S else 'With the first seed'}."
     )
     return Table("reward_model_filter", "Training pairs before and after", columns, rows, (note,), arena)
 
@@ -249,9 +255,9 @@ def pairs_figure(models: Sequence[JudgedPairs]) -> Made:
     by_length, reliability = axes[0][0], axes[0][-1]
     bins = length_bins(models[0].words_P) if one_world else []
     for i, model in enumerate(models):
-        colour = _COLOURS[i % len(_COLOURS)]
+        colour = HUES[i % len(HUES)]
         for x, (low, _, of_P) in enumerate(bins):
-            found = _binned(model, of_P, f"{low}")
+            found = _accuracy(model, f"words {low}", of_P)
             if isinstance(found, Estimate):
                 at = x + 0.12 * (i - (len(models) - 1) / 2)
                 by_length.plot([at, at], [found.low, found.high], color=colour, linewidth=1.2)
@@ -266,7 +272,7 @@ def pairs_figure(models: Sequence[JudgedPairs]) -> Made:
     reliability.plot([0.5, 1], [0.5, 1], color=GREY, linewidth=0.8, linestyle=":")
     reliability.set_xlabel("predicted: sigma(|difference of rewards|)")
     reliability.set_ylabel("observed share right")
-    legend_above(figure, [legend_key(m.name, _COLOURS[i % len(_COLOURS)]) for i, m in enumerate(models)])
+    legend_above(figure, [legend_key(m.name, HUES[i % len(HUES)]) for i, m in enumerate(models)])
     caption = "Calibration: on the diagonal a difference of rewards means the probability that Bradley-Terry gives it."
     if one_world:
         caption = f"Left: accuracy with its 95% interval, in bins of about as many pairs. Right: {caption}"
@@ -277,6 +283,11 @@ def tables(models: Sequence[JudgedPairs], arena: str) -> list[Table]:
     """Return all tables that the models have numbers for."""
     found = (models_table, filter_table, lengths_table, calibration_table)
     return [table for make in found if (table := make(models, arena)) is not None]
+
+
+def _mean_count(counts: Sequence[int | None]) -> float | None:
+    known = [count for count in counts if count is not None]
+    return sum(known) / len(known) if known else None
 
 
 def _parts(view: View) -> Sequence[Part]:
@@ -290,7 +301,7 @@ def _parts(view: View) -> Sequence[Part]:
             view.clusters([group.prompt.id for group in of_name[0].pairs]),
             pool={reward.seed: reward.pool for reward in of_name},
             pool_clusters=view.clusters([row.prompt.id for row in of_name[0].pool]),
-            trained_on=of_name[0].trained_on,
+            trained_on=_mean_count([reward.trained_on for reward in of_name]),
             filtered=of_name[0].filtered,
             worlds_S=[view.records.worlds[reward.seed] for reward in of_name] if view.records.worlds else None,
         )

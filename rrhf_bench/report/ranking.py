@@ -13,16 +13,19 @@ from itertools import combinations
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 
 from rrhf_bench.evaluation.grid import Grid, Missing, pair
-from rrhf_bench.evaluation.statistics import Estimate, Floats, holm, paired_difference
+from rrhf_bench.evaluation.statistics import Estimate, Floats, paired_difference
 from rrhf_bench.records import Decoding
 from rrhf_bench.report.budgets import labelled_prompts, mean_cost, spent
+from rrhf_bench.report.comparisons import Comparison, adjusted
 from rrhf_bench.report.drawing import (
     Drawn,
     Made,
     colours,
     kl_axis,
+    markers,
     names_beside,
     new_panels,
     short,
@@ -79,25 +82,21 @@ def win_rates_tables(view: View) -> list[Table]:
 def places(view: View, rows: Sequence[str], decoding: Decoding, measure: Measure) -> dict[str, Place]:
     """Return the place of each row that has the measure.
 
-    Two rows differ if Holm's p over all pairs is below 0.05. With one training seed the p covers prompts alone.
+    Two rows differ if their comparison has a verdict; all pairs of rows are one family. One training seed gives none.
     """
     return view.once(("places", *rows, decoding, measure), lambda: _places(view, rows, decoding, measure))
 
 
 def _places(view: View, rows: Sequence[str], decoding: Decoding, measure: Measure) -> dict[str, Place]:
     known = [row for row in rows if not isinstance(view.mean(row, decoding, measure), Missing)]
-    pairs, found = [], []
-    for a, b in combinations(known, 2):
-        estimate = view.difference(a, b, decoding, measure)
-        if not isinstance(estimate, Missing):
-            pairs.append((a, b))
-            found.append(estimate)
-    adjusted = holm([e.p for e in found if e.p is not None]).tolist() if found else []
+    family = [
+        Comparison(a, b, decoding, measure, view.difference(a, b, decoding, measure)) for a, b in combinations(known, 2)
+    ]
     better: dict[str, int] = dict.fromkeys(known, 0)
     worse: dict[str, int] = dict.fromkeys(known, 0)
-    for (a, b), estimate, p in zip(pairs, found, adjusted, strict=True):
-        if p < 1.0 - estimate.level:
-            winner, loser = (a, b) if estimate.value > 0 else (b, a)
+    for c in adjusted(family):
+        if c.verdict in ("higher", "lower"):
+            winner, loser = (c.a, c.b) if c.verdict == "higher" else (c.b, c.a)
             worse[winner] += 1
             better[loser] += 1
     return {row: Place(1 + better[row], len(known) - worse[row]) for row in known}
@@ -119,6 +118,11 @@ def _best_words(view: View, rows: Sequence[str], decoding: Decoding, measure: Me
     first, *others = means
     kind = f"{MEASURE_WORDS[measure]}, {DECODING_WORDS[decoding]}"
     words = f"Highest {kind}: {first}, {number(means[first].value, 2)}"
+    if len(view.experiment.repetitions) == 1:
+        return (
+            f"{words}. One training seed does not show how far another training run would differ, so no row gets a "
+            "verdict over another, and each rank reaches from the first place to the last."
+        )
     tied = [row for row in others if found[row].first == 1]
     below = len(others) - len(tied)
     if not tied:
@@ -169,18 +173,16 @@ def ranking_table(view: View, rows: Sequence[str]) -> Table:
                     Cell(len(settings.models_in_memory()) if settings else 1),
                 )
             )
-    levels = (
-        view.random_units
-        if len(view.experiment.repetitions) > 1
-        else "prompts alone, because the run has one training seed: another seed can change the order"
-    )
+    test = f"its test covers {view.random_units}."
+    if len(view.experiment.repetitions) == 1:
+        test = "no difference of one training seed has such a p, because another seed can change the order."
     notes = (
         f"Rank by {MEASURE_WORDS[measure]}: from 1 + the number of rows that are higher, to the number of rows less "
         "those that are lower. Two rows differ if their paired difference has a p below 0.05 after Holm's adjustment "
-        f"over all pairs of rows of the decoding; its test covers {levels}. Rows with overlapping ranges are tied.",
+        f"over all pairs of rows of the decoding; {test} Rows with overlapping ranges are tied.",
         "KL: to the initial policy, nats a sampled reply. Sampled replies, reward calls: for training, mean over "
-        "seeds, tuning trials apart. Labelled prompts: of the data set, whose replies the row trains on. Models: "
-        "resident while the method trains, by its settings.",
+        f"{view.repetition}s, tuning trials apart. Labelled prompts: of the data set, whose replies the row trains on. "
+        "Models: resident while the method trains, by its settings.",
     )
     return Table("ranking", "The methods, ranked", columns, tuple(lines), notes, view.records.arena, group=0)
 
@@ -309,11 +311,12 @@ def cost_figure(view: View, rows: Sequence[str], measure: Measure) -> Made:
             ax.step(line[:, 0], line[:, 1], where="post", color="#404040", linewidth=0.8, linestyle="--", zorder=1)
         ax.set_xlabel(words)
         ax.set_ylabel(f"{MEASURE_WORDS[measure]} ({DECODING_WORDS[decoding]})")
+        ax.xaxis.set_major_locator(MaxNLocator(5, integer=cost == "models"))
         ax.xaxis.set_major_formatter(thousands)
     caption = (
         f"Mean reward against what a row costs, candidates included, mean over {view.repetition}s. Dashed: the Pareto "
         "front, the rows that no other row beats in both by its mean; bars are 95% intervals, and the front is as "
-        "uncertain as they are."
+        "uncertain as they are. Rows with equally many models in memory stand side by side."
     )
     return Drawn("ranking_costs", "Reward against cost", caption), figure
 
@@ -344,21 +347,20 @@ def _scatter(ax: Axes, view: View, points: Mapping[str, tuple[float, Estimate]])
 
     A row far below the others stands at the lower edge with its reward, so that the others can be told apart.
     """
-    found = colours(view)
+    found, marker = colours(view), markers(view)
     if not points:
         return
     low, high = np.quantile([reward.value for _, reward in points.values()], [0.25, 0.75])
     least = low - FAR * (high - low)
     drawn = []
     for row, (x, reward) in points.items():
-        marker = view.method(row).marker if row in view.methods else "P"
         y, words = reward.value, short(row)
         if y < least:
             y, words = least, f"{words}, {number(reward.value, 2)} below the edge"
         else:
             error: Floats = np.array([[reward.value - max(reward.low, least)], [reward.high - reward.value]])
             ax.errorbar([x], [y], error, color=found[row], linewidth=0.5, alpha=0.9)
-        ax.plot([x], [y], marker, color=found[row], markersize=4)
+        ax.plot([x], [y], marker[row], color=found[row], markersize=4)
         drawn.append((words, x, y, found[row]))
     names_beside(ax, drawn)
 

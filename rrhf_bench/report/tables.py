@@ -34,6 +34,7 @@ _WORLD_INTERVALS = (
     "of their reward model, which all rows share: the intervals of two rows may overlap when their paired difference "
     "is clear. Read the table of differences for that."
 )
+_DRAWS = "Seeds of an initial policy, of sampled replies: draws of its replies, since it is not trained anew."
 
 
 def main_table(view: View) -> Table:
@@ -75,7 +76,7 @@ def main_table(view: View) -> Table:
         "Fake turn, at cap: share of replies cut where they began another turn, or at the length cap.",
         "p_i accuracy: share of held-out pairs whose chosen reply has the higher length-normalised log-probability.",
         f"Models in memory while training, counted from the settings: {in_memory or 'no methods'}.",
-        "Seeds of an initial policy, of sampled replies: draws of its replies, since it is not trained anew.",
+        *(() if view.experiment.several_worlds else (_DRAWS,)),
         *([f"{BEST}: the reply of the highest gold reward that the world can write."] if BEST in view.given else []),
         *_dropped(view),
     ]
@@ -96,7 +97,7 @@ def sizes(view: View) -> list[Field[Any]]:
     """Return the columns of the numbers of prompts and seeds."""
     return [
         Field("prompts", of_replies(view, lambda block: len(block.prompts)), 0),
-        Field(f"{view.repetition}s", of_replies(view, lambda block: len(set(block.worlds or block.seeds))), 0),
+        Field(f"{view.repetition}s", of_replies(view, lambda block: block.repetitions), 0),
     ]
 
 
@@ -209,13 +210,15 @@ def difference_fields(view: View) -> Sequence[Field[Comparison]]:
 def difference_notes(view: View) -> tuple[str, ...]:
     """Return the notes of a table of comparisons."""
     pooled = (
-        "worlds as random; its variance between worlds, once the level that all rows of a world share is taken out,"
+        "worlds as random; its variance between worlds, once the level that all rows of a world share is taken out, is "
+        "pooled over the trained rows and initial policies"
         if view.experiment.several_worlds
-        else "training seeds and clusters of prompts as random; its variance between seeds"
+        else "training seeds and clusters of prompts as random; its variance between seeds is pooled over the trained "
+        "rows"
     )
     return (
         f"Difference: mean over the prompts and {view.repetition}s that both have. Interval and p come from one t "
-        f"statistic, which treats {pooled} is pooled over the trained rows of the same decoding and reward. The "
+        f"statistic, which treats {pooled} of the same decoding and reward, and is never below the pair's own. The "
         "interval is at 95% and p is of this comparison alone.",
         "Holm: p adjusted over the primary comparisons of the same decoding and reward. Higher or lower: this p is "
         "below 0.05, which aims at a false verdict in at most one family in twenty. Otherwise the difference is inside "
@@ -306,12 +309,13 @@ def candidates_table(view: View) -> Table:
         Field("pairs", lambda row: counted(row).pairs, 0),
         Field("all equal", lambda row: counted(row).all_equal, 0),
         Field("prompts", lambda row: len(view.candidates[row].prompts), 0),
-        Field("seeds", lambda row: len(view.candidates[row].seeds), 0),
+        Field(f"{view.repetition}s", lambda row: view.candidates[row].repetitions, 0),
     )
     notes = (
         "k: candidates a prompt. Duplicates: texts that repeat an earlier one to the same prompt. Ties: pairs of "
         "candidates with equal scores, which a ranking loss skips; all equal: prompts that teach no ranking. Counts "
-        "are over all seeds; where a row samples while it trains, a prompt counts each time that it comes.",
+        f"are over all {view.repetition}s; where a row samples while it trains, a prompt counts each time that it "
+        "comes.",
     )
     return build_table("candidates", "Training candidates", fields, view.candidates, notes, view.records.arena)
 

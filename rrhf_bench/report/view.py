@@ -359,6 +359,8 @@ class View:
             return grid
         if len(grid.prompts) < 2:
             return Missing("one prompt only: its mean has no interval")
+        if grid.worlds is not None and len(set(grid.worlds)) < 2:
+            return Missing("one world only: its mean has no interval over worlds")
         clusters, rng = self.clusters(grid.prompts), generator("report", *name)
         return self.once(
             name,
