@@ -59,6 +59,23 @@ def test_the_headline_table() -> None:
         assert kl.startswith("at most") or rounded(kl, main[row, "sampled"]["KL"]), row
 
 
+def test_the_verdicts_of_the_headline_under_three_roundings() -> None:
+    """README says how many verdicts are the same; the others are decided in one of two runs, and in one direction."""
+
+    def verdicts(report: str) -> dict[tuple[str, ...], str]:
+        found = {(r["comparison"], r["decoding"], r["reward"]): r["verdict"] for r in published(report, "differences")}
+        return {place: verdict for place, verdict in found.items() if verdict not in ("", "exploratory")}
+
+    first = verdicts("hh_compare")
+    same = []
+    for report in ("hh_compare_avx512", "hh_compare_intel"):
+        pairs = [(verdict, verdicts(report)[place]) for place, verdict in first.items()]
+        same.append(sum(one == other for one, other in pairs))
+        assert all("inside noise" in pair for pair in pairs if pair[0] != pair[1])
+    words = f"Of {len(first)} verdicts {same[0]} and {same[1]} are the same there"
+    assert words in " ".join(PAGES[0].read_text().split())
+
+
 @pytest.mark.parametrize(("last", "report"), [("in one", "claims"), ("report", None)])
 def test_the_tables_of_claims(last: str, report: str | None) -> None:
     for name, margin, *verdicts, link in lines(f"| claim | margin | greedy | sampled | {last}"):
