@@ -95,7 +95,7 @@ class StepBenchmark:
         ) -> None:
             if read is not None:
                 record = read_json(read, self.name)
-                if not all(row.get("scan") in self.scans for row in record["rows"]):
+                if not all(row.get("scan") in self.scans for row in record.get("rows", [{}])):
                     raise StoreError(f"{read}: holds rows of another version of this benchmark; measure them anew")
             else:
                 for name in rows or ():

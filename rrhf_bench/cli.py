@@ -32,9 +32,9 @@ from rrhf_bench.cli_options import (
     refuse_unread,
     with_option_groups,
 )
-from rrhf_bench.errors import BenchError, ConfigError, StoreError
+from rrhf_bench.errors import BenchError, ConfigError, StoreError, visible
 from rrhf_bench.pipeline.stage_graph import make_plan
-from rrhf_bench.pipeline.store import Store, disk_errors
+from rrhf_bench.pipeline.store import FULL, Store, disk_errors
 from rrhf_bench.settings.experiment import RuntimeSettings
 from rrhf_bench.settings.reading import load_experiment
 from rrhf_bench.terminal import Screen, TerminalReporter, answer, inert, table_of
@@ -55,6 +55,8 @@ def main() -> None:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    if sys.stdout is None:  # closed: nothing is printed, and no file that is opened later takes its descriptor
+        sys.stdout = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w", encoding="utf-8")
     try:
         code = app(standalone_mode=False)  # what typer ends itself it returns: 0 after --help, 130 for an interrupt
     except BenchError as error:
@@ -65,6 +67,12 @@ def main() -> None:
         # typer's own usage errors know how to show themselves; anything else is a fault of this program.
         if hasattr(error, "show"):
             error.show()
+            sys.exit(2)
+        # Of all that is written, standard output alone has no name and is not under `disk_errors`.
+        if isinstance(error, OSError) and error.errno in FULL and error.filename is None:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what it still holds
+            words = f"error: standard output: cannot be written ({error.strerror}); make room or send it elsewhere"
+            Screen(stderr=True).print(words, soft_wrap=True)
             sys.exit(2)
         raise
     if code == 130:
@@ -85,7 +93,8 @@ def run(file: ExperimentFile, override: Overrides = None, runs: Runs = Path("run
     from rrhf_bench.pipeline.scheduler import run_plan
 
     started = time.monotonic()
-    command = shlex.join(["rrhf-bench", "run", str(file), *(w for o in override or [] for w in ("--set", o))])
+    words = ["rrhf-bench", "run", str(file), *(w for o in override or [] for w in ("--set", o))]
+    command = visible(shlex.join(words))
     with run_lock(runs / experiment.name):
         folder = open_run(plan, runs, command)
         store = Store(runs / "store")
@@ -100,8 +109,8 @@ def run(file: ExperimentFile, override: Overrides = None, runs: Runs = Path("run
     seconds, reused = time.monotonic() - started, len(plan.stages) - made - missing
     about = {"run": str(folder), "report": str(report_page), "arena": records.arena, "made": made}
     value = {**about, "reused": reused, "missing": missing, "seconds": round(seconds, 1)}
-    words = f"{made} stages made, {reused} reused, {seconds:.0f} s in all"
-    answer(as_json, value, words, f"report: {report_page}")
+    summary = f"{made} stages made, {reused} reused, {seconds:.0f} s in all"
+    answer(as_json, value, summary, f"report: {report_page}")
     if missing:
         raise BenchError(
             f"{missing} stages are missing, because a method failed (see above); the report shows its rows as failed"
@@ -115,13 +124,13 @@ def _has_avx512() -> bool:
     return False
 
 
-def _write_report(records: Any, folder: Path) -> Path:
+def _write_report(records: Any, folder: Path, instead: str = "choose another --runs DIR") -> Path:
     from rrhf_bench.replication.sections import SECTIONS
     from rrhf_bench.report import overoptimization, preference_models
     from rrhf_bench.report.page import write_report
 
     own = (preference_models.SECTION, overoptimization.SECTION)
-    with disk_errors(folder):
+    with disk_errors(folder, instead):
         return write_report(records, folder / "report", (*own, *SECTIONS))
 
 
@@ -167,8 +176,9 @@ def report(
     from rrhf_bench.pipeline.run_folder import load_run, read_run, run_lock
 
     read_run(folder)  # before anything is written where no run is
-    with run_lock(folder):
-        page = _write_report(load_run(folder), folder)
+    instead = "copy it and the store beside it to a place that can be written"
+    with run_lock(folder, instead):
+        page = _write_report(load_run(folder), folder, instead)
     published = None
     if publish:
         import shutil

@@ -24,13 +24,14 @@ from rrhf_bench.cli_options import (
     StepOptions,
     WeightOptions,
     refuse_unread,
+    require_utf8,
 )
 from rrhf_bench.data.dialogue import TemplateKind
-from rrhf_bench.errors import ConfigError
+from rrhf_bench.errors import ConfigError, nearest
 from rrhf_bench.records import STOP_STRINGS
 from rrhf_bench.registry import METHODS
 from rrhf_bench.sampling.backend import BackendName
-from rrhf_bench.settings.candidates import Strategy
+from rrhf_bench.settings.candidates import LOWEST_TEMPERATURE, Strategy
 from rrhf_bench.settings.experiment import RuntimeSettings
 from rrhf_bench.settings.reading import parse_method, parse_reward_training
 from rrhf_bench.terminal import Screen, TerminalReporter, answer, table_of
@@ -54,7 +55,7 @@ def sample(
         float, typer.Option(min=0.0, help="of diverse-beam: for a token that a beam of an earlier group has just taken")
     ] = 1.0,
     n: Annotated[int, typer.Option(min=1, help="samples a prompt")] = 4,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy")] = 1.0,
+    temperature: Annotated[float, typer.Option(min=0.0, max=10.0, help="0 is greedy")] = 1.0,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="above 0; 1 is off")] = 1.0,
     top_k: Annotated[int, typer.Option(min=0, help="0 is off")] = 0,
     max_new_tokens: MaxNewTokens = 64,
@@ -87,8 +88,14 @@ def sample(
     unknown = sorted(set(names) - {"model", "chosen", "rejected"})
     if unknown:
         raise ConfigError(f"--sources: found {unknown[0]!r}; allowed are model, chosen, rejected")
+    if len(set(names)) < len(names):
+        raise ConfigError(f"--sources: found {sources!r}; a source may stand once only")
     if top_p == 0.0:
         raise ConfigError("--top-p: found 0; expected more than 0 and at most 1 (off)")
+    if 0.0 < temperature < LOWEST_TEMPERATURE:
+        raise ConfigError(
+            f"--temperature: found {temperature:g}; expected 0 (greedy) or at least {LOWEST_TEMPERATURE:g}"
+        )
     default_template: TemplateKind = "hh" if strategy == "sample" else "raw"
     ref = model_ref(model, default_template=default_template, template=template, **asdict(own))
     if cut is None:
@@ -171,7 +178,7 @@ def train(
     method: Annotated[str, typer.Option(help=f"one of {', '.join(METHODS)}, or {REWARD_MODEL} from pairs")],
     model: Annotated[str, typer.Option(help="hub id or folder of the initial policy")],
     data: Annotated[Path, typer.Option(help="scored candidates, pairs or prompts, as the method requires, as JSONL")],
-    out: Annotated[Path, typer.Option(help="the folder to write the trained policy to")],
+    out: Annotated[Path, typer.Option(help="the folder to write the trained policy to", callback=require_utf8)],
     override: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="a setting of the method, such as lr=1e-5")
     ] = None,
@@ -190,6 +197,10 @@ def train(
     if method == REWARD_MODEL:
         _train_reward_model(model, data, out, override or [], reward_model, seed, own, reward, options)
         return
+    if method not in METHODS and ":" not in method:
+        kinds = (*METHODS, REWARD_MODEL)
+        allowed = f"{', '.join(kinds)} or package.module:OBJECT"
+        raise ConfigError(f"--method: found {method!r}; allowed are {allowed}{nearest(method, kinds)}")
     settings = parse_method(method, override or [])
     if settings.family == "inference":
         raise ConfigError(f"--method {method}: trains nothing; use `sample` and `score`")
@@ -250,7 +261,7 @@ def evaluate(
     ] = None,
     gold: Annotated[bool, typer.Option("--gold", help="the embedded world's gold reward, on its prompts")] = False,
     decoding: Annotated[str, typer.Option(help="greedy, sample or both")] = "greedy,sample",
-    temperature: Annotated[float, typer.Option(min=0.01, help="of sample")] = 1.0,
+    temperature: Annotated[float, typer.Option(min=0.01, max=10.0, help="of sample")] = 1.0,
     max_new_tokens: MaxNewTokens = 64,
     seed: Seed = 0,
     own: PolicyOptions,
@@ -263,7 +274,7 @@ def evaluate(
     from rrhf_bench.pipeline.stage_helpers import decodings
 
     names = decoding.split(",")
-    if not set(names) <= {"greedy", "sample"}:
+    if not set(names) <= {"greedy", "sample"} or len(set(names)) < len(names):
         raise ConfigError(f"--decoding: found {decoding!r}; allowed are greedy, sample and greedy,sample")
     arena = {"decoding": names, "temperature": temperature, "top_k": 0, "max_new_tokens": max_new_tokens}
     specs = decodings({**arena, "stop": STOP_STRINGS}, seed, "evaluate")

@@ -21,9 +21,24 @@ if TYPE_CHECKING:
 Chat = Literal["hh", "chat"]
 FaultyRows = Literal["error", "drop"]
 
+
+def require_utf8(folder: Path) -> Path:
+    """Return the folder. Raises ConfigError if its name is no UTF-8, because no tokenizer can be saved there."""
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(
+            f"{folder}: is no UTF-8 name, and no tokenizer can be saved there; name another folder"
+        ) from error
+    return folder
+
+
 ExperimentFile = Annotated[Path, typer.Argument(help="an experiment file, such as experiments/hh_compare.toml")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a key of the file")]
-Runs = Annotated[Path, typer.Option(envvar="RRHF_BENCH_RUNS", help="where runs and the store of artifacts are")]
+Runs = Annotated[
+    Path,
+    typer.Option(envvar="RRHF_BENCH_RUNS", help="where runs and the store of artifacts are", callback=require_utf8),
+]
 Json = Annotated[bool, typer.Option("--json", help="one JSON object for machines, on standard output")]
 Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="where models run")]
 Backend = Annotated[BackendName, typer.Option(help="what samples; vllm falls back if absent")]

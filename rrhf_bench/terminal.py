@@ -25,6 +25,8 @@ from rich.text import Text
 from rrhf_bench.errors import visible
 from rrhf_bench.pipeline.stage_graph import Stage
 
+WIDEST = 1 << 16  # columns of a table that goes to a file or a pipe
+
 
 def inert(text: str) -> str:
     """Text that cannot act on a terminal: what cannot be seen is shown as escapes; line feeds and tabs are left."""
@@ -39,20 +41,26 @@ class Screen(Console):
 
 
 def table_of(*columns: str, rows: Iterable[Iterable[object]]) -> Table:
-    """Return a table without lines, whose cells are the words of values."""
-    table = Table(*columns, box=None, pad_edge=False)
+    """Return a table without lines, whose cells are the words of values; a narrow screen folds them and cuts none."""
+    table = Table(box=None, pad_edge=False)
+    for column in columns:
+        table.add_column(column, overflow="fold")
     for row in rows:
         table.add_row(*(Text(inert(str(cell))) for cell in row))
     return table
 
 
 def answer(as_json: bool, value: Any, *parts: Table | str) -> None:
-    """Print a value as JSON on standard output, in ASCII since that may be a terminal; or its parts for a person."""
+    """Print a value as JSON on standard output, in ASCII since that may be a terminal; or its parts for a person.
+
+    Where standard output is no terminal, each row of a table is one line.
+    """
     if as_json:
-        sys.stdout.write(json.dumps(value, indent=1) + "\n")
+        print(json.dumps(value, indent=1), flush=True)
         return
+    screen = Screen(width=None if sys.stdout.isatty() else WIDEST)
     for part in parts:
-        Screen().print(part, soft_wrap=isinstance(part, str))
+        screen.print(part, soft_wrap=isinstance(part, str))
 
 
 class TerminalReporter:

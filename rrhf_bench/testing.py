@@ -301,20 +301,25 @@ def _examples_or_one_line(settings: MethodSettings, inputs: TrainInputs) -> Sequ
 
 
 def is_cut_into_passes(settings: MethodSettings) -> None:
-    """A step in several passes has the gradient of the step in one."""
+    """A step in several passes has the gradient of the step in one.
+
+    The reference is another model. The mean log-ratio of the replies is then positive, about 1 nat, so a loss that
+    bounds the mean at 0, as KTO bounds its reference point, still depends on it.
+    """
     assert isinstance(settings, OfflineSettings)
     examples = list(_examples(settings, inputs_of(settings)))
     if "reference" in settings.requires:
+        reference = tiny_policy()
+        with torch.no_grad():
+            for parameter in reference.parameters():
+                parameter.mul_(2.0)
         rows = [Candidates(e.prompt, e.responses) for e in examples]
-        table = response_logprobs(tiny_policy(), rows, max_length=CONTEXT)
+        table = response_logprobs(reference, rows, max_length=CONTEXT)
         examples = [replace(e, reference=tuple(table.of(e.prompt, r) for r in e.responses)) for e in examples]
     gradients = []
     for tokens in (100_000, 1, 90):
         policy = tiny_policy()
         policy.pass_tokens = tokens
-        with torch.no_grad():
-            for parameter in policy.parameters():
-                parameter.mul_(1.05)  # away from the reference
         trainer = OfflineTrainer(registry.build(settings), settings.model_copy(update={"max_length": CONTEXT}))
         _, weight = trainer.accumulate(policy, examples)
         gradients.append([p.grad / weight for p in policy.parameters() if p.grad is not None])

@@ -1,9 +1,9 @@
-"""Helpers for the tests of methods: batches with random log-probs, and formulas that are broken on purpose."""
+"""Helpers for the tests of methods: batches with random log-probs, first rollouts, formulas broken on purpose."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from types import ModuleType
 from typing import Any
@@ -14,7 +14,12 @@ from torch import Tensor
 
 from rrhf_bench.pipeline import stage_helpers
 from rrhf_bench.policy.tokenization import Tokenization
+from rrhf_bench.records import Candidates, Prompt
+from rrhf_bench.settings.online import OnPolicySettings
+from rrhf_bench.testing import PROMPTS, Run
 from rrhf_bench.training.method import MethodBatch, TrainInputs
+from rrhf_bench.training.on_policy import OnPolicyTrainer
+from rrhf_bench.training.rollouts import Rollouts
 
 
 def random_batch(
@@ -40,6 +45,16 @@ def by_response(batch: MethodBatch, *tables_RT: Tensor) -> list[list[list[list[f
 def build_trainer(settings: Any) -> Any:
     """Return the loop that trains a method on texts of at most 128 tokens."""
     return stage_helpers.trainer(settings, 128)
+
+
+def draw_first_rollouts(
+    run: Run, settings: OnPolicySettings, prompts: Sequence[Prompt] = PROMPTS
+) -> tuple[OnPolicyTrainer, Any, Rollouts]:
+    """Return the trainer of an on-policy method, its state, and the rollouts of its first iteration."""
+    trainer = build_trainer(settings)
+    state = trainer.start(run.policy)
+    inputs = TrainInputs(candidates=[Candidates(prompt, ()) for prompt in prompts])
+    return trainer, state, trainer.roll_out(trainer.sampler(run.policy, run.context), inputs, state)
 
 
 def assert_fault_is_noticed(

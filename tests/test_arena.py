@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -22,6 +23,7 @@ from rrhf_bench.report.comparisons import Comparison
 from rrhf_bench.report.table import Missing, to_markdown
 from rrhf_bench.report.view import View
 from rrhf_bench.settings.reading import load_experiment
+from rrhf_bench.terminal import Screen, table_of
 from tests.test_fuzz import run
 from tests.test_report import PROMPTS, SEEDS, synthetic
 
@@ -318,6 +320,21 @@ def test_the_command_prints_the_table_and_its_notes() -> None:
     assert " lower " in line
     assert lines[-1] == "Arena 0123456789abcdef."
     assert "Each row: of A minus of B." in lines
+
+
+@pytest.mark.usefixtures("folders")
+def test_a_table_in_a_file_has_whole_rows_however_narrow_the_screen(monkeypatch: pytest.MonkeyPatch) -> None:
+    wide = run("compare", "A", "B").out
+    monkeypatch.setenv("COLUMNS", "60")
+    assert run("compare", "A", "B").out == wide
+
+
+def test_a_narrow_screen_folds_the_cells_of_a_table() -> None:
+    printed, cells = io.StringIO(), ("0.123456789 [0.1, 0.2]", "a_row_of_a_long_name")
+    Screen(width=30, file=printed).print(table_of("one", "other", rows=[cells]))
+    assert sorted(printed.getvalue().replace("\n", "").replace(" ", "")) == sorted(
+        "".join(("one", "other", *cells)).replace(" ", "")
+    )
 
 
 @pytest.mark.usefixtures("folders")

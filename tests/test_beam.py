@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as tf
 
 from rrhf_bench.data.dialogue import Template
 from rrhf_bench.errors import ConfigError, DataError
@@ -19,8 +20,10 @@ from rrhf_bench.policy.tokenization import Tokenization
 from rrhf_bench.records import Prompt
 from rrhf_bench.sampling.backend import choose_backend
 from rrhf_bench.sampling.beam import beam_search
+from rrhf_bench.sampling.cached import CachedRows
 from rrhf_bench.sampling.sampler import SamplingSpec
 from rrhf_bench.sampling.transformers import TransformersSampler
+from tests.architectures import GROUPED, made
 from tests.conftest import make_llama, make_tokenizer
 from tests.golden.record_beam import GOLDEN, build
 
@@ -154,6 +157,32 @@ def test_a_large_penalty_separates_the_groups():
         assert len(set(step)) == 4
 
 
+STATES = {
+    "lfm2": lambda: tf.Lfm2ForCausalLM(tf.Lfm2Config(**GROUPED, layer_types=["conv", "full_attention", "conv"])),
+    "falcon_h1": lambda: tf.FalconH1ForCausalLM(
+        tf.FalconH1Config(**GROUPED, mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_n_groups=1, mamba_d_state=8)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_states_that_are_no_keys_and_values_follow_their_rows(name):
+    """Convolution and Mamba: what a row continues with is what the model says of the whole row."""
+    model = made(STATES[name])
+    texts = [[5, 6, 7, 8, 9, 10], [11, 12]]
+    rows = CachedRows(model, texts)
+    rows.next_logits()
+    rows.repeat(2)
+    texts = [texts[0], texts[0], texts[1], texts[1]]
+    for kept, tokens in ([0, 1, 2, 3], [20, 21, 22, 23]), ([3, 0, 0], [30, 31, 32]), ([2, 1, 0], [40, 41, 42]):
+        rows.extend(kept, tokens)
+        texts = [[*texts[row], token] for row, token in zip(kept, tokens, strict=True)]
+        found = rows.next_logits()
+        with torch.no_grad():
+            expected = torch.cat([model(input_ids=torch.tensor([text])).logits[:, -1] for text in texts])
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+
+
 # Through the sampler
 
 
@@ -165,7 +194,7 @@ def sampler(policy):
 @pytest.mark.parametrize("spec", [BEAM, DIVERSE, replace(DIVERSE, groups=2)], ids=["beam", "diverse", "two groups"])
 def test_beams_are_candidates_best_first(sampler, policy, spec):
     ids = [policy.tokenization.prompt_ids(prompt) for prompt in PROMPTS]
-    eos, pad = policy.tokenization.eos_id, policy.tokenization.pad_id
+    eos, pad = policy.tokenization.eos_id, policy.tokenization.tokenizer.pad_token_id
     options = {"groups": spec.groups, "diversity_penalty": spec.diversity_penalty, "max_new_tokens": 12}
     expected = beam_search(policy.model, ids, beams=4, eos_ids=[eos], pad_id=pad, **options)
     rows = sampler.sample(PROMPTS, spec)
@@ -282,7 +311,7 @@ def test_raw_prompts_keep_the_closing_token_of_the_tokenizer(policy):
     tokenizer = policy.tokenization.tokenizer
 
     class Closing:
-        eos_token_id, pad_token_id, all_special_tokens = tokenizer.eos_token_id, None, ()
+        eos_token_id, all_special_tokens, added_tokens_decoder = tokenizer.eos_token_id, (), {}
 
         def __call__(self, text: str, **options: Any) -> dict[str, list[int]]:
             return {"input_ids": [*tokenizer(text)["input_ids"], self.eos_token_id]}

@@ -212,8 +212,9 @@ def test_step_from_end_to_end(tmp_path, threads):
         CliRunner().invoke(scaling.app, ["--from", str(out)], catch_exceptions=False)
 
 
-def test_a_record_of_another_version_is_refused(tmp_path):
-    (tmp_path / "step.json").write_text(json.dumps({"benchmark": "step", "rows": [{"workload": "15M"}]}))
+@pytest.mark.parametrize("held", [{"rows": [{"workload": "15M"}]}, {"workloads": []}])
+def test_a_record_of_another_version_is_refused(tmp_path, held):
+    (tmp_path / "step.json").write_text(json.dumps({"benchmark": "step", **held}))
     with pytest.raises(StoreError, match=r"step\.json: holds rows of another version"):
         CliRunner().invoke(step.app, ["--from", str(tmp_path / "step.json")], catch_exceptions=False)
 

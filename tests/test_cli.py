@@ -22,12 +22,16 @@ import torch
 from conftest import Cli, make_llama, make_tokenizer
 
 from rrhf_bench import cli as program
+from rrhf_bench.data.dialogue import Template
 from rrhf_bench.data.rrhf_files import load_candidates
 from rrhf_bench.errors import BenchError
 from rrhf_bench.pipeline.scheduler import run_plan
 from rrhf_bench.pipeline.services import ModelRef
 from rrhf_bench.pipeline.stage_graph import Plan, make_plan
-from rrhf_bench.pipeline.store import Store
+from rrhf_bench.pipeline.store import Store, with_checksum
+from rrhf_bench.records import Prompt
+from rrhf_bench.rewards.hub import ClassifierReward
+from rrhf_bench.rewards.input_contract import RewardContract
 from rrhf_bench.settings.reading import load_experiment
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -290,17 +294,14 @@ def test_a_training_prompt_beyond_the_context_is_left_out_and_counted(
     assert found["counts"]["examples"] == found["counts"]["prompts_too_long"] == 1
 
 
-def test_a_tokenizer_without_a_pad_token_is_refused_until_one_is_named(
+def test_a_policy_needs_no_pad_token_and_one_that_is_named_must_be_known(
     refused: Any, cli: Cli, rows: Any, model: Path, out: Path, tmp_path: Path
 ) -> None:
     bare = without(model, "pad_token", tmp_path)
     path = rows({"prompt": "Hi"})
-    (line,) = refused(*sample(bare, path, out))
-    assert line.startswith(f"{bare}: ")
-    assert "--pad-token" in line
     (line,) = refused(*sample(bare, path, out, "--pad-token", "<none>"))
     assert line.startswith(f"{bare}: pad_token '<none>' ")
-    assert cli(*sample(bare, path, out, "--pad-token", "<eos>")).code == 0
+    assert cli(*sample(bare, path, out)).code == 0
 
 
 def test_a_tokenizer_without_an_end_token_is_refused(
@@ -379,7 +380,10 @@ def test_rows_that_a_step_leaves_out_are_counted(cli: Cli, rows: Any, model: Pat
     "words",
     [
         ["--sources", "modle"],
+        ["--sources", "model,model"],
         ["--temperature", 0],
+        ["--temperature", "1e-320"],
+        ["--max-new-tokens", 512],
         ["--top-p", 0],
         ["--groups", 3, "--strategy", "diverse-beam"],
         ["--sources", "model,chosen"],
@@ -439,6 +443,42 @@ def test_options_equal_to_the_artifact_or_of_another_model_are_accepted(
     assert cli("evaluate", "--model", stored, "--reward-model", judge, *words, *options).code == 0
 
 
+def test_a_value_head_reads_no_template_pad_token_or_label(
+    refused: Any, rows: Any, reward: Any, out: Path, tmp_path: Path
+) -> None:
+    folder, candidates = reward(), rows(SCORED)
+    for option, value in (("--reward-template", "chat"), ("--reward-pad-token", "<pad>"), ("--label", "A")):
+        (line,) = refused(*score(folder, candidates, out, "--layout", "value-head", option, value))
+        assert line == (f"{folder}: {option}: found {value!r}, which --layout value-head does not read; leave it out")
+
+
+def test_a_raw_reward_model_scores_the_queries_as_they_are(cli: Cli, rows: Any, reward: Any, out: Path) -> None:
+    folder = reward()
+    RewardContract(template="raw", append_eos=False).write(folder)
+    assert cli(*score(folder, rows({"query": "The film", "responses": [" was good.", " was dull."]}), out)).code == 0
+    written = json.loads(out.read_text())
+    assert written["query"] == "The film"
+    expected = ClassifierReward.load(folder).score([Prompt("The film")] * 2, written["responses"])
+    assert written["scores"] == pytest.approx(expected.tolist(), rel=1e-6)
+
+
+def test_a_raw_policy_trains_on_the_queries_as_they_are(
+    cli: Cli, rows: Any, model: Path, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+    render = Template.render_prompt
+
+    def recorded(self: Template, prompt: Prompt, tokenizer: Any) -> tuple[str, bool]:
+        seen.append(prompt.text)
+        return render(self, prompt, tokenizer)
+
+    monkeypatch.setattr(Template, "render_prompt", recorded)
+    stored = artifact(tmp_path, model, template="raw")
+    data = rows({**SCORED, "query": "The film"})
+    assert cli(*train("rrhf", stored, data, out, "--set", "epochs=1")).code == 0
+    assert set(seen) == {"The film"}
+
+
 def test_each_model_of_an_evaluation_has_its_own_options(
     cli: Cli, refused: Any, rows: Any, model: Path, reward: Any, out: Path, tmp_path: Path
 ) -> None:
@@ -456,7 +496,6 @@ def test_each_model_of_an_evaluation_has_its_own_options(
     (row,) = cli(*words, "--perplexity-pad-token", "<eos>", "--json").json["results"]
     assert abs(row["objective/kl"]) < 1e-3
     assert row["perplexity"] > 1
-    refused(*words)  # the perplexity model has no pad token
     words = [*words, "--perplexity-pad-token", "<eos>"]
     for option, value in (("--reward-dtype", "bfloat16"), ("--reward-template", "chat"), ("--reward-pad-token", "<p>")):
         (line,) = refused(*words, option, value)
@@ -506,7 +545,7 @@ def test_gold_is_refused_on_prompts_of_another_world(
 @pytest.mark.parametrize(
     ("method", "words", "place"),
     [
-        ("rrhg", [], "method.kind"),
+        ("rrhg", [], "--method"),
         ("rrhf", ["--set", "lrr=1"], "method.lrr"),
         ("best_of_n", [], "--method best_of_n"),
         ("ppo", [], "ppo"),  # which needs a reward model
@@ -519,6 +558,26 @@ def test_contradictory_options_of_training_are_refused(
     path = rows({"prompt": "Hi"})
     (line,) = refused(*train(method, model, path, out, *words))
     assert line.startswith(place.format(path=path) + ": ")
+
+
+def test_a_folder_whose_name_is_no_text_is_refused_before_a_model_is_made(refused: Any, tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    for words in (["run", SMOKE, "--runs", folder], train("sft", tmp_path, tmp_path, folder)):
+        (line,) = refused(*words)
+        assert line.startswith(rf"{tmp_path}/caf\udce9: is no UTF-8 name")
+
+
+def test_an_unknown_method_is_answered_with_all_that_train_and_the_nearest(refused: Any, tmp_path: Path) -> None:
+    (line,) = refused(*train("reward_model", tmp_path, tmp_path, tmp_path))
+    assert line.endswith("reward-model or package.module:OBJECT; did you mean 'reward-model'?")
+
+
+def test_a_report_that_cannot_be_written_advises_no_option_that_it_lacks(refused: Any, tmp_path: Path) -> None:
+    (tmp_path / "smoke" / ".lock").mkdir(parents=True)  # where no file can be opened
+    (tmp_path / "smoke" / "run.json").write_text(json.dumps(with_checksum({"stages": {}})))
+    (line,) = refused("report", tmp_path / "smoke")
+    assert "cannot be written" in line
+    assert "--runs" not in line
 
 
 def test_a_folder_without_a_run_is_refused(refused: Any, tmp_path: Path) -> None:
@@ -540,7 +599,7 @@ def test_a_report_that_cannot_be_published_leaves_the_earlier_one(
         path.write_text(text)
     monkeypatch.setattr(run_folder, "read_run", lambda folder: {})
     monkeypatch.setattr(run_folder, "load_run", lambda folder: None)
-    monkeypatch.setattr(program, "_write_report", lambda records, folder: written)
+    monkeypatch.setattr(program, "_write_report", lambda records, folder, instead: written)
 
     def full(source: Path, place: Path, **rest: object) -> None:
         Path(place).mkdir()
@@ -557,7 +616,10 @@ def test_a_report_that_cannot_be_published_leaves_the_earlier_one(
     assert list((tmp_path / "reports").iterdir()) == [published.parent]
 
 
-@pytest.mark.parametrize("words", [["plann"], ["plan"], ["plan", SMOKE, "--runs"], ["sample", "--n", "none"]])
+@pytest.mark.parametrize(
+    "words",
+    [["sample", "--temperature", "inf"], ["plann"], ["plan"], ["plan", SMOKE, "--runs"], ["sample", "--n", "none"]],
+)
 def test_an_unreadable_command_ends_with_code_2(cli: Cli, words: list[object]) -> None:
     result = cli(*words)
     assert result.code == 2
@@ -640,6 +702,18 @@ def test_a_process_that_is_given_bad_input_ends_with_code_2(tmp_path: Path) -> N
     assert (bad.returncode, bad.stdout) == (2, "")
     assert bad.stderr.startswith("error: ")
     assert len(bad.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("words", ["ls", "ls --json"])
+@pytest.mark.parametrize(("output", "code", "lines"), [(">&-", 0, 0), ("> /dev/full", 2, 1)])
+def test_an_output_that_is_closed_or_full_is_no_fault_of_the_program(
+    words: str, output: str, code: int, lines: int, unbuffered: str
+) -> None:
+    command = f"{sys.executable} -m rrhf_bench.cli {words} {output}"
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    ended = subprocess.run(command, shell=True, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert (ended.returncode, len(ended.stderr.splitlines())) == (code, lines), ended.stderr
 
 
 def test_a_run_kept_to_avx2_computes_with_it(tmp_path: Path) -> None:

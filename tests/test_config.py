@@ -167,8 +167,8 @@ def test_a_method_is_parsed_from_words() -> None:
     assert method == parse_method("rrhf", ["lr=1e-4", "variant=official", "candidates.recipe=DP"])
     with pytest.raises(ConfigError, match=r"^method\.epochs: .*\nmethod\.lrr: .*'lr'\?$"):
         parse_method("rrhf", ["lrr=1", "epochs=0"])
-    with pytest.raises(ConfigError, match=rf"{', '.join(METHODS)}.*'ppo'"):
-        parse_method("dpp", [])
+    with pytest.raises(ConfigError, match=rf"{', '.join(METHODS)} or .*'ppo'\?$"):
+        parse_method("dpp", [])  # the hint is last
 
 
 def test_a_row_has_candidates_if_and_only_if_its_method_requires_them() -> None:
@@ -270,6 +270,7 @@ def test_a_rate_whose_first_step_is_beyond_float32_is_refused(write: Write, kind
 
 RAW = '[policies.raw]\nsource = "toy-raw"\n'
 ROW = '[methods.rrhf]\ncandidates = { sources = ["model", "s"] }\n'
+GIVEN = "".join(f'[{model}]\nsource = "a"\n' for model in ("policy", "reward_model", "perplexity_model"))
 MINE = '[sources.mine]\nfile = "FILE"\n[methods.rrhf.candidates]\nsources = '
 
 
@@ -296,10 +297,45 @@ def row(candidates: str) -> str:
         ('[judge]\nsource = "endpoint"', {"judge.endpoint": "base_url"}),
         ("[evaluation]\npairs = 3", {"evaluation.pairs": "evaluation.prompts (300)"}),
         ("[evaluation]\npool_prompts = 301", {"evaluation.pool_prompts": "300"}),
-        ('[runtime]\nautocast = "bfloat16"\n[policy]\ndtype = "bfloat16"', {"runtime.autocast": "bfloat16"}),
+        (
+            '[runtime]\nautocast = "bfloat16"\n[policy]\nsource = "org/model"\ndtype = "bfloat16"',
+            {"runtime.autocast": "bfloat16"},
+        ),
+        ("[data]\npath = 'FILE'", {"data.path": "'toy'"}),
+        (
+            "[data]\nsource = 'files'\npath = 'FILE'\nsplit = 'test'\nsubset = 'a'\nrevision = 'b'\n" + GIVEN,
+            dict.fromkeys(("data.split", "data.subset", "data.revision"), "'files'"),
+        ),
+        (
+            '[reward_model]\nsource = "a"\nlayout = "value-head"\ntemplate = "chat"\nlabel = "b"\npad_token = "c"',
+            dict.fromkeys(("reward_model.template", "reward_model.label", "reward_model.pad_token"), "value-head"),
+        ),
+        ("[data]\nsource = 'hub:a/b'\npath = 'FILE'\n" + GIVEN, {"data.path": "'hub:a/b'"}),
+        (
+            "[data]\nsource = 'toy-reviews'\nsubset = 'a'\nfaulty_rows = 'drop'\nreply_words = 9",
+            dict.fromkeys(("data.subset", "data.faulty_rows", "data.reply_words"), "'toy-reviews'"),
+        ),
+        ("[evaluation]\ndecoding = ['greedy', 'greedy']", {"evaluation.decoding": "once only"}),
+        # Keys of models trained here, which have them from elsewhere.
+        (
+            '[runtime]\nautocast = "bfloat16"\n[policy]\ndtype = "bfloat16"\nmax_length = 64\npad_token = "<eos>"',
+            {"policy.dtype": "runtime.autocast", "policy.max_length": "scratch.context", "policy.pad_token": ""},
+        ),
+        (f'{RAW}dtype = "float16"', {"policies.raw.dtype": "runtime.autocast"}),
+        ("[perplexity_model]\ndtype = 'bfloat16'\nmax_length = 64",
+         {"perplexity_model.dtype": "float32; remove the key", "perplexity_model.max_length": "scratch.context"}),
+        (
+            '[reward_model]\nlabel = "a"\ndtype = "float16"\n[reward_models.b]\npad_token = "a"\ntemplate = "raw"',
+            dict.fromkeys(
+                ("reward_model.label", "reward_model.dtype", "reward_models.b.pad_token", "reward_models.b.template"),
+                "a reward model trained here",
+            ),
+        ),
         ('[runtime]\nkernels = "liger"\ndevice = "cpu"', {"runtime.kernels": "liger"}),
+        ("[methods.sft]\nlora = { targets = [] }", {"methods.sft.lora.targets": "found []"}),
         # Rows and what they start from.
         ("[methods.base]\nkind = 'sft'", {"methods.base": "base, chosen, rejected"}),
+        ("[methods.reply]\nkind = 'sft'\n[policies.reply]", {"methods.reply": "taken", "policies.reply": "taken"}),
         ("[methods.sft]\n[methods.rrhf]\ninitial = 'sft'", {"methods.rrhf.initial": "none here"}),
         (f"{RAW}[methods.rrhf]\ninitial = 'rwa'", {"methods.rrhf.initial": "are raw; did you mean 'raw'?"}),
         ("[policies.sft]\n[methods.sft]", {"policies.sft": "taken"}),
@@ -333,6 +369,8 @@ def row(candidates: str) -> str:
         (row('recipe = "DP", beams = 6'), {"methods.rrhf.candidates.groups": "6 beams do not divide into 4 groups"}),
         ('[candidates]\nrecipe = "DP"\nbeams = 6\n[methods.rrhf]\nlr = 0.5', {"candidates.groups": "6 beams"}),
         (row("temperature = 0.0"), {"methods.rrhf.candidates.temperature": "n = 1"}),
+        (row("temperature = 1e-320"), {"methods.rrhf.candidates.temperature": "0 (greedy) or at least 0.01"}),
+        ("[evaluation]\ntemperature = 1e-5", {"evaluation.temperature": "0.01"}),
         (row("rounds = 2, refresh = 8"), {"methods.rrhf.candidates.rounds": "refresh"}),
         (row("reward_kl = 0.1"), {"methods.rrhf.candidates.reward_kl": "refresh"}),
         (row("permute_rewards = true, refresh = 8"), {"methods.rrhf.candidates.permute_rewards": "refresh"}),

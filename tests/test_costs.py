@@ -11,6 +11,10 @@ import numpy as np
 import pytest
 import torch
 
+from baselines.dpo_settings import DPOSettings
+from baselines.ppo_settings import PPOSettings
+from baselines.sft_settings import SFTSettings
+from baselines.vcb_settings import VCBSettings
 from rrhf_bench.jsonl import write_jsonl
 from rrhf_bench.pipeline import memory, run_folder, scheduler, stages
 from rrhf_bench.pipeline.costs import StageCost
@@ -18,9 +22,13 @@ from rrhf_bench.pipeline.results import STAGE_PEAK, Cost, Row
 from rrhf_bench.pipeline.stage_context import Job
 from rrhf_bench.pipeline.stage_graph import Plan, Stage, make_plan
 from rrhf_bench.pipeline.store import TIMING, Store, with_checksum
-from rrhf_bench.records import Candidates, Prompt, Response
+from rrhf_bench.policy.policy import TransformersPolicy
+from rrhf_bench.records import Candidates, Preference, Prompt, Response
 from rrhf_bench.settings.experiment import RuntimeSettings
+from rrhf_bench.settings.methods import MethodSettings
 from rrhf_bench.settings.reading import load_experiment
+from rrhf_bench.training.method import TrainInputs, TrainResult
+from rrhf_bench.training.rrhf_settings import RRHFSettings
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -229,6 +237,31 @@ def test_flops_are_six_a_trained_and_two_a_forwarded_token_and_parameter(made: M
     assert made.costs["sft", 0].flops == 3140.0
     assert made.costs["ip3", 0].flops == 15420.0
     assert made.costs["ip3", 0].tflops == 15420e-12
+
+
+@pytest.mark.parametrize(
+    ("settings", "tokens"),
+    [
+        (SFTSettings(), 0),
+        (DPOSettings(), 6),  # the reference reads the pair
+        (RRHFSettings(), 7),  # the reward model reads the candidates
+        (RRHFSettings(candidates={"scored_by": "judge"}), 0),
+        (VCBSettings(), 14),  # reference and reward model read the candidates
+        (RRHFSettings(candidates={"refresh": 2}), 2000),  # the policy writes the samples, the reward model reads them
+        (RRHFSettings(candidates={"refresh": 2, "reward_kl": 0.1}), 3000),
+        (PPOSettings(), 3000),  # policy, reference, reward model
+        (PPOSettings(value="separate"), 4000),
+    ],
+    ids=["sft", "dpo", "rrhf", "rrhf, judged", "vcb", "op-2", "op-2+kl", "ppo", "ppo with a value model"],
+)
+def test_tokens_are_forwarded_once_for_each_model_that_reads_them(
+    policy: TransformersPolicy, settings: MethodSettings, tokens: int
+) -> None:
+    """The pair has 3 + 1 tokens and an end of each reply. The candidates have 3 + 3 and one end, for one was cut."""
+    prompt = Prompt("\n\nHuman: Hi\n\nAssistant:")
+    candidates = Candidates(prompt, (Response(" It is", "chosen"), Response(" bread", "model", "length")))
+    inputs = TrainInputs([Preference(prompt, " It is", " H")], [candidates])
+    assert stages._forwarded_tokens(settings, inputs, policy, TrainResult(4, sampled_tokens=1000)) == tokens
 
 
 def test_a_row_that_trains_nothing_has_no_cost(made: Made) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import statistics
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +14,7 @@ from baselines.dpo import DPO, dpo_loss, wpo_weight
 from baselines.dpo_settings import DPOSettings
 from rrhf_bench.pipeline import stage_helpers
 from rrhf_bench.policy.policy import TransformersPolicy
-from rrhf_bench.training.method import MethodBatch, TrainInputs
+from rrhf_bench.training.method import TrainInputs
 from rrhf_bench.training.offline import OfflineTrainer, with_reference
 from rrhf_bench.training.reference import response_logprobs
 from tests.losses import by_response, random_batch
@@ -72,18 +71,13 @@ def test_the_gradient_raises_the_chosen_and_lowers_the_rejected(kind: Any) -> No
 def test_a_batch_has_the_loss_of_its_pairs_one_by_one(policy: TransformersPolicy, length_norm: Any) -> None:
     """The slow definition: sums (or means) of one response at a time; responses are of 4 lengths."""
     settings = DPOSettings(beta=0.3, label_smoothing=0.2, length_norm=length_norm)
-    batch = MethodBatch.of(DPO(settings).examples(TrainInputs(PAIRS)), policy.tokenization, None)
-    rng = torch.Generator().manual_seed(0)
-    mask_RT = batch.responses.mask_BT
-    logp_RT, ref_RT = (-torch.rand(mask_RT.shape, generator=rng) * mask_RT for _ in range(2))
-    found = DPO(settings).loss(logp_RT, MethodBatch(batch.responses, batch.group_of, batch.reward_R, ref_RT))
+    logp_RT, batch = random_batch(DPO(settings), TrainInputs(PAIRS), policy.tokenization)
+    assert batch.reference_RT is not None
+    found = DPO(settings).loss(logp_RT, batch)
+    score = statistics.mean if length_norm == "response" else sum
     losses = []
-    for pair in range(len(PAIRS)):
-        values = []
-        for table in (logp_RT, ref_RT):
-            for row in (2 * pair, 2 * pair + 1):
-                tokens = table[row, : batch.responses.lengths[row]]
-                values.append((tokens.mean() if length_norm == "response" else tokens.sum())[None])
+    for (p, p_ref), (q, q_ref) in by_response(batch, logp_RT, batch.reference_RT):
+        values = [torch.tensor([score(tokens)]) for tokens in (p, q, p_ref, q_ref)]
         losses.append(dpo_loss(*values, beta=0.3, label_smoothing=0.2).item())
     assert found.loss.item() == pytest.approx(sum(losses) / len(losses), rel=1e-5)
     assert found.weight == len(PAIRS)
@@ -129,14 +123,14 @@ def test_wpo_weighs_a_pair_by_the_slow_definition(policy: TransformersPolicy) ->
     assert wpo_weight(one_hot + 1.0, one_hot, capped=False).item() == pytest.approx(math.e)
 
 
-def test_it_learns_to_prefer_the_chosen_replies(policy: TransformersPolicy, tmp_path: Path) -> None:
+def test_it_learns_to_prefer_the_chosen_replies(policy: TransformersPolicy) -> None:
     """From log 2, where policy and reference agree; several passes a step."""
     policy.pass_tokens = 80
     log: list[Any] = []
     settings = DPOSettings(epochs=6, batch_prompts=4, lr=3e-3)
     reference = response_logprobs(policy, CANDIDATES, max_length=512)
     inputs = TrainInputs(PAIRS, reference=reference)
-    stage_helpers.trainer(settings, 512).fit(policy, inputs, context(tmp_path, log=log.append))
+    stage_helpers.trainer(settings, 512).fit(policy, inputs, context(log=log.append))
     assert log[0]["loss"] == pytest.approx(0.693147, abs=1e-4)
     assert log[0]["rewards/margins"] == pytest.approx(0.0, abs=1e-4)
     assert log[-1]["loss"] < 0.3

@@ -22,7 +22,7 @@ from rrhf_bench.errors import StageError
 from rrhf_bench.testing import Run
 from rrhf_bench.training.on_policy import Advantages, OnPolicyTrainer
 from rrhf_bench.training.rollouts import Rollouts
-from tests.losses import assert_fault_is_noticed
+from tests.losses import assert_fault_is_noticed, draw_first_rollouts
 from tests.test_ppo import INPUTS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -51,8 +51,7 @@ def rollouts() -> Rollouts:
     run = Run(stop=("ad",))
     with torch.no_grad():
         next(iter(run.policy.parameters())).mul_(1.2)
-    trainer = OnPolicyTrainer(GRPO(settings()), settings())
-    return trainer.roll_out(trainer.sampler(run.policy, run.context), INPUTS, trainer.start(run.policy))
+    return draw_first_rollouts(run, settings())[2]
 
 
 def check_token_weights(token_weights: Callable[..., Tensor]) -> None:

@@ -15,10 +15,9 @@ from rrhf_bench.records import Candidates, Prompt, Response
 from rrhf_bench.report.compare_runs import compare_runs
 from rrhf_bench.report.findings import findings
 from rrhf_bench.report.health import collapses, count_losses, health_sentences
-from rrhf_bench.report.page import compared_tables
 from rrhf_bench.report.tables import main_table, seeds_table
 from rrhf_bench.report.view import View
-from tests.test_report import SEEDS, synthetic, without_figures
+from tests.test_report import SEEDS, synthetic, tables_of, without_figures
 
 Log = list[dict[str, float]]
 
@@ -142,7 +141,7 @@ def test_a_row_that_failed_is_shown_as_failed_with_its_step_and_reason(records: 
     sentence = findings(view)[0]
     assert sentence.startswith("**ppo failed**: seed 0 (train ppo, seed 1: ppo, iteration 3, step 37: the loss is nan")
     assert "\\| &lt;b&gt;" in sentence  # shown, not obeyed
-    for table in compared_tables(view):
+    for table in tables_of(view):
         assert any(note.startswith(f"ppo failed: seed 0 ({REASON})") for note in table.footnotes), table.name
     folder = without_figures(lost, tmp_path / "report")
     assert "- **ppo failed**: seed 0 (train ppo" in (folder / "report.md").read_text(encoding="utf-8")
@@ -160,7 +159,7 @@ def test_a_row_keeps_the_seeds_that_did_not_fail(records: RunRecords) -> None:
     assert row[-1].value == 2  # seeds
     (lost,) = (r for r in seeds_table(view).rows if tuple(c.value for c in r[:3]) == ("ppo", "sampled", 1))
     assert lost[3].reason == f"failed: {REASON}"
-    assert all(f"ppo failed: seed 1 ({REASON})." in table.footnotes for table in compared_tables(view))
+    assert all(f"ppo failed: seed 1 ({REASON})." in table.footnotes for table in tables_of(view))
 
 
 def test_a_failed_row_does_not_change_the_other_rows(records: RunRecords) -> None:
@@ -180,7 +179,7 @@ def test_a_failed_row_has_no_difference_to_another_runs(records: RunRecords) -> 
 def test_a_run_without_failures_names_none(records: RunRecords) -> None:
     view = View(records)
     assert list(health_sentences(view)) == []
-    assert not [note for table in compared_tables(view) for note in table.footnotes if "failed" in note]
+    assert not [note for table in tables_of(view) for note in table.footnotes if "failed" in note]
 
 
 def test_a_collapse_is_among_the_findings(records: RunRecords) -> None:

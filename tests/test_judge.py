@@ -135,6 +135,8 @@ def test_every_place_is_taken_by_every_response():
     [
         ("base_url", "localhost:8000/v1"),
         ("base_url", "https://user:sk-secret@host/v1"),
+        ("base_url", "http://localhost:sk-secret/v1"),
+        ("base_url", "http://localhost:99999/v1"),
         ("base_url", "https://host/v1?key=sk-secret"),
         ("api_key_env", "sk-secret"),
         ("structured", "sk-secret"),
@@ -258,6 +260,33 @@ def test_a_failing_server_is_tried_again(serve, tmp_path):
     assert len(result.candidates) == 2
     assert len(server.requests) == 6
     assert result.counts["dropped"] == 0
+
+
+BODIES = {"empty": "", "broken": '{"choices": [', "an error": '{"error": {"message": "overloaded"}}'}
+
+
+@pytest.mark.parametrize("body", BODIES)
+def test_an_answer_without_a_completion_is_tried_again(serve, tmp_path, body):
+    def reply(handler: Faulty, request: dict[str, Any], number: int) -> None:
+        handler.send(200, BODIES[body]) if number in fails else rate_by_length(handler, request, number)
+
+    fails = range(2)
+    server = serve(reply)
+    result = EndpointJudge(settings(server.url), tmp_path / JOURNAL).judge(GROUPS[:1])
+    assert (result.counts["judged"], result.counts["not_ratings"], len(server.requests)) == (1, 0, 3)
+    fails = range(9)
+    with pytest.raises(StageError, match=r"unreachable, 3 tries in \d+ s \(no completion: ") as caught:
+        EndpointJudge(settings(server.url), tmp_path / "other").judge(GROUPS[:1])
+    assert "\n" not in str(caught.value)
+    assert ("overloaded" in str(caught.value)) == (body == "an error")
+
+
+def test_half_a_character_in_an_answer_leaves_a_journal_that_can_be_read(serve, tmp_path):
+    server = serve(lambda h, body, n: rate_by_length(h, body, n) if n else h.say("oops \ud83d half"))
+    result = EndpointJudge(settings(server.url), tmp_path / JOURNAL).judge(GROUPS[:1])
+    assert result.counts["not_ratings"] == 1
+    assert EndpointJudge(settings(server.url), tmp_path / JOURNAL).judge(GROUPS[:1]) == result
+    assert "oops ? half" in (tmp_path / JOURNAL).read_text()
 
 
 @pytest.mark.parametrize("concurrency", [1, 3])

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from rrhf_bench.errors import ConfigError, DataError, StageError, StoreError
+from rrhf_bench.errors import ConfigError, DataError, StoreError
 from rrhf_bench.jsonl import read_jsonl, write_jsonl
 from rrhf_bench.pipeline import scheduler
 from rrhf_bench.pipeline.judging import JOURNALS, judge_candidates, judge_identity
@@ -114,32 +114,6 @@ def test_the_embedded_judge_needs_no_server(store, judging):
     unscored = [Candidates(r.prompt, tuple(Response(x.text, x.source, x.finish) for x in r.responses)) for r in rows]
     assert tuple(rows) == ToyJudge().judge(unscored).candidates
     assert not (store.root / JOURNALS).exists()
-
-
-def test_an_unreachable_judge_leaves_what_it_said_and_a_second_run_asks_for_the_rest(serve, store, judging, closed):
-    server = serve(lambda handler, body, n: rate_by_length(handler, body, n) if n < 3 else handler.send(503, "{}"))
-    failing = judging(table(server.url))
-    before = set(store.root.iterdir())
-    with pytest.raises(StageError) as caught:
-        make(store, failing)
-    message = str(caught.value)
-    (journal,) = (store.root / JOURNALS).glob("*.jsonl")
-    assert "\n" not in message
-    assert message.startswith(f"ratings: judge {server.url} (model 'm'): unreachable, 3 tries in 0 s (HTTP 503);")
-    assert f"3 of 4 prompts were judged and are kept in {journal}" in message
-    assert set(store.root.iterdir()) - before == {journal.parent}  # the stage itself left nothing
-    assert len(journal.read_text().splitlines()) == 3
-
-    nobody = judging(table(closed))  # the same judge on a port that is closed
-    assert nobody.key == failing.key
-    with pytest.raises(StageError, match=r"Connection refused\); check that it runs; 0 of 1 prompts were judged"):
-        make(store, nobody)
-
-    up = serve(rate_by_length)
-    made = make(store, judging(table(up.url, retries=9)))
-    assert len(up.requests) == 1
-    assert made == store.folder(failing.key)
-    assert len(read_jsonl(made / "candidates.jsonl", Candidates)) == len(PAIRS)
 
 
 def test_another_row_asks_only_for_groups_that_were_not_judged(serve, store, judging):

@@ -10,6 +10,7 @@ import torch
 
 from baselines.kto import KTO, kto_loss
 from baselines.kto_settings import KTOSettings
+from rrhf_bench import testing
 from rrhf_bench.errors import DataError
 from rrhf_bench.policy.policy import TransformersPolicy
 from rrhf_bench.training.method import TrainInputs
@@ -80,6 +81,13 @@ def test_the_cut_into_passes_does_not_move_the_reference_point(policy: Transform
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     assert losses[0][1] > 0.1
     assert ((gradients[0] - gradients[1]).norm() / gradients[1].norm()).item() < 1e-4
+
+
+def test_a_reference_point_of_each_pass_does_not_conform(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The conformance suite notices a loss that needs the whole step and does not say so."""
+    monkeypatch.setattr(KTOSettings, "requires", KTOSettings.requires - {"whole step"})
+    with pytest.raises(AssertionError, match="differs by"):
+        testing.is_cut_into_passes(KTOSettings())
 
 
 def test_one_prompt_has_no_baseline_and_is_refused() -> None:

@@ -7,7 +7,8 @@ import shutil
 
 import pytest
 import torch
-from conftest import make_llama
+import transformers as tf
+from conftest import make_llama, make_tokenizer
 
 from rrhf_bench.data.dialogue import Template
 from rrhf_bench.errors import DataError
@@ -17,6 +18,7 @@ from rrhf_bench.policy.loading import architecture_of
 from rrhf_bench.policy.policy import TransformersPolicy
 from rrhf_bench.rewards.hub import ClassifierReward
 from rrhf_bench.settings.experiment import RuntimeSettings
+from tests.architectures import tokenization
 
 BATCH = ResponseBatch.of_pairs([((3, 4, 5), (6, 7)), ((3, 4), (8,))])
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -52,6 +54,36 @@ def test_a_model_without_a_language_model_head_is_no_policy(tokenizer, tmp_path,
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(DataError, match=r"lm_head\.weight"):
         load(tmp_path)
+
+
+def test_a_model_whose_layers_cannot_be_found_is_not_said_to_lack_a_head():
+    """transformers says that Llama 4's layers are in ``language_model``, which its text model does not have."""
+    sizes = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "num_local_experts": 2}
+    model = tf.Llama4ForCausalLM(tf.Llama4TextConfig(**sizes, **heads, intermediate_size_mlp=48))
+    with pytest.raises(DataError, match=r"^Llama4ForCausalLM: has no module 'language_model'"):
+        TransformersPolicy(model, tokenization())
+    model.lm_head = None
+    with pytest.raises(DataError, match=r"^Llama4ForCausalLM: has no language-model head"):
+        TransformersPolicy(model, tokenization())
+
+
+@pytest.mark.parametrize("pad", [None, "<beyond>"])
+def test_no_pad_token_is_fed_to_a_policy(tmp_path, pad):
+    """A tokenizer may have no pad token, or one beyond the model's vocabulary, such as one that was added later."""
+    tokenizer = make_tokenizer()
+    model = make_llama(tokenizer)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    expected = load(tmp_path)
+    tokenizer.pad_token = None
+    if pad is not None:
+        tokenizer.add_special_tokens({"pad_token": pad})
+        assert tokenizer.pad_token_id == model.config.vocab_size
+    tokenizer.save_pretrained(tmp_path)
+    policy = load(tmp_path)
+    expected.layout = policy.layout = "padded"
+    assert torch.equal(logprobs(policy), logprobs(expected))
 
 
 def test_a_generation_configuration_that_transformers_cannot_write_is_saved_as_it_was(llama_folder, tmp_path):

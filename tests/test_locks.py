@@ -148,6 +148,12 @@ def test_never_two_at_a_time_though_the_file_comes_and_goes(lock: Path, tmp_path
     assert counter.read_text() == "200"
 
 
+def test_a_name_that_is_no_text_is_spelled_out(lock: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["rrhf-bench", os.fsdecode(b"caf\xe9.toml")])
+    with exclusive_lock(lock, "it"):
+        assert r"caf\udce9.toml" in (holder(lock) or "")
+
+
 def test_a_lock_where_nothing_can_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     expected = r"file: cannot be written \(.*\); choose another --runs DIR"

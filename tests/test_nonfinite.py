@@ -10,7 +10,7 @@ import copy
 import json
 import math
 import string
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +32,12 @@ from rrhf_bench.policy.policy import TransformersPolicy
 from rrhf_bench.records import Candidates, Preference, Prompt, Response
 from rrhf_bench.rewards.checks import PROBES, check_pairs
 from rrhf_bench.rewards.hub import ClassifierReward
+from rrhf_bench.rewards.reward import RewardModel
 from rrhf_bench.sampling.sampler import SamplingSpec
 from rrhf_bench.sampling.sync_check import CheckedSampler
 from rrhf_bench.sampling.transformers import TransformersSampler
+from rrhf_bench.testing import FunctionReward
 from rrhf_bench.training.method import TrainContext, TrainInputs
-from rrhf_bench.training.rrhf_settings import RRHFSettings
 
 PROMPTS = [Prompt(f"\n\nHuman: question {i}\n\nAssistant:") for i in range(8)]
 PAIRS = [Preference(prompt, " Yes, it is.", " No.") for prompt in PROMPTS]
@@ -78,7 +79,7 @@ def reward(reward_folder: Path) -> ClassifierReward:
     return ClassifierReward.load(reward_folder)
 
 
-def context(policy: TransformersPolicy, reward: ClassifierReward | None = None, **changes: Any) -> TrainContext:
+def context(policy: TransformersPolicy, reward: RewardModel | None = None, **changes: Any) -> TrainContext:
     given: dict[str, Any] = {
         "seed": 0,
         "sampler": CheckedSampler(TransformersSampler(policy, max_model_len=CONTEXT), "float32", CONTEXT),
@@ -95,23 +96,6 @@ def context(policy: TransformersPolicy, reward: ClassifierReward | None = None, 
 def test_a_reward_model_returns_what_it_computes(reward: ClassifierReward) -> None:
     scores = reward.score(PROMPTS[:3], [" Yes.", f" {OVERFLOWING[0]}", " No."])
     assert np.isfinite(scores).tolist() == [True, False, True]
-
-
-def test_ppo_diverges_with_its_rollouts(policy: TransformersPolicy, reward: ClassifierReward) -> None:
-    settings = PPOSettings(iterations=1, rollouts=16, minibatch=8, temperature=5.0)
-    trainer = stage_helpers.trainer(settings, CONTEXT)
-    with pytest.raises(Diverged, match=r"iteration 1, step 1: .* of 16 rewards are not finite") as caught:
-        trainer.fit(policy, TrainInputs(preferences=PAIRS), context(policy, reward))
-    assert {row["prompt"] for row in caught.value.evidence} == {prompt.text for prompt in PROMPTS}
-    assert any(row["reward"] == "nan" for row in caught.value.evidence)
-
-
-def test_online_sampling_diverges_with_its_samples(policy: TransformersPolicy, reward: ClassifierReward) -> None:
-    settings = RRHFSettings(candidates={"refresh": 2, "temperature": 5.0}, epochs=1, batch_prompts=4)
-    inputs = TrainInputs(candidates=[Candidates(prompt, ()) for prompt in PROMPTS])
-    with pytest.raises(Diverged, match=r"refresh 1, step 1 of 2: .* of 32 rewards are not finite") as caught:
-        stage_helpers.trainer(settings, CONTEXT).fit(policy, inputs, context(policy, reward))
-    assert len(caught.value.evidence) == 32
 
 
 def test_what_one_row_is_judged_by_diverges_and_what_rows_share_is_a_data_error(
@@ -135,21 +119,14 @@ def test_what_one_row_is_judged_by_diverges_and_what_rows_share_is_a_data_error(
 def test_weights_that_are_not_finite_are_named_with_their_step(llama_folder: Callable[[int], Path], kind: str) -> None:
     """A step beyond float16, from a finite gradient. The loss of the next step would show it, but there may be none."""
     policy = TransformersPolicy.load(llama_folder(0), template=Template(), dtype=torch.float16)
-
-    class Length:
-        identity = "length"
-
-        def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> np.ndarray:
-            return np.array([float(len(response)) for response in responses])
-
     sampler = TransformersSampler(policy, max_model_len=CONTEXT)
-    inputs, lent = TrainInputs(preferences=PAIRS), context(policy, Length(), sampler=sampler)  # type: ignore[arg-type]
+    inputs, given = TrainInputs(preferences=PAIRS), context(policy, FunctionReward(len), sampler=sampler)
     trainers = {
         "sft": stage_helpers.trainer(SFTSettings(lr=1e6, warmup=0.0, epochs=1), CONTEXT),
         "ppo": stage_helpers.trainer(PPOSettings(lr=1e6, iterations=1, rollouts=8, minibatch=8), CONTEXT),
     }
     with pytest.raises(Diverged, match=r"weights are not finite after step 1 of \d") as caught:
-        trainers[kind].fit(policy, inputs, lent)
+        trainers[kind].fit(policy, inputs, given)
     assert len(caught.value.evidence) == 8
 
 
@@ -252,6 +229,7 @@ def test_rows_with_rewards_that_are_not_finite_fail_alone(
     code, errors, printed = run(policy="scratch", half=llama_folder(0), reward=reward_folder)
     assert code == 2, printed
     assert len(errors) == 1
+    assert "6 stages are missing" in errors[0]  # the training and the evaluation of each row that failed
     assert "Traceback" not in printed
     folder = tmp_path / "runs" / "rows"
     records = load_run(folder)
@@ -261,6 +239,10 @@ def test_rows_with_rewards_that_are_not_finite_fail_alone(
     assert "weights are not finite after step 1" in records.failures["overflows", 3]
     assert {"base", "sft"} <= {record.method for record in records.evaluated}
     assert "**ppo failed**" in (folder / "report" / "report.md").read_text()
+    assert "ppo failed" in (folder / "report" / "tables" / "main.md").read_text()
+    batches = [path.read_text() for path in (tmp_path / "runs" / "store" / "failed").glob("*/batch.jsonl")]
+    assert [bool(batch) for batch in batches] == [True] * 3
+    assert all(json.loads(line)["prompt"] for batch in batches for line in batch.splitlines())
 
 
 def test_a_failure_that_all_rows_share_stops_the_run(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -14,9 +16,11 @@ from baselines.ppo_settings import PPOSettings
 from baselines.reinforce_pp_settings import ReinforcePPSettings
 from baselines.remax_settings import ReMaxSettings
 from baselines.rloo_settings import RLOOSettings
+from rrhf_bench.policy.policy import Policy
 from rrhf_bench.testing import Run
-from rrhf_bench.training.on_policy import OnPolicyTrainer
-from tests.losses import build_trainer
+from rrhf_bench.training.method import Progress
+from rrhf_bench.training.optimiser import learning_rate
+from tests.losses import build_trainer, draw_first_rollouts
 from tests.test_ppo import INPUTS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -51,10 +55,7 @@ def test_micro_batches_do_not_change_the_gradient(name: str, onednn: str) -> Non
     for tokens in (4096, 1, 60):
         run = Run(stop=("ad",))
         run.policy.pass_tokens = tokens
-        trainer = build_trainer(CASES[name])
-        assert isinstance(trainer, OnPolicyTrainer)
-        state = trainer.start(run.policy)
-        rollouts = trainer.roll_out(trainer.sampler(run.policy, run.context), INPUTS, state)
+        trainer, state, rollouts = draw_first_rollouts(run, CASES[name])
         advantages = trainer.method.advantages(rollouts, state.kl.coefficient)
         with torch.no_grad():  # away from the old policy and the reference, so that ratios and clipping matter
             for index, parameter in enumerate(state.optimiser.parameters):
@@ -68,3 +69,30 @@ def test_micro_batches_do_not_change_the_gradient(name: str, onednn: str) -> Non
         assert row == pytest.approx(metrics[0], abs=1e-5)
         for a, b in zip(gradients[0], other, strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+
+
+def test_tokens_are_counted_once_a_rollout_and_once_an_epoch() -> None:
+    """A prompt is fed once for its only reply, and of the reply all tokens but the last."""
+    made = PPOSettings(**{**SMALL, "iterations": 1, "rollouts": 8}, update_epochs=3)
+    run = Run()
+    result = build_trainer(made).fit(run.policy, INPUTS, run.context)
+    pairs = draw_first_rollouts(Run(), made)[2].pairs
+    assert result.sampled_tokens == sum(len(reply) for _, reply in pairs)
+    assert result.trained_tokens == 3 * sum(len(prompt) + len(reply) - 1 for prompt, reply in pairs)
+
+
+def test_the_steps_have_the_rates_of_the_schedule() -> None:
+    """If both betas are 0, AdamW moves a weight by lr times the sign of its gradient, so the largest move of an
+    iteration of two steps is the sum of their rates."""
+    made = GRPOSettings(**{**GROUPS, "iterations": 3}, schedule="cosine", warmup=0.3, betas=(0.0, 0.0))
+    run = Run()
+    weights: list[torch.Tensor] = []
+
+    def watch(progress: Progress, policy: Policy) -> None:
+        weights.append(torch.cat([p.detach().flatten() for p in policy.parameters()]))
+
+    build_trainer(made).fit(run.policy, INPUTS, replace(run.context, watch=watch))
+    rates = [learning_rate(step, 6, made) for step in range(6)]
+    assert [row["lr"] for row in run.log] == rates[1::2]
+    moves = [(after - before).abs().max().item() for before, after in pairwise(weights)]
+    assert moves == pytest.approx([rates[i] + rates[i + 1] for i in (0, 2, 4)], rel=1e-3)

@@ -23,6 +23,7 @@ from rrhf_bench.sampling.backend import choose_backend
 from rrhf_bench.sampling.sampler import Sampler, SamplingSpec, to_response
 from rrhf_bench.sampling.transformers import TransformersSampler
 from rrhf_bench.settings.candidates import CANDIDATE_KEYS
+from rrhf_bench.testing import FunctionReward
 from rrhf_bench.training.method import Progress, TrainContext, TrainInputs, TrainResult
 from rrhf_bench.training.offline import FixedExamples, OfflineTrainer, batches
 from rrhf_bench.training.online import OnlineExamples
@@ -73,18 +74,6 @@ class Spied:
         return self.sampler.sample(prompts, spec)
 
 
-class TextReward:
-    """A reward model that is a function of the reply's text."""
-
-    identity = "text"
-
-    def __init__(self, function: Callable[[str], float]) -> None:
-        self.function = function
-
-    def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> np.ndarray:
-        return np.array([self.function(text) for text in responses])
-
-
 def share_of_letters(text: str) -> float:
     return sum(map(str.isalpha, text)) / (1 + len(text))
 
@@ -106,7 +95,7 @@ class Run:
         self.log: list[Mapping[str, float]] = []
         self.kept: list[Sequence[Candidates]] = []
         self.watched: list[Progress] = []
-        self.reward = TextReward(reward)
+        self.reward = FunctionReward(reward)
 
         def watched(progress: Progress, policy) -> None:
             self.watched.append(progress)
@@ -215,6 +204,13 @@ def test_one_refresh_for_the_whole_run_is_offline_training(policy, refresh):
     assert (expected.steps, expected.sampled_tokens) == (result.steps, 0)
 
 
+def fed(policy: TransformersPolicy, group: Candidates) -> int:
+    """Return the tokens of a prompt and, without the last one of each, of its different replies."""
+    tokenization = policy.tokenization
+    replies = {tokenization.response_ids(reply.text, ended=reply.ended) for reply in group.responses}
+    return len(tokenization.prompt_ids(group.prompt)) + sum(len(ids) - 1 for ids in replies)
+
+
 @pytest.mark.parametrize("refresh", [1, 2, 4, 6, 100])
 def test_refreshes_and_sampled_tokens_are_counted(policy, refresh):
     run = Run(policy)
@@ -230,6 +226,7 @@ def test_refreshes_and_sampled_tokens_are_counted(policy, refresh):
     assert run.watched[0] == Progress(0.0, 0, 0)
     assert run.watched[1:] == [Progress((s + 1) / 6, s + 1, sampled[s // refresh]) for s in range(6)]
     assert result.sampled_tokens == sampled[-1]
+    assert result.trained_tokens == sum(fed(policy, group) for groups in run.kept for group in groups)
     assert [line["completions/mean_length"] for line in run.refreshes] == [sum(p) / len(p) for p in lengths]
 
     # Groups are those of the offline order of prompts, and each is sampled once an epoch.
@@ -379,7 +376,8 @@ class Muted:
         self.sampler.sync(policy)
 
     def sample(self, prompts: Sequence[Prompt], spec: SamplingSpec) -> list[Candidates]:
-        nothing = to_response(self.tokenization, spec, (self.tokenization.pad_id,) * spec.max_new_tokens, None)
+        pad = self.tokenization.tokenizer.pad_token_id
+        nothing = to_response(self.tokenization, spec, (pad,) * spec.max_new_tokens, None)
         assert (nothing.text, nothing.finish) == ("", "length")
         return [
             replace(

@@ -16,8 +16,8 @@ from baselines import online_dpo
 from baselines.online_dpo import OnlineDPO
 from baselines.online_dpo_settings import OnlineDPOSettings
 from rrhf_bench.training.on_policy import Minibatch, OnPolicyTrainer
-from rrhf_bench.training.rollouts import Rollouts, RolloutSampler
-from tests.losses import assert_fault_is_noticed
+from rrhf_bench.training.rollouts import RolloutSampler
+from tests.losses import assert_fault_is_noticed, draw_first_rollouts
 from tests.test_ppo import INPUTS, Run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -25,12 +25,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def settings(**changes: Any) -> OnlineDPOSettings:
     return OnlineDPOSettings(**{"iterations": 3, "rollouts": 8, "minibatch": 4, "lr": 3e-3, **changes})
-
-
-def first(run: Run, made: OnlineDPOSettings) -> tuple[OnPolicyTrainer, Any, Rollouts]:
-    trainer = OnPolicyTrainer(OnlineDPO(made), made)
-    state = trainer.start(run.policy)
-    return trainer, state, trainer.roll_out(trainer.sampler(run.policy, run.context), INPUTS, state)
 
 
 def check_pair_signs(pair_signs: Callable[..., Any]) -> None:
@@ -107,7 +101,7 @@ def test_a_pair_of_6_and_4_tokens(changes: dict[str, Any], expected: float) -> N
 
 def test_signs_follow_the_scores_and_the_missing_ends() -> None:
     run = Run()
-    _, _, rollouts = first(run, settings(replies=4))
+    _, _, rollouts = draw_first_rollouts(run, settings(replies=4))
     score = np.array([0.0, 1.0, 2.0, 3.0, 5.0, 5.0, 5.0, 5.0])
     ended = np.array([True, True, True, False, True, True, True, True])
     rows = replace(rollouts, score_N=score, ended_N=ended)
@@ -116,7 +110,8 @@ def test_signs_follow_the_scores_and_the_missing_ends() -> None:
     assert advantages.metrics["frac_reward_zero_std"] == 0.5
     assert not advantages.advantage_NT[~rows.mask_NT].any()
     # Scores that float32 cannot tell apart are a pair.
-    near = replace(first(run, settings())[2], score_N=np.array([1.0, 1.0 + 1e-12] * 4), ended_N=np.ones(8, bool))
+    _, _, pairs = draw_first_rollouts(run, settings())
+    near = replace(pairs, score_N=np.array([1.0, 1.0 + 1e-12] * 4), ended_N=np.ones(8, bool))
     assert OnlineDPO(settings()).advantages(near, 0.1).advantage_NT[:, 0].tolist() == [-1.0, 1.0] * 4
 
 
@@ -129,11 +124,11 @@ def test_the_replies_of_a_prompt_stay_in_one_minibatch(replies: int) -> None:
 
 def test_the_second_reply_of_xpo_is_the_initial_policys() -> None:
     run = Run(stop=("ad",))
-    before = first(run, settings(xpo_alpha=1e-5))[2]
+    before = draw_first_rollouts(run, settings(xpo_alpha=1e-5))[2]
     with torch.no_grad():
         for parameter in run.policy.parameters():
             parameter.mul_(0.3)
-    _, state, rollouts = first(run, settings(xpo_alpha=1e-5))
+    _, state, rollouts = draw_first_rollouts(run, settings(xpo_alpha=1e-5))
     for moved, start in zip(rollouts.groups, before.groups, strict=True):
         assert len(moved.responses) == 2
         assert moved.responses[1] == start.responses[1]

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -22,7 +23,7 @@ from rrhf_bench.policy.policy import Computation, TransformersPolicy
 from rrhf_bench.settings.methods import LoraSettings, OptimiserSettings
 from rrhf_bench.training.optimiser import AdamW
 from rrhf_bench.training.rrhf import rrhf_loss
-from tests.architectures import PACKED, PADDED, VOCABULARY, made, tokenization
+from tests.architectures import GROUPED, PACKED, PADDED, VOCABULARY, made, tokenization
 
 TOKENIZATION = tokenization()
 
@@ -429,6 +430,20 @@ def test_adapters_are_drawn_from_their_seed() -> None:
 def test_a_layer_that_is_not_there_has_no_adapter() -> None:
     with pytest.raises(DataError, match=r"^lora\.targets: .*nonsense"):
         policy_of(made(PACKED["llama"])).adapt(LoraSettings(targets=("nonsense",)), 0)
+
+
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
+def test_an_adapter_of_a_weight_that_head_and_embeddings_share_is_refused(target: str) -> None:
+    """It would be merged into both."""
+    for tied in (False, True):
+        policy = policy_of(
+            made(lambda tied=tied: tf.LlamaForCausalLM(tf.LlamaConfig(**GROUPED, tie_word_embeddings=tied)))
+        )
+        if not tied:
+            policy.adapt(LoraSettings(targets=("q_proj", target)), 0)
+            continue
+        with pytest.raises(DataError, match=rf"^lora\.targets: found .*{target}, but LlamaForCausalLM has one weight"):
+            policy.adapt(LoraSettings(targets=("q_proj", target)), 0)
 
 
 def test_a_saved_policy_has_its_adapters_in_its_weights(tmp_path: Any, onednn: str) -> None:

@@ -24,6 +24,7 @@ from rrhf_bench.testing import PROMPTS, Run, share_of_d, tiny_tokenization
 from rrhf_bench.training.method import Progress, TrainInputs
 from rrhf_bench.training.on_policy import OnPolicyTrainer
 from rrhf_bench.training.rollouts import cycle_prompts
+from tests.losses import draw_first_rollouts
 from tests.test_health import START
 
 INPUTS = TrainInputs(preferences=[Preference(prompt, " a", " b") for prompt in PROMPTS])
@@ -45,11 +46,7 @@ class Iteration:
     """The first iteration of a run, taken apart."""
 
     def __init__(self, run: Run, made: PPOSettings, prompts: Sequence[Prompt] = PROMPTS) -> None:
-        self.trainer = trainer(made)
-        self.state = self.trainer.start(run.policy)
-        inputs = TrainInputs(candidates=[Candidates(prompt, ()) for prompt in prompts])
-        sampler = self.trainer.sampler(run.policy, run.context)
-        self.rollouts = self.trainer.roll_out(sampler, inputs, self.state)
+        self.trainer, self.state, self.rollouts = draw_first_rollouts(run, made, prompts)
         self.advantages = self.trainer.method.advantages(self.rollouts, made.kl_coefficient)
         self.metrics = {**self.rollouts.metrics, **self.advantages.metrics}
 
@@ -257,18 +254,6 @@ def test_reward_scales() -> None:
         RewardScale("first-batch").scale(np.full(7, 0.1))
 
 
-def test_a_reward_that_is_no_number_stops_the_run() -> None:
-    calls: list[str] = []
-
-    def breaks_later(text: str) -> float:
-        calls.append(text)
-        return float("nan") if len(calls) == 20 else share_of_d(text)
-
-    run = Run(breaks_later)
-    with pytest.raises(StageError, match=r"iteration 2, step 5: 1 of 16 rewards are not finite, the first nan"):
-        trainer(settings()).fit(run.policy, INPUTS, run.context)
-
-
 def test_a_loss_that_is_no_number_stops_the_run() -> None:
     run = Run()
     with torch.no_grad():
@@ -338,9 +323,9 @@ def test_an_iteration_is_taken_apart() -> None:
 
 
 def test_what_diverged_is_told_with_its_rollouts() -> None:
-    rewards = iter([math.nan, *[1.0] * 15])
+    rewards = iter([*map(float, range(16)), math.nan, *[1.0] * 15])
     run = Run(lambda text: next(rewards))
-    with pytest.raises(Diverged, match="iteration 1, step 1: 1 of 16 rewards are not finite") as caught:
+    with pytest.raises(Diverged, match="iteration 2, step 5: 1 of 16 rewards are not finite, the first nan") as caught:
         trainer(settings()).fit(run.policy, INPUTS, run.context)
     assert [row["reward"] for row in caught.value.evidence] == ["nan", *[1.0] * 15]
     run = Run()

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,9 +16,11 @@ from safetensors.torch import load_file
 
 from rrhf_bench.data.preferences import load_pairs
 from rrhf_bench.errors import ConfigError, DataError
+from rrhf_bench.pipeline import stages
+from rrhf_bench.pipeline.results import JudgedReward
 from rrhf_bench.pipeline.services import ModelRef, load_reward
 from rrhf_bench.pipeline.stage_graph import make_plan
-from rrhf_bench.records import PoolScored, Preference, Prompt
+from rrhf_bench.records import Candidates, PoolScored, Preference, Prompt, Response
 from rrhf_bench.report import preference_models as report
 from rrhf_bench.rewards import ensemble
 from rrhf_bench.rewards.perplexity_filter import filter_pairs, typical_pairs
@@ -133,12 +136,29 @@ def test_a_key_that_does_nothing_is_refused(key: str, settings: dict[str, Any]) 
 # Data
 
 
-def test_margins_and_ties_are_read_on_request(tmp_path: Path) -> None:
+def test_ties_are_always_read_and_margins_on_request(tmp_path: Path) -> None:
     file = write_pairs(tmp_path / "p.jsonl", {"margin": 1}, {"tie": True}, {"tie": False, "margin": None})
     read = load_pairs(file, margins_and_ties=True)
     assert [(p.margin, p.tie) for p in read.preferences] == [(1.0, None), (None, True), (None, None)]
     assert read.counts["ties"] == 1
-    assert [(p.margin, p.tie) for p in load_pairs(file).preferences] == [(None, None)] * 3
+    assert [(p.margin, p.tie) for p in load_pairs(file).preferences] == [(None, None), (None, True), (None, None)]
+
+
+def test_an_experiment_refuses_ties_that_it_would_read_as_decided(tmp_path: Path) -> None:
+    rows = ({"prompt": f"Why {i}?", "tie": i == 0} for i in range(4))
+    data = load_experiment(SMOKE, []).data.model_dump(mode="json")
+    s = {**data, "source": "files", "path": write_pairs(tmp_path / "p.jsonl", *rows), "dev": 1, "test": 1}
+    with pytest.raises(DataError, match=r"^data.margins_and_ties: found false, but 1 of 4 pairs have tie = true; set"):
+        stages._read(s)
+    *_, parts = stages._read({**s, "margins_and_ties": True})
+    assert sum(pair.tie is True for part in parts for pair in part) == 1
+
+
+def test_policies_do_not_train_on_ties(llama_folder: Folder, tmp_path: Path, cli: Cli) -> None:
+    rows = ({"prompt": f"Why {i}?", "tie": i == 0} for i in range(4))
+    words = ("--model", llama_folder(0), "--data", write_pairs(tmp_path / "p.jsonl", *rows), "--device", "cpu")
+    found = cli("train", "--method", "dpo", *words, "--out", tmp_path / "dpo", "--set", "epochs=1", "--json").json
+    assert (found["counts"]["ties"], found["counts"]["examples"]) == (1, 3)
 
 
 @pytest.mark.parametrize(
@@ -250,6 +270,16 @@ def test_an_ensemble_scores_as_its_members_do(llama_folder: Folder, tmp_path: Pa
     np.testing.assert_allclose(found, np.min(by_hand, axis=0), rtol=1e-4)
     assert not np.allclose(by_hand[0], by_hand[1])
 
+    # The scores are standardised on the pairs that the members have read.
+    scales = []
+    for name, rows, keys in (("few", 8, ()), ("first", 24, ("--set", "pairs=8"))):
+        few = tmp_path / f"{name}.jsonl"
+        few.write_text("".join(data.read_text().splitlines(keepends=True)[:rows]))
+        words = ("--model", llama_folder(0), "--data", few, "--out", tmp_path / name, "--device", "cpu")
+        assert cli("train", "--method", "reward-model", *words, *settings, *keys).code == 0
+        scales.append(json.loads((tmp_path / name / "ensemble.json").read_text())["mean"])
+    assert scales[0] == scales[1]
+
     (out / "ensemble.json").write_text(json.dumps({**about, "std": [1.0]}))
     with pytest.raises(DataError, match=r"ensemble\.json: is not the file of an ensemble"):
         load_reward(ModelRef(str(out)), "cpu", 8)
@@ -299,6 +329,7 @@ def test_default_training_has_no_further_keys() -> None:
         ('reward_models.a={source="toy", layout="value-head"}', "reward_models.a.layout"),
         ('reward_models."a b"={source="toy"}', "reward_models"),
         ("data.margins_and_ties=true", "data.margins_and_ties"),
+        ('reward_models.a={source="b/c", layout="value-head", pad_token="x"}', "reward_models.a.pad_token"),
     ],
 )
 def test_contradictions_name_their_key(override: str, key: str) -> None:
@@ -368,6 +399,48 @@ def test_models_are_compared_with_the_first() -> None:
     assert after is not None
     assert [row[1].value for row in after.rows] == [9, 4]
     assert report.filter_table([one], "x") is None
+
+
+def view_of_judged(counts: Sequence[int], pairs: int, pool: int, worlds: bool) -> Any:
+    """Return what the section reads of a run with two reward models, trained on ``counts`` pairs by repetition."""
+    rng = np.random.default_rng(0)
+
+    def groups(number: int) -> tuple[Candidates, ...]:
+        return tuple(
+            Candidates(
+                Prompt(f"{number} {i}"),
+                tuple(Response("a b", s, score=float(rng.normal())) for s in ("chosen", "rejected")),
+            )
+            for i in range(pairs)
+        )
+
+    samples = tuple(PoolScored(Prompt(f"{i}"), (1.0, 2.0, 3.0, 0.5), (0.0, 1.0, 2.0, 3.0)) for i in range(pool))
+    side = dict.fromkeys(("chosen_perplexity", "rejected_perplexity", "chosen_words", "rejected_words"), 1)
+    about = {when: {"pairs": 9, "chosen_likelier": 1, **side} for when in ("before", "after")}
+    judged = [
+        JudgedReward(name, number, groups(number), samples, trained_on=count, filtered=about)
+        for name in ("random", "filtered")
+        for number, count in enumerate(counts)
+    ]
+    of = {number: number for number in range(len(counts))} if worlds else {}
+    return SimpleNamespace(
+        records=SimpleNamespace(reward_models=judged, worlds=of, arena="x"), clusters=lambda ids: list(ids)
+    )
+
+
+def test_several_worlds_have_the_mean_of_their_training_pairs() -> None:
+    models, filtered = (part for part in report.SECTION.parts(view_of_judged((9, 12), 5, 3, worlds=True))[1:3])
+    assert [row[1].value for row in models.rows] == [10.5, 10.5]
+    assert any("mean over worlds" in note for note in models.footnotes)
+    assert "first world" in filtered.footnotes[0]
+
+
+@pytest.mark.parametrize(("pairs", "pool"), [(1, 3), (5, 1)])
+def test_a_single_pair_or_prompt_has_a_mean_without_an_interval_and_so_a_dash(pairs: int, pool: int) -> None:
+    models = report.SECTION.parts(view_of_judged((9,), pairs, pool, worlds=False))[1]
+    cells = dict(zip([column.name for column in models.columns], models.rows[1], strict=True))
+    assert (cells["accuracy"].value is None) == (cells["p"].value is None) == (pairs == 1)
+    assert (cells["gold of best of 1"].value is None) == (cells["gold less random"].value is None) == (pool == 1)
 
 
 def test_the_command_judges_a_file(llama_folder: Folder, tmp_path: Path, cli: Cli) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,11 +14,9 @@ from pydantic import ValidationError
 from baselines import reinforce
 from baselines.reinforce import Reinforce, RunningMean
 from baselines.reinforce_settings import ReinforceSettings
-from rrhf_bench.training.on_policy import OnPolicyTrainer
 from rrhf_bench.training.rollouts import Rollouts
-from tests.losses import assert_fault_is_noticed
-from tests.test_ppo import INPUTS, Run
-from tests.test_resume import Killed, train
+from tests.losses import assert_fault_is_noticed, draw_first_rollouts
+from tests.test_ppo import Run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -30,10 +27,7 @@ def settings(**changes: Any) -> ReinforceSettings:
 
 @pytest.fixture(scope="module")
 def rollouts() -> Rollouts:
-    run = Run()
-    made = settings()
-    trainer = OnPolicyTrainer(Reinforce(made), made)
-    return trainer.roll_out(trainer.sampler(run.policy, run.context), INPUTS, trainer.start(run.policy))
+    return draw_first_rollouts(Run(), settings())[2]
 
 
 def check_running_mean(running_mean: Callable[..., RunningMean]) -> None:
@@ -88,14 +82,6 @@ def test_the_baseline_of_each_iteration(rollouts: Rollouts, changes: dict[str, A
         expected_N = torch.as_tensor(mean + spread - baseline, dtype=torch.float32)
         torch.testing.assert_close(advantages.advantage_NT, expected_N[:, None] * rows.mask_NT, rtol=0, atol=1e-5)
         assert advantages.metrics["objective/baseline"] == pytest.approx(baseline, abs=1e-5)
-
-
-def test_a_forgotten_baseline_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    _, log, _ = train(settings(), tmp_path / "whole")
-    monkeypatch.setattr(Reinforce, "load", lambda self, state: None)
-    with pytest.raises(Killed):
-        train(settings(), tmp_path / "part", kill_at=3)
-    assert train(settings(), tmp_path / "part")[1] != log
 
 
 @pytest.mark.parametrize(

@@ -15,10 +15,9 @@ from torch import Tensor
 from baselines import reinforce_pp
 from baselines.reinforce_pp import ReinforcePP
 from baselines.reinforce_pp_settings import ReinforcePPSettings
-from rrhf_bench.training.on_policy import OnPolicyTrainer
 from rrhf_bench.training.rollouts import Rollouts
-from tests.losses import assert_fault_is_noticed
-from tests.test_ppo import INPUTS, Run
+from tests.losses import assert_fault_is_noticed, draw_first_rollouts
+from tests.test_ppo import Run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -82,8 +81,7 @@ def rollouts() -> Rollouts:
     run = Run(stop=("ad",))
     with torch.no_grad():
         next(iter(run.policy.parameters())).mul_(1.2)
-    trainer = OnPolicyTrainer(ReinforcePP(settings()), settings())
-    return trainer.roll_out(trainer.sampler(run.policy, run.context), INPUTS, trainer.start(run.policy))
+    return draw_first_rollouts(run, settings())[2]
 
 
 def test_the_kl_is_in_the_baseline_or_not(rollouts: Rollouts) -> None:

@@ -11,24 +11,16 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from baselines import remax
-from baselines.remax import ReMax
 from baselines.remax_settings import ReMaxSettings
-from rrhf_bench.training.on_policy import OnPolicyTrainer
-from rrhf_bench.training.rollouts import Rollouts, sampled_tokens
-from tests.losses import assert_fault_is_noticed
-from tests.test_ppo import INPUTS, Run, share_of_d
+from rrhf_bench.training.rollouts import sampled_tokens
+from tests.losses import assert_fault_is_noticed, draw_first_rollouts
+from tests.test_ppo import Run, share_of_d
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def settings(**changes: Any) -> ReMaxSettings:
     return ReMaxSettings(**{"iterations": 2, "rollouts": 8, "minibatch": 4, "lr": 3e-3, **changes})
-
-
-def first(run: Run, made: ReMaxSettings) -> tuple[OnPolicyTrainer, Any, Rollouts]:
-    trainer = OnPolicyTrainer(ReMax(made), made)
-    state = trainer.start(run.policy)
-    return trainer, state, trainer.roll_out(trainer.sampler(run.policy, run.context), INPUTS, state)
 
 
 def check_remax_advantages(remax_advantages: Callable[..., Tensor]) -> None:
@@ -86,7 +78,7 @@ def test_the_baseline_is_the_greedy_reply_of_the_present_weights(replies: int) -
     with torch.no_grad():
         for parameter in run.policy.parameters():
             parameter.mul_(1.3)  # away from the reference, whose greedy replies differ
-    trainer, state, rollouts = first(run, settings(replies=replies, rollouts=16, kl_coefficient=0.05))
+    trainer, state, rollouts = draw_first_rollouts(run, settings(replies=replies, rollouts=16, kl_coefficient=0.05))
     greedy = [group.responses[0] for group in rollouts.greedy]
     for group, reply in zip(rollouts.greedy, greedy, strict=True):
         ids = list(run.policy.tokenization.prompt_ids(group.prompt))

@@ -10,11 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from baselines.nlpo_settings import NLPOSettings
 from baselines.online_dpo_settings import OnlineDPOSettings
 from baselines.ppo_settings import PPOSettings
 from baselines.reinforce_settings import ReinforceSettings
-from baselines.remax_settings import ReMaxSettings
 from baselines.sft_settings import SFTSettings
 from rrhf_bench.pipeline import stage_helpers
 from rrhf_bench.pipeline.training_record import FileCheckpoints
@@ -37,6 +35,7 @@ CANDIDATES = [
     for i, pair in enumerate(PAIRS)
 ]
 OFFLINE: dict[str, Any] = {"epochs": 2, "batch_prompts": 3, "lr": 3e-3}
+ON_POLICY: dict[str, Any] = {"iterations": 4, "rollouts": 8, "minibatch": 4, "lr": 3e-3}
 METHODS: dict[str, Any] = {
     "rrhf": RRHFSettings(**OFFLINE),
     "rrhf with adapters": RRHFSettings(**OFFLINE, lora=LoraSettings(rank=2)),
@@ -49,6 +48,8 @@ METHODS: dict[str, Any] = {
         reward_scale="running",
     ),
     "ppo with a value model": PPOSettings(iterations=3, rollouts=6, minibatch=3, update_epochs=1, value="separate"),
+    "xpo": OnlineDPOSettings(**ON_POLICY, xpo_alpha=1e-3),
+    "reinforce with a decaying mean": ReinforceSettings(**ON_POLICY, baseline="ema", decay=0.7, include_present=False),
 }  # fmt: skip
 
 
@@ -114,28 +115,6 @@ def test_a_killed_run_ends_as_if_it_had_not_been(name: str, onednn: str, tmp_pat
 
 
 ON_POLICY: dict[str, Any] = {"iterations": 4, "rollouts": 8, "minibatch": 4, "lr": 3e-3}
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        NLPOSettings(**ON_POLICY, update_epochs=2),
-        OnlineDPOSettings(**ON_POLICY),
-        OnlineDPOSettings(**ON_POLICY, xpo_alpha=1e-3),
-        ReinforceSettings(**ON_POLICY),
-        ReinforceSettings(**ON_POLICY, baseline="ema", decay=0.7, include_present=False),
-        ReMaxSettings(**ON_POLICY),
-    ],
-    ids=["nlpo", "online dpo", "xpo", "reinforce", "reinforce with a decaying mean", "remax"],
-)
-def test_a_killed_on_policy_run_ends_as_if_it_had_not_been(settings: Any, tmp_path: Path) -> None:
-    weights, log, result = train(settings, tmp_path / "whole")
-    for kill_at in (1, 3):
-        with pytest.raises(Killed):
-            train(settings, tmp_path / str(kill_at), kill_at=kill_at)
-        found, lines, same = train(settings, tmp_path / str(kill_at))
-        assert (lines, same) == (log, result)
-        assert all(torch.equal(found[key], weights[key]) for key in weights)
 
 
 def test_half_precision_goes_on_from_its_float32_copies(tmp_path: Path) -> None:

@@ -258,10 +258,10 @@ def test_nothing_left_and_bad_sizes(write: Write) -> None:
 
 def test_split_of_texts_is_disjoint_also_inside_them() -> None:
     texts = [LabelledText(Prompt(f"w{i} x{i}"), f" y{i} z{i}", str(i % 2)) for i in range(40)]
-    split = split_texts(texts, train=20, dev=5, test=10, seed=3)
-    assert [len(part) for part in (split.train, split.dev, split.test)] == [20, 5, 10]
-    assert split.counts == {"texts": 40, "duplicate_prompt": 0, "overlap": 0, "unused": 5}
-    assert split_texts(texts[::-1], train=20, dev=5, test=10, seed=3) == split
+    split = split_texts(texts, dev=5, test=10, seed=3)
+    assert [len(part) for part in (split.train, split.dev, split.test)] == [25, 5, 10]
+    assert split.counts == {"texts": 40, "duplicate_prompt": 0, "overlap": 0}
+    assert split_texts(texts[::-1], dev=5, test=10, seed=3) == split
     # Texts that quote the prompt of texts[7]: across the join, within the reply, and not quite. The order is one of
     # prompts alone, so a seed that holds texts[7] out and trains on the others does so whatever they say.
     quoting = [
@@ -273,7 +273,7 @@ def test_split_of_texts_is_disjoint_also_inside_them() -> None:
     silent = [LabelledText(text.prompt, " n n", "0") for text in quoting]
 
     def trained_on(added: list[LabelledText], seed: int) -> tuple[set[Prompt], int]:
-        split = split_texts([*texts, *added], train=None, dev=5, test=10, seed=seed)
+        split = split_texts([*texts, *added], dev=5, test=10, seed=seed)
         return {text.prompt for text in split.train}, split.counts["overlap"]
 
     prompts = [text.prompt for text in quoting]
@@ -281,5 +281,5 @@ def test_split_of_texts_is_disjoint_also_inside_them() -> None:
     train, overlap = trained_on(quoting, seed)
     assert [prompt in train for prompt in prompts] == [False, False, True, True]
     assert overlap == 2
-    with pytest.raises(DataError, match="not enough prompts: found 10 for test, 5 for dev and 25 for training"):
-        split_texts(texts, train=30, dev=5, test=10, seed=3)
+    with pytest.raises(DataError, match="not enough prompts: found 10 for test, 30 for dev and 0 for training"):
+        split_texts(texts, dev=30, test=10, seed=3)

@@ -169,6 +169,9 @@ def test_a_wrong_label_is_named(make_reward: MakeReward) -> None:
     (folder / "config.json").write_text(json.dumps(config | {"problem_type": "multi_label_classification"}))
     with pytest.raises(DataError, match=r"has 2 labels .*, several of which may hold at once"):
         ClassifierReward.load(folder, label="LABEL_1")
+    (folder / "config.json").write_text(json.dumps(config | {"problem_type": "regression"}))
+    with pytest.raises(DataError, match=r"has 2 labels .*, numbers of a regression; expected labels that exclude"):
+        ClassifierReward.load(folder, label="LABEL_1")
     with pytest.raises(DataError, match=r"one: has 1 label\b"):
         ClassifierReward.load(make_reward("one"), label="LABEL_0")
 
@@ -347,6 +350,27 @@ def test_identity_is_of_contents_and_contract(make_reward: MakeReward, tmp_path:
     assert ClassifierReward.load(second).identity != identity
 
 
+def test_a_classifier_of_the_hub_has_its_own_contract(
+    make_reward: MakeReward, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    folder = make_reward()
+    cache, commit = tmp_path / "hub", "0123456789" * 4
+    (cache / "models--a--b" / "refs").mkdir(parents=True)
+    (cache / "models--a--b" / "refs" / "main").write_text(commit)
+    snapshot = cache / "models--a--b" / "snapshots" / commit
+    shutil.copytree(folder, snapshot)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("transformers.utils.hub.constants.HF_HUB_CACHE", str(cache))
+    assert ClassifierReward.load("a/b").contract == RewardContract()  # no file, and no network to ask for one
+    RewardContract(max_length=77).write(snapshot)
+    assert ClassifierReward.load("a/b").contract == RewardContract(max_length=77)
+    with pytest.raises(DataError, match="nobody/nothing: cannot be loaded as a tokenizer"):
+        ClassifierReward.load("nobody/nothing")
+
+
 # The contract
 
 
@@ -360,11 +384,12 @@ def test_a_contract_decides_text_ids_and_position(tokenizer: Any) -> None:
     assert decoded(RewardContract(), " Ho ") == (prompt.text + " Ho <eos>", False)
     assert decoded(RewardContract(append_eos=False), " Ho ") == (prompt.text + " Ho ", False)
     assert decoded(RewardContract(join=" ", strip_response=True), "  Ho\n") == (prompt.text + " Ho<eos>", False)
-    assert decoded(RewardContract(), " Ho<eos>") == (prompt.text + " Ho<eos>", False)  # no second EOS
     full, _ = RewardContract().encode(prompt, " Ho", tokenizer, None)
     assert RewardContract().encode(prompt, " Ho", tokenizer, len(full)) == (full, False)
     assert RewardContract().encode(prompt, " Ho", tokenizer, 4) == (full[-4:], True)
-    assert RewardContract(truncation_side="right").encode(prompt, " Ho", tokenizer, 4) == (full[:4], True)
+    right = RewardContract(truncation_side="right")
+    assert right.encode(prompt, " Ho", tokenizer, 4) == ([*full[:3], eos], True)  # a model that reads the last token
+    assert replace(right, append_eos=False).encode(prompt, " Ho", tokenizer, 4) == (full[:4], True)
     first_eos = RewardContract(position="first-eos")
     assert first_eos.index([5, eos, 6, eos], eos) == 1
     assert RewardContract().index([5, eos, 6, eos], eos) == 3
@@ -386,6 +411,27 @@ def test_a_text_has_one_bos_even_when_truncated() -> None:
     tok.chat_template = "<pad>{% for m in messages %}{{ m.content }}{% endfor %}"
     chat, _ = RewardContract.default("chat").encode(prompt, " Ho", tok, None)
     assert chat.count(0) == 1  # the template has written it, and the tokenizer adds none
+
+
+@pytest.mark.parametrize("template", ["hh", "raw"])
+def test_the_name_of_a_special_token_is_text(tokenizer: Any, template: Any) -> None:
+    prompt, eos = Prompt("\n\nHuman: What is <eos>?\n\nAssistant:"), tokenizer.eos_token_id
+    ids, _ = RewardContract(template=template).encode(prompt, " The end<eos>", tokenizer, None)
+    assert (ids.count(eos), ids[-1]) == (1, eos)
+    assert tokenizer.decode(ids[:-1]) == prompt.text + " The end<eos>"
+    plain = replace(prompt, text="\n\nHuman: What is bread?\n\nAssistant:")
+    ids, _ = RewardContract(template=template, append_eos=False).encode(plain, " Flour.", tokenizer, None)
+    assert ids == tokenizer(plain.text + " Flour.")["input_ids"]
+    # trlX and the code of RRHF score the first EOS, also one that a text names.
+    published, _ = RewardContract(position="first-eos").encode(prompt, " Ho", tokenizer, None)
+    assert published.count(eos) == 2
+
+
+def test_truncation_on_the_right_keeps_the_separator(make_encoder: Callable[..., Path]) -> None:
+    tok = ClassifierReward.load(make_encoder(), template="raw", label="POSITIVE").tokenizer
+    contract = replace(RewardContract.default("raw"), truncation_side="right")
+    ids, cut = contract.encode(PROMPTS[0], " Ho", tok, 6)
+    assert (len(ids), ids[0], ids[-1], cut) == (6, tok.cls_token_id, tok.sep_token_id, True)
 
 
 def test_a_raw_contract_joins_prompt_and_response(tokenizer: Any) -> None:
@@ -499,6 +545,9 @@ def test_a_value_head_loads_from_safetensors_or_a_bare_checkpoint(
     folder, *_ = gptj
     expected = ValueHeadReward.load(folder, dtype="float32").score(PROMPTS, REPLIES)
     state = torch.load(folder / "pytorch_model.bin", weights_only=True)
+    for name in ("training_args.bin", "optimizer.bin", "scheduler.bin", "optimizer.pt"):  # what a trainer leaves there
+        torch.save({"state": {}, "param_groups": [], "args": Path("x")}, folder / name)
+    assert ValueHeadReward.load(folder, dtype="float32").score(PROMPTS, REPLIES).tolist() == expected.tolist()
     bare = tmp_path / "bare"  # weights alone: configuration and tokenizer are named
     bare.mkdir()
     torch.save(state, bare / "hf_ckpt.pt")
@@ -623,6 +672,24 @@ def test_training_learns_and_its_result_loads(llama_folder: Callable[[int], Path
     chosen = reward.score(prompts, [pair.chosen for pair in held_out])
     rejected = reward.score(prompts, [pair.rejected for pair in held_out])
     assert (chosen > rejected).mean() == 1.0
+
+
+def test_training_starts_from_an_adapter(llama_folder: Callable[[int], Path], tokenizer: Any, tmp_path: Path) -> None:
+    import peft
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(llama_folder(0))
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+    adapted = peft.get_peft_model(base, config)
+    adapted.save_pretrained(tmp_path / "adapter")
+    merged = adapted.merge_and_unload()
+    merged.save_pretrained(tmp_path / "merged")
+    tokenizer.save_pretrained(tmp_path / "merged")
+    scores = []
+    for name in ("adapter", "merged"):
+        train_head(tmp_path / name, preferences(16), RewardTrainingSettings(), tmp_path / f"rm {name}", seed=0)
+        scores.append(ClassifierReward.load(tmp_path / f"rm {name}").score(PROMPTS, REPLIES))
+    np.testing.assert_allclose(*scores, rtol=1e-4, atol=1e-5)
 
 
 def test_training_depends_on_its_seed_alone(llama_folder: Callable[[int], Path], tmp_path: Path) -> None:

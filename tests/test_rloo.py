@@ -9,11 +9,10 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from baselines.rloo import RLOO, rloo_loss
+from baselines.rloo import rloo_loss
 from baselines.rloo_settings import RLOOSettings
 from rrhf_bench.testing import Run, share_of_d
-from rrhf_bench.training.on_policy import OnPolicyTrainer
-from tests.test_ppo import INPUTS
+from tests.losses import draw_first_rollouts
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -35,10 +34,7 @@ def test_advantages_are_those_of_the_slow_definition() -> None:
     run = Run(stop=("ad",))
     with torch.no_grad():
         next(iter(run.policy.parameters())).mul_(1.2)  # away from the reference
-    made = settings(kl_coefficient=0.05, missing_eos_penalty=-0.5)
-    trainer = OnPolicyTrainer(RLOO(made), made)
-    state = trainer.start(run.policy)
-    rollouts = trainer.roll_out(trainer.sampler(run.policy, run.context), INPUTS, state)
+    trainer, _, rollouts = draw_first_rollouts(run, settings(kl_coefficient=0.05, missing_eos_penalty=-0.5))
     advantages = trainer.method.advantages(rollouts, 0.05)
     replies = [(group.prompt, reply) for group in rollouts.groups for reply in group.responses]
     assert len(rollouts.groups) == 4

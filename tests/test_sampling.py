@@ -23,7 +23,7 @@ from rrhf_bench.sampling import backend
 from rrhf_bench.sampling.backend import choose_backend
 from rrhf_bench.sampling.cached import cache_bytes
 from rrhf_bench.sampling.sampler import SamplingSpec, to_response
-from rrhf_bench.sampling.transformers import TransformersSampler
+from rrhf_bench.sampling.transformers import TransformersSampler, _Request
 from rrhf_bench.settings.experiment import RuntimeSettings
 
 # Longer than one cache block (32 tokens): a stale prefix shows on such prompts only.
@@ -149,6 +149,22 @@ def test_a_stop_string_ends_generation(sampler, policy):
     assert cut.finish == "stop"
     assert stop not in cut.text
     assert cut.token_ids == replies[index].token_ids[:3]
+
+
+def test_a_long_stop_string_ends_generation(policy):
+    """As soon as it is there, however many tokens it has."""
+    tokenization = policy.tokenization
+    stop = "### Instruction: ####"
+    ids = list(tokenization.response_ids(f" Mix it. {stop}", ended=False))
+    assert len(tokenization.response_ids(stop, ended=False)) > 12
+    sampler = TransformersSampler(policy, max_model_len=256)
+    spec = replace(SPEC, max_new_tokens=99, stop=("\n\nHuman:", stop))
+    ends = [sampler._ended(_Request((), np.random.default_rng(), ids[:n]), spec) for n in range(1, len(ids) + 1)]
+    assert ends == [False] * (len(ids) - 1) + [True]
+
+
+def test_no_prompts_have_no_replies(sampler):
+    assert sampler.sample([], SPEC) == []
 
 
 def altered(source: Path, folder: Path, **config: object) -> Path:

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Callable
+import random
+import re
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from rrhf_bench.data.dialogue import RefusedDialogue
+from rrhf_bench.data.dialogue import ASSISTANT, HUMAN, SYSTEM, RefusedDialogue, prompt_of, turns
 from rrhf_bench.data.preferences import PreferenceData, load_pairs, load_preferences
 from rrhf_bench.data.prompts import fit_context, load_prompts
-from rrhf_bench.data.rows import find_files
 from rrhf_bench.data.rrhf_files import count_candidates, load_candidates, write_rrhf
-from rrhf_bench.data.splits import split_preferences
+from rrhf_bench.data.splits import _prompts_inside, split_preferences
 from rrhf_bench.data.texts import load_texts
 from rrhf_bench.errors import DataError
 from rrhf_bench.pipeline.file_commands import read_prompts
@@ -63,7 +65,6 @@ def test_a_row_may_hold_a_prompt_and_two_replies(write: Write) -> None:
         Preference(Prompt(f"\n\nHuman: Question {i}\n\nAssistant:"), f" good {i}", f" bad {i}") for i in range(2)
     )
     assert nonzero(data.counts) == {"rows": 2, "kept": 2}
-    assert data.revision is None
 
 
 def test_a_row_names_the_cluster_of_its_prompt(write: Write) -> None:
@@ -89,21 +90,18 @@ def test_the_identity_of_a_source_is_that_of_its_contents(write: Write) -> None:
     assert load_pairs(write(pair(0), pair(2), name="a [x]/pairs.jsonl")).identity != plain.identity
 
 
-def test_a_folder_a_glob_and_a_split_select_files(write: Write, tmp_path: Path) -> None:
+def test_a_folder_and_a_glob_select_files(write: Write, tmp_path: Path) -> None:
     write(pair(0), name="d/train-00000-of-00002.jsonl")
     write(pair(1), name="d/deeper [x]/train.jsonl.gz")
     write(pair(2), name="d/test.jsonl")
     (tmp_path / "d/README.md").write_text("not data")
     (tmp_path / "d/folder.jsonl").mkdir()
 
-    def chosen(path: Any, split: str | None = None) -> list[str]:
-        return [item.chosen for item in load_preferences("files", path, split=split).preferences]
+    def chosen(path: Any) -> list[str]:
+        return [item.chosen for item in load_preferences("files", path).preferences]
 
     assert sorted(chosen(tmp_path / "d")) == [" good 0", " good 1", " good 2"]
-    assert sorted(chosen(tmp_path / "d", "train")) == [" good 0", " good 1"]
     assert chosen(tmp_path / "d" / "t[er]*.jsonl") == [" good 2", " good 0"]  # in the order of the names
-    with pytest.raises(DataError, match=r"no file of split 'dev'; found test.jsonl, train"):
-        find_files(tmp_path / "d", "dev")
 
 
 @pytest.mark.parametrize(
@@ -194,6 +192,16 @@ def test_parquet_faults_name_the_row(tmp_path: Path) -> None:
         load_pairs(tmp_path / "p.parquet")
 
 
+def test_a_table_without_rows_is_passed_over(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    table = pyarrow.Table.from_pylist([pair(0)])
+    for name, part in (("a", table.slice(0, 0)), ("b", table)):
+        pyarrow.parquet.write_table(part, tmp_path / f"{name}.parquet")
+    assert [item.chosen for item in load_pairs(tmp_path).preferences] == [" good 0"]
+
+
 # Lists of messages
 
 
@@ -257,7 +265,7 @@ def test_a_held_out_prompt_with_a_system_turn_is_found_inside_a_training_text() 
     asked = "\n\nSystem: s\n\nHuman: q\n\nAssistant:"
     around = Preference(Prompt("\n\nHuman: first\n\nAssistant:"), f" a{asked} b", " no")
     pairs = [Preference(Prompt(asked), " a", " b"), around, *many(1)]
-    splits = [split_preferences(pairs, train=None, dev=0, test=1, seed=seed) for seed in range(10)]
+    splits = [split_preferences(pairs, dev=0, test=1, seed=seed) for seed in range(10)]
     overlaps = [split.counts["overlap"] for split in splits if split.test[0].prompt.text == asked]
     assert overlaps
     assert set(overlaps) == {1}
@@ -322,7 +330,7 @@ def test_each_container_holds_pairs_prompts_and_candidates(tmp_path: Path, name:
 def test_a_saved_data_set_has_its_splits(tmp_path: Path) -> None:
     path = container("splits", [pair(0), pair(1)], tmp_path)
     assert len(load_pairs(path).preferences) == 3
-    assert [item.chosen for item in load_preferences("files", path, split="test").preferences] == [" good 0"]
+    assert [item.chosen for item in load_pairs(path / "test").preferences] == [" good 0"]
 
 
 def test_a_fault_in_an_array_names_the_line_of_its_object(tmp_path: Path) -> None:
@@ -522,7 +530,6 @@ def test_a_data_set_of_the_hub_is_read_by_folder_and_split(
 
     assert [item.chosen for item in load("train").preferences] == [" good 0", " good 1"]
     assert [item.chosen for item in load("test").preferences] == [" good 2"]
-    assert load("train").revision is None
     assert "@sha256:" in load("train").identity  # no commit: the contents stand in for it
     with pytest.raises(DataError, match="split 'dev' cannot be loaded"):
         load("dev")
@@ -547,18 +554,17 @@ def test_the_commit_of_a_data_set_of_the_hub_is_recorded(monkeypatch: pytest.Mon
         # What a cached data set remembers of where it came from.
         info = SimpleNamespace(download_checksums={f"hf://datasets/Anthropic/hh-rlhf@{commit}/train.jsonl.gz": None})
 
-    def load_dataset(name: str, config: str | None, **options: Any) -> Table:
-        asked.update(options, name=name, config=config)
+    def load_dataset(name: str, **options: Any) -> Table:
+        asked.update(options, name=name)
         return Table([pair(0), {"prompt": ASK, "chosen": 3, "rejected": " b"}][: 1 if asked["split"] == "train" else 2])
 
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", dataset_info)
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     data = load_preferences("hub:Anthropic/hh-rlhf", data_dir="harmless-base", revision="main")
-    assert data.revision == commit
     assert data.identity == f"hub:Anthropic/hh-rlhf/harmless-base:train@{commit}"
     expected = commit if online else "main"  # what is loaded is what was resolved
     assert asked == {
-        "name": "Anthropic/hh-rlhf", "config": None, "data_dir": "harmless-base", "split": "train", "revision": expected
+        "name": "Anthropic/hh-rlhf", "data_dir": "harmless-base", "split": "train", "revision": expected
     }  # fmt: skip
     with pytest.raises(DataError, match=r"Anthropic/hh-rlhf \(test\) row 1: chosen: found 3; expected text"):
         load_preferences("hub:Anthropic/hh-rlhf", split="test", revision="main")
@@ -573,12 +579,12 @@ def many(n: int) -> list[Preference]:
 
 def test_split_is_disjoint_and_does_not_depend_on_the_order() -> None:
     pairs = many(50)
-    split = split_preferences(pairs, train=20, dev=5, test=10, seed=3)
-    assert [len(part) for part in (split.train, split.dev, split.test)] == [20, 5, 10]
-    assert len({item.prompt for item in (*split.train, *split.dev, *split.test)}) == 35
-    assert split.counts == {"pairs": 50, "duplicate_prompt": 0, "overlap": 0, "unused": 15}
-    assert split_preferences(pairs[::-1], train=20, dev=5, test=10, seed=3) == split
-    assert split_preferences(pairs, train=20, dev=5, test=10, seed=4).test != split.test
+    split = split_preferences(pairs, dev=5, test=10, seed=3)
+    assert [len(part) for part in (split.train, split.dev, split.test)] == [35, 5, 10]
+    assert len({item.prompt for item in (*split.train, *split.dev, *split.test)}) == 50
+    assert split.counts == {"pairs": 50, "duplicate_prompt": 0, "overlap": 0}
+    assert split_preferences(pairs[::-1], dev=5, test=10, seed=3) == split
+    assert split_preferences(pairs, dev=5, test=10, seed=4).test != split.test
     assert list(split.test) != sorted(split.test, key=pairs.index)  # shuffled
 
 
@@ -596,7 +602,7 @@ def test_held_out_prompts_occur_nowhere_in_the_training_text() -> None:
             Preference(Prompt(f"\n\nHuman: second {i}\n\nAssistant:"), " yes", f" a{asked} b"),
         ]
     pairs = questions + longer + questions[:2]
-    split = split_preferences(pairs, train=None, dev=3, test=3, seed=0)
+    split = split_preferences(pairs, dev=3, test=3, seed=0)
     held_out = [item.prompt.text for item in (*split.dev, *split.test)]
     assert any(text in {item.prompt.text for item in questions} for text in held_out)
     for item in split.train:
@@ -606,17 +612,47 @@ def test_held_out_prompts_occur_nowhere_in_the_training_text() -> None:
     rest = [item for item in {p.prompt: p for p in pairs[::-1]}.values() if item.prompt.text not in held_out]
     clean = [i for i in rest if not any(h in i.prompt.text + r for h in held_out for r in (i.chosen, i.rejected))]
     assert set(split.train) == set(clean)
-    assert split.counts == {
-        "pairs": 62, "duplicate_prompt": 2, "overlap": 60 - 6 - len(clean), "unused": 0
-    }  # fmt: skip
+    assert split.counts == {"pairs": 62, "duplicate_prompt": 2, "overlap": 60 - 6 - len(clean)}
     assert split.counts["overlap"] > 0
 
 
-@pytest.mark.parametrize("sizes", [(8, 1, 2), (None, 5, 5), (1, 1, 10), (0, 11, 0)])
-def test_too_few_prompts_are_counted_in_the_error(sizes: tuple[int | None, int, int]) -> None:
-    train, dev, test = sizes
+def slow_prompts_inside(pair: Preference) -> Iterator[str]:
+    """Yield every run of whole turns before an assistant's turn, also from a System marker inside a turn on."""
+    for reply in filter(None, (pair.chosen, pair.rejected)):
+        dialogue = turns(pair.prompt.text + reply)
+        for end, turn in enumerate(dialogue):
+            for start in range(end + 1) if turn.role == "assistant" else ():
+                rest = prompt_of(dialogue[start:end]).text
+                before = dialogue[start - 1].text if start > 0 else ""
+                yield rest
+                yield from (before[mark.start() :] + rest for mark in re.finditer(re.escape(SYSTEM), before))
+
+
+def test_the_prompts_inside_a_text_equal_their_slow_definition() -> None:
+    pieces = (SYSTEM, HUMAN, ASSISTANT, " a", "\n", "\n\n", "b ")
+    rng = random.Random(0)
+    for _ in range(300):
+        asked, *replies = ("".join(rng.choices(pieces, k=rng.randrange(12))) for _ in range(3))
+        pair = Preference(Prompt(rng.choice((SYSTEM, HUMAN)) + asked + ASSISTANT), *replies)
+        assert set(_prompts_inside(pair, range(1000))) == set(slow_prompts_inside(pair))
+        lengths = {len(text) for text in list(slow_prompts_inside(pair))[:2]}
+        expected = {text for text in slow_prompts_inside(pair) if len(text) in lengths}
+        assert set(_prompts_inside(pair, lengths)) == expected
+
+
+def test_a_dialogue_of_hundreds_of_turns_is_searched_at_once() -> None:
+    text = "".join(f"\n\nHuman: question {i}\n\nAssistant: answer {i}" for i in range(400))
+    pair = Preference(Prompt(f"{text}\n\nHuman: x\n\nAssistant:"), " a", " b")
+    start = time.process_time()
+    assert len(list(_prompts_inside(pair, {len("\n\nHuman: x\n\nAssistant:")}))) == 2
+    assert time.process_time() - start < 5  # every string took 58 s
+
+
+@pytest.mark.parametrize("sizes", [(5, 5), (1, 10), (11, 0)])
+def test_too_few_prompts_are_counted_in_the_error(sizes: tuple[int, int]) -> None:
+    dev, test = sizes
     with pytest.raises(DataError, match=r"not enough prompts: found .* expected .* \(pairs 10\)"):
-        split_preferences(many(10), train=train, dev=dev, test=test, seed=0)
+        split_preferences(many(10), dev=dev, test=test, seed=0)
 
 
 def test_prompts_beyond_the_context_are_an_error_or_counted() -> None:
@@ -775,6 +811,32 @@ def test_a_query_cut_on_the_left_is_repaired_and_a_finished_one_refused(write: W
         load_candidates(path)
     data = load_candidates(path, faulty_rows="drop")
     assert (len(data.candidates), data.counts["not_a_prompt"]) == (1, 1)
+
+
+def test_a_verbatim_query_is_not_changed(write: Write) -> None:
+    path = write({"query": "The film was", "responses": [" good."], "scores": [1.0]})
+    (group,) = load_candidates(path, verbatim=True).candidates
+    assert group.prompt == Prompt("The film was")
+    path = write({"query": "", "responses": [" good."], "scores": [1.0]}, {"query": [], "responses": ["a"]})
+    with pytest.raises(DataError, match=r"pairs.jsonl:1: query: is empty; expected text; mend the row"):
+        load_candidates(path, verbatim=True)
+    with pytest.raises(DataError, match=r"pairs.jsonl:2: query: found \[\]; expected text"):
+        load_candidates(path, verbatim=True, faulty_rows="drop")
+
+
+def test_a_column_that_is_null_is_absent(write: Write) -> None:
+    row = {"query": ASK, "responses": ["a"], "scores": [1.0], "finish": None, "sources": None}
+    assert load_candidates(write(row)).candidates[0].responses == (Response(" a", "file", score=1.0),)
+
+
+def test_policies_read_no_ties(write: Write) -> None:
+    read = read_prompts(write(pair(0), pair(1) | {"tie": True}, pair(2) | {"margin": "much"}))
+    assert [item.chosen for item in read.pairs] == [" good 0", " good 2"]
+    assert (len(read.prompts), read.counts["ties"]) == (2, 1)
+    with pytest.raises(DataError, match="found 1 ties and no other pair; expected pairs with a label"):
+        read_prompts(write(pair(0) | {"tie": True}))
+    with pytest.raises(DataError, match=r"pairs.jsonl:1: tie: found 1; expected true or false"):
+        read_prompts(write(pair(0) | {"tie": 1}))
 
 
 def test_groups_that_cannot_be_ranked_are_counted(write: Write) -> None:

@@ -111,24 +111,6 @@ def test_a_family_of_equal_rows_seldom_holds_a_verdict_and_planted_effects_are_f
     assert found.power <= found.power_alone
 
 
-def test_without_the_variance_between_seeds_most_families_hold_a_false_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tests above can fail. The trained models taken as given is what a permutation test over prompts does."""
-
-    def over_prompts_alone(values: statistics.Floats, *rest: object) -> tuple[float, float]:
-        of_prompt_P = values.mean(axis=0)
-        return float(of_prompt_P.std(ddof=1) / np.sqrt(len(of_prompt_P))), len(of_prompt_P) - 1.0
-
-    monkeypatch.setattr(statistics, "_error", over_prompts_alone)
-    assert rates("greedy gold, PPO spreads most", families=20).false_family > 0.5
-
-
-def test_without_pooling_three_seeds_find_next_to_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(simulation, "pool_seed_variance", lambda *_, **__: None)
-    power = rates("greedy proxy", families=40).power
-    assert power is not None
-    assert power < 0.4
-
-
 # --- worlds as the random unit
 
 

@@ -4,6 +4,7 @@ that does), and no policy samples through another's tokenizer."""
 from __future__ import annotations
 
 import json
+import locale
 import shutil
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from rrhf_bench.data.dialogue import Template
 from rrhf_bench.errors import DataError
 from rrhf_bench.pipeline import stage_helpers
 from rrhf_bench.pipeline.services import ModelRef, Services
+from rrhf_bench.pipeline.stage_context import Job
 from rrhf_bench.policy.policy import TransformersPolicy
 from rrhf_bench.policy.tokenization import Tokenization
 from rrhf_bench.records import Preference, Prompt, Response
@@ -42,6 +44,20 @@ def gpt2(tokenizer):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return TransformersPolicy(GPT2LMHeadModel(config), Tokenization(tokenizer, Template(), "here"))
+
+
+def test_an_artifact_is_utf8_whatever_the_locale(tmp_path) -> None:
+    before = locale.setlocale(locale.LC_CTYPE)
+    locale.setlocale(locale.LC_CTYPE, "C")
+    try:
+        job = Job(
+            "data", {}, {"own": tmp_path}, tmp_path, Services(RuntimeSettings()), "transformers", lambda i, n: None
+        )
+        job.write_json("a.json", "é")
+        assert job.read_json("own", "a.json") == "é"
+    finally:
+        locale.setlocale(locale.LC_CTYPE, before)
+    assert (tmp_path / "a.json").read_bytes() == '"é"'.encode()
 
 
 def context_of_training(tmp_path) -> TrainContext:

@@ -14,6 +14,7 @@ import pytest
 
 from rrhf_bench.errors import StoreError
 from rrhf_bench.pipeline import store as store_module
+from rrhf_bench.pipeline.run_folder import _store_beside
 from rrhf_bench.pipeline.store import (
     MANIFEST,
     TIMING,
@@ -401,6 +402,21 @@ def test_a_folder_that_is_replaced_stays_until_the_new_one_is_complete(
     write(1)
     assert [file.name for file in target.iterdir()] == ["new"]
     assert list(tmp_path.iterdir()) == [target]  # no temporary folder is left
+
+
+# The store of a run
+
+
+@pytest.mark.parametrize("named", [".", "..", "runs/a", "link"])
+def test_the_store_of_a_run_is_found_however_its_folder_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: str
+) -> None:
+    runs = tmp_path / "runs"
+    (runs / "a" / "report").mkdir(parents=True)
+    (runs / "store").mkdir()
+    (tmp_path / "link").symlink_to(runs / "a")
+    monkeypatch.chdir({".": runs / "a", "..": runs / "a" / "report"}.get(named, tmp_path))
+    assert _store_beside(Path(named)).root.samefile(runs / "store")
 
 
 # folder_identity

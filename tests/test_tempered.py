@@ -19,17 +19,12 @@ from rrhf_bench.report.tables import main_table, method_costs
 from rrhf_bench.report.view import View
 from rrhf_bench.sampling.sampler import SamplingSpec
 from rrhf_bench.sampling.transformers import TransformersSampler
+from rrhf_bench.testing import FunctionReward
 from tests.test_report import synthetic
 
 PROMPTS = [Prompt(f"\n\nHuman: {i}?\n\nAssistant:") for i in range(6)]
 SPEC = SamplingSpec(n=1, temperature=1.0, max_new_tokens=8, seed=0, purpose="test")
-
-
-class Length:
-    identity = "length"
-
-    def score(self, prompts, responses):
-        return np.array([float(len(response)) for response in responses])
+LENGTH = FunctionReward(len)
 
 
 @pytest.fixture
@@ -38,12 +33,12 @@ def sampler(policy):
 
 
 def evaluate(sampler, policy, initial, spec=SPEC):
-    judges = stage_helpers.Judges(Length())
+    judges = stage_helpers.Judges(LENGTH)
     return stage_helpers.evaluate("row", 0, sampler, PROMPTS, judges, {"sample": spec}, policy, initial)
 
 
 def test_it_draws_what_the_sampler_draws_at_that_temperature(sampler) -> None:
-    wrapped = Tempered(TemperedSettings(temperature=0.3)).wrap(sampler, Length())
+    wrapped = Tempered(TemperedSettings(temperature=0.3)).wrap(sampler, LENGTH)
     drawn = wrapped.sample(PROMPTS, SPEC)
     assert drawn == sampler.sample(PROMPTS, replace(SPEC, temperature=0.3))
     assert drawn != sampler.sample(PROMPTS, SPEC)
@@ -53,7 +48,7 @@ def test_it_draws_what_the_sampler_draws_at_that_temperature(sampler) -> None:
 
 def test_its_kl_and_entropy_are_of_the_distribution_it_draws_from(sampler, policy) -> None:
     """KL: log p at 0.3 less log p at 1, entropy: minus log p at 0.3, both of the policy's own log-probs."""
-    wrapped = Tempered(TemperedSettings(temperature=0.3)).wrap(sampler, Length())
+    wrapped = Tempered(TemperedSettings(temperature=0.3)).wrap(sampler, LENGTH)
     records = evaluate(wrapped, None, policy)
     replies = [(row.prompt, row.responses[0]) for row in wrapped.sample(PROMPTS, SPEC)]
     ids = stage_helpers.sampled_ids(policy, replies)
@@ -80,7 +75,7 @@ def test_replies_that_are_no_draws_of_the_whole_distribution_have_no_entropy(sam
 
 
 def test_best_of_n_has_neither_kl_nor_entropy(sampler, policy) -> None:
-    wrapped = BestOfN(BestOfNSettings(n=3)).wrap(sampler, Length())
+    wrapped = BestOfN(BestOfNSettings(n=3)).wrap(sampler, LENGTH)
     assert {(record.kl, record.entropy) for record in evaluate(wrapped, None, policy)} == {(None, None)}
 
 

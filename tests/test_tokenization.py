@@ -16,21 +16,31 @@ REPLIES = (" First, mix the flour.", "No space before it.", " :) smile", "(well)
 
 
 def sentencepiece_like():
-    """As LLaMA's: a space before any text, none at the start of what is decoded, spaces kept as marks in the tokens."""
+    """As LLaMA's: a space before any text, none at the start of what is decoded, spaces kept as marks in the tokens.
+    A character without a token of its own is written with a token for each of its bytes."""
     from tokenizers import Tokenizer, decoders, models, normalizers, trainers
     from transformers import PreTrainedTokenizerFast
 
     core = Tokenizer(models.BPE(unk_token="<unk>"))
     core.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    core.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    parts = decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)
+    core.decoder = decoders.Sequence(list(parts))
     letters = [chr(code) for code in range(32, 127)] + ["\n", "▁"]
     words = [word for text in TEXTS for word in text.split(" ")]
     special = ["<unk>", "<s>", "</s>"]
     core.train_from_iterator(
         words * 20, trainers.BpeTrainer(vocab_size=300, special_tokens=special, initial_alphabet=letters)
     )
+    written = json.loads(core.to_str())
+    written["model"]["byte_fallback"] = True
+    for byte in range(256):
+        written["model"]["vocab"][f"<0x{byte:02X}>"] = len(written["model"]["vocab"])
     return PreTrainedTokenizerFast(
-        tokenizer_object=core, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<unk>"
+        tokenizer_object=Tokenizer.from_str(json.dumps(written)),
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<unk>",
     )
 
 
@@ -65,6 +75,35 @@ def test_a_reply_has_the_tokens_that_it_has_after_its_prompt(tokenization):
     assert tokenization.decode(whole[-len(ids) :]) == reply
 
 
+@pytest.mark.parametrize("make", [sentencepiece_like, llama_class], ids=["sentencepiece-like", "llama"])
+@pytest.mark.parametrize(
+    ("kind", "prompt", "reply"),
+    [
+        ("chat", "\n\nHuman: How do I bake bread?\n\nAssistant:", " First, mix the flour."),
+        ("raw", "How do I bake", " bread and mix the flour."),
+        ("raw", "How do I bake bread", "? First, mix the flour."),
+    ],
+)
+def test_a_sampled_reply_follows_any_prompt_as_its_text_does(make, kind, prompt, reply, tmp_path):
+    """Of tokenizers that put a space before every text and remove one: what is trained is what was sampled."""
+    tokenizer = make(tmp_path) if make is llama_class else make()
+    tokenizer.chat_template = ZEPHYR
+    tokenization = Tokenization(tokenizer, Template(kind), "here")
+    text, add_special_tokens = tokenization.template.render_prompt(Prompt(prompt), tokenizer)
+    text += tokenization.template.render_response(reply)
+    prompt_ids = tokenization.prompt_ids(Prompt(prompt))
+    ids = tuple(tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])
+    assert ids[: len(prompt_ids)] == prompt_ids
+    sampled = ids[len(prompt_ids) :]
+    spec = SamplingSpec(n=1, temperature=1.0, max_new_tokens=99, seed=0, purpose="test")
+    assert to_response(tokenization, spec, sampled, None).text == reply
+    assert tokenization.response_ids(reply, ended=False) == sampled
+
+
+ZEPHYR = (
+    "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}{{ eos_token }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -97,7 +136,7 @@ def test_a_chat_model_is_trained_to_end_its_turn_and_may_end_by_any_of_its_ends(
 
 def test_the_name_of_a_special_token_in_a_text_is_text(tokenizer):
     tokenization = Tokenization(tokenizer, Template(), "here")
-    end, pad = tokenization.eos_id, tokenization.pad_id
+    end, pad = tokenization.eos_id, tokenizer.pad_token_id
     for text in (" Mix flour.<eos>", "<eos> Mix", f" Mix {tokenizer.pad_token} it"):
         ids = tokenization.response_ids(text, ended=True)
         assert (ids.count(end), ids[-1]) == (1, end)
@@ -108,15 +147,27 @@ def test_the_name_of_a_special_token_in_a_text_is_text(tokenizer):
     assert not tokenization.names_special_token(" Mix <eo s>.")
 
 
-def test_a_reply_that_the_cap_cuts_within_a_character_is_the_text_before_it(tokenizer):
-    tokenization = Tokenization(tokenizer, Template(), "here")
+@pytest.mark.parametrize("before", [" mix ", " mix 好", " \N{GRINNING FACE}好"])
+@pytest.mark.parametrize(("character", "missing"), [("好", 1), ("好", 2), ("\N{GRINNING FACE}", 3)])
+def test_a_reply_that_the_cap_cuts_within_a_character_is_the_text_before_it(tokenization, before, character, missing):
     spec = SamplingSpec(n=1, temperature=1.0, max_new_tokens=9, seed=0, purpose="test")
-    ids = tokenization.response_ids(" mix 好", ended=False)
-    assert to_response(tokenization, spec, ids, None).text == " mix 好"
-    cut = to_response(tokenization, spec, ids[:-1], None)
-    assert (cut.text, cut.token_ids, cut.finish) == (" mix ", ids[:-1], "length")
+    ids = tokenization.response_ids(before + character, ended=False)
+    assert to_response(tokenization, spec, ids, None).text == before + character
+    cut = to_response(tokenization, spec, ids[:-missing], None)
+    assert (cut.text, cut.token_ids, cut.finish) == (before, ids[:-missing], "length")
     kept = tokenization.response_ids(cut.text, ended=False)
     assert ids[: len(kept)] == kept  # what is trained was sampled
+
+
+def test_bytes_that_are_no_character_are_kept_as_sampled(tokenization):
+    """Four bytes that begin no character are no cut character: they lose one mark at the end, as a cut one would."""
+    tokens = tokenization.tokenizer.get_vocab()
+    byte = tokens.get("<0xFF>", tokens.get("ÿ"))
+    spec = SamplingSpec(n=1, temperature=1.0, max_new_tokens=9, seed=0, purpose="test")
+    ids = (*tokenization.response_ids(" mix", ended=False), *[byte] * 5)
+    assert to_response(tokenization, spec, ids, None).text == " mix" + 4 * "\ufffd"
+    padding = max(tokens.values()) + 1  # a model's vocabulary may be larger than its tokenizer's
+    assert to_response(tokenization, spec, (*ids, padding), None).text == " mix" + 4 * "\ufffd"
 
 
 def test_a_chat_template_that_writes_the_date_gives_the_same_tokens_every_day():

@@ -6,7 +6,9 @@ import copy
 import math
 import random
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,13 +16,11 @@ import torch
 
 from baselines.sft import SFT, sft_loss
 from baselines.sft_settings import SFTSettings
-from rrhf_bench.data.dialogue import Template
-from rrhf_bench.errors import DataError, Diverged, StageError
+from rrhf_bench.errors import DataError, Diverged
 from rrhf_bench.evaluation.metrics import candidate_statistics
-from rrhf_bench.policy.batching import ResponseBatch
+from rrhf_bench.pipeline.stage_helpers import score_pairs_by_likelihood
 from rrhf_bench.policy.logprobs import kl_k1, kl_k2, kl_k3, sequence_score
 from rrhf_bench.policy.policy import TransformersPolicy
-from rrhf_bench.policy.tokenization import Tokenization
 from rrhf_bench.records import Candidates, Preference, Prompt, Response
 from rrhf_bench.sampling.sampler import SamplingSpec, to_response
 from rrhf_bench.schedule import lr_factor
@@ -47,7 +47,7 @@ CANDIDATES = [
 ]
 
 
-def context(tmp_path: Path, log=None, watch=None, seed: int = 0) -> TrainContext:
+def context(tmp_path: Path | None = None, log=None, watch=None, seed: int = 0) -> TrainContext:
     return TrainContext(
         seed=seed,
         sampler=None,
@@ -82,44 +82,15 @@ def test_token_log_probs_equal_one_unpadded_pass_a_response(policy):
         assert (ids[-1] == tokenization.eos_id) == (response.finish != "length")
 
 
-def test_more_padding_changes_no_log_prob(policy):
-    short = [(PROMPTS[0], Response(" It is 0.", "chosen"))]
-    long = [(PROMPTS[2], Response(" It is 2." + " Really." * 9, "chosen"))]
-    alone = policy.token_logprobs(policy.tokenization.batch(short))[0]
-    padded = policy.token_logprobs(policy.tokenization.batch(short + long))[0, : len(alone)]
-    torch.testing.assert_close(alone, padded, rtol=0, atol=1e-5)
-
-
-def test_temperature_divides_the_logits(policy):
-    pairs = [(policy.tokenization.prompt_ids(PROMPTS[0]), (5, 6))]
-    ids = torch.tensor([[*pairs[0][0], 5]])
-    expected = (policy.model(ids).logits[0, -2:] / 0.7).log_softmax(-1)[torch.arange(2), torch.tensor([5, 6])]
-    torch.testing.assert_close(
-        policy.token_logprobs(ResponseBatch.of_pairs(pairs, 0.7))[0], expected, rtol=0, atol=1e-5
-    )
-
-
-def test_a_model_that_caps_its_logits_is_not_shortcut(tokenizer):
-    """Gemma 2 squashes its logits after the head: hidden states through the head alone would be wrong."""
-    from transformers import Gemma2Config, Gemma2ForCausalLM
-
-    config = Gemma2Config(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        head_dim=16,
-        final_logit_softcapping=3.0,
-        initializer_range=0.5,
-    )
-    policy = TransformersPolicy(Gemma2ForCausalLM(config), Tokenization(tokenizer, Template(), "test"))
-    batch = policy.tokenization.batch([(PROMPTS[0], Response(" It is 0.", "chosen"))])
-    prompt_ids, ids = batch.prompt_ids[0], batch.response_ids[0]
-    logits = policy.model(torch.tensor([prompt_ids + ids])).logits[0, len(prompt_ids) - 1 : -1]
-    expected = logits.log_softmax(-1)[torch.arange(len(ids)), torch.tensor(ids)]
-    torch.testing.assert_close(policy.token_logprobs(batch)[0], expected, rtol=0, atol=1e-5)
+def test_a_held_out_pair_has_the_mean_log_prob_of_each_reply(policy):
+    """p_i of 2304.05302 Eq. 1, each reply alone. The replies of a pair differ in length, so a sum would show."""
+    found = score_pairs_by_likelihood("row", 3, policy, PAIRS, batch=3)
+    assert [(scored.method, scored.seed, scored.prompt) for scored in found] == [("row", 3, p) for p in PROMPTS]
+    for pair, scored in zip(PAIRS, found, strict=True):
+        for text, p in ((pair.chosen, scored.chosen), (pair.rejected, scored.rejected)):
+            batch = policy.tokenization.batch([(pair.prompt, Response(text, "given"))])
+            expected = policy.token_logprobs(batch)[0].sum().item() / len(batch.response_ids[0])
+            assert p == pytest.approx(expected, abs=1e-5)
 
 
 def test_sequence_score_by_hand():
@@ -208,10 +179,10 @@ def test_a_loss_of_the_whole_step_does_not_depend_on_its_passes(policy):
 
 
 @pytest.mark.parametrize("batch_prompts", [1, 3])
-def test_trained_tokens_are_those_of_every_example_in_every_epoch(policy, tmp_path, batch_prompts):
+def test_trained_tokens_are_those_of_every_example_in_every_epoch(policy, batch_prompts):
     """A prompt is fed once for its only reply, and of the reply all tokens but the last."""
     settings = SFTSettings(epochs=2, batch_prompts=batch_prompts)
-    result = OfflineTrainer(SFT(settings), settings).fit(policy, TrainInputs(PAIRS), context(tmp_path))
+    result = OfflineTrainer(SFT(settings), settings).fit(policy, TrainInputs(PAIRS), context())
     tokenization = policy.tokenization
     fed = sum(
         len(tokenization.prompt_ids(pair.prompt)) + len(tokenization.response_ids(pair.chosen, ended=True)) - 1
@@ -220,13 +191,13 @@ def test_trained_tokens_are_those_of_every_example_in_every_epoch(policy, tmp_pa
     assert result.trained_tokens == 2 * fed
 
 
-def test_rrhf_trains_towards_the_better_replies(policy, tmp_path):
+def test_rrhf_trains_towards_the_better_replies(policy):
     log: list = []
     settings = RRHFSettings(epochs=6, lr=3e-3, batch_prompts=4)
     points: list[Progress] = []
     trainer = OfflineTrainer(RRHF(settings), settings)
     result = trainer.fit(
-        policy, TrainInputs(candidates=CANDIDATES), context(tmp_path, log.append, lambda p, _: points.append(p))
+        policy, TrainInputs(candidates=CANDIDATES), context(log=log.append, watch=lambda p, _: points.append(p))
     )
     assert result.steps == 12 == len(log)
     assert [p.step for p in points] == list(range(13))
@@ -244,22 +215,20 @@ def test_rrhf_trains_towards_the_better_replies(policy, tmp_path):
     }
 
 
-def test_same_seed_same_weights_whatever_the_global_state(policy, tmp_path):
+def test_same_seed_same_weights_whatever_the_global_state(policy):
     weights = []
     for disturbance in (0, 1, 2):
         random.seed(disturbance), np.random.seed(disturbance), torch.manual_seed(disturbance)
         copied = TransformersPolicy(copy.deepcopy(policy.model), policy.tokenization)
         settings = SFTSettings(epochs=2, batch_prompts=3)
         seed = 0 if disturbance < 2 else 1
-        OfflineTrainer(SFT(settings), settings).fit(
-            copied, TrainInputs(preferences=PAIRS), context(tmp_path, seed=seed)
-        )
+        OfflineTrainer(SFT(settings), settings).fit(copied, TrainInputs(preferences=PAIRS), context(seed=seed))
         weights.append(torch.cat([p.detach().flatten() for p in copied.parameters()]))
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
 
 
-def test_a_loss_that_is_not_finite_stops_with_its_step(policy, tmp_path):
+def test_a_loss_that_is_not_finite_stops_with_its_step_and_batch(policy):
     class Broken(SFT):
         calls = 0
 
@@ -269,27 +238,31 @@ def test_a_loss_that_is_not_finite_stops_with_its_step(policy, tmp_path):
             return LossOutput(output.loss * (math.nan if Broken.calls == 2 else 1.0), output.weight)
 
     settings = SFTSettings(batch_prompts=4)
-    with pytest.raises(StageError, match="step 2 of 6: loss nan"):
-        OfflineTrainer(Broken(settings), settings).fit(policy, TrainInputs(preferences=PAIRS), context(tmp_path))
+    with pytest.raises(Diverged, match="step 2 of 6: loss nan") as caught:
+        OfflineTrainer(Broken(settings), settings).fit(policy, TrainInputs(preferences=PAIRS), context())
+    prompts = {row["prompt"] for row in caught.value.evidence}
+    assert len(prompts) == 4
+    assert prompts <= {prompt.text for prompt in PROMPTS}
+    assert all(row["responses"][0]["text"] for row in caught.value.evidence)
 
 
-def test_max_length_drops_and_counts(policy, tmp_path):
+def test_max_length_drops_and_counts(policy):
     lengths = [len(policy.tokenization.prompt_ids(p)) for p in PROMPTS]
     settings = SFTSettings(epochs=1, max_length=sorted(lengths)[4] + 2)
-    result = OfflineTrainer(SFT(settings), settings).fit(policy, TrainInputs(preferences=PAIRS), context(tmp_path))
+    result = OfflineTrainer(SFT(settings), settings).fit(policy, TrainInputs(preferences=PAIRS), context())
     assert result.counts["prompts_too_long"] == sum(length >= settings.max_length for length in lengths) > 0
     replies = [len(policy.tokenization.response_ids(pair.chosen, ended=True)) for pair in PAIRS]
     rows = [(prompt, reply) for prompt, reply in zip(lengths, replies, strict=True) if prompt < settings.max_length]
     assert result.counts["responses_truncated"] == sum(sum(row) > settings.max_length for row in rows) > 0
     nothing = SFTSettings(max_length=3)
     with pytest.raises(DataError, match="none of 8 prompts leaves room"):
-        OfflineTrainer(SFT(nothing), nothing).fit(policy, TrainInputs(preferences=PAIRS), context(tmp_path))
+        OfflineTrainer(SFT(nothing), nothing).fit(policy, TrainInputs(preferences=PAIRS), context())
 
 
-def test_responses_cut_before_any_text_are_left_out_and_counted(policy, tmp_path):
+def test_responses_cut_before_any_text_are_left_out_and_counted(policy):
     """A policy that says nothing but pad tokens up to the length cap leaves no token to train on; one that ends at once
     has its end."""
-    pad = policy.tokenization.pad_id
+    pad = policy.tokenization.tokenizer.pad_token_id
     spec = SamplingSpec(1, 1.0, 4, 0, "test")
     nothing = replace(to_response(policy.tokenization, spec, (pad,) * 4, None), score=2.0)
     assert (nothing.text, nothing.finish) == ("", "length")
@@ -303,9 +276,7 @@ def test_responses_cut_before_any_text_are_left_out_and_counted(policy, tmp_path
     weights, counts = [], []
     for candidates in (plain, mixed):
         copied = TransformersPolicy(copy.deepcopy(policy.model), policy.tokenization)
-        result = OfflineTrainer(RRHF(settings), settings).fit(
-            copied, TrainInputs(candidates=candidates), context(tmp_path)
-        )
+        result = OfflineTrainer(RRHF(settings), settings).fit(copied, TrainInputs(candidates=candidates), context())
         weights.append(torch.cat([p.detach().flatten() for p in copied.parameters()]))
         counts.append(result.counts)
     assert torch.equal(*weights)
@@ -314,7 +285,7 @@ def test_responses_cut_before_any_text_are_left_out_and_counted(policy, tmp_path
 
     silent = TrainInputs(candidates=[Candidates(prompt, (nothing, nothing)) for prompt in PROMPTS])
     with pytest.raises(DataError, match="none of 16 responses has a token to train on"):
-        OfflineTrainer(RRHF(settings), settings).fit(policy, silent, context(tmp_path))
+        OfflineTrainer(RRHF(settings), settings).fit(policy, silent, context())
 
 
 NEAR = (10.0, 10.0 + 1e-9)  # two rewards that are equal in float32
@@ -373,17 +344,51 @@ def test_schedules_by_hand():
     assert learning_rate(0, 10, SFTSettings(warmup=0.15, lr=0.4)) == 0.2
 
 
-def test_a_loss_that_is_not_finite_stops_with_its_batch(policy, tmp_path):
-    """The learning rate is so large that the first step sends the weights beyond what float32 holds."""
-    settings = RRHFSettings(epochs=2, lr=1e30, batch_prompts=2)
-    with pytest.raises(Diverged, match=r"step [23] of 8: loss .*lower lr") as caught:
-        OfflineTrainer(RRHF(settings), settings).fit(
-            copy.deepcopy(policy), TrainInputs(candidates=CANDIDATES), context(tmp_path)
-        )
-    prompts = {row["prompt"] for row in caught.value.evidence}
-    assert len(prompts) == 2
-    assert prompts <= {prompt.text for prompt in PROMPTS}
-    assert all(row["responses"][0]["text"] for row in caught.value.evidence)
+def test_a_step_is_adamw_of_the_clipped_gradient() -> None:
+    """The slow definition: divide by the weight, clip the global norm, then Algorithm 2 of AdamW (1711.05101)."""
+    keys: dict[str, Any] = {"betas": (0.6, 0.8), "eps": 0.05, "weight_decay": 0.2, "grad_clip": 1.5}
+    (beta1, beta2), eps, decay, grad_clip = keys.values()
+    rng = np.random.default_rng(0)
+    expected, first, second = rng.normal(size=7), np.zeros(7), np.zeros(7)
+    parameters = [torch.nn.Parameter(torch.tensor(part)) for part in (expected[:3], expected[3:])]
+    optimiser = AdamW(parameters, OptimiserSettings(kind="sft", **keys))
+    for step, (lr, scale) in enumerate([(0.1, 20.0), (0.05, 0.5), (0.02, 8.0)], 1):  # the second is not clipped
+        gradient = scale * rng.normal(size=7)
+        for parameter, part in zip(parameters, (gradient[:3], gradient[3:]), strict=True):
+            parameter.grad = torch.tensor(part)
+        norm = np.linalg.norm(gradient / 4)
+        assert optimiser.clip(4.0) == pytest.approx(norm)
+        assert (norm > grad_clip) == (scale > 1.0)
+        optimiser.step(lr)
+        gradient *= min(1.0, grad_clip / norm) / 4
+        first, second = beta1 * first + (1 - beta1) * gradient, beta2 * second + (1 - beta2) * gradient**2
+        moment, spread = first / (1 - beta1**step), second / (1 - beta2**step)
+        expected = expected * (1 - lr * decay) - lr * moment / (np.sqrt(spread) + eps)
+        # PyTorch adds 1e-6 to the norm that it divides by.
+        found = torch.cat([parameter.detach() for parameter in parameters]).numpy()
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
+
+
+def test_a_step_has_the_rate_of_the_schedule_and_the_mean_gradient(policy) -> None:
+    """If both betas are 0, AdamW moves a weight by lr times the sign of its gradient, so the largest move is lr."""
+    settings = SFTSettings(epochs=2, batch_prompts=3, lr=1e-3, warmup=0.3, schedule="cosine", betas=(0.0, 0.0))
+    trainer, log, weights = OfflineTrainer(SFT(settings), settings), [], []
+    first = next(batches(trainer.method.examples(TrainInputs(PAIRS)), settings, 0))
+    _, weight = trainer.accumulate(policy, first)
+    norm = torch.cat([p.grad.flatten() / weight for p in policy.parameters()]).norm().item()
+    for parameter in policy.parameters():
+        parameter.grad = None
+
+    def watch(progress: Progress, policy: TransformersPolicy) -> None:
+        weights.append(torch.cat([p.detach().flatten() for p in policy.parameters()]))
+
+    trainer.fit(policy, TrainInputs(PAIRS), context(log=log.append, watch=watch))
+    rates = [learning_rate(step, 6, settings) for step in range(6)]
+    assert len(set(rates)) == 4
+    assert [line["lr"] for line in log] == rates
+    moves = [(after - before).abs().max().item() for before, after in pairwise(weights)]
+    assert moves == pytest.approx(rates, rel=1e-3)
+    assert log[0]["grad_norm"] == pytest.approx(norm, rel=1e-5)
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.9, 0.9999])

@@ -48,6 +48,7 @@ def test_a_trial_is_the_row_with_other_settings_and_later_seeds_wait_for_the_pic
         ("tune.rrhf.lr=[0.1,-1.0]", "tune.rrhf"),
         ("tune={rrhf={lr=[0.1,0.2]},sft={lr=[0.1]}}", "tune"),
         ("tune.rrhf.lr=[]", "tune.rrhf.lr"),
+        ("tune.rrhf={}", "tune.rrhf"),
     ],
 )
 def test_each_fault_names_its_key(override: str, key: str) -> None:

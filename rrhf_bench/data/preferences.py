@@ -57,7 +57,6 @@ class PreferenceData:
     preferences: tuple[Preference, ...]
     counts: Mapping[str, int]
     identity: str  # what decides the rows: the hub's commit, or the sha256 of the contents
-    revision: str | None = None  # the hub's commit, where it is known
     places: Mapping[Prompt, str] = field(default_factory=dict)  # file and line of the first row of each prompt
 
 
@@ -67,7 +66,6 @@ def load_preferences(
     *,
     split: str | None = None,
     revision: str | None = None,
-    config: str | None = None,
     data_dir: str | None = None,
     diverging: Diverging = "drop",
     faulty_rows: FaultyRows = "error",
@@ -75,17 +73,15 @@ def load_preferences(
 ) -> PreferenceData:
     """Return preference pairs of files or of a hub data set, which is read through ``datasets``.
 
-    ``source`` is ``"hub:<dataset>"`` (``config``, ``data_dir`` and ``revision`` as for ``datasets.load_dataset``,
-    ``split`` "train" unless named) or ``"files"`` with ``path``: a file, a folder or a glob of ``SUFFIXES``. Of these
-    files ``split`` picks those named after it (``train.jsonl.gz``, ``test-00000-of-00001.parquet``), and the tables
-    in a folder of that name.
+    ``source`` is ``"hub:<dataset>"`` (``data_dir`` and ``revision`` as for ``datasets.load_dataset``, ``split``
+    "train" unless named) or ``"files"`` with ``path`` alone: a file, a folder or a glob of ``SUFFIXES``.
 
     Rows are ``{"prompt", "chosen", "rejected"}`` (Dahoas/rm-static) or two whole dialogues ``{"chosen", "rejected"}``
     (Anthropic/hh-rlhf). Each field is text or a list of messages ``{"role", "content"}``. Whole dialogues in messages
     may stand beside their own prompt (UltraFeedback). A row may name the ``cluster`` of its prompt (text or a whole
-    number: its topic, document or user); prompts of one cluster are not independent. With ``margins_and_ties`` a row
-    may say how much better its chosen reply is (``margin``, a number of at least 0) and that neither is better
-    (``tie``, true); ties are then counted. Other fields are not read.
+    number: its topic, document or user); prompts of one cluster are not independent. A row may say that neither
+    reply is better (``tie``, true); ties are kept and counted. With ``margins_and_ties`` it may also say how much
+    better its chosen reply is (``margin``, a number of at least 0). Other fields are not read.
 
     Counts: ``rows``, ``kept``, those of ``DROPPED``; of all rows ``diverging`` (dialogues that part before the last
     turn); of the rows kept ``duplicate_prompt``, ``prompt_rewritten`` (a bare question became a transcript, or line
@@ -95,7 +91,7 @@ def load_preferences(
     Raises DataError naming the row for a source that cannot be read, for a missing field or a field of another type,
     for a row that cannot be a pair (unless ``faulty_rows`` is "drop"), and if no row is left.
     """
-    rows = open_rows(source, path, split, revision, config, data_dir)
+    rows = open_rows(source, path, split, revision, data_dir)
     counts: Counter[str] = Counter(dict.fromkeys(("rows", "kept", "diverging", *DROPPED), 0))
     counts.update(dict.fromkeys(("duplicate_prompt", "prompt_rewritten", "transcript_repaired", "separator_added"), 0))
     places: dict[Prompt, str] = {}
@@ -110,7 +106,7 @@ def load_preferences(
     counts.update(kept=len(kept), duplicate_prompt=len(kept) - len(places))
     if not kept:
         raise DataError(f"{path or source}: no usable pair is left; found {format_counts(counts) or 'no rows'}")
-    return PreferenceData(tuple(kept), dict(counts), rows.identity(), rows.commit, places)
+    return PreferenceData(tuple(kept), dict(counts), rows.identity(), places)
 
 
 def load_pairs(
@@ -151,17 +147,16 @@ def _read_row(
     preference = Preference(prompt, as_reply(chosen), as_reply(rejected), cluster=cluster_field(row, where))
     if preference.chosen == preference.rejected:
         return None, [*notes, "identical_replies"]
-    if margins_and_ties:
-        preference = replace(preference, **_strength(row, where))
-        notes += ["ties"] if preference.tie else []
+    preference = replace(preference, **_strength(row, where, margins_and_ties))
+    notes += ["ties"] if preference.tie else []
     if (preference.chosen, preference.rejected) != (chosen, rejected):
         changed.append("separator_added")
     return preference, notes + changed
 
 
-def _strength(row: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Return the margin and the tie of a row. Raises DataError for a value that is neither missing nor usable."""
-    margin, tie = row.get("margin"), row.get("tie")
+def _strength(row: Mapping[str, Any], where: str, margins: bool) -> dict[str, Any]:
+    """Return the tie of a row, and its margin if ``margins``. Raises DataError for a value that cannot be used."""
+    margin, tie = row.get("margin") if margins else None, row.get("tie")
     if margin is not None and ((number := finite_number(margin)) is None or number < 0):
         raise DataError(f"{where}: margin: found {excerpt(margin)}; expected a finite number of at least 0, or none")
     if tie is not None and not isinstance(tie, bool):

@@ -49,10 +49,10 @@ def load_prompts(path: str | Path, *, verbatim: bool = False, faulty_rows: Fault
 
     def read(row: Mapping[str, Any], where: str) -> tuple[Prompt, bool]:
         """Return (the prompt, whether it differs from the text of the row)."""
-        said = text_field(row, "prompt", where) if verbatim else text_or_messages(row, "prompt", where)
-        if verbatim and not said:
-            raise FaultyRow("not_a_prompt", f"{where}: prompt: is empty; expected text")
-        prompt = Prompt(str(said)) if verbatim else read_prompt(said, f"{where}: prompt")
+        if verbatim:
+            return verbatim_prompt(row, "prompt", where), False
+        said = text_or_messages(row, "prompt", where)
+        prompt = read_prompt(said, f"{where}: prompt")
         return prompt, isinstance(said, str) and said != prompt.text
 
     for where, (prompt, rewritten) in usable_rows(file_rows(find_files(path)), read, faulty_rows, counts):
@@ -72,6 +72,13 @@ def read_prompt(said: str | Sequence[Mapping[str, Any]], where: str) -> Prompt:
         return as_prompt(said, where) if isinstance(said, str) else prompt_of_messages(said, where)
     except DataError as error:
         raise FaultyRow("not_a_prompt", str(error)) from error
+
+
+def verbatim_prompt(row: Mapping[str, Any], name: str, where: str) -> Prompt:
+    """Return the text of a field as a prompt, unchanged. Raises FaultyRow if it is empty."""
+    if text := text_field(row, name, where):
+        return Prompt(text)
+    raise FaultyRow("not_a_prompt", f"{where}: {name}: is empty; expected text")
 
 
 Asked = TypeVar("Asked", Preference, Candidates)

@@ -63,17 +63,11 @@ def usable_rows(
 @dataclass(frozen=True)
 class Rows:
     rows: Iterator[Row]
-    commit: str | None
     identity: Callable[[], str]  # to be called after every row has been read: its digest is of the contents
 
 
 def open_rows(
-    source: str,
-    path: str | Path | None,
-    split: str | None,
-    revision: str | None,
-    config: str | None,
-    data_dir: str | None,
+    source: str, path: str | Path | None, split: str | None, revision: str | None, data_dir: str | None
 ) -> Rows:
     """Return the rows of a source. Raises DataError if the source is neither files nor a hub set."""
     digest = hashlib.sha256()
@@ -81,19 +75,19 @@ def open_rows(
     if source == "files":
         if path is None:
             raise DataError("source 'files': path is missing; give a file, a folder or a glob")
-        rows = file_rows(find_files(path, split), digest)
+        rows = file_rows(find_files(path), digest)
         name = source
     elif source.startswith("hub:") and path is None:
-        rows, commit = _hub_rows(source, config, data_dir, split or "train", revision, digest)
-        name = "/".join(filter(None, (source, config, data_dir))) + f":{split or 'train'}"
+        rows, commit = _hub_rows(source, data_dir, split or "train", revision, digest)
+        name = "/".join(filter(None, (source, data_dir))) + f":{split or 'train'}"
     else:
         what = f"source {source!r} with path {str(path)!r}" if path is not None else f"source {source!r}"
         raise DataError(f"{what}: expected 'files' with a path, or 'hub:<data set>' without one")
-    return Rows(rows, commit, lambda: f"{name}@{commit or 'sha256:' + digest.hexdigest()}")
+    return Rows(rows, lambda: f"{name}@{commit or 'sha256:' + digest.hexdigest()}")
 
 
-def find_files(path: str | Path, split: str | None = None) -> list[Path]:
-    """Return the data files of a file, folder or glob in the order of their names, those of ``split`` if it is named.
+def find_files(path: str | Path) -> list[Path]:
+    """Return the data files of a file, folder or glob in the order of their names.
 
     Raises DataError for a missing path, for a named file of another kind, and if nothing is left.
     """
@@ -115,18 +109,7 @@ def find_files(path: str | Path, split: str | None = None) -> list[Path]:
     for file in files:
         if not file.name.lower().endswith(SUFFIXES):
             raise DataError(f"{file}: found a {file.suffix or 'nameless'} file; expected {expected}")
-    if split is not None:
-        names = sorted({file.name for file in files})
-        files = [file for file in files if _names_split(file, split)]
-        if not files:
-            raise DataError(f"{path}: no file of split {split!r}; found {', '.join(names[:5])}")
     return sorted(files)
-
-
-def _names_split(file: Path, split: str) -> bool:
-    """Return True if a file is named after a split, or is a table in the folder of one (``save_to_disk``)."""
-    folder = file.parent.name if file.suffix.lower() == ".arrow" else None
-    return split in (re.split(r"[.\-_]", file.name)[0], folder)
 
 
 def file_rows(files: Sequence[Path], digest: Any = None) -> Iterator[Row]:
@@ -146,10 +129,13 @@ def file_rows(files: Sequence[Path], digest: Any = None) -> Iterator[Row]:
 
 def _table_rows(file: Path) -> Iterator[Row]:
     from datasets import load_dataset
+    from pyarrow.parquet import read_metadata
 
     kind = file.suffix.lower().removeprefix(".")
     # Streamed: a user's file is not copied into a cache, and no progress bar is drawn.
     try:
+        if kind == "parquet" and read_metadata(file).num_rows == 0:
+            return  # ``datasets`` fails on a shard without rows
         table = load_dataset(kind, data_files=[glob.escape(str(file))], split="train", streaming=True)
         for index, row in enumerate(table):
             yield f"{file} row {index}", row
@@ -158,7 +144,7 @@ def _table_rows(file: Path) -> Iterator[Row]:
 
 
 def _hub_rows(
-    source: str, config: str | None, data_dir: str | None, split: str, revision: str | None, digest: Any
+    source: str, data_dir: str | None, split: str, revision: str | None, digest: Any
 ) -> tuple[Iterator[Row], str | None]:
     """Return (rows, their commit or None). Offline the commit is read from the cached data set."""
     from datasets import load_dataset
@@ -170,7 +156,7 @@ def _hub_rows(
     with suppress(*hub_errors()):
         commit = HfApi().dataset_info(name, revision=revision).sha
     try:
-        table = load_dataset(name, config, data_dir=data_dir, split=split, revision=commit or revision)
+        table = load_dataset(name, data_dir=data_dir, split=split, revision=commit or revision)
     except Exception as error:  # whatever the data set's own reader raises
         raise DataError(f"{source}: split {split!r} cannot be loaded ({_one_line(error)})") from error
     if commit is None:

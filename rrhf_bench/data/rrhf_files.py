@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rrhf_bench.data.dialogue import as_prompt, as_reply, prompt_of_messages, starts_inside_turn
+from rrhf_bench.data.prompts import verbatim_prompt
 from rrhf_bench.data.rows import (
     FaultyRow,
     FaultyRows,
@@ -42,12 +43,15 @@ class CandidateData:
     places: Mapping[Prompt, str] = field(default_factory=dict)  # file and line of the first row of each prompt
 
 
-def load_candidates(path: str | Path, *, scored: bool = True, faulty_rows: FaultyRows = "error") -> CandidateData:
+def load_candidates(
+    path: str | Path, *, scored: bool = True, verbatim: bool = False, faulty_rows: FaultyRows = "error"
+) -> CandidateData:
     """Return candidates of rows ``{"query", "responses", "scores"}`` (the file that RRHF's train.py reads).
 
     The path is one of ``load_prompts``, or a file of JSON lines with any name. Without ``scored`` the scores are not
     read. A query is text or a list of messages. RRHF's own data_generation cuts a long query on its left, so a text may
-    begin in the middle of a turn: that turn is then the Human's or the assistant's, as the turn after it requires.
+    begin in the middle of a turn: that turn is then the Human's or the assistant's, as the turn after it requires. With
+    ``verbatim`` a query is any text, which is not changed.
 
     A response's source is "file" and its finish "given" unless the row says otherwise. Counts: those of
     ``count_candidates``, ``prompt_rewritten``, ``cut_on_the_left``, ``not_a_prompt`` (dropped, with ``faulty_rows``
@@ -62,7 +66,7 @@ def load_candidates(path: str | Path, *, scored: bool = True, faulty_rows: Fault
     places: dict[Prompt, str] = {}
 
     def read(row: Mapping[str, Any], where: str) -> tuple[Candidates, Counter[str]]:
-        return _read_candidates(row, where, scored)
+        return _read_candidates(row, where, scored, verbatim)
 
     files = [Path(path)] if _is_file(path) else find_files(path)
     for where, (group, notes) in usable_rows(file_rows(files), read, faulty_rows, counts):
@@ -76,19 +80,12 @@ def load_candidates(path: str | Path, *, scored: bool = True, faulty_rows: Fault
     return CandidateData(tuple(candidates), {**count_candidates(candidates), **counts}, places)
 
 
-def _read_candidates(row: Mapping[str, Any], where: str, scored: bool) -> tuple[Candidates, Counter[str]]:
+def _read_candidates(
+    row: Mapping[str, Any], where: str, scored: bool, verbatim: bool
+) -> tuple[Candidates, Counter[str]]:
     """Return (the candidates of a row, the counts that the row adds to). Raises FaultyRow if its query is no prompt."""
     notes: Counter[str] = Counter()
-    query = text_or_messages(row, "query", where)
-    try:
-        if isinstance(query, str):
-            prompt = as_prompt(query, f"{where}: query", cut_on_the_left=True)
-            notes["prompt_rewritten"] += prompt.text != query
-            notes["cut_on_the_left"] += starts_inside_turn(query)
-        else:
-            prompt = prompt_of_messages(query, f"{where}: query")
-    except DataError as error:
-        raise FaultyRow("not_a_prompt", str(error)) from error
+    prompt = verbatim_prompt(row, "query", where) if verbatim else _read_query(row, where, notes)
     texts = _list_field(row, "responses", where, None)
     columns = {
         name: [
@@ -96,7 +93,7 @@ def _read_candidates(row: Mapping[str, Any], where: str, scored: bool) -> tuple[
             for i, value in enumerate(_list_field(row, key, where, len(texts)))
         ]
         for key, (name, kind, _) in _COLUMNS.items()
-        if (scored if key == "scores" else key in row)
+        if (scored if key == "scores" else row.get(key) is not None)
     }
     responses: list[Response] = []
     for i, text in enumerate(texts):
@@ -110,6 +107,20 @@ def _read_candidates(row: Mapping[str, Any], where: str, scored: bool) -> tuple[
         notes["separator_added"] += reply != text
         responses.append(Response(reply, **{"source": "file", **own}))
     return Candidates(prompt, tuple(responses)), notes
+
+
+def _read_query(row: Mapping[str, Any], where: str, notes: Counter[str]) -> Prompt:
+    """Return the prompt that a query means, and add to ``notes`` how it was changed."""
+    query = text_or_messages(row, "query", where)
+    try:
+        if not isinstance(query, str):
+            return prompt_of_messages(query, f"{where}: query")
+        prompt = as_prompt(query, f"{where}: query", cut_on_the_left=True)
+    except DataError as error:
+        raise FaultyRow("not_a_prompt", str(error)) from error
+    notes["prompt_rewritten"] += prompt.text != query
+    notes["cut_on_the_left"] += starts_inside_turn(query)
+    return prompt
 
 
 def _is_file(path: str | Path) -> bool:

@@ -34,7 +34,6 @@ class TextData:
     texts: tuple[LabelledText, ...]
     counts: Mapping[str, int]
     identity: str  # as PreferenceData's
-    revision: str | None = None
 
 
 def load_texts(
@@ -43,7 +42,6 @@ def load_texts(
     *,
     split: str | None = None,
     revision: str | None = None,
-    config: str | None = None,
     data_dir: str | None = None,
     prompt_words: int = 48,
     reply_words: int | None = None,
@@ -63,7 +61,7 @@ def load_texts(
     for name, size in {"prompt_words": prompt_words, "reply_words": reply_words}.items():
         if size is not None and size < 1:
             raise DataError(f"{source}: {name} = {size}; expected at least 1")
-    rows = open_rows(source, path, split, revision, config, data_dir)
+    rows = open_rows(source, path, split, revision, data_dir)
     counts = Counter(dict.fromkeys(("rows", "kept", "too_short", "duplicate_prompt", "leading_space", "reply_cut"), 0))
     kept: list[LabelledText] = []
     for where, row in rows.rows:
@@ -87,4 +85,4 @@ def load_texts(
     counts["duplicate_prompt"] = len(kept) - len({text.prompt for text in kept})
     if not kept:
         raise DataError(f"{path or source}: no usable text is left; found {format_counts(counts) or 'no rows'}")
-    return TextData(tuple(kept), dict(counts), rows.identity(), rows.commit)
+    return TextData(tuple(kept), dict(counts), rows.identity())

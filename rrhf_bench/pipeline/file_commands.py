@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rrhf_bench.data.dialogue import TemplateKind
-from rrhf_bench.data.preferences import holds_pairs, load_pairs
+from rrhf_bench.data.preferences import PreferenceData, holds_pairs, load_pairs
 from rrhf_bench.data.prompts import fit_context, load_prompts
 from rrhf_bench.data.rows import FaultyRows
 from rrhf_bench.data.rrhf_files import count_candidates, load_candidates, write_rrhf
@@ -19,7 +19,7 @@ from rrhf_bench.errors import ConfigError, DataError
 from rrhf_bench.jsonl import write_jsonl
 from rrhf_bench.pipeline import stage_helpers
 from rrhf_bench.pipeline.candidates import assemble, pair_candidates, permute_rewards
-from rrhf_bench.pipeline.services import FILE, DistinctTexts, ModelRef, Services, context_of
+from rrhf_bench.pipeline.services import FILE, DistinctTexts, ModelRef, Services, context_of, reward_template
 from rrhf_bench.pipeline.store import replace_path
 from rrhf_bench.policy.policy import TransformersPolicy
 from rrhf_bench.records import Candidates, Decoding, Evaluated, Preference, Prompt
@@ -61,7 +61,7 @@ class PlainSteps:
             raise DataError(f'{prompts}: has no "chosen" and "rejected", which --sources {",".join(sources)} needs')
         with replace_path(out) as path:
             policy, new_tokens = self.services.fixed_policy(model), spec.max_new_tokens
-            read = self._usable(read, [policy], context_of(policy, model) - new_tokens)
+            read = self._usable(read, [policy], _room(policy, model, new_tokens))
             sampler = self.services.sampler_for(policy, model, self.backend, read.prompts, new_tokens, self.progress)
             sampled = sampler.sample(read.prompts, spec)
             pairs = pair_candidates(read.pairs)
@@ -70,7 +70,8 @@ class PlainSteps:
 
     def score(self, reward: ModelRef, candidates: Path, out: Path) -> dict[str, int]:
         """Score every response of a file, write it again with ``scores``, and return counts of what is odd."""
-        read = load_candidates(candidates, scored=False, faulty_rows=self.faulty_rows)
+        verbatim = reward_template(reward) == "raw"
+        read = load_candidates(candidates, scored=False, verbatim=verbatim, faulty_rows=self.faulty_rows)
         with replace_path(out) as path:
             model = self._reward(reward)
             groups, refused = self._fit(read.candidates, model.prompt_length, sys.maxsize, read.places)
@@ -80,12 +81,8 @@ class PlainSteps:
 
     def score_pairs(self, reward: ModelRef, data: Path) -> tuple[list[Candidates], list[str], dict[str, int]]:
         """Return (the scored replies of each pair of a file, the cluster of each pair, counts). Ties are left out."""
-        read = load_pairs(data, faulty_rows=self.faulty_rows, margins_and_ties=True)
-        decided = [pair for pair in read.preferences if not pair.tie]
-        if not decided:
-            raise DataError(
-                f"{data}: found {len(read.preferences)} ties and no other pair; expected pairs with a label"
-            )
+        read = load_pairs(data, faulty_rows=self.faulty_rows)
+        decided = _decided(read, data)
         model = self._reward(reward)
         pairs, refused = fit_context(
             decided, model.prompt_length, sys.maxsize, faulty_rows=self.faulty_rows, places=read.places
@@ -110,11 +107,11 @@ class PlainSteps:
         services, needs = self.services, method.needs
         if "reward" in needs and reward is None:
             raise DataError(f"{method.kind}: scores its own samples; name a reward model with --reward-model")
-        read = _train_rows(method, data, self.faulty_rows)
+        read = _train_rows(method, data, model.template == "raw", self.faulty_rows)
         policy = services.policy_to_train(model)
         context = context_of(policy, model)
         # The offline loop itself leaves long prompts out and counts them; a sampler stops at the first.
-        limit = context - max_new_tokens if "sampler" in needs else sys.maxsize
+        limit = _room(policy, model, max_new_tokens) if "sampler" in needs else sys.maxsize
         usable, fitted = self._fit(read.groups, _prompt_length([policy]), limit, read.places)
         candidates = candidates_of(method)
         if candidates is not None and candidates.permute_rewards:
@@ -168,7 +165,7 @@ class PlainSteps:
         Raises DataError if the vocabulary of ``initial`` is not that of ``model``, or if ``gold`` is asked for and a
         prompt is not of the embedded world.
         """
-        read = read_prompts(prompts, faulty_rows=self.faulty_rows)
+        read = read_prompts(prompts, verbatim=model.template == "raw", faulty_rows=self.faulty_rows)
         if gold:
             _require_embedded_world(read.prompts, prompts)
         with replace_path(out) as path:
@@ -184,7 +181,7 @@ class PlainSteps:
                     )
             new_tokens = max(spec.max_new_tokens for spec in decodings.values())
             policies = [policy] if reference is None else [policy, reference]
-            read = self._usable(read, policies, context_of(policy, model) - new_tokens)
+            read = self._usable(read, policies, _room(policy, model, new_tokens))
             judge = self._reward(reward)
             fluency = None if perplexity is None else services.fixed_policy(perplexity)
             judges = stage_helpers.Judges(judge, Gold() if gold else None, fluency, self.runtime.score_batch)
@@ -221,6 +218,17 @@ class PlainSteps:
         return kept, {name: count for name, count in counts.items() if count and name != "kept"}
 
 
+def _room(policy: TransformersPolicy, model: ModelRef, new_tokens: int) -> int:
+    """Return the most tokens of a prompt. Raises ConfigError if a reply alone may fill the context."""
+    context = context_of(policy, model)
+    if new_tokens >= context:
+        raise ConfigError(
+            f"--max-new-tokens: found {new_tokens}; expected fewer than the {context} tokens of the context of "
+            f"{model.source}, which a prompt and its reply share"
+        )
+    return context - new_tokens
+
+
 def _prompt_length(policies: Sequence[TransformersPolicy]) -> Callable[[Prompt], int]:
     """Return a function that counts the tokens of a prompt by the policy that needs the most."""
     return lambda prompt: max(len(policy.tokenization.prompt_ids(prompt)) for policy in policies)
@@ -252,22 +260,33 @@ class Questions(NamedTuple):
 
 
 def read_prompts(path: Path, *, verbatim: bool = False, faulty_rows: FaultyRows = "error") -> Questions:
-    """Return the prompts of a file of prompts or preferences, which the first row decides."""
+    """Return the prompts of a file of prompts or preferences, which the first row decides.
+
+    Ties are left out, as in an experiment, and ``ties`` counts them. With ``verbatim`` the prompts of a file of prompts
+    are any text, which is not changed.
+    """
     if holds_pairs(path):
         data = load_pairs(path, faulty_rows=faulty_rows)
-        return Questions(
-            data.preferences, [Candidates(p.prompt, ()) for p in data.preferences], data.counts, data.places
-        )
+        pairs = _decided(data, path)
+        return Questions(pairs, [Candidates(pair.prompt, ()) for pair in pairs], data.counts, data.places)
     read = load_prompts(path, verbatim=verbatim, faulty_rows=faulty_rows)
     return Questions([], [Candidates(prompt, ()) for prompt in read.prompts], read.counts, read.places)
 
 
-def _train_rows(method: MethodSettings, data: Path, faulty_rows: FaultyRows) -> Questions:
+def _decided(read: PreferenceData, path: Path) -> list[Preference]:
+    """Return the pairs that are no ties. Raises DataError if there is none."""
+    decided = [pair for pair in read.preferences if not pair.tie]
+    if not decided:
+        raise DataError(f"{path}: found {len(read.preferences)} ties and no other pair; expected pairs with a label")
+    return decided
+
+
+def _train_rows(method: MethodSettings, data: Path, verbatim: bool, faulty_rows: FaultyRows) -> Questions:
     """Return scored candidates, pairs or prompts alone, as the method requires."""
     if candidates_of(method) is not None:
-        scored = load_candidates(data, faulty_rows=faulty_rows)
+        scored = load_candidates(data, verbatim=verbatim, faulty_rows=faulty_rows)
         return Questions([], scored.candidates, scored.counts, scored.places)
-    read = read_prompts(data, faulty_rows=faulty_rows)
+    read = read_prompts(data, verbatim=verbatim, faulty_rows=faulty_rows)
     if "pairs" in method.requires and not read.pairs:
         raise DataError(f'{data}: {method.kind} trains on pairs; expected lines with "chosen" and "rejected"')
     return read

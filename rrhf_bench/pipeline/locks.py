@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 
-from rrhf_bench.errors import StoreError
+from rrhf_bench.errors import StoreError, visible
 
 RETRY_SECONDS = 0.1
 
@@ -38,18 +38,22 @@ def holder(path: Path) -> str | None:
 
 @contextmanager
 def exclusive_lock(
-    path: Path, what: Path | str, waiting: Callable[[str], None] | None = None, patience: float = 1.0
+    path: Path,
+    what: Path | str,
+    waiting: Callable[[str], None] | None = None,
+    patience: float = 1.0,
+    instead: str = "choose another --runs DIR",
 ) -> Iterator[None]:
     """Hold the exclusive lock of ``path``, a file that exists for the duration of the block.
 
     If another process holds the lock, raise LockHeld, which names that process; with ``waiting``, pass one line that
     names the process to ``waiting`` and retry until the lock is free. ``what`` names the locked object in messages.
     ``patience``: seconds to retry first, so that a process probing the lock is not mistaken for its holder. Raises
-    StoreError if the file cannot be written.
+    StoreError if the file cannot be written; ``instead`` says what to do then.
     """
     deadline = time.monotonic() + patience
     announced = False
-    while (file := _acquire(path)) is None:
+    while (file := _acquire(path, instead)) is None:
         if time.monotonic() > deadline and not announced:
             who = holder(path)
             if waiting is None and who is not None:
@@ -66,23 +70,21 @@ def exclusive_lock(
         os.close(file)
 
 
-def _acquire(path: Path) -> int | None:
+def _acquire(path: Path, instead: str) -> int | None:
     """Return a descriptor of the locked file, or None if another process holds the lock."""
     while True:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         except OSError as error:
-            raise StoreError(
-                f"{path.parent}: cannot be written ({error.strerror}); choose another --runs DIR"
-            ) from error
+            raise StoreError(f"{path.parent}: cannot be written ({error.strerror}); {instead}") from error
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             os.close(file)
             if isinstance(error, BlockingIOError):
                 return None
-            raise StoreError(f"{path}: cannot be locked ({error.strerror}); choose another --runs DIR") from error
+            raise StoreError(f"{path}: cannot be locked ({error.strerror}); {instead}") from error
         # A holder removes its file before it unlocks: a lock on a removed file excludes nobody.
         with suppress(FileNotFoundError):
             if os.path.samestat(path.stat(), os.fstat(file)):
@@ -91,7 +93,7 @@ def _acquire(path: Path) -> int | None:
     parent = multiprocessing.parent_process()
     since = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
     pid = os.getpid() if parent is None or parent.pid is None else parent.pid
-    command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    command = visible(shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]))
     with suppress(OSError):  # a lock without a name holds as well, on a full disk
         os.ftruncate(file, 0)
         os.write(file, f"process {pid} on {platform.node()} since {since} ({command})".encode())

@@ -24,7 +24,7 @@ HOLDERS_NAMED = 4  # in a message: the largest ones
 # The keys that lower the memory of a kind of stage. Those that change no result beyond rounding come first.
 _SCORING = "lower runtime.score_batch"
 _TRAINING = "lower runtime.pass_tokens, set runtime.checkpoint_activations = true, or set lora for the method"
-_SAMPLING = "lower sampling.max_new_tokens, or policy.max_length"
+_SAMPLING = "lower sampling.max_new_tokens, or policy.max_length (of a policy trained here policy.scratch.context)"
 _LOWER = {
     "train": _TRAINING,
     "sample": _SAMPLING,

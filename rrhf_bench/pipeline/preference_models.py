@@ -30,9 +30,9 @@ from rrhf_bench.records import Preference, Response
 from rrhf_bench.rewards.ensemble import write_ensemble
 from rrhf_bench.rewards.pair_losses import OBJECTIVES
 from rrhf_bench.rewards.perplexity_filter import filter_pairs
-from rrhf_bench.rewards.train_head import Log, RewardTraining, count_steps, train_head
+from rrhf_bench.rewards.train_head import Log, RewardTraining, count_steps, train_head, usable_pairs
 from rrhf_bench.seeding import generator
-from rrhf_bench.settings.reward import EnsembleSettings, PerplexityFilterSettings, RewardTrainingSettings
+from rrhf_bench.settings.reward import PerplexityFilterSettings, RewardTrainingSettings
 
 NLL = "nll.npy"  # (P, 2), in the artifact of the training pairs' perplexities
 
@@ -61,7 +61,8 @@ def train_reward_model(
         return train(folder, seed=seed)
     for i, own in enumerate(settings.ensemble.seeds(seed)):
         result = train(folder / f"member_{i}", seed=own)
-    write_ensemble(folder, settings.ensemble, pairs, member_loader(services, trained_ref(policy, settings)))
+    used, _ = usable_pairs(pairs, settings)
+    write_ensemble(folder, settings.ensemble, used, member_loader(services, trained_ref(policy, settings)))
     return result
 
 
@@ -151,13 +152,15 @@ def filter_stage(job: Job) -> None:
 
 def ensemble_stage(job: Job) -> None:
     """Write a reward model that reads several as one."""
-    settings = EnsembleSettings.model_validate(job.settings["ensemble"])
+    training = RewardTrainingSettings.model_validate(job.settings)  # the ensemble, and which pairs its members read
+    settings = training.ensemble
+    assert settings is not None
     ref = job.ref("member 0")
     for i in range(settings.members):
         source = job.inputs[f"member {i}"] / "model"
         shutil.copytree(source, job.out / "model" / f"member_{i}", copy_function=_link_or_copy)
     pairs = read_jsonl(job.inputs["data"] / "train.jsonl", Preference)
-    write_ensemble(job.out / "model", settings, pairs, member_loader(job.services, ref))
+    write_ensemble(job.out / "model", settings, usable_pairs(pairs, training)[0], member_loader(job.services, ref))
     replace(ref, source="model").write(job.out)
 
 

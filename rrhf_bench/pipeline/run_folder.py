@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -74,9 +75,12 @@ def run_lock_path(folder: Path) -> Path:
     return folder / ".lock"
 
 
-def run_lock(folder: Path) -> AbstractContextManager[None]:
-    """Return the lock of the process that writes a run folder. It raises LockHeld if another process holds it."""
-    return exclusive_lock(run_lock_path(folder), folder)
+def run_lock(folder: Path, instead: str = "choose another --runs DIR") -> AbstractContextManager[None]:
+    """Return the lock of the process that writes a run folder. It raises LockHeld if another process holds it.
+
+    ``instead`` says what to do if the folder cannot be written.
+    """
+    return exclusive_lock(run_lock_path(folder), folder, instead=instead)
 
 
 def read_run(folder: Path) -> dict[str, Any]:
@@ -184,9 +188,15 @@ class _Run:
         return {self.stage(s["key"])["settings"]["split"]: s["key"] for s in self.wanted("score pairs")}
 
 
+def _store_beside(folder: Path) -> Store:
+    """Return the store of a run folder; if a link to the folder has none beside it, that of the folder itself."""
+    beside = Path(os.path.abspath(folder)).parent / "store"
+    return Store(beside if beside.is_dir() else folder.resolve().parent / "store")
+
+
 def load_run(folder: Path, store: Store | None = None) -> RunRecords:
     """Return the records of a finished run. Raises StoreError for a folder without one."""
-    run = _Run(folder, store or Store(folder.parent / "store"), read_run(folder))
+    run = _Run(folder, store or _store_beside(folder), read_run(folder))
     config = folder / "config.toml"
     experiment = load_experiment(config)
     if run.json["config"] != hashlib.sha256(config.read_bytes()).hexdigest():

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from rrhf_bench.data.dialogue import Template, TemplateKind
-from rrhf_bench.errors import DataError
+from rrhf_bench.errors import ConfigError, DataError
 from rrhf_bench.jsonl import from_json
 from rrhf_bench.policy.loading import architecture_of, require_savable
 from rrhf_bench.policy.policy import Computation, TransformersPolicy
@@ -342,12 +342,28 @@ class DistinctTexts:
         return scores[[place[pair] for pair in pairs]]
 
 
+def reward_template(ref: ModelRef) -> TemplateKind:
+    """Return how a reward model wants a dialogue. Only its contract is read: a faulty file is named before it loads."""
+    from rrhf_bench.rewards.hub import contract_folder, contract_of
+
+    folder = contract_folder(ref.source, ref.revision)
+    folder = folder / "member_0" if (folder / ensemble.FILE).is_file() else folder  # all members read a text alike
+    contract = contract_of(folder, ref.source, ref.layout, None)
+    return ref.template if contract is None else contract.template
+
+
 def load_reward(ref: ModelRef, device: str, batch_size: int) -> RewardModel:
+    """Load a reward model. Raises ConfigError for options that its layout does not read."""
     shared: dict[str, Any] = {"revision": ref.revision, "dtype": ref.dtype, "trust_remote_code": ref.trust_remote_code}
     shared |= {"device": device, "batch_size": batch_size}
     if ref.layout == "value-head":
         from rrhf_bench.rewards.value_head import ValueHeadReward
 
+        for key, option in (("template", "reward-template"), ("pad_token", "reward-pad-token"), ("label", "label")):
+            if (value := getattr(ref, key)) != getattr(ModelRef, key):
+                raise ConfigError(
+                    f"{ref.source}: --{option}: found {value!r}, which --layout value-head does not read; leave it out"
+                )
         return ValueHeadReward.load(ref.source, **shared)
     from rrhf_bench.rewards.hub import ClassifierReward
 

@@ -34,10 +34,10 @@ class Job:
     seconds: dict[str, Any] = field(default_factory=dict)  # wall-clock notes, kept beside the artifact's content
 
     def write_json(self, name: str, value: Any) -> None:
-        (self.out / name).write_text(json.dumps(value, indent=1, ensure_ascii=False))
+        (self.out / name).write_text(json.dumps(value, indent=1, ensure_ascii=False), encoding="utf-8")
 
     def read_json(self, role: str, name: str) -> Any:
-        return json.loads((self.inputs[role] / name).read_text())
+        return json.loads((self.inputs[role] / name).read_text(encoding="utf-8"))
 
     def pairs(self, split: str) -> list[Preference]:
         return read_jsonl(self.inputs["prompts"] / f"{split}.jsonl", Preference)

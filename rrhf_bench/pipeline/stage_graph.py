@@ -52,7 +52,7 @@ WORLD = 2
 # The version of the rules by which files and hub sets are read. The embedded worlds do not depend on them.
 READER = 2
 # The same for models of the hub and of folders: how their tokenizers are read, and which tokens end a reply.
-MODEL_READER = 2
+MODEL_READER = 3
 
 
 @dataclass(frozen=True)
@@ -199,7 +199,7 @@ class _Builder:
             from rrhf_bench.data.rows import find_files
 
             digest = hashlib.sha256()
-            for path in find_files(e.data.path, None):
+            for path in find_files(e.data.path):
                 digest.update(path.read_bytes())
             content, recorded = digest.hexdigest(), {"path": settings.pop("path")}
         settings |= {"dev": e.evaluation.dev_prompts, "test": e.evaluation.pairs, "content": content}
@@ -283,6 +283,7 @@ class _Builder:
             for i, own in enumerate(training.ensemble.seeds(seed))
         }
         together = {"ensemble": training.ensemble.model_dump(mode="json")}
+        together |= training.model_dump(mode="json", include={"pairs", "ties"}, exclude_defaults=True)
         return Stage(name, "ensemble", together, {"data": data, **members}, training.ensemble.combine)
 
     def reward_models(self) -> dict[tuple[str, int], Mapping[str, Stage]]:

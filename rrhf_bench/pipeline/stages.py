@@ -95,22 +95,26 @@ Parts = tuple[Sequence[Preference], Sequence[Preference], Sequence[Preference]]
 def _read(s: Mapping[str, Any]) -> tuple[str, Mapping[str, int], Mapping[str, str], Mapping[str, int], Parts]:
     """Return (identity, counts of reading, the row of each prompt by its id, counts of splitting, (train, dev, test))
     of files or a hub set."""
-    split_name = s["split"] if s["source"] != "files" else None
-    where: dict[str, Any] = {"split": split_name, "revision": s.get("revision"), "data_dir": s.get("subset")}
+    where: dict[str, Any] = {"split": s["split"], "revision": s.get("revision"), "data_dir": s.get("subset")}
     sizes = {"dev": s["dev"], "test": s["test"], "seed": s["seed"]}
     if s["rows"] == "texts":
         words: dict[str, Any] = {name: s[name] for name in ("prompt_words", "reply_words")}
         texts = load_texts(s["source"], s.get("path"), **where, **words)
-        parts = split_texts(texts.texts, train=None, **sizes)
+        parts = split_texts(texts.texts, **sizes)
         train, dev, test = (
             [Preference(text.prompt, text.reply, None, text.ended, text.cluster) for text in part]
             for part in (parts.train, parts.dev, parts.test)
         )
         return texts.identity, texts.counts, {}, parts.counts, (train, dev, test)
     faults: dict[str, Any] = {"diverging": s["diverging"], "faulty_rows": s["faulty_rows"]}
-    faults["margins_and_ties"] = s.get("margins_and_ties", False)
-    loaded = load_preferences(s["source"], s.get("path"), **where, **faults)
-    split = split_preferences(loaded.preferences, train=None, **sizes)
+    read_strength = s.get("margins_and_ties", False)
+    loaded = load_preferences(s["source"], s.get("path"), **where, **faults, margins_and_ties=read_strength)
+    if not read_strength and (ties := loaded.counts.get("ties")):
+        raise DataError(
+            f"data.margins_and_ties: found false, but {ties} of {loaded.counts['kept']} pairs have tie = true; set it "
+            "to true, so that reward models read the ties and policies do not train on them"
+        )
+    split = split_preferences(loaded.preferences, **sizes)
     places = {prompt.id: place for prompt, place in loaded.places.items()}
     return loaded.identity, loaded.counts, places, split.counts, (split.train, split.dev, split.test)
 

@@ -273,7 +273,7 @@ def write_file(path: Path, content: bytes | str) -> None:
         temporary.write_bytes(content if isinstance(content, bytes) else content.encode())
 
 
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _DENIED = {errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EIO}  # of a file of ours
 
 
@@ -288,7 +288,7 @@ def disk_errors(place: Path, instead: str = "choose another --runs DIR") -> Iter
         code, name = _disk_fault(error)
         where = place if name is None else Path(name)
         ours = name is not None and (where.is_relative_to(place) or place.is_relative_to(where))
-        if code in _FULL:
+        if code in FULL:
             words = f"{where}: there is no room to write ({os.strerror(code)}); make room or {instead}, and repeat the "
             raise StoreError(words + "command: it goes on from what is complete") from error
         if code == errno.EROFS or (code in _DENIED and ours):

@@ -20,7 +20,8 @@ from rrhf_bench.settings.methods import LoraSettings
 def add_adapters(model: Any, lora: LoraSettings, seed: int) -> None:
     """Give the model's linear layers adapters, drawn from ``seed``; in place, and only they train then.
 
-    Raises DataError where the model has no layer of a name asked for.
+    Raises DataError if the model has no layer of a name asked for, and if a layer asked for shares its weight with
+    another: an adapter that is merged into it would change both.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -32,7 +33,14 @@ def add_adapters(model: Any, lora: LoraSettings, seed: int) -> None:
             inject_adapter_in_model(config, model)
         except ValueError as error:
             raise DataError(f"lora.targets: {str(error).strip().partition(chr(10))[0]}") from error
-    for layer in _adapted(model).values():
+    layers = _adapted(model)
+    ends = {model.get_input_embeddings(), model.get_output_embeddings()}
+    if len({end.weight for end in ends}) == 1 and (tied := [name for name, layer in layers.items() if layer in ends]):
+        raise DataError(
+            f"lora.targets: found {', '.join(tied)}, but {type(model).__name__} has one weight for its head and its "
+            "input embeddings, so an adapter cannot be merged into one of them; leave it out"
+        )
+    for layer in layers.values():
         # Low-rank steps are small: in float32, whatever precision the layer below them is in.
         for name, parameter in layer.named_parameters():
             if "lora_" in name:
@@ -50,14 +58,13 @@ def _adapted(model: Any) -> dict[str, Any]:
 def adapters_off(model: Any) -> Iterator[None]:
     """In here the model is what it was before it was adapted."""
     layers = _adapted(model).values()
-    was = [layer.disable_adapters for layer in layers]
     for layer in layers:
         layer._disable_adapters = True
     try:
         yield
     finally:
-        for layer, off in zip(layers, was, strict=True):
-            layer._disable_adapters = off
+        for layer in layers:
+            layer._disable_adapters = False
 
 
 @torch.no_grad()
@@ -69,7 +76,7 @@ def merge(model: Any) -> None:
         setattr(model.get_submodule(parent), child, layer.base_layer)
 
 
-def merged_state(model: Any, *, device: str | None = None) -> Iterator[tuple[str, Tensor]]:
+def merged_state(model: Any, device: str | None = None) -> Iterator[tuple[str, Tensor]]:
     """Return an iterator over the weights under the names that they have without adapters.
 
     Each adapted weight is merged when it is reached, so that one merged matrix exists at a time if the caller keeps
@@ -78,16 +85,14 @@ def merged_state(model: Any, *, device: str | None = None) -> Iterator[tuple[str
     """
     layers = _adapted(model)
     active = {f"{name}.base_layer.weight": layer for name, layer in layers.items() if not layer.disable_adapters}
-    weights = [(name, value) for name, value in model.state_dict().items() if ".lora_" not in name]
-    return (
-        (name.replace(".base_layer.", ".") if layers else name, _merged(value, active.get(name), device))
-        for name, value in weights
-    )
 
+    @torch.no_grad()
+    def weights() -> Iterator[tuple[str, Tensor]]:
+        for name, value in model.state_dict().items():
+            if name in active:
+                value = value + active[name].get_delta_weight("default").to(value.dtype)
+                value = value.contiguous().to(device or value.device)
+            if ".lora_" not in name:
+                yield name.replace(".base_layer.", ".") if layers else name, value
 
-@torch.no_grad()
-def _merged(value: Tensor, layer: Any | None, device: str | None) -> Tensor:
-    """Return a weight with the adapter of its layer added; if there is no layer, the weight itself."""
-    if layer is None:
-        return value
-    return (value + layer.get_delta_weight("default").to(value.dtype)).contiguous().to(device or value.device)
+    return weights()

@@ -1,9 +1,9 @@
 """Attention over packs: a response sees its prompt, which is in memory once for all responses, and itself.
 
 On a CPU the processor's fused kernel computes causal pieces and full pieces, which are merged by their log-sum-exps.
-On a GPU FlexAttention computes a pack with a block mask, on other devices sdpa with a dense mask. A pack reaches the
-layers as an argument of the model's forward, not through a global. A checkpointed layer that is computed again, or a
-second forward before the backward of the first, therefore sees its own pack.
+On a GPU FlexAttention computes a pack with a block mask. A pack reaches the layers as an argument of the model's
+forward, not through a global. A checkpointed layer that is computed again, or a second forward before the backward of
+the first, therefore sees its own pack.
 
 Letters: L tokens of a pack, H heads, D size of a head, S segments in one call, T tokens of the longest of them,
 N blocks of FlexAttention's mask.
@@ -121,7 +121,11 @@ def flex_attention(
     from torch.nn.attention.flex_attention import flex_attention as attend
 
     backend = backend or ("inductor" if q_HLD.is_cuda else None)
-    attend = cast(Any, _compiled(attend, backend) if backend else attend)
+    # torch compiles a function 8 times at most, which four models exhaust, and raises beyond that, since the function
+    # must be one graph. The eager form holds all scores and is many times slower.
+    if torch._dynamo.config.recompile_limit < MAX_COMPILATIONS:  # at each call, since vLLM's import sets it, to 16
+        torch._dynamo.config.recompile_limit = MAX_COMPILATIONS
+    attend = cast(Any, _compile(attend, backend) if backend else attend)
     length = q_HLD.shape[2]
     filled = max(MIN_BLOCKS, -(-length // FLEX_BLOCK)) * FLEX_BLOCK
     mask = block_mask(prefixes, filled, q_HLD.device)
@@ -132,20 +136,10 @@ def flex_attention(
     return attend(q_HLD, k_HLD, v_HLD, block_mask=mask, scale=scale, enable_gqa=gqa)[:, :, :length]
 
 
-def _compiled(function: Any, backend: Any) -> Any:
-    """Return FlexAttention as one graph for any length. It is compiled once for each size and number of heads, dtype,
-    and with or without gradients.
-
-    torch compiles a function 8 times at most, which four models exhaust. Then it would go on with the eager form, which
-    holds all scores and is many times slower; of a function that must be one graph it raises instead.
-    """
-    if torch._dynamo.config.recompile_limit < MAX_COMPILATIONS:  # at each call, since vLLM's import sets it, to 16
-        torch._dynamo.config.recompile_limit = MAX_COMPILATIONS
-    return _compile(function, backend)
-
-
 @cache
 def _compile(function: Any, backend: Any) -> Any:
+    """Return FlexAttention as one graph for any length. It is compiled once for each size and number of heads, dtype,
+    and with or without gradients."""
     return torch.compile(function, dynamic=True, fullgraph=True, backend=backend)
 
 
@@ -206,7 +200,7 @@ def _ordered(block_NN: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def dense_attention(q_HLD: Tensor, k_HLD: Tensor, v_HLD: Tensor, prefixes: Prefixes, scale: float) -> Tensor:
-    """Return the same attention by one dense mask: the definition, on any device."""
+    """Return the same attention by one dense mask: the definition that tests hold the others to."""
     mask_LL = prefixes.mask_LL.to(q_HLD.device)
     gqa = k_HLD.shape[1] != q_HLD.shape[1]
     return torch.nn.functional.scaled_dot_product_attention(
@@ -235,8 +229,7 @@ def attention(
     if "layers_seen" in others:
         others["layers_seen"].append(module)
     device, scale = query.device.type, query.shape[-1] ** -0.5 if scaling is None else scaling
-    forms = {"cpu": SharedPrefixAttention.apply, "cuda": flex_attention}
-    attend: Any = forms.get(device, dense_attention)
+    attend: Any = SharedPrefixAttention.apply if device == "cpu" else flex_attention
     if torch.is_autocast_enabled(device):  # as it is for sdpa; rotated queries and keys are float32 here
         query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
     return attend(query, key, value, prefixes, scale).transpose(1, 2), None

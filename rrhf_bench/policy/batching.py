@@ -204,17 +204,16 @@ def _laid_out(batch: ResponseBatch, groups: Sequence[tuple[int, Sequence[int]]])
     )
 
 
-def padded(
-    batch: ResponseBatch, rows: Sequence[int], pad_id: int, device: torch.device
-) -> tuple[dict[str, Tensor], Tensor]:
+def padded(batch: ResponseBatch, rows: Sequence[int], device: torch.device) -> tuple[dict[str, Tensor], Tensor]:
     """Return the plain layout of some rows: a model's (B, L) inputs, padded on the right, and a (B, L) mask.
 
-    The mask is True where a position predicts a response token.
+    The mask is True where a position predicts a response token. The id 0 pads, because every model has it and padding
+    is masked; a tokenizer's pad token may lie beyond the model's vocabulary.
     """
     ids = [batch.prompt_ids[batch.prompt_of[row]] + batch.response_ids[row][:-1] for row in rows]
     end_B = torch.tensor([len(row) for row in ids])
     start_B = end_B - torch.tensor([batch.lengths[row] for row in rows])
-    ids_BL = torch.nn.utils.rnn.pad_sequence([torch.tensor(r) for r in ids], batch_first=True, padding_value=pad_id)
+    ids_BL = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in ids], batch_first=True)
     position_L = torch.arange(ids_BL.shape[1])
     real_BL = position_L < end_B[:, None]
     predict_BL = real_BL & (position_L >= start_B[:, None])

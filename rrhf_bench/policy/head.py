@@ -37,7 +37,7 @@ def token_logprobs(head: Any, hidden_ND: Tensor, token_N: Tensor, temperature: f
 
 def chunk_rows(vocabulary: int, device: str) -> int:
     """Return the rows of a chunk: as many as CHUNK_BYTES of logits hold, but at least MIN_CHUNK_ROWS."""
-    return max(MIN_CHUNK_ROWS, CHUNK_BYTES.get(device, CHUNK_BYTES["cuda"]) // (4 * vocabulary))
+    return max(MIN_CHUNK_ROWS, CHUNK_BYTES[device] // (4 * vocabulary))
 
 
 class _ChunkedLogprobs(torch.autograd.Function):

@@ -27,9 +27,9 @@ def load_causal_lm(
 ) -> tuple[Any, Any]:
     """Return (tokenizer, model) of a hub id or a folder.
 
-    ``pad_token`` names a token of the vocabulary for a tokenizer that has none. For a policy any token will do, EOS
-    included, because padding is masked. ``trust_remote_code`` allows code that comes with the model to run. A pickle
-    is read only if it holds nothing but tensors.
+    ``pad_token`` names a token of the vocabulary as the tokenizer's pad token. A policy needs none. A reward model that
+    is trained from the policy does. ``trust_remote_code`` allows code that comes with the model to run. A pickle is
+    read only if it holds nothing but tensors.
 
     Raises DataError with the source and the reason, also if a weight of the model is not in its files.
     """

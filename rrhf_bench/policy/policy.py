@@ -94,8 +94,13 @@ class TransformersPolicy:
         self.tokenization = tokenization
         self.computation = computation
         self._body = model.base_model
-        if self._head is None or self._body is model:
+        if self._head is None:
             raise DataError(f"{type(model).__name__}: has no language-model head; give a causal language model")
+        if self._body is model:
+            raise DataError(
+                f"{type(model).__name__}: has no module {model.base_model_prefix!r}, where transformers says that the "
+                "layers below its head are, so hidden states cannot be read; give a model of another architecture"
+            )
         self.pass_tokens = computation.pass_tokens or PASS_TOKENS[self.device.type]
         self._checkpointed = _prepare_checkpoints(model) if computation.checkpoint_activations else []
         self._config = model.config.get_text_config()
@@ -281,7 +286,7 @@ class TransformersPolicy:
 
         There are no log-probs if the head is plain: it is then applied to the states of all passes together.
         """
-        inputs, predict_BL = padded(batch, rows, self.tokenization.pad_id, self.device)
+        inputs, predict_BL = padded(batch, rows, self.device)
         with self._checkpoints():
             if self._head_is_plain:
                 hidden_ND = self._body(**inputs, use_cache=False).last_hidden_state[predict_BL]
@@ -316,14 +321,13 @@ class TransformersPolicy:
     def parameters(self) -> Iterable[torch.nn.Parameter]:
         return self.model.parameters()
 
-    def state(self) -> Iterator[tuple[str, Tensor]]:
-        return merged_state(self.model)
+    def state(self, device: str | None = None) -> Iterator[tuple[str, Tensor]]:
+        return merged_state(self.model, device)
 
     def save(self, folder: Path) -> None:
         # A safetensors file is written from all of its tensors at once. Merged ones wait for it in the host's memory:
         # on a GPU one exists at a time, and what has no adapter is not copied.
-        state = dict(merged_state(self.model, device="cpu"))
-        save_causal_lm(folder, self.model, self.tokenization.tokenizer, state)
+        save_causal_lm(folder, self.model, self.tokenization.tokenizer, dict(self.state("cpu")))
 
     def adapt(self, lora: LoraSettings, seed: int) -> None:
         """Add low-rank adapters (2106.09685), whose product is zero at first. From here on only they train."""
@@ -363,13 +367,9 @@ class _WithoutAdapters(TransformersPolicy):
     def parameters(self) -> Iterable[torch.nn.Parameter]:
         return ()
 
-    def state(self) -> Iterator[tuple[str, Tensor]]:
+    def state(self, device: str | None = None) -> Iterator[tuple[str, Tensor]]:
         with adapters_off(self.model):
-            return super().state()
-
-    def save(self, folder: Path) -> None:
-        with adapters_off(self.model):
-            super().save(folder)
+            return super().state(device)
 
 
 def _prepare_checkpoints(model: Any) -> list[Any]:

@@ -13,8 +13,9 @@ from rrhf_bench.errors import DataError
 from rrhf_bench.policy.batching import ResponseBatch
 from rrhf_bench.records import Prompt, Response
 
-# Beginnings of replies on which tokenizers differ when the reply is encoded without its prompt.
+# Beginnings of replies that some tokenizers encode differently without the prompt before them.
 BEGINNINGS = (" a", "a", "  a", "\n\na")
+JUNK = "\ufffd"  # the text of bytes that are no character
 
 
 class Tokenization:
@@ -28,8 +29,7 @@ class Tokenization:
     end-of-text token. The others are the tokenizer's own and ``model_end_ids``, those of the model's generation
     configuration: Llama 3 and Gemma have two.
 
-    Raises DataError for a tokenizer without an end-of-text token, and for one without a pad token unless the template
-    is ``raw``, whose models are only sampled from.
+    Raises DataError for a tokenizer without an end-of-text token.
     """
 
     def __init__(self, tokenizer: Any, template: Template, where: str, model_end_ids: Sequence[int] = ()) -> None:
@@ -37,21 +37,21 @@ class Tokenization:
             raise DataError(
                 f"{where}: the tokenizer has no EOS token, so no reply could end; name it in tokenizer_config.json"
             )
-        if tokenizer.pad_token_id is None and template.kind != "raw":
-            raise DataError(
-                f"{where}: the tokenizer has no pad token; name one of its tokens with the pad_token of its table "
-                "(--pad-token, --perplexity-pad-token)"
-            )
         self.tokenizer = tokenizer
         self.template = template
-        turn_end = _end_of_turn(tokenizer) if template.kind == "chat" else None
-        first = tokenizer.eos_token_id if turn_end is None else turn_end
+        self._special = special_tokens(tokenizer)
+        before, behind = _around_reply(tokenizer, template.cue) if template.kind == "chat" else (":", "")
+        # What a chat template writes behind a reply is not always the tokenizer's end-of-text token: in Llama 3 it is
+        # <|eot_id|>, in Gemma <end_of_turn>. Base models of Qwen end a text with <|endoftext|>, a turn with <|im_end|>.
+        turn_end = max(filter(behind.startswith, self._special), key=len, default=None)
+        first = tokenizer.eos_token_id if turn_end is None else tokenizer.convert_tokens_to_ids(turn_end)
         self.end_ids: tuple[int, ...] = tuple(dict.fromkeys((first, tokenizer.eos_token_id, *model_end_ids)))
         self.eos_id = self.end_ids[0]
-        self.pad_id: int = self.eos_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        self._special = tuple(tokenizer.all_special_tokens)
-        self._colon_ids: list[int] = tokenizer(":", add_special_tokens=False)["input_ids"]
-        self._behind_colon = template.kind == "hh" and self._changes_beginnings()
+        # A reply is encoded and decoded behind this text if that makes a difference.
+        self._before = "" if before.rstrip().endswith(tuple(self._special)) else before[-1:]
+        self._before_ids: list[int] = tokenizer(self._before, add_special_tokens=False)["input_ids"]
+        if not (self._before and self._changes_beginnings()):
+            self._before, self._before_ids = "", []
         # Training encodes the same texts in every epoch. An array holds 4 bytes a token, a tuple of integers 36.
         self._prompt_ids = lru_cache(1 << 16)(lambda prompt: array("I", self._encode_prompt(prompt)))
         self._text_ids = lru_cache(1 << 18)(lambda text: array("I", self._encode_text(text)))
@@ -97,12 +97,14 @@ class Tokenization:
 
     def _encode_text(self, text: str) -> tuple[int, ...]:
         rendered = self.template.render_response(text)
-        ids = self._encode(rendered)
-        if self._behind_colon:
-            colon = len(self._colon_ids)
-            joined = self._encode(":" + rendered)
-            ids = joined[colon:] if joined[:colon] == self._colon_ids else ids
-        return tuple(ids)
+        joined = self._encode_behind(rendered)
+        return tuple(self._encode(rendered) if joined is None else joined)
+
+    def _encode_behind(self, text: str) -> list[int] | None:
+        """Return the ids of a text behind ``_before``, or None if a token reaches over the two."""
+        ids = self._encode(self._before + text)
+        length = len(self._before_ids)
+        return ids[length:] if ids[:length] == self._before_ids else None
 
     def _encode(self, text: str, *, add_special_tokens: bool = False, parse_special_tokens: bool = False) -> list[int]:
         split = {} if parse_special_tokens or not self.names_special_token(text) else {"split_special_tokens": True}
@@ -110,23 +112,33 @@ class Tokenization:
         return ids
 
     def _changes_beginnings(self) -> bool:
-        """Return True if the tokenizer reads or writes the beginning of a text differently behind a colon.
+        """Return True if the tokenizer reads or writes the beginning of a text differently behind ``_before``.
 
         LLaMA's tokenizer puts a space before a text and removes one when it decodes. Without its prompt, a reply would
         be encoded with a space too many and decoded with one too few. Behind the colon of ``Assistant:`` it is not.
         """
-        colon = self._colon_ids
         for text in BEGINNINGS:
-            apart, joined = self._encode(text), self._encode(":" + text)
-            if joined[: len(colon)] == colon and (joined[len(colon) :] != apart or self._decode(apart) != text):
+            apart, joined = self._encode(text), self._encode_behind(text)
+            if joined is not None and (joined != apart or self._decode(apart) != text):
                 return True
         return False
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of sampled ids without special tokens and with its spaces unchanged."""
-        if self._behind_colon:
-            return self._decode([*self._colon_ids, *ids]).removeprefix(":")
-        return self._decode(ids)
+        return self._decode([*self._before_ids, *ids]).removeprefix(self._before)
+
+    def decode_cut(self, ids: Sequence[int]) -> str:
+        """Return the text of ids that the token cap cut, without the bytes of a character that is not whole.
+
+        A byte-level tokenizer decodes these bytes to one U+FFFD. A tokenizer with tokens of single bytes, such as
+        ``<0xE4>``, decodes each byte to one, and each byte of the whole characters directly before them.
+        """
+        text = self.decode(ids)
+        if not text.endswith(JUNK):
+            return text
+        byte_tokens = str(self.tokenizer.convert_ids_to_tokens(ids[-1])).startswith("<0x")  # None beyond the vocabulary
+        shorter = (self.decode(ids[:-n]) for n in range(1, 4) if byte_tokens)
+        return next((text for text in shorter if not text.endswith(JUNK)), text.removesuffix(JUNK))
 
     def _decode(self, ids: Sequence[int]) -> str:
         text: str = self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -153,18 +165,24 @@ class Tokenization:
         return ResponseBatch.of_pairs(pairs)
 
 
-def _end_of_turn(tokenizer: Any) -> int | None:
-    """Return the id of the special token that the chat template writes behind an assistant's reply, or None.
+@lru_cache(8)
+def special_tokens(tokenizer: Any) -> frozenset[str]:
+    """Return the special tokens of a tokenizer: those with a role, such as EOS, and those without, as Llama 3 has."""
+    tokens = tokenizer.added_tokens_decoder  # of mistral-common's class a method, which raises
+    added = [] if callable(tokens) else [token.content for token in tokens.values() if token.special]
+    return frozenset((*tokenizer.all_special_tokens, *added))
 
-    It is not always the tokenizer's end-of-text token: in Llama 3 it is ``<|eot_id|>``, in Gemma ``<end_of_turn>``, and
-    base models of Qwen end a text with ``<|endoftext|>`` but a turn with ``<|im_end|>``.
+
+def _around_reply(tokenizer: Any, cue: str) -> tuple[str, str]:
+    """Return the text that a prompt ends with if a reply stands directly behind it, and the text behind a reply.
+
+    The first text is empty if the chat template writes more between a prompt and a reply. That may be a space, which
+    LLaMA's tokenizer puts there in any case. Both texts are empty if the chat template does not render the dialogue.
     """
-    reply = "zebra"
+    question, reply = Turn("user", "a"), "zebra"
     try:
-        text = render_chat((Turn("user", "a"), Turn("assistant", reply)), tokenizer)
+        prompt = render_chat((question,), tokenizer, add_generation_prompt=True)
+        before, _, behind = render_chat((question, Turn("assistant", reply)), tokenizer).rpartition(reply)
     except RefusedDialogue:
-        return None
-    behind = text.rpartition(reply)[2].lstrip()
-    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    longest = max((token for token in special if behind.startswith(token)), key=len, default=None)
-    return None if longest is None else tokenizer.convert_tokens_to_ids(longest)
+        return "", ""
+    return prompt + cue if before == prompt else "", behind.lstrip()

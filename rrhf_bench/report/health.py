@@ -16,7 +16,7 @@ from rrhf_bench.settings.online import MOST_CLIPPED, OnPolicySettings
 # Sizes of what was read or made; every other count is of something that was left out, cut or tied.
 SIZES = {
     "examples", "groups", "judged", "kept", "pairs", "prompts", "queries", "refreshes", "responses", "rollouts", "rows",
-    "texts", "unused",
+    "texts",
 }  # fmt: skip
 
 RATIO = 0.01  # of the mean ratio before the first step of an iteration, which is 1: ten times what bfloat16 rounds to

@@ -22,6 +22,7 @@ from rrhf_bench.errors import DataError
 from rrhf_bench.policy.loading import load_model, load_tokenizer
 from rrhf_bench.rewards.checks import CheckedModel, verify
 from rrhf_bench.rewards.input_contract import (
+    CONTRACT_FILE,
     KNOWN_LAYOUTS,
     Dtype,
     Layout,
@@ -106,7 +107,8 @@ class ClassifierReward(CheckedModel):
         """
         from transformers import AutoModelForSequenceClassification
 
-        where, folder = str(source), Path(source)
+        where = str(source)
+        folder = contract_folder(where, revision)
         contract = contract_of(folder, where, "classifier", contract) or RewardContract.default(template)
         contract = contract if dtype is None else replace(contract, dtype=dtype)
         tokenizer = load_tokenizer(where, revision, pad_token, trust_remote_code)
@@ -164,6 +166,18 @@ class ClassifierReward(CheckedModel):
             )
 
 
+def contract_folder(source: str, revision: str | None) -> Path:
+    """Return the folder that may hold the contract: of a hub id its snapshot, into which the contract is fetched."""
+    from transformers.utils import cached_file
+
+    if Path(source).is_dir():
+        return Path(source)
+    try:
+        return Path(cached_file(source, CONTRACT_FILE, revision=revision) or source).parent
+    except (OSError, ValueError):  # no such file, no network, or no such model, which loading its tokenizer names
+        return Path(source)
+
+
 def contract_of(folder: Path, where: str, layout: Layout, stated: RewardContract | None) -> RewardContract | None:
     """Return the stated contract with the record of the folder, else the one stored there, else the one known of
     this hub id, else None. Raises DataError for a hub id that is known to be of another layout."""
@@ -188,10 +202,9 @@ def _label_index(config: Any, label: str | None, where: str) -> int | None:
         raise DataError(f"{where}: {shown}; name the one whose probability is the reward: reward_model.label, --label")
     if names.count(label) != 1:
         raise DataError(f"{where}: {shown}; found the label {label!r}; expected one of them")
-    if config.problem_type == "multi_label_classification":
-        raise DataError(
-            f"{where}: {shown}, several of which may hold at once; expected labels that exclude one another"
-        )
+    if config.problem_type in ("multi_label_classification", "regression"):
+        what = "numbers of a regression" if config.problem_type == "regression" else "several of which may hold at once"
+        raise DataError(f"{where}: {shown}, {what}; expected labels that exclude one another")
     return names.index(label)
 
 

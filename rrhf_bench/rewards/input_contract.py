@@ -14,6 +14,7 @@ from typing import Any, Literal
 from rrhf_bench.data.dialogue import Template, TemplateKind, Turn, render_chat, turns
 from rrhf_bench.errors import DataError
 from rrhf_bench.jsonl import read_jsonl, write_jsonl
+from rrhf_bench.policy.tokenization import special_tokens
 from rrhf_bench.records import Prompt
 
 CONTRACT_FILE = "reward_contract.json"
@@ -54,7 +55,7 @@ class RewardContract:
     strip_response: bool = False
     append_eos: bool = True  # one EOS, also where the tokenizer or the template has written it
     eos_token: str | None = None  # none: the tokenizer's own
-    truncation_side: Literal["left", "right"] = "left"  # left keeps the response; a leading BOS or CLS stays
+    truncation_side: Literal["left", "right"] = "left"  # left keeps the response; BOS or CLS, EOS or SEP stay
     max_length: int | None = None  # tokens, EOS included; none: the model's context
     dtype: Dtype = "float32"
     position: Literal["last", "first-eos"] = "last"  # of the token whose hidden state is scored
@@ -111,16 +112,25 @@ class RewardContract:
         return render_chat(dialogue, tokenizer, f"prompt {prompt.id}"), add_special_tokens
 
     def encode(self, prompt: Prompt, response: str, tokenizer: Any, max_length: int | None) -> tuple[list[int], bool]:
-        """Return (ids, True if they were cut to ``max_length``). Prompt and response are encoded as one text."""
+        """Return (ids, True if they were cut to ``max_length``). Prompt and response are encoded as one text.
+
+        The name of a special token within the text, such as ``</s>``, is encoded as the characters that it is written
+        with, as a policy reads it. There are two exceptions: a rendered chat, which holds the template's own special
+        tokens, and the published layout that scores the first EOS wherever it stands.
+        """
         text, add_special_tokens = self.text(prompt, response, tokenizer)
-        ids: list[int] = list(tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])
-        if self.append_eos:
-            eos_id = self.eos_id(tokenizer, "reward model")
-            ids += [eos_id] if not ids or ids[-1] != eos_id else []
+        literal = self.template != "chat" and self.position == "last"
+        names_special_token = literal and any(token in text for token in special_tokens(tokenizer))
+        split = {"split_special_tokens": True} if names_special_token else {}
+        ids: list[int] = list(tokenizer(text, add_special_tokens=add_special_tokens, **split)["input_ids"])
+        eos_id = self.eos_id(tokenizer, "reward model") if self.append_eos else None
+        if eos_id is not None and ids[-1:] != [eos_id]:
+            ids.append(eos_id)
         if max_length is None or len(ids) <= max_length:
             return ids, False
         if self.truncation_side == "right":
-            return ids[:max_length], True
+            tail = ids[-1:] if ids[-1] in (eos_id, tokenizer.sep_token_id) else []
+            return ids[: max_length - len(tail)] + tail, True
         head = ids[:1] if ids[0] in (tokenizer.bos_token_id, tokenizer.cls_token_id) else []
         return head + ids[len(ids) - max_length + len(head) :], True
 

@@ -297,6 +297,8 @@ class EndpointJudge:
                 reason = ": ".join(filter(None, (error.message.rstrip(".").lower(), self._redacted(cause))))
             except APIError as error:
                 reason = type(error).__name__
+            except ValueError as error:  # of the client's JSON parser, or of ``_content``
+                reason = f"no completion: {self._redacted(str(error))}"
             if tried < self.settings.retries:
                 delay = self.settings.backoff * 2.0 ** min(tried, 60) * rng.uniform(0.5, 1.0)
                 stop.wait(min(max(delay, asked_for), self.settings.max_backoff))
@@ -321,7 +323,11 @@ class EndpointJudge:
         return request
 
     def _redacted(self, text: str) -> str:
-        """Return the beginning of a server's text without the key, which some servers send back."""
+        """Return the beginning of a server's text without the key, which some servers send back.
+
+        Half a surrogate pair becomes a question mark: no line of the journal that holds one could be read again.
+        """
+        text = text.encode("utf-8", "replace").decode()
         return " ".join((text.replace(self._key, "***") if self._key else text).split())[:200]
 
     def _key_of(self, group: Candidates) -> str:
@@ -354,7 +360,13 @@ def _api_key(settings: JudgeSettings) -> str | None:
 
 
 def _content(completion: Any) -> str:
-    """Return the text of an answer. Raises Unreadable if there is none or it was cut."""
+    """Return the text of an answer.
+
+    Raises Unreadable if there is none or it was cut, and ValueError for a completion without choices: a server or a
+    proxy that fails may still answer with status 200.
+    """
+    if not getattr(completion, "choices", True):
+        raise ValueError(f"found {getattr(completion, 'error', 'no choices')}")
     try:
         choice = completion.choices[0]
         content = choice.message.content

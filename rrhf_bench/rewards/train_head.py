@@ -16,7 +16,7 @@ import torch
 
 from rrhf_bench.data.dialogue import TemplateKind
 from rrhf_bench.errors import DataError, StageError
-from rrhf_bench.policy.loading import load_faults, load_tokenizer
+from rrhf_bench.policy.loading import architecture_of, load_causal_lm, load_faults, load_tokenizer
 from rrhf_bench.records import Preference, Prompt
 from rrhf_bench.rewards.checks import record_of
 from rrhf_bench.rewards.hub import ClassifierReward, pad, pooled_logits
@@ -202,15 +202,17 @@ def _options(pairs: Sequence[Preference], settings: RewardTrainingSettings, like
 
 
 def _model(where: str, revision: str | None, labels: tuple[str, str] | None, trust_remote_code: bool) -> Any:
+    """Return a model with a linear head of zeros. Of an adapter it is the base, with the adapter added to its body."""
     from transformers import AutoModelForSequenceClassification
 
+    base = architecture_of(where, revision)
     head: dict[str, Any] = {"num_labels": 1}
     if labels is not None:
         head = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
     with load_faults(where, "a sequence classifier"), torch_seed("reward head"):
         model, info = AutoModelForSequenceClassification.from_pretrained(
-            where,
-            revision=revision,
+            base[0],
+            revision=base[1],
             dtype=torch.float32,
             output_loading_info=True,
             trust_remote_code=trust_remote_code,
@@ -221,5 +223,9 @@ def _model(where: str, revision: str | None, labels: tuple[str, str] | None, tru
     if missing or not isinstance(getattr(model, "score", None), torch.nn.Linear):
         found = f"{missing[0]} missing" if missing else f"a {type(model).__name__} without a linear score head"
         raise DataError(f"{where}: found {found}; expected a causal language model to put a reward head on")
+    if base != (where, revision):
+        _, adapted = load_causal_lm(where, dtype=torch.float32, revision=revision, trust_remote_code=trust_remote_code)
+        with load_faults(where, "the body of its base"):
+            model.base_model.load_state_dict(adapted.base_model.state_dict())
     torch.nn.init.zeros_(model.score.weight)
     return model.eval()  # no dropout: runs are the same to the last bit, as for every policy here

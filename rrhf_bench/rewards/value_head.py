@@ -26,6 +26,9 @@ from rrhf_bench.rewards.input_contract import KNOWN_LAYOUTS, Dtype, RewardContra
 # The contract of the layout's one public model, for a folder without a contract.
 DEFAULT = KNOWN_LAYOUTS["Dahoas/gptj-rm-static"]
 
+# Beginnings of the names of files that a trainer leaves beside the weights, with the same suffixes.
+TRAINER_FILES = ("training_args", "optimizer", "scheduler", "scaler", "rng_state")
+
 # Buffers that older versions of transformers stored with the weights; they are made anew from the configuration.
 BUFFERS = (".attn.bias", ".attn.masked_bias", ".attn.embed_positions")
 
@@ -105,7 +108,10 @@ class ValueHeadReward(CheckedModel):
         with load_faults(body_source, "a model configuration"):
             config = AutoConfig.from_pretrained(body_source, trust_remote_code=trust_remote_code)
             if type(config) not in MODEL_MAPPING:
-                raise DataError(f"{body_source}: is no causal body of transformers; name another with body")
+                raise DataError(
+                    f"{body_source}: found a model of type {config.model_type!r}; expected a causal body of "
+                    "transformers; put the config.json of the body beside the weights"
+                )
         with load_faults(where, f"the body of {config.model_type}"):
             model, info = MODEL_MAPPING[type(config)].from_pretrained(
                 None,
@@ -119,7 +125,8 @@ class ValueHeadReward(CheckedModel):
         if faults or left or head.shape[1] != config.hidden_size:
             what = f"{faults[0]} is missing" if faults else f"{left[0]} is too many" if left else "v_head does not fit"
             raise DataError(
-                f"{where}: the weights do not fit {body_source}'s {config.model_type} ({what}); name its body"
+                f"{where}: the weights do not fit {body_source}'s {config.model_type} ({what}); put the config.json of "
+                "their body beside them"
             )
         others = [
             f"{name} {value}"
@@ -166,7 +173,8 @@ def _weights(folder: Path, where: str) -> dict[str, Tensor]:
     """Return all tensors of the folder's weight files: safetensors if there are some, else torch files."""
     from safetensors.torch import load_file
 
-    files = next((found for pattern in WEIGHTS if (found := sorted(folder.glob(pattern)))), [])
+    kinds = (sorted(p for p in folder.glob(kind) if not p.name.startswith(TRAINER_FILES)) for kind in WEIGHTS)
+    files = next(filter(None, kinds), [])
     if not files:
         raise DataError(f"{where}: holds no weights; expected one of {', '.join(WEIGHTS)}")
     state: dict[str, Tensor] = {}

@@ -56,14 +56,19 @@ class CachedRows:
 
     def repeat(self, times: int) -> None:
         """Repeat each row, its copies side by side."""
-        self._new_NL, self._mask_NL = (x.repeat_interleave(times, 0) for x in (self._new_NL, self._mask_NL))
-        self._cache.batch_repeat_interleave(times)
+        index = torch.arange(len(self._mask_NL)).repeat_interleave(times)
+        self._new_NL = self._new_NL[index]
+        self._select(index)
 
     def extend(self, rows: Sequence[int], tokens: Sequence[int]) -> None:
         """Continue with the given rows in their order, each by its token; rows may be left out or repeated."""
         if list(rows) != list(range(len(self._mask_NL))):
-            index = torch.tensor(rows, dtype=torch.long)
-            self._mask_NL = self._mask_NL[index]
-            self._cache.batch_select_indices(index.to(self.model.device))
+            self._select(torch.tensor(rows, dtype=torch.long))
         self._mask_NL = torch.cat([self._mask_NL, self._mask_NL.new_ones(len(rows), 1)], -1)
         self._new_NL = torch.tensor(tokens)[:, None]
+
+    def _select(self, index: Tensor) -> None:
+        """Replace the rows that mask and cache hold by some of them."""
+        self._mask_NL = self._mask_NL[index]
+        # The cache's other ways to do so know no states but keys and values: not those of linear attention or Mamba.
+        self._cache.reorder_cache(index.to(self.model.device))

@@ -110,10 +110,7 @@ def to_response(
     """
     if ended is None:
         ended = bool(ids) and ids[-1] in tokenization.end_ids
-    text = tokenization.template.read_response(tokenization.decode(ids[:-1] if ended else ids))
-    text, cut = cut_at_stop(text, spec.stop)
-    if not (cut or ended):
-        # The token cap may cut within the bytes of a character, which decode to one U+FFFD that was never sampled.
-        text = text.removesuffix("\ufffd")
+    text = tokenization.decode(ids[:-1]) if ended else tokenization.decode_cut(ids)
+    text, cut = cut_at_stop(tokenization.template.read_response(text), spec.stop)
     finish: Finish = "stop" if cut else "eos" if ended else "length"
     return Response(text, spec.source, finish, tuple(ids), None if logprobs is None else tuple(logprobs))

@@ -150,8 +150,12 @@ class TransformersSampler:
     def _ended(self, row: _Request, spec: SamplingSpec) -> bool:
         if row.ids[-1] in self.tokenization.end_ids or len(row.ids) >= spec.max_new_tokens:
             return True
-        # A stop string that has just been completed lies in the last few tokens.
-        return bool(spec.stop) and any(stop in self.tokenization.decode(row.ids[-12:]) for stop in spec.stop)
+        if not spec.stop:
+            return False
+        # A stop string that has just been completed lies in the last tokens, which write a byte each or more.
+        last = 12 + max(len(stop.encode()) for stop in spec.stop)
+        text = self.tokenization.decode(row.ids[-last:])
+        return any(stop in text for stop in spec.stop)
 
 
 def _draw(logits_BV: Tensor, spec: SamplingSpec, generators: Sequence[np.random.Generator]) -> tuple[Tensor, Tensor]:

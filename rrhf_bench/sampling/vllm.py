@@ -166,7 +166,7 @@ class VLLMSampler:
 
     def _generate(self, requests: list[dict[str, list[int]]], params: list[Any]) -> list[Any]:
         """Return the outputs; slices for progress change no result, because each request has its own seed."""
-        size = len(requests) if self.progress is None else 512
+        size = 512 if self.progress is not None else max(1, len(requests))
         outputs: list[Any] = []
         for start in range(0, len(requests), size):
             outputs += self.llm.generate(requests[start : start + size], params[start : start + size], use_tqdm=False)

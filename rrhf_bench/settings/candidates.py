@@ -17,6 +17,7 @@ from rrhf_bench.settings.base import Names, Settings, Switch
 Strategy = Literal["sample", "beam", "diverse-beam"]
 Scorer = Literal["reward model", "judge", "file"]
 Width = Annotated[int, Field(ge=1, le=1024)]
+LOWEST_TEMPERATURE = 0.01  # but for 0, which is greedy: vLLM samples at 0.01 where less is asked for
 
 
 # --- Samples of a model --------------------------------------------------------------------------------------------
@@ -36,6 +37,10 @@ class Draw(Settings):
     def _differ(self) -> Self:
         if self.temperature == 0.0 and self.n > 1:
             raise ValueError(f"temperature: 0 gives {self.n} equal samples; raise it or set n = 1")
+        if 0.0 < self.temperature < LOWEST_TEMPERATURE:
+            raise ValueError(
+                f"temperature: found {self.temperature:g}; expected 0 (greedy) or at least {LOWEST_TEMPERATURE:g}"
+            )
         return self
 
     def arguments(self) -> dict[str, Any]:

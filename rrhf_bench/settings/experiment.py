@@ -24,6 +24,7 @@ from rrhf_bench.records import STOP_STRINGS
 from rrhf_bench.registry import METHODS, settings_class
 from rrhf_bench.settings.base import Settings, Switch
 from rrhf_bench.settings.candidates import (
+    LOWEST_TEMPERATURE,
     RECIPES,
     STRATEGY_KEYS,
     Beams,
@@ -267,7 +268,7 @@ def _settings_class(kind: Any) -> type[MethodSettings]:
     except (ImportError, AttributeError, TypeError, ValueError) as error:
         reason = f"whose settings cannot be imported ({error}); mend the address or the module"
         raise ValueError(f"kind: found {kind!r}, {reason}") from error
-    allowed = f"{', '.join(METHODS)}{nearest(str(kind), METHODS)}, or package.module:OBJECT"
+    allowed = f"{', '.join(METHODS)} or package.module:OBJECT{nearest(str(kind), METHODS)}"
     raise ValueError(f"kind: found {kind!r}; allowed are {allowed}")
 
 
@@ -311,7 +312,7 @@ class EvaluationSettings(Settings):
         "greedy",
         "sample",
     )
-    temperature: Annotated[float, Field(gt=0.0, le=10.0)] = 1.0  # of "sample", like the next
+    temperature: Annotated[float, Field(ge=LOWEST_TEMPERATURE, le=10.0)] = 1.0  # of "sample", like the next
     top_k: Annotated[int, Field(ge=0)] = 0
     max_new_tokens: Positive = 64
     curve_points: Positive = 8

@@ -37,8 +37,12 @@ class JudgeSettings(Settings):
     @field_validator("base_url")
     @classmethod
     def _plain_url(cls, value: str) -> str:
-        parts = urlsplit(value)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        try:
+            parts = urlsplit(value)
+            usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        except ValueError:  # of a port that is no number; its message may hold a secret
+            usable = False
+        if not usable:
             raise ValueError("is not a URL; expected http(s)://host[:port]/v1")
         if parts.username is not None or parts.query or parts.fragment:
             raise ValueError("holds more than scheme, host and path; give a key through api_key_env")

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from rrhf_bench.registry import Family, find
 from rrhf_bench.schedule import Schedule
@@ -80,6 +80,13 @@ class LoraSettings(Settings):
     rank: Annotated[int, Field(ge=1)] = 16
     alpha: Annotated[float, Field(gt=0.0)] = 32.0
     targets: Names | Literal["all-linear"] = "all-linear"  # names of layers; all-linear: all but the LM head
+
+    @field_validator("targets")
+    @classmethod
+    def _some(cls, targets: tuple[str, ...] | str) -> tuple[str, ...] | str:
+        if not targets:
+            raise ValueError('found []; expected names of layers, or "all-linear"')
+        return targets
 
 
 FLOAT32_MAX = 3.4028234663852886e38

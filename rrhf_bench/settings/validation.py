@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from pydantic import ValidationError
 
 from rrhf_bench.errors import nearest
+from rrhf_bench.settings.base import Settings
 from rrhf_bench.settings.claims import BOTH_SIDES
 from rrhf_bench.settings.experiment import (
     BY_METHOD,
     TOY_MODELS,
     WORLDS,
+    DataSettings,
     Experiment,
     FileSource,
     ModelSettings,
@@ -19,8 +21,23 @@ from rrhf_bench.settings.experiment import (
 )
 from rrhf_bench.settings.methods import MethodSettings, candidates_of
 
-RESERVED_ROWS = ("base", "chosen", "rejected", "best")  # rows that tables have without being asked
+RESERVED_ROWS = ("base", "chosen", "rejected", "reply", "best")  # rows that tables have without being asked
 OWN_SOURCES = ("model", "chosen", "rejected", "reply")  # candidate sources that need no table of their own
+
+# The keys of [data] that the embedded worlds do not read.
+NOT_OF_WORLDS = ("subset", "split", "revision", "faulty_rows", "diverging", "prompt_words", "reply_words")
+# The keys of a model that one trained here does not read, and what decides in their place.
+NOT_OF_TRAINED: Mapping[str, str] = {
+    "dtype": "its weights are float32",
+    "max_length": "its context is scratch.context",
+    "pad_token": "its tokenizer has one of its own",
+}
+# The same of a reward model, which is trained from the initial policy.
+NOT_OF_TRAINED_REWARD: Mapping[str, str] = {
+    "dtype": "its weights are float32",
+    "pad_token": "it has that of the initial policy",
+    "label": "its labels are those of training.objective",
+}
 
 
 def contradictions(experiment: Experiment, unread: Collection[str]) -> Iterator[str]:
@@ -29,12 +46,15 @@ def contradictions(experiment: Experiment, unread: Collection[str]) -> Iterator[
     rows = (*RESERVED_ROWS[:1], *experiment.policies, *experiment.methods)
     if experiment.name == "store":
         yield "name: found 'store', the folder beside the runs that holds the artifacts of them all; choose another"
+    yield from _data_faults(experiment.data)
     yield from _model_faults(experiment, unread)
     yield from _runtime_faults(experiment)
     if evaluation.pairs < evaluation.prompts:
         yield f"evaluation.pairs: found {evaluation.pairs}; expected at least evaluation.prompts ({evaluation.prompts})"
     if evaluation.pool_prompts > evaluation.prompts:
         yield f"evaluation.pool_prompts: found {evaluation.pool_prompts}; expected at most {evaluation.prompts}"
+    if len(set(evaluation.decoding)) < len(evaluation.decoding):
+        yield f"evaluation.decoding: found {list(evaluation.decoding)}; a decoding may stand once only"
     if len(set(experiment.seeds)) < len(experiment.seeds):
         yield f"seeds: found {list(experiment.seeds)}; a seed may stand once only"
     yield from _world_faults(experiment)
@@ -67,6 +87,18 @@ def contradictions(experiment: Experiment, unread: Collection[str]) -> Iterator[
             yield f"report.primary: found {list(pair)} twice; a comparison may stand once only"
 
 
+def _changed(table: Settings, *keys: str) -> list[str]:
+    """Return those of the keys that differ from their defaults."""
+    return [key for key in keys if getattr(table, key) != type(table).model_fields[key].default]
+
+
+def _data_faults(data: DataSettings) -> Iterator[str]:
+    """Yield keys of [data] that its source does not read."""
+    unread = ("subset", "split", "revision") if data.source == "files" else ("path",)
+    for key in _changed(data, *unread, *(NOT_OF_WORLDS if data.source in WORLDS else ())):
+        yield f"data.{key}: has no effect with data.source = {data.source!r}; remove the key, or change the source"
+
+
 def _world_faults(experiment: Experiment) -> Iterator[str]:
     """Yield what is wrong with ``worlds``."""
     worlds = experiment.worlds
@@ -77,7 +109,7 @@ def _world_faults(experiment: Experiment) -> Iterator[str]:
             f"worlds: found {list(worlds)} with data.source = {experiment.data.source!r}; only the embedded data "
             f"({', '.join(WORLDS)}) has several worlds; set worlds = [] and repeat with seeds = [0, 1, 2]"
         )
-    if worlds and experiment.data.seed != type(experiment.data).model_fields["seed"].default:
+    if worlds and _changed(experiment.data, "seed"):
         yield f"data.seed: found {experiment.data.seed}, but worlds = {list(worlds)} names them; remove one of the keys"
 
 
@@ -90,6 +122,8 @@ def _tuning_faults(experiment: Experiment, unread: Collection[str]) -> Iterator[
                 allowed = ", ".join(trained)
                 yield f"tune.{row}: found no such row that trains; allowed are {allowed}{nearest(row, trained)}"
             continue
+        if not grid:
+            yield f"tune.{row}: found no key; give the values of one, such as lr = [1e-4, 1e-3], or remove the table"
         method = experiment.methods[row]
         candidates = candidates_of(method)
         if candidates is not None and candidates.rounds > 1:
@@ -105,7 +139,7 @@ def _tuning_faults(experiment: Experiment, unread: Collection[str]) -> Iterator[
                 except ValidationError as error:
                     words = "; ".join(str(fault["msg"]) for fault in error.errors())
                     yield f"tune.{row}: found {values}; {words}"
-    counts = {row: len(experiment.trials(row)) for row in experiment.tune}
+    counts = {row: len(experiment.trials(row)) for row, grid in experiment.tune.items() if grid}
     if len(set(counts.values())) > 1:
         found = ", ".join(f"{row} {count}" for row, count in counts.items())
         yield f"tune: found different numbers of trials ({found}); expected the same for each row, for equal footing"
@@ -119,7 +153,8 @@ def _unknown(where: str, name: str, allowed: Sequence[str], unread: Collection[s
 
 def _runtime_faults(experiment: Experiment) -> Iterator[str]:
     runtime = experiment.runtime
-    dtypes = {policy.dtype for policy in (experiment.policy, *experiment.policies.values())}
+    policies = (experiment.policy, *experiment.policies.values())
+    dtypes = {"float32" if policy.from_scratch else policy.dtype for policy in policies}
     if runtime.autocast is not None and "float32" not in dtypes:
         yield (
             f"runtime.autocast: found {runtime.autocast!r}, but no policy has float32 weights ({', '.join(dtypes)}); "
@@ -138,6 +173,11 @@ def _model_faults(experiment: Experiment, unread: Collection[str]) -> Iterator[s
             yield f'{key}.source: "{model.source}" needs data.source = "toy"; use "scratch", a hub id or a folder'
         if model.source == "toy-raw" and (experiment.data.source != "toy" or key == "perplexity_model"):
             yield f'{key}.source: "toy-raw" is a policy of the embedded dialogues, data.source = "toy"'
+        for name in _changed(model, *NOT_OF_TRAINED) if model.from_scratch else ():
+            advice = "remove the key"
+            if name == "dtype" and key != "perplexity_model":
+                advice = 'remove the key; runtime.autocast = "bfloat16" rounds products alike'
+            yield f"{key}.{name}: has no effect on a model trained here: {NOT_OF_TRAINED[name]}; {advice}"
         if model.scratch.hidden % model.scratch.heads or model.scratch.hidden // model.scratch.heads % 32:
             yield (
                 f"{key}.scratch: found hidden = {model.scratch.hidden} in {model.scratch.heads} heads; expected heads "
@@ -152,6 +192,15 @@ def _model_faults(experiment: Experiment, unread: Collection[str]) -> Iterator[s
             yield f"{key}.source: texts have no pairs to train a reward model on; name a folder or a hub id"
         if reward.from_scratch and reward.layout != "classifier":
             yield f'{key}.layout: a reward model trained here is a "classifier"'
+        for name in _changed(reward, *NOT_OF_TRAINED_REWARD) if reward.from_scratch else ():
+            why = NOT_OF_TRAINED_REWARD[name]
+            yield f"{key}.{name}: has no effect on a reward model trained here: {why}; remove the key"
+        for name in _changed(reward, "template", "pad_token", "label") if reward.layout == "value-head" else ():
+            if not reward.from_scratch:
+                yield f'{key}.{name}: has no effect with layout = "value-head"; remove the key'
+        template = experiment.policy.template
+        if reward.from_scratch and reward.template != template and _changed(reward, "template"):
+            yield f"{key}.template: a reward model trained here has that of [policy], {template!r}; remove the key"
     if experiment.data.margins_and_ties and (world or experiment.data.rows == "texts"):
         yield "data.margins_and_ties: has no effect; only pairs of files and of the hub have such columns; remove it"
     if experiment.data.rows == "texts" and experiment.data.source in WORLDS:
@@ -174,7 +223,7 @@ def _model_faults(experiment: Experiment, unread: Collection[str]) -> Iterator[s
 
 def _unused_faults(experiment: Experiment, policy: PolicySettings) -> Iterator[str]:
     """Keys of one of [policies] that nothing would read."""
-    unused = {name for name, of in PolicySettings.model_fields.items() if getattr(policy, name) != of.default}
+    unused = set(_changed(policy, *PolicySettings.model_fields))
     if policy.trained_by is not None:
         for key in sorted(unused - {"source", "part"}):
             yield f".{key}: has no effect: a row's result is as what the row started from; remove the key"

@@ -24,8 +24,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         for report in reports:
             said = dict(getattr(report, "user_properties", ()))
             if "family" in said and outcome:
-                word = said.get("refused") or WORDS.get(outcome, outcome)
-                cells[said["family"]][said["step"]] = WORDS[outcome] if outcome in ("failed", "error") else word
+                cells[said["family"]][said["step"]] = WORDS.get(outcome, outcome)
     if not cells:
         return
     steps = list(dict.fromkeys(step for row in cells.values() for step in row))

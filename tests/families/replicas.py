@@ -83,8 +83,7 @@ def as_opt(model: Any, folder: Path) -> None:
 
 @dataclass(frozen=True)
 class Family:
-    """A policy's family. ``ends`` are the tokens that end a reply, the template's own first; ``pad_token`` is what a
-    user has to name."""
+    """A policy's family. ``ends`` are the tokens that end a reply, the template's own first."""
 
     name: str
     model_type: str
@@ -94,7 +93,6 @@ class Family:
     save: Callable[[Any, Path], None] = in_one
     template: str = "hh"
     ends: tuple[str, ...] = ("</s>",)
-    pad_token: str | None = None
     padded_to: int = 1  # the vocabulary's size is a multiple of this
     generation: Mapping[str, Any] = field(default_factory=dict)
     aside: str = ""  # what the template writes before a reply and does not prompt for
@@ -121,7 +119,7 @@ ENDOFTEXT = ("<|endoftext|>",)
 FAMILIES = (
     Family(
         "llama2", "llama", tokens.llama_fast, made("LlamaForCausalLM", tie_word_embeddings=False),
-        "llama-rm", in_shards, pad_token="<unk>", repeats=True,
+        "llama-rm", in_shards, repeats=True,
         generation={"do_sample": True, "temperature": 0.6, "top_p": 0.9, "max_length": 4096},
     ),
     Family(
@@ -131,13 +129,13 @@ FAMILIES = (
     Family(
         "llama3", "llama", tokens.llama3,
         made("LlamaForCausalLM", tie_word_embeddings=False, **GROUPED),
-        "llama-rm", in_shards, template="chat", ends=("<|eot_id|>", "<|end_of_text|>"), pad_token="<|end_of_text|>",
+        "llama-rm", in_shards, template="chat", ends=("<|eot_id|>", "<|end_of_text|>"),
         generation={"do_sample": True, "temperature": 0.6, "top_p": 0.9},
     ),
     Family(
         "mistral", "mistral", lambda folder: tokens.llama_fast(folder, tokens.MISTRAL),
         made("MistralForCausalLM", sliding_window=None, **GROUPED),
-        "qwen-rm", in_shards, template="chat", pad_token="</s>", repeats=True,
+        "qwen-rm", in_shards, template="chat", repeats=True,
     ),
     Family(
         "qwen2.5", "qwen2", lambda folder: tokens.qwen(folder, tokens.QWEN2),
@@ -159,7 +157,7 @@ FAMILIES = (
     Family(
         "gpt2", "gpt2", lambda folder: trained(tf.GPT2Tokenizer()).save_pretrained(folder),
         made("GPT2LMHeadModel", **GPT_SIZES),
-        "gptj-rm", as_gpt2, ends=ENDOFTEXT, pad_token="<|endoftext|>",
+        "gptj-rm", as_gpt2, ends=ENDOFTEXT,
     ),
     Family(
         "pythia", "gpt_neox", lambda folder: trained(tf.GPTNeoXTokenizer()).save_pretrained(folder),

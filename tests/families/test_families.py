@@ -17,7 +17,6 @@ from baselines.sft_settings import SFTSettings
 from families.plain import Plain, PlainReward, read
 from families.replicas import CAP, CONTEXT, FAMILIES, REWARDS, Family, RewardFamily, build, build_reward
 from families.tokens import DIALOGUES, PROMPTS, REPLIES
-from rrhf_bench.errors import DataError
 from rrhf_bench.jsonl import write_jsonl
 from rrhf_bench.pipeline.file_commands import PlainSteps
 from rrhf_bench.pipeline.services import ModelRef, Services
@@ -57,7 +56,7 @@ class Case:
         return [self.plain.greedy(messages, CAP) for messages in DIALOGUES]
 
     def ref(self, folder: Path | None = None) -> ModelRef:
-        return ModelRef(str(folder or self.folder), template=self.family.template, pad_token=self.family.pad_token)
+        return ModelRef(str(folder or self.folder), template=self.family.template)
 
     @cached_property
     def policy(self) -> TransformersPolicy:
@@ -153,18 +152,15 @@ def rows(path: Path, *values: Any) -> Path:
     return path
 
 
-def test_load(case: Case, record_property: Callable[[str, object], None]) -> None:
-    """The folder as it is: loaded, or refused for the pad token that a user has to name."""
-    ref = ModelRef(str(case.folder), template=case.family.template)
-    if case.family.pad_token is None:
-        assert case.services.policy(ref).tokenization.pad_id == case.plain.tokenizer.pad_token_id
-        return
-    with pytest.raises(DataError, match="has no pad token; name one") as caught:
-        case.services.policy(ref)
-    assert "\n" not in str(caught.value)
-    record_property("refused", "refused")
-    named = case.policy.tokenization
-    assert named.pad_id == case.plain.tokenizer.convert_tokens_to_ids(case.family.pad_token)
+def test_special(case: Case) -> None:
+    """The name of any special token within a reply is encoded as text."""
+    tokenization = case.policy.tokenization
+    special = {i: token.content for i, token in case.plain.tokenizer.added_tokens_decoder.items() if token.special}
+    for name in special.values():
+        text = f" Mix {name} it."
+        ids = tokenization.response_ids(text, ended=False)
+        assert special.keys().isdisjoint(ids)
+        assert tokenization.names_special_token(text)
 
 
 def test_ids(case: Case) -> None:
