@@ -157,6 +157,7 @@ def score_pairs(
     with _steps(options, "scoring") as steps, replace_path(out) as folder:
         groups, clusters, counts = steps.score_pairs(ref, data)
         judged = [preference_models.judged_pairs(Path(reward_model).name, {0: groups}, clusters)]
+        accuracy = judged[0].mean(judged[0].right_SP, "accuracy")  # raises DataError for one pair, before files are made
         folder.mkdir()
         (folder / "tables").mkdir()
         write_rrhf(folder / "scored.jsonl", groups)
@@ -165,7 +166,6 @@ def score_pairs(
         with styled():
             figure = preference_models.pairs_figure(judged)
         write_figures([figure], folder)
-    accuracy = judged[0].mean(judged[0].right_SP, "accuracy")
     error = preference_models.calibration_error(judged[0])
     words = f"accuracy {accuracy.value:.3f} [{accuracy.low:.3f}, {accuracy.high:.3f}], calibration error {error:.3f}"
     found = {"value": accuracy.value, "low": accuracy.low, "high": accuracy.high, "n": accuracy.n}
