@@ -23,7 +23,6 @@ from rrhf_bench.cli_options import (
     Seed,
     StepOptions,
     WeightOptions,
-    refuse_unread,
     require_utf8,
 )
 from rrhf_bench.data.dialogue import TemplateKind
@@ -157,7 +156,7 @@ def score_pairs(
     with _steps(options, "scoring") as steps, replace_path(out) as folder:
         groups, clusters, counts = steps.score_pairs(ref, data)
         judged = [preference_models.judged_pairs(Path(reward_model).name, {0: groups}, clusters)]
-        accuracy = judged[0].mean(judged[0].right_SP, "accuracy")  # raises DataError for one pair, before files are made
+        accuracy = judged[0].mean(judged[0].right_SP, "accuracy")  # refuses a single pair before files are made
         folder.mkdir()
         (folder / "tables").mkdir()
         write_rrhf(folder / "scored.jsonl", groups)
@@ -255,9 +254,8 @@ def evaluate(
         str | None,
         typer.Option(help="the initial policy, for the KL to it; template, dtype and pad token are the policy's"),
     ] = None,
-    perplexity_model: Annotated[str | None, typer.Option(help="a fixed language model, for perplexity")] = None,
-    perplexity_pad_token: Annotated[
-        str | None, typer.Option(help="the same of --perplexity-model, which reads transcripts (hh) in float32")
+    perplexity_model: Annotated[
+        str | None, typer.Option(help="a fixed language model, for perplexity; it reads transcripts (hh) in float32")
     ] = None,
     gold: Annotated[bool, typer.Option("--gold", help="the embedded world's gold reward, on its prompts")] = False,
     decoding: Annotated[str, typer.Option(help="greedy, sample or both")] = "greedy,sample",
@@ -285,9 +283,8 @@ def evaluate(
     policy, base = policy_ref(model), None if initial is None else policy_ref(initial)
     judge, fluency = reward.ref(reward_model), None
     assert judge is not None
-    refuse_unread(perplexity_model, "--perplexity-model", {"perplexity_pad_token": perplexity_pad_token})
     if perplexity_model is not None:
-        fluency = model_ref(perplexity_model, pad_token=perplexity_pad_token, prefix="perplexity-")
+        fluency = model_ref(perplexity_model)
     others: dict[str, Any] = {"initial": base, "perplexity": fluency, "gold": gold}
     with _steps(options, "evaluating", backend) as steps:
         records, counts = steps.evaluate(policy, judge, prompts, out, name=name, seed=seed, decodings=specs, **others)

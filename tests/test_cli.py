@@ -493,10 +493,9 @@ def test_each_model_of_an_evaluation_has_its_own_options(
     words = ["--model", policy, "--initial", policy, "--perplexity-model", policy, "--reward-model", judge]
     words = ["evaluate", *words, "--prompts", path, "--out", out, "--decoding", "sample", "--max-new-tokens", 4]
     words += ["--backend", "transformers", "--template", "chat", "--dtype", "bfloat16", "--pad-token", "<fill>"]
-    (row,) = cli(*words, "--perplexity-pad-token", "<eos>", "--json").json["results"]
+    (row,) = cli(*words, "--json").json["results"]
     assert abs(row["objective/kl"]) < 1e-3
     assert row["perplexity"] > 1
-    words = [*words, "--perplexity-pad-token", "<eos>"]
     for option, value in (("--reward-dtype", "bfloat16"), ("--reward-template", "chat"), ("--reward-pad-token", "<p>")):
         (line,) = refused(*words, option, value)
         assert line.startswith(f"{option}: found {value!r}, but the artifact {judge} says ")

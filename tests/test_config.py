@@ -324,6 +324,7 @@ def row(candidates: str) -> str:
         (f'{RAW}dtype = "float16"', {"policies.raw.dtype": "runtime.autocast"}),
         ("[perplexity_model]\ndtype = 'bfloat16'\nmax_length = 64",
          {"perplexity_model.dtype": "float32; remove the key", "perplexity_model.max_length": "scratch.context"}),
+        ('[perplexity_model]\nsource = "org/model"\npad_token = "a"', {"perplexity_model.pad_token": "masked"}),
         (
             '[reward_model]\nlabel = "a"\ndtype = "float16"\n[reward_models.b]\npad_token = "a"\ntemplate = "raw"',
             dict.fromkeys(

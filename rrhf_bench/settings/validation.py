@@ -178,6 +178,8 @@ def _model_faults(experiment: Experiment, unread: Collection[str]) -> Iterator[s
             if name == "dtype" and key != "perplexity_model":
                 advice = 'remove the key; runtime.autocast = "bfloat16" rounds products alike'
             yield f"{key}.{name}: has no effect on a model trained here: {NOT_OF_TRAINED[name]}; {advice}"
+        if key == "perplexity_model" and not model.from_scratch and model.pad_token is not None:
+            yield f"{key}.pad_token: has no effect, because padding is masked; remove the key"
         if model.scratch.hidden % model.scratch.heads or model.scratch.hidden // model.scratch.heads % 32:
             yield (
                 f"{key}.scratch: found hidden = {model.scratch.hidden} in {model.scratch.heads} heads; expected heads "
