@@ -68,7 +68,7 @@ def main() -> None:
         if hasattr(error, "show"):
             error.show()
             sys.exit(2)
-        # Of all that is written, standard output alone has no name and is not under `disk_errors`.
+        # Answer a full standard output, the only thing written that has no name and is not under `disk_errors`.
         if isinstance(error, OSError) and error.errno in FULL and error.filename is None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what it still holds
             words = f"error: standard output: cannot be written ({error.strerror}); make room or send it elsewhere"

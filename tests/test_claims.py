@@ -767,7 +767,7 @@ def test_without_claims_there_is_no_section_and_hostile_names_are_inert(records:
 
 
 def test_the_words_on_power_say_how_much_more_the_adjustment_asks_for() -> None:
-    """Of five tests with 4 degrees of freedom: (t(0.995) + t(0.8)) / (t(0.975) + t(0.8)) = (4.604 + 0.941) / 3.717."""
+    """Five tests with 4 degrees of freedom give (t(0.995) + t(0.8)) / (t(0.975) + t(0.8)) = (4.604 + 0.941) / 3.717."""
     estimate = Estimate(0.3, 0.1, 0.5, 60, 3, 0.01, "t", error=0.1, freedom=4.0)
     about: dict[str, Any] = {"sentence": "", "decoding": "greedy", "verdict": "inconclusive", "reason": ""}
     one = ClaimResult(unit="proxy reward", estimate=estimate, p_for=0.1, p_against=0.9, name="a", **about)

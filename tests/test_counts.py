@@ -1,4 +1,4 @@
-"""What a row counts of the candidates that it trains on, and what its settings say of its size."""
+"""Test what is counted of a row's candidates, the size that its settings state, and keys that are refused."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_a_reply_that_is_cut_counts_once(policy: TransformersPolicy, tmp_path: P
 
 
 def test_a_budget_counts_the_examples_that_a_method_makes() -> None:
-    """Of a pair, Chain of Hindsight makes 1, 1, 2 and 2 examples in turn, or all 6."""
+    """Chain of Hindsight makes 1, 1, 2 and 2 examples of a pair in turn; RAFT trains on one reply, BoNBoN on two."""
     assert (
         settings_of("coh", epochs=1, batch_prompts=4)
         .budget(12, 6)

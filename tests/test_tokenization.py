@@ -85,7 +85,7 @@ def test_a_reply_has_the_tokens_that_it_has_after_its_prompt(tokenization):
     ],
 )
 def test_a_sampled_reply_follows_any_prompt_as_its_text_does(make, kind, prompt, reply, tmp_path):
-    """Of tokenizers that put a space before every text and remove one: what is trained is what was sampled."""
+    """Training reads the sampled ids, also if the tokenizer puts a space before every text and removes one."""
     tokenizer = make(tmp_path) if make is llama_class else make()
     tokenizer.chat_template = ZEPHYR
     tokenization = Tokenization(tokenizer, Template(kind), "here")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -24,7 +23,7 @@ from rrhf_bench.pipeline.file_commands import PlainSteps
 from rrhf_bench.pipeline.results import FILTER
 from rrhf_bench.pipeline.services import ModelRef, Services, load_reward
 from rrhf_bench.pipeline.stage_context import Job
-from rrhf_bench.pipeline.store import replace_path
+from rrhf_bench.pipeline.store import link_or_copy, replace_path
 from rrhf_bench.policy.loading import load_tokenizer
 from rrhf_bench.records import Preference, Response
 from rrhf_bench.rewards.ensemble import write_ensemble
@@ -158,14 +157,7 @@ def ensemble_stage(job: Job) -> None:
     ref = job.ref("member 0")
     for i in range(settings.members):
         source = job.inputs[f"member {i}"] / "model"
-        shutil.copytree(source, job.out / "model" / f"member_{i}", copy_function=_link_or_copy)
+        shutil.copytree(source, job.out / "model" / f"member_{i}", copy_function=link_or_copy)
     pairs = read_jsonl(job.inputs["data"] / "train.jsonl", Preference)
     write_ensemble(job.out / "model", settings, usable_pairs(pairs, training)[0], member_loader(job.services, ref))
     replace(ref, source="model").write(job.out)
-
-
-def _link_or_copy(source: str, target: str) -> None:
-    try:
-        os.link(source, target)  # artifacts do not change, and a member of billions of parameters is large
-    except OSError:
-        shutil.copy2(source, target)

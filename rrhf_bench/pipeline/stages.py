@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import operator
-import os
 import shutil
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -33,6 +32,7 @@ from rrhf_bench.pipeline.results import TUNED, WARNINGS
 from rrhf_bench.pipeline.services import ModelRef, context_of
 from rrhf_bench.pipeline.stage_context import Job
 from rrhf_bench.pipeline.stage_graph import BEST_ROW
+from rrhf_bench.pipeline.store import link_or_copy
 from rrhf_bench.pipeline.training_record import FileCheckpoints, TrainingRecord
 from rrhf_bench.policy.policy import TransformersPolicy
 from rrhf_bench.records import Candidates, CurvePoint, Evaluated, Preference, Prompt, Response
@@ -432,18 +432,10 @@ def tune(job: Job) -> None:
         rewards[role] = sum(last) / len(last)
     roles = [f"trial {i}" for i in range(1, len(trials) + 1)]
     best = max((role for role in roles if role in rewards), key=lambda role: rewards[role])
-    shutil.copytree(job.inputs[best] / "model", job.out / "model", copy_function=_link)
+    shutil.copytree(job.inputs[best] / "model", job.out / "model", copy_function=link_or_copy)
     replace(job.ref(best), source="model").write(job.out)
     picked = trials[roles.index(best)]
     job.write_json(TUNED, {"role": best, "picked": picked, "trials": trials, "rewards": [*map(rewards.get, roles)]})
-
-
-def _link(source: str, target: str) -> None:
-    """Link a file, or copy it if the file system has no links: artifacts do not change once they are made."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
 
 
 def train_inputs(job: Job, settings: MethodSettings) -> TrainInputs:

@@ -273,6 +273,14 @@ def write_file(path: Path, content: bytes | str) -> None:
         temporary.write_bytes(content if isinstance(content, bytes) else content.encode())
 
 
+def link_or_copy(source: str, target: str) -> None:
+    """Link a file of an artifact, which does not change once it is made, or copy it if the file system has no links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _DENIED = {errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EIO}  # of a file of ours
 

@@ -41,8 +41,8 @@ class Tokenization:
         self.template = template
         self._special = special_tokens(tokenizer)
         before, behind = _around_reply(tokenizer, template.cue) if template.kind == "chat" else (":", "")
-        # What a chat template writes behind a reply is not always the tokenizer's end-of-text token: in Llama 3 it is
-        # <|eot_id|>, in Gemma <end_of_turn>. Base models of Qwen end a text with <|endoftext|>, a turn with <|im_end|>.
+        # Find the token that a chat template writes behind a reply: in Llama 3 <|eot_id|>, in Gemma <end_of_turn>. Base
+        # models of Qwen end a text with <|endoftext|> and a turn with <|im_end|>.
         turn_end = max(filter(behind.startswith, self._special), key=len, default=None)
         first = tokenizer.eos_token_id if turn_end is None else tokenizer.convert_tokens_to_ids(turn_end)
         self.end_ids: tuple[int, ...] = tuple(dict.fromkeys((first, tokenizer.eos_token_id, *model_end_ids)))
